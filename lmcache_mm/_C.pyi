@@ -1,0 +1,38 @@
+"""The compiled module: raw addresses and counts, nothing checked twice. Use lmcache_mm.ops."""
+
+from collections.abc import Iterable, Sequence
+
+cuda_version: str  # of the nvcc that built it, "" for CPU operations only
+cuda_archs: str  # compute capabilities with machine code, such as "80,90,100"
+
+class Layout:
+    def __init__(
+        self,
+        planes: Sequence[int],
+        num_pages: int,
+        page_stride: int,
+        page_bytes: int,
+        run_bytes: int,
+        run_stride: int,
+        page_tokens: int,
+        token_bytes: int,
+    ) -> None: ...
+
+def apply_mm_hashes_to_token_ids(token_ids: int, count: int, items: Iterable[tuple[str, str, int, int]]) -> None: ...
+def prefix_keys(
+    token_ids: int,
+    count: int,
+    wide: bool,
+    items: Iterable[tuple[str, str, int, int]],
+    root: bytes,
+    cuts: int,
+    num_cuts: int,
+    keys: int,
+) -> None: ...
+def gather(
+    layout: Layout, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int
+) -> None: ...
+def scatter(
+    layout: Layout, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], expected: int, matches: int
+) -> None: ...
+def checksum(payload: int, bytes: int) -> int: ...

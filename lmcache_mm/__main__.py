@@ -1,0 +1,7 @@
+"""python -m lmcache_mm"""
+
+import sys
+
+from lmcache_mm.cli import main
+
+sys.exit(main())

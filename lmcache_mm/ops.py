@@ -1,0 +1,316 @@
+"""The operations on tensors: content ids, prefix keys, gathering and scattering of paged KV.
+
+Tensors are torch tensors or anything with DLPack (numpy, cupy); lists of integers stand for host ids. What a call is
+given and finds wrong is a TypeError or ValueError that names the argument, and nothing has been written then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmcache_mm import _C
+from lmcache_mm.layout import KVLayout, as_tensor
+from lmcache_mm.prompt import Item, checked_items, count
+
+Ids = Any  # a sequence of integers, or a 1-D integer tensor
+
+
+def _device(name: str, tensor: torch.Tensor) -> torch.device:
+    if tensor.device.type == "cuda":
+        raise RuntimeError(f"{name}: on {tensor.device}, but this build of lmcache_mm has CPU operations only")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
+    return tensor.device
+
+
+def ids_tensor(name: str, value: Ids) -> torch.Tensor:
+    """`value` as a contiguous 1-D int32 or int64 tensor."""
+    if isinstance(value, (list, tuple, range)):
+        try:
+            array = np.array(value if len(value) else [], dtype=None if len(value) else np.int64)
+        except (ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: expected integers, got {type(value).__name__}: {error}") from None
+        if array.dtype.kind == "u" or (array.dtype == object and all(isinstance(v, int) for v in value)):
+            raise ValueError(f"{name}: expected integers that int64 can hold, got {max(value)}")
+        if array.dtype.kind != "i":
+            raise TypeError(f"{name}: expected integers, got {array.dtype}")
+        tensor = torch.from_numpy(array.astype(np.int64, copy=False))
+    else:
+        tensor = as_tensor(name, value)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype} on {tensor.device}")
+    if tensor.ndim != 1:
+        raise ValueError(f"{name}: expected 1 dimension, got shape {tuple(tensor.shape)}")
+    return tensor.contiguous()
+
+
+def apply_mm_hashes_to_token_ids(
+    token_ids: torch.Tensor,
+    mm_hashes: Sequence[str],
+    mm_positions: Sequence[Any],
+    modalities: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Overwrites, in place, the ids of every position that an item covers with content ids; returns `token_ids`.
+
+    token_ids: int64 [n], contiguous. mm_hashes: an identifier an item. mm_positions: (offset, length) pairs or objects
+    with .offset and .length. modalities: one a item, "image" where none is given.
+    A content id has bit 63 set: as int64 it is negative, and never a token id. Spans are cut at the tensor's end and
+    spans beyond it are ignored, so that a prefix of the prompt gives the prefix of the result.
+
+    Raises TypeError or ValueError for ids outside [0, 2**32), overwritten ones among them, and for hashes, positions
+    and modalities of different number: an item without its hash would share its KV with every other.
+    Source: docs/design.md, "Identity".
+    """
+    if isinstance(token_ids, (list, tuple)):
+        raise TypeError(f"token_ids: expected a tensor, to be overwritten in place, got {type(token_ids).__name__}")
+    tensor = as_tensor("token_ids", token_ids, writable=True)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"token_ids: expected int64, got {tensor.dtype} on {tensor.device}")
+    if tensor.ndim != 1 or not tensor.is_contiguous():
+        raise ValueError(
+            f"token_ids: expected 1 contiguous dimension, got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+        )
+    _device("token_ids", tensor)
+    if isinstance(mm_hashes, (str, bytes)):
+        raise TypeError(f"mm_hashes: expected a sequence of str, got {type(mm_hashes).__name__}")
+    if len(mm_hashes) != len(mm_positions):
+        raise ValueError(f"mm_positions: expected {len(mm_hashes)}, one for each of mm_hashes, got {len(mm_positions)}")
+    if modalities is None:
+        modalities = ["image"] * len(mm_hashes)
+    elif isinstance(modalities, (str, bytes)) or len(modalities) != len(mm_hashes):
+        raise ValueError(f"modalities: expected {len(mm_hashes)}, one for each of mm_hashes, got {modalities!r}")
+    items = [
+        Item(identifier, *_offset_and_length(i, position), modality)
+        for i, (identifier, position, modality) in enumerate(zip(mm_hashes, mm_positions, modalities, strict=True))
+    ]
+    _C.apply_mm_hashes_to_token_ids(tensor.data_ptr(), len(tensor), _plain(items))
+    return token_ids
+
+
+def _offset_and_length(i: int, position: Any) -> tuple[int, int]:
+    if hasattr(position, "offset") and hasattr(position, "length"):
+        return position.offset, position.length
+    try:
+        offset, length = position
+    except (TypeError, ValueError):
+        raise TypeError(f"mm_positions[{i}]: expected (offset, length), got {position!r}") from None
+    return offset, length
+
+
+def _plain(items: Sequence[Item]) -> list[tuple[str, str, int, int]]:
+    return [(item.modality, item.identifier, item.offset, item.length) for item in items]
+
+
+def prefix_keys(token_ids: Ids, items: Sequence[Item], root: bytes, cuts: Sequence[int]) -> torch.Tensor:
+    """The prefix keys of a prompt at `cuts`: uint8 [len(cuts), 32], on the ids' device.
+
+    token_ids: int32 or int64 [n], raw ids in [0, 2**32). root: 32 bytes, see `Namespace.root`. cuts: token counts,
+    strictly ascending, 0 <= cut <= n. Overwriting and hashing are one pass; the overwritten ids are never in memory.
+
+    Raises TypeError or ValueError for an id outside [0, 2**32) before the last cut, for cuts that do not ascend or lie
+    beyond the prompt, and for a root of another size. Source: docs/design.md, "Identity".
+    """
+    tensor = ids_tensor("token_ids", token_ids)
+    device = _device("token_ids", tensor)
+    plain_items = _plain(checked_items(items))
+    if not isinstance(root, bytes):
+        raise TypeError(f"root: expected bytes, got {type(root).__name__}")
+    if len(root) != 32:
+        raise ValueError(f"root: expected 32 bytes, got {len(root)}")
+    ends = ids_tensor("cuts", cuts)
+    if ends.device.type != "cpu":
+        raise ValueError(f"cuts: expected host integers, got a tensor on {ends.device}")
+    array = ends.numpy().astype(np.int64, copy=False)
+    if len(array):
+        if not (array[1:] > array[:-1]).all() or array[0] < 0:
+            raise ValueError("cuts: expected strictly ascending token counts from 0 on")
+        if array[-1] > len(tensor):
+            raise ValueError(f"cuts: expected at most the prompt's {len(tensor)} tokens, got {array[-1]}")
+    keys = torch.empty(len(array), 32, dtype=torch.uint8, device=device)
+    _C.prefix_keys(
+        tensor.data_ptr(),
+        len(tensor),
+        tensor.dtype == torch.int64,
+        plain_items,
+        root,
+        array.ctypes.data,
+        len(array),
+        keys.data_ptr(),
+    )
+    return keys
+
+
+def gather_pages(
+    layout: KVLayout,
+    block_ids: Ids | Sequence[Ids],
+    out: Any = None,
+    *,
+    tokens: int | Sequence[int] | None = None,
+    checksums: torch.Tensor | None = None,
+) -> Any:
+    """Copies pages into contiguous payloads [plane][page][page byte]; returns the payload, or one a chunk.
+
+    block_ids: the pages of a chunk, int32 or int64 or a list of integers, or a list of such for many chunks in one
+    call. -1 stands for a page that is not there: its bytes are zeros.
+    out: uint8 [layout.payload_bytes(pages)] (a list of them for many chunks); allocated if None.
+    tokens: how many tokens of each chunk count; the slots of its last page past them are zeroed, for they hold other
+    requests' KV. All of them if None; opaque pages allow nothing else.
+    checksums: int64 [chunks], filled with the payloads' checksums.
+
+    Raises TypeError or ValueError for ids outside the cache, sizes that do not fit and tensors on other devices.
+    """
+    chunks = _Chunks(layout, "block_ids", block_ids)
+    chunks.take_tokens(tokens)
+    return chunks.gather(out, checksums, layout.page_bytes)
+
+
+def scatter_pages(
+    layout: KVLayout, block_ids: Ids | Sequence[Ids], payload: Any, *, checksums: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Copies payloads of `gather_pages` into pages; block id -1 leaves its page's part of the payload out.
+
+    Whole pages are written: the zeros past a payload's tail too. checksums: int64 [chunks], expected; the result then
+    is a bool tensor [chunks] that tells which payloads have theirs. A page of one that has not holds what the payload
+    held: to be treated as garbage.
+
+    Raises as `gather_pages` does.
+    """
+    return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes)
+
+
+def gather_tokens(
+    layout: KVLayout, slots: Ids | Sequence[Ids], out: Any = None, *, checksums: torch.Tensor | None = None
+) -> Any:
+    """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane][token][row byte].
+
+    slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
+    [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.
+    """
+    return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes)
+
+
+def scatter_tokens(
+    layout: KVLayout, slots: Ids | Sequence[Ids], payload: Any, *, checksums: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Copies payloads of `gather_tokens` into slots. Otherwise as `scatter_pages`."""
+    return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes)
+
+
+def checksum(payload: Any) -> int:
+    """The checksum, version 1, of a contiguous uint8 tensor, as a signed 64-bit integer. Source: docs/design.md."""
+    tensor = as_tensor("payload", payload)
+    if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
+        raise TypeError(f"payload: expected contiguous uint8, got {tensor.dtype}, strides {tensor.stride()}")
+    _device("payload", tensor)
+    return _C.checksum(tensor.data_ptr(), tensor.numel())
+
+
+class _Chunks:
+    """The checked arguments of one gather or scatter: of each chunk its ids, tokens and payload."""
+
+    def __init__(self, layout: KVLayout, name: str, ids: Ids | Sequence[Ids], token_mode: bool = False):
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout: expected lmcache_mm.KVLayout, got {type(layout).__name__}")
+        self.many = isinstance(ids, (list, tuple)) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
+        self.layout, self.token_mode = layout, token_mode
+        self.ids = (
+            [ids_tensor(f"{name}[{i}]", part) for i, part in enumerate(ids)] if self.many else [ids_tensor(name, ids)]
+        )
+        for i, part in enumerate(self.ids):
+            self._check_device(self._nth(name, i), part)
+        self.tokens = [len(part) * layout.page_tokens for part in self.ids]
+
+    @classmethod
+    def of_slots(cls, layout: KVLayout, slots: Ids | Sequence[Ids]) -> _Chunks:
+        if isinstance(layout, KVLayout) and layout.opaque:
+            raise ValueError("layout: expected one with a token dimension, got opaque pages: only pages can be copied")
+        return cls(layout, "slots", slots, token_mode=True)
+
+    def _nth(self, name: str, i: int) -> str:
+        return f"{name}[{i}]" if self.many else name
+
+    def _check_device(self, name: str, tensor: torch.Tensor) -> None:
+        if tensor.device != self.layout.device:
+            raise ValueError(f"{name}: expected a tensor on {self.layout.device}, got one on {tensor.device}")
+        _device(name, tensor)
+
+    def take_tokens(self, tokens: int | Sequence[int] | None) -> None:
+        if tokens is None:
+            return
+        if isinstance(tokens, Sequence) != self.many or (isinstance(tokens, Sequence) and len(tokens) != len(self.ids)):
+            raise ValueError(f"tokens: expected {'one for each chunk' if self.many else 'one integer'}, got {tokens!r}")
+        given = tokens if isinstance(tokens, Sequence) else [tokens]
+        size = self.layout.page_tokens
+        for i, (number, part) in enumerate(zip(given, self.ids, strict=True)):
+            valid = count(self._nth("tokens", i), number)
+            if (valid + size - 1) // size != len(part):
+                raise ValueError(f"{self._nth('tokens', i)}: expected the tokens of {len(part)} pages, got {valid}")
+            if self.layout.opaque and valid % size:
+                raise ValueError(f"{self._nth('tokens', i)}: expected whole pages of an opaque layout, got {valid}")
+            self.tokens[i] = valid
+
+    def _payloads(self, name: str, given: Any, unit_bytes: int) -> list[torch.Tensor]:
+        if self.many != isinstance(given, (list, tuple)):
+            raise TypeError(f"{name}: expected {'a list, one payload a chunk' if self.many else 'one payload'}")
+        parts = list(given) if self.many else [given]
+        if len(parts) != len(self.ids):
+            raise ValueError(f"{name}: expected {len(self.ids)} payloads, one a chunk, got {len(parts)}")
+        payloads = []
+        for i, (part, ids) in enumerate(zip(parts, self.ids, strict=True)):
+            where = self._nth(name, i)
+            tensor = as_tensor(where, part, writable=name == "out")
+            self._check_device(where, tensor)
+            size = len(self.layout.planes) * len(ids) * unit_bytes
+            if tensor.dtype != torch.uint8:
+                raise TypeError(f"{where}: expected uint8, got {tensor.dtype}")
+            if tensor.numel() != size or not tensor.is_contiguous():
+                raise ValueError(
+                    f"{where}: expected {size} contiguous bytes, got shape {tuple(tensor.shape)}, "
+                    f"strides {tensor.stride()}"
+                )
+            payloads.append(tensor)
+        return payloads
+
+    def _checksums(self, checksums: torch.Tensor | None) -> torch.Tensor | None:
+        if checksums is None:
+            return None
+        tensor = as_tensor("checksums", checksums)
+        self._check_device("checksums", tensor)
+        if tensor.dtype != torch.int64 or tuple(tensor.shape) != (len(self.ids),) or not tensor.is_contiguous():
+            raise ValueError(
+                f"checksums: expected contiguous int64 [{len(self.ids)}], got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+        return tensor
+
+    def _plain(self, payloads: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int]]:
+        return [
+            (ids.data_ptr(), ids.dtype == torch.int64, len(ids), tokens, payload.data_ptr())
+            for ids, tokens, payload in zip(self.ids, self.tokens, payloads, strict=True)
+        ]
+
+    def gather(self, out: Any, checksums: torch.Tensor | None, unit_bytes: int) -> Any:
+        if out is None:
+            sizes = [len(self.layout.planes) * len(ids) * unit_bytes for ids in self.ids]
+            out = [torch.empty(size, dtype=torch.uint8, device=self.layout.device) for size in sizes]
+            out = out if self.many else out[0]
+        payloads = self._payloads("out", out, unit_bytes)
+        sums = self._checksums(checksums)
+        _C.gather(self.layout.compiled, self.token_mode, self._plain(payloads), 0 if sums is None else sums.data_ptr())
+        return out
+
+    def scatter(self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int) -> torch.Tensor | None:
+        payloads = self._payloads("payload", payload, unit_bytes)
+        expected = self._checksums(checksums)
+        matches = None if expected is None else torch.empty(len(self.ids), dtype=torch.bool, device=self.layout.device)
+        _C.scatter(
+            self.layout.compiled,
+            self.token_mode,
+            self._plain(payloads),
+            0 if expected is None else expected.data_ptr(),
+            0 if matches is None else matches.data_ptr(),
+        )
+        return matches

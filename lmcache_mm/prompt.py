@@ -1,0 +1,183 @@
+"""What a request is and what it is called: items, prompts, namespaces and the cuts at which a prefix has a key."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from blake3 import blake3
+
+NAMESPACE_CONTEXT = "lmcache_mm v1 namespace"
+REQUEST_FIELDS = ("salt", "lora", "prompt_embeds")
+NAMESPACE_FIELDS = (
+    *("secret", "model", "weights", "quantisation", "rope", "hf_overrides", "dtype", "kv_dtype", "layout"),
+    *("tp", "pp", "cp", "speculative"),
+)
+
+
+def utf8(name: str, value: Any) -> bytes:
+    """`value` in UTF-8; TypeError or ValueError, naming `name`, for what is no str or has no encoding."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected str, got {type(value).__name__}")
+    try:
+        return value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: expected a string that UTF-8 can hold, got {value!r}") from error
+
+
+def count(name: str, value: Any) -> int:
+    """`value` as an integer in [0, 2**63); TypeError or ValueError, naming `name`, for anything else."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+    if not 0 <= number < 1 << 63:
+        raise ValueError(f"{name}: expected an integer in [0, 2**63), got {number}")
+    return number
+
+
+def encode_fields(fields: dict[str, bytes]) -> bytes:
+    """The fields sorted by name, each as str(name) || str(value); str is a u32 length, little-endian, and the bytes."""
+    encoded = sorted((name.encode(), value) for name, value in fields.items())
+    return b"".join(len(part).to_bytes(4, "little") + part for pair in encoded for part in pair)
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image, video or audio of a prompt.
+
+    `identifier` names its content: any string, normally a hash of the decoded data. Two contents under one identifier
+    are one content to this library, so an identifier that a client may choose is no identifier.
+    The item covers positions [offset, offset + length) of the prompt.
+
+    Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside [0, 2**63).
+    """
+
+    identifier: str
+    offset: int
+    length: int
+    modality: str = "image"
+
+    def __post_init__(self) -> None:
+        utf8("identifier", self.identifier)
+        utf8("modality", self.modality)
+        object.__setattr__(self, "offset", count("offset", self.offset))
+        object.__setattr__(self, "length", count("length", self.length))
+        if self.offset + self.length >= 1 << 63:
+            raise ValueError(f"offset + length: expected less than 2**63, got {self.offset} + {self.length}")
+
+
+def checked_items(items: Any) -> tuple[Item, ...]:
+    out = tuple(items)
+    for i, item in enumerate(out):
+        if not isinstance(item, Item):
+            raise TypeError(f"items[{i}]: expected lmcache_mm.Item, got {type(item).__name__}")
+    return out
+
+
+class Namespace:
+    """Everything beside the prompt that decides what the KV bytes are.
+
+    Namespace(model=..., weights=..., dtype=...): see NAMESPACE_FIELDS for the names, all optional, each to be given
+    where it applies. Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out.
+    `KVCache` adds `layout` itself. TypeError for other names or types.
+    """
+
+    def __init__(self, **fields: str | bytes | int | torch.dtype | None) -> None:
+        for name in fields:
+            if name not in NAMESPACE_FIELDS:
+                hint = " (it belongs to the request: Prompt)" if name in REQUEST_FIELDS else ""
+                raise TypeError(f"Namespace: expected fields among {', '.join(NAMESPACE_FIELDS)}, got {name!r}{hint}")
+        self._fields = {name: _field_value(name, value) for name, value in fields.items() if value is not None}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._fields
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={'...' if name == 'secret' else repr(value)}" for name, value in self._fields.items())
+        return f"Namespace({', '.join(shown)})"
+
+    def with_layout(self, fingerprint: bytes) -> Namespace:
+        """This namespace with its `layout` field set to a layout fingerprint; ValueError if it has one."""
+        if "layout" in self._fields:
+            raise ValueError("layout: the namespace has this field already")
+        out = Namespace()
+        out._fields = {**self._fields, "layout": bytes(fingerprint)}
+        return out
+
+    def root(
+        self,
+        salt: str | bytes | None = None,
+        lora: str | bytes | None = None,
+        prompt_embeds: str | bytes | None = None,
+    ) -> bytes:
+        """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings."""
+        fields = dict(self._fields)
+        for name, value in (("salt", salt), ("lora", lora), ("prompt_embeds", prompt_embeds)):
+            if value is not None:
+                fields[name] = _field_value(name, value)
+        return blake3(encode_fields(fields), derive_key_context=NAMESPACE_CONTEXT).digest()
+
+
+def _field_value(name: str, value: Any) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return utf8(name, value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.").encode()
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value).encode()
+    raise TypeError(f"{name}: expected str, bytes or int, got {type(value).__name__}")
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
+
+    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `salt`, `lora` (a fingerprint of the adapter's
+    file) and `prompt_embeds` (a digest) are fields of the namespace. Requests with different salts share nothing.
+    """
+
+    token_ids: npt.NDArray[np.int64]
+    items: Sequence[Item] = ()
+    salt: str | bytes | None = None
+    lora: str | bytes | None = None
+    prompt_embeds: str | bytes | None = None
+    end_of_items: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        ids = self.token_ids
+        if isinstance(ids, torch.Tensor):
+            ids = ids.detach().cpu().numpy()
+        ids = np.asarray(ids)
+        if ids.ndim != 1:
+            raise ValueError(f"token_ids: expected 1 dimension, got shape {tuple(ids.shape)}")
+        if ids.size and ids.dtype.kind not in "iu":
+            raise TypeError(f"token_ids: expected integers, got {ids.dtype}")
+        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 32):
+            raise ValueError(f"token_ids: expected ids in [0, 2**32), got {int(ids.min())} to {int(ids.max())}")
+        ids = np.array(ids, dtype=np.int64)
+        ids.flags.writeable = False
+        object.__setattr__(self, "token_ids", ids)
+        object.__setattr__(self, "items", checked_items(self.items))
+        for name in REQUEST_FIELDS:
+            if getattr(self, name) is not None:
+                _field_value(name, getattr(self, name))
+        ends = (item.offset + item.length for item in self.items)
+        object.__setattr__(self, "end_of_items", min(len(ids), max(ends, default=0)))
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    def cuts(self, chunk_tokens: int, whole: int = 1) -> list[int]:
+        """The token counts, ascending, at which this prompt has keys: every multiple of `chunk_tokens`, the last
+        item's end and the prompt's end, these two rounded down to a multiple of `whole` tokens."""
+        n = len(self)
+        ends = {n // whole * whole, self.end_of_items // whole * whole} - {0}
+        return sorted({*range(chunk_tokens, n + 1, chunk_tokens), *ends})

@@ -1,0 +1,151 @@
+"""The specification: every operation in plain torch, numpy and the `blake3` package, written to be read.
+
+Kernels and their host twins are compared with this file bit by bit. Nothing else uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+from lmcache_mm.layout import KVLayout
+from lmcache_mm.prompt import Item
+
+MASK63 = (1 << 63) - 1
+
+
+def _str(text: str) -> bytes:
+    encoded = text.encode()
+    return len(encoded).to_bytes(4, "little") + encoded
+
+
+def _material(item: Item) -> bytes:
+    return _str(item.modality) + _str(item.identifier)
+
+
+def lanes(item: Item, first: int, count: int) -> list[int]:
+    """lane(item, j) for j in [first, first + count): words of the extended output, read at any j."""
+    output = blake3(_material(item), derive_key_context="lmcache_mm v1 item").digest(length=8 * count, seek=8 * first)
+    return [int.from_bytes(output[8 * k : 8 * k + 8], "little") for k in range(count)]
+
+
+def item_digest(item: Item) -> bytes:
+    return blake3(_material(item), derive_key_context="lmcache_mm v1 item digest").digest()
+
+
+def content_ids(token_ids: Sequence[int], items: Sequence[Item]) -> list[int]:
+    """The unsigned 64-bit id of every position."""
+    n = len(token_ids)
+    sums = [int(t) for t in token_ids]
+    covered = [False] * n
+    for item in items:
+        end = min(item.offset + item.length, n)
+        for p, lane in zip(range(item.offset, end), lanes(item, 0, max(0, end - item.offset)), strict=True):
+            sums[p] += lane
+            covered[p] = True
+    return [1 << 63 | (s & MASK63) if c else s for s, c in zip(sums, covered, strict=True)]
+
+
+def items_chain(items: Sequence[Item], end: int) -> bytes:
+    """T of the prefix of `end` tokens."""
+    chain = bytes(32)
+    begun = [item for item in items if item.offset < end]
+    for item in sorted(begun, key=lambda i: (i.offset, i.length, item_digest(i))):
+        link = chain + item_digest(item) + item.offset.to_bytes(8, "little") + item.length.to_bytes(8, "little")
+        chain = blake3(link, derive_key_context="lmcache_mm v1 items").digest()
+    return chain
+
+
+def prefix_keys(token_ids: Sequence[int], items: Sequence[Item], root: bytes, cuts: Sequence[int]) -> torch.Tensor:
+    """uint8 [len(cuts), 32]."""
+    words = b"".join(i.to_bytes(8, "little") for i in content_ids(token_ids, items))
+    keys = []
+    for end in cuts:
+        prefix_hash = blake3(words[: 8 * end], key=root).digest()
+        keys.append(blake3(prefix_hash + items_chain(items, end), key=root).digest())
+    return torch.tensor([list(key) for key in keys], dtype=torch.uint8).reshape(len(keys), 32)
+
+
+def apply_mm_hashes_to_token_ids(token_ids: torch.Tensor, items: Sequence[Item]) -> torch.Tensor:
+    """A new int64 tensor, the content ids in two's complement."""
+    ids = content_ids(token_ids.tolist(), items)
+    return torch.tensor([i - (1 << 64) if i >> 63 else i for i in ids], dtype=torch.int64)
+
+
+def checksum(payload: torch.Tensor) -> int:
+    """The payload checksum, version 1, as a signed 64-bit integer. payload: uint8, 1-D."""
+    total = len(payload) * 0x9FB21C651E98DF25
+    padded = bytes(payload.tolist()) + bytes(-len(payload) % 16)
+    for index in range(len(padded) // 16):
+        low = int.from_bytes(padded[16 * index : 16 * index + 8], "little")
+        high = int.from_bytes(padded[16 * index + 8 : 16 * index + 16], "little")
+        x = low ^ ((0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03) % 2**64)
+        y = high ^ ((0xC2B2AE3D27D4EB4F + index * 0x8CB92BA72F3D8DD7) % 2**64)
+        product = x * y
+        total += (product ^ (product >> 64)) % 2**64
+    total %= 2**64
+    return total - 2**64 if total >> 63 else total
+
+
+def page_addresses(layout: KVLayout) -> np.ndarray:
+    """int64 [page byte]: where each byte of a page lies behind the page's beginning."""
+    runs = np.arange(layout.runs, dtype=np.int64)[:, None] * layout.run_stride
+    return (runs + np.arange(layout.run_bytes, dtype=np.int64)).reshape(-1)
+
+
+def page_slots(layout: KVLayout) -> np.ndarray:
+    """int64 [page byte]: the slot each byte of a page belongs to. Not for opaque layouts."""
+    return np.arange(layout.page_bytes, dtype=np.int64) // layout.token_bytes % layout.page_tokens
+
+
+def gather_pages(layout: KVLayout, memory: torch.Tensor, block_ids: Sequence[int], tokens: int) -> torch.Tensor:
+    """uint8 payload [plane][page][page byte]. memory: uint8, 1-D, the bytes that contain every plane."""
+    origin = memory.data_ptr()
+    payload = torch.zeros(len(layout.planes), len(block_ids), layout.page_bytes, dtype=torch.uint8)
+    inside = torch.from_numpy(page_addresses(layout))
+    for i, plane in enumerate(layout.planes):
+        for k, block in enumerate(block_ids):
+            if 0 <= block < layout.num_pages:
+                payload[i, k] = memory[plane - origin + block * layout.page_stride + inside]
+            if not layout.opaque:
+                payload[i, k, torch.from_numpy(page_slots(layout) >= tokens - k * layout.page_tokens)] = 0
+    return payload.reshape(-1)
+
+
+def scatter_pages(layout: KVLayout, memory: torch.Tensor, block_ids: Sequence[int], payload: torch.Tensor) -> None:
+    origin = memory.data_ptr()
+    pages = payload.reshape(len(layout.planes), len(block_ids), layout.page_bytes)
+    inside = torch.from_numpy(page_addresses(layout))
+    for i, plane in enumerate(layout.planes):
+        for k, block in enumerate(block_ids):
+            if 0 <= block < layout.num_pages:
+                memory[plane - origin + block * layout.page_stride + inside] = pages[i, k]
+
+
+def row_addresses(layout: KVLayout, slot: int) -> torch.Tensor:
+    """int64 [row byte]: where each byte of a slot's row lies behind a plane's beginning."""
+    in_page = page_addresses(layout)[page_slots(layout) == slot % layout.page_tokens]
+    return torch.from_numpy(slot // layout.page_tokens * layout.page_stride + in_page)
+
+
+def gather_tokens(layout: KVLayout, memory: torch.Tensor, slots: Sequence[int]) -> torch.Tensor:
+    """uint8 payload [plane][token][row byte]."""
+    origin = memory.data_ptr()
+    payload = torch.zeros(len(layout.planes), len(slots), layout.row_bytes, dtype=torch.uint8)
+    for i, plane in enumerate(layout.planes):
+        for k, slot in enumerate(slots):
+            if 0 <= slot < layout.num_pages * layout.page_tokens:
+                payload[i, k] = memory[plane - origin + row_addresses(layout, slot)]
+    return payload.reshape(-1)
+
+
+def scatter_tokens(layout: KVLayout, memory: torch.Tensor, slots: Sequence[int], payload: torch.Tensor) -> None:
+    origin = memory.data_ptr()
+    rows = payload.reshape(len(layout.planes), len(slots), layout.row_bytes)
+    for i, plane in enumerate(layout.planes):
+        for k, slot in enumerate(slots):
+            if 0 <= slot < layout.num_pages * layout.page_tokens:
+                memory[plane - origin + row_addresses(layout, slot)] = rows[i, k]

@@ -1,0 +1,141 @@
+"""mem://: records in one preallocated buffer of this process, the least recently used evicted first."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left, insort
+from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from lmcache_mm.ops import checksum
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores import Buffer
+
+ALIGNMENT = 64  # a payload begins on a cache line
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    begin: int
+    bytes: int
+    checksum: int
+
+    @property
+    def end(self) -> int:
+        """Where the next record may begin."""
+        return self.begin + max(ALIGNMENT, -(-self.bytes // ALIGNMENT) * ALIGNMENT)
+
+
+class MemStore:
+    """See `Store`. `capacity`: bytes of the buffer, a multiple of 64 of which is used."""
+
+    def __init__(self, capacity: int) -> None:
+        if capacity < ALIGNMENT:
+            raise ValueError(f"capacity: expected at least {ALIGNMENT} bytes, got {capacity}")
+        self._buffer = torch.empty(capacity // ALIGNMENT * ALIGNMENT, dtype=torch.uint8)
+        self._records: OrderedDict[bytes, _Record] = OrderedDict()  # the next to be evicted first
+        self._gaps = [(0, len(self._buffer))]  # free (begin, end), ascending, never adjacent
+        self._counts: Counter[str] = Counter(
+            dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions"), 0)
+        )
+        self._lock = threading.Lock()
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        with self._lock:
+            return [key in self._records for key in keys]
+
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[bool]:
+        with self._lock:
+            found = [self._get(key, _bytes(buffer)) for key, buffer in zip(keys, buffers, strict=True)]
+            self._touch(keys)
+        return found
+
+    def _get(self, key: bytes, out: torch.Tensor) -> bool:
+        record = self._records.get(key)
+        if record is None or record.bytes != len(out):
+            self._counts["misses"] += 1
+            return False
+        out.copy_(self._buffer[record.begin : record.begin + record.bytes])
+        if checksum(out) != record.checksum:
+            self._counts["corrupt"] += 1
+            self._remove(key)
+            return False
+        self._counts["hits"] += 1
+        return True
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+    ) -> None:
+        with self._lock:
+            for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
+                payload = _bytes(buffer)
+                if key not in self._records:
+                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i])
+            self._touch(keys)
+
+    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int) -> None:
+        size = _Record(0, len(payload), 0).end
+        if size > len(self._buffer):
+            self._counts["dropped_puts"] += 1
+            return
+        while (gap := next((gap for gap in self._gaps if gap[1] - gap[0] >= size), None)) is None:
+            self._remove(next(iter(self._records)))
+            self._counts["evictions"] += 1
+        self._gaps.remove(gap)
+        if gap[1] - gap[0] > size:
+            insort(self._gaps, (gap[0] + size, gap[1]))
+        self._buffer[gap[0] : gap[0] + len(payload)] = payload
+        self._records[key] = _Record(gap[0], len(payload), payload_checksum)
+        self._counts["puts"] += 1
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        # Keys come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
+        for key in reversed(keys):
+            if key in self._records:
+                self._records.move_to_end(key)
+
+    def _remove(self, key: bytes) -> None:
+        record = self._records.pop(key)
+        begin, end = record.begin, record.end
+        i = bisect_left(self._gaps, (begin, end))
+        if i < len(self._gaps) and self._gaps[i][0] == end:
+            end = self._gaps.pop(i)[1]
+        if i and self._gaps[i - 1][1] == begin:
+            begin = self._gaps.pop(i - 1)[0]
+        insort(self._gaps, (begin, end))
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            for key in keys:
+                if key in self._records:
+                    self._remove(key)
+
+    def flush(self) -> None:
+        """Every put is visible when it returns."""
+
+    def stats(self) -> Mapping[str, int]:
+        with self._lock:
+            used = len(self._buffer) - sum(end - begin for begin, end in self._gaps)
+            sizes = {"capacity_bytes": len(self._buffer), "used_bytes": used, "records": len(self._records)}
+            return {**self._counts, **sizes}
+
+    def close(self) -> None:
+        with self._lock:
+            self._records.clear()
+            self._gaps = []
+            self._buffer = torch.empty(0, dtype=torch.uint8)
+
+
+def _bytes(buffer: Buffer) -> torch.Tensor:
+    view = np.frombuffer(buffer, dtype=np.uint8)
+    return torch.from_numpy(view if view.flags.writeable else view.copy())

@@ -1,0 +1,80 @@
+"""Builds lmcache_mm._C with CMake and ninja.
+
+LMCACHE_MM_CUDA=AUTO|ON|OFF   AUTO (default): CUDA kernels if nvcc is found; ON: fail without it; OFF: CPU ops only
+LMCACHE_MM_CUDA_ARCHS=80;90   compute capabilities to build for (default 80;90;100)
+CUDACXX, CUDA_HOME            where nvcc is, if not on PATH or in /usr/local/cuda
+
+The version's local label says what was built: 0.1.0+cu130 has CUDA kernels, 0.1.0+cpu has not.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+VERSION = "0.1.0"
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    candidates += [f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((c for c in candidates if c and shutil.which(c)), None)
+
+
+def cuda_compiler() -> tuple[str | None, str]:
+    """(nvcc or None for a CPU build, local version label)."""
+    wanted = os.environ.get("LMCACHE_MM_CUDA", "AUTO").upper()
+    if wanted not in ("AUTO", "ON", "OFF"):
+        sys.exit(f"LMCACHE_MM_CUDA: expected AUTO, ON or OFF, got {wanted!r}")
+    nvcc = None if wanted == "OFF" else find_nvcc()
+    if nvcc is None:
+        if wanted == "ON":
+            sys.exit("LMCACHE_MM_CUDA=ON: no nvcc found; put it on PATH or set CUDACXX or CUDA_HOME")
+        return None, "cpu"
+    version = subprocess.run([nvcc, "--version"], check=False, capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    if release is None or int(release[1]) < 12:
+        found = f"{nvcc} is release {release[0].split()[1]}" if release else f"{nvcc} --version is not understood"
+        if wanted == "ON":
+            sys.exit(f"LMCACHE_MM_CUDA=ON: CUDA 12.0 or newer is needed, {found}")
+        print(f"lmcache_mm: CUDA 12.0 or newer is needed, {found}: CPU ops only")
+        return None, "cpu"
+    return nvcc, f"cu{release[1]}{release[2]}"
+
+
+NVCC, LABEL = cuda_compiler()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build = Path(self.build_temp).resolve() / LABEL
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DLMCACHE_MM_CUDA={'ON' if NVCC else 'OFF'}",
+        ]
+        if NVCC:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
+            if archs := os.environ.get("LMCACHE_MM_CUDA_ARCHS"):
+                configure.append(f"-DLMCACHE_MM_CUDA_ARCHS={archs.replace(',', ';').replace(' ', ';')}")
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build)], check=True)
+        print(f"lmcache_mm: built with {'CUDA kernels, ' + NVCC if NVCC else 'CPU ops only'}")
+
+
+setup(
+    version=f"{VERSION}+{LABEL}",
+    ext_modules=[Extension("lmcache_mm._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

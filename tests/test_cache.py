@@ -1,0 +1,314 @@
+"""KVCache over mem://: what is hit, what is restored, and that nothing is restored wrongly."""
+
+import threading
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lmcache_mm as lmc
+from lmcache_mm.stores import open_store
+
+PAGE, CHUNK = 4, 16
+NAMESPACE = lmc.Namespace(model="m", dtype="float32")
+
+
+@dataclass
+class Engine:
+    """A cache of pages whose KV says which prompt and position it was computed for."""
+
+    pages: int = 64
+    store: object = "mem://?capacity=4MiB"
+    opaque: bool = False
+    opaque_tails: bool = False
+    namespace: lmc.Namespace = NAMESPACE
+
+    def __post_init__(self):
+        self.kv = torch.full((2, self.pages, PAGE, 6), float("nan"))
+        self.layout = lmc.KVLayout.from_tensors(
+            [self.kv[0], self.kv[1]],
+            page_tokens=PAGE,
+            page_dim=0,
+            token_dim=None if self.opaque else 1,
+            opaque=self.opaque,
+        )
+        self.cache = lmc.KVCache(self.layout, self.store, self.namespace, CHUNK, self.opaque_tails)
+
+    def block_ids(self, n, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(self.pages, generator=generator)[: -(-n // PAGE)]
+
+    def compute(self, n, block_ids, value):
+        for p in range(n):
+            self.kv[:, block_ids[p // PAGE], p % PAGE] = value + p / 1024
+
+    def restored(self, n, block_ids, value):
+        """How many tokens from the first on hold what `compute` wrote."""
+        for p in range(n):
+            if not (self.kv[:, block_ids[p // PAGE], p % PAGE] == value + p / 1024).all():
+                return p
+        return n
+
+
+def prompt(text=50, image="a", length=20, tail=13, question=5, **request):
+    ids = [1] * text + [9] * length + [question] * tail
+    return lmc.Prompt(ids, [lmc.Item(image, text, length)], **request)
+
+
+def stored(engine, p, value=1.0):
+    ids = engine.block_ids(len(p), seed=1)
+    engine.compute(len(p), ids, value)
+    count = engine.cache.store(p, ids).wait()
+    engine.kv.fill_(float("nan"))
+    return count
+
+
+def retrieved(engine, p, value=1.0, hit=None):
+    ids = engine.block_ids(len(p), seed=2)
+    got = engine.cache.retrieve(p, ids, hit).wait()
+    assert engine.restored(len(p), ids, value) >= got
+    return got
+
+
+@pytest.fixture
+def engine():
+    engine = Engine()
+    yield engine
+    engine.cache.close()
+
+
+def test_the_same_prompt_is_hit_whole_and_restored(engine):
+    p = prompt()
+    assert engine.cache.match(p) == 0
+    assert stored(engine, p) == 64 + 70 - 64 + 83 - 80 + 16  # chunks to 80, the image's end 70, the tail 83
+    assert engine.cache.match(prompt()) == len(p) == 83
+    assert retrieved(engine, p) == 83
+
+
+def test_another_image_is_hit_up_to_the_last_chunk_before_it(engine):
+    stored(engine, prompt())
+    assert engine.cache.match(prompt(image="b")) == 48
+
+
+def test_another_question_is_hit_up_to_the_end_of_the_image(engine):
+    stored(engine, prompt())
+    other = prompt(question=6)
+    assert engine.cache.match(other) == 70
+    assert retrieved(engine, other) == 70
+
+
+def test_a_small_image_in_the_first_chunk_is_hit_too(engine):
+    stored(engine, prompt(text=2, length=5, tail=3))
+    assert engine.cache.match(prompt(text=2, length=5, tail=4, question=8)) == 7
+
+
+def test_other_text_before_the_image_hits_nothing(engine):
+    stored(engine, prompt())
+    ids = [2] * 50 + [9] * 20 + [5] * 13
+    assert engine.cache.match(lmc.Prompt(ids, [lmc.Item("a", 50, 20)])) == 0
+
+
+def test_a_prompt_whose_ids_alone_are_equal_hits_nothing(engine):
+    stored(engine, prompt(text=0))
+    assert engine.cache.match(lmc.Prompt([9] * 20 + [5] * 13)) == 0
+
+
+def test_storing_again_stores_only_what_is_new(engine):
+    p = prompt()
+    stored(engine, p)
+    assert stored(engine, p) == 0
+    longer = lmc.Prompt([*p.token_ids.tolist(), *[7] * 20], p.items)
+    assert stored(engine, longer) == 16 + 7  # the chunk [80, 96) and the tail [96, 103)
+
+
+@pytest.mark.parametrize("a, b", [({"salt": "x"}, {"salt": "y"}), ({"lora": "x"}, {}), ({"prompt_embeds": "x"}, {})])
+def test_tenants_loras_and_prompt_embeddings_share_nothing(engine, a, b):
+    stored(engine, prompt(**a))
+    assert engine.cache.match(prompt(**b)) == 0
+    assert engine.cache.match(prompt(**a)) == 83
+
+
+def test_two_namespaces_share_a_store_but_no_records():
+    store = open_store("mem://?capacity=1MiB")
+    one, two = Engine(store=store), Engine(store=store, namespace=lmc.Namespace(model="other"))
+    stored(one, prompt())
+    assert two.cache.match(prompt()) == 0
+    one.cache.close()
+    assert len(store.contains([bytes(36)])) == 1  # an open store that was handed in stays open
+    assert one.cache.match(prompt()) == 83
+
+
+def test_less_than_the_hit_may_be_retrieved_and_ends_at_a_cut(engine):
+    p = prompt()
+    stored(engine, p)
+    assert retrieved(engine, p, hit=0) == 0
+    assert retrieved(engine, p, hit=16) == 16
+    assert retrieved(engine, p, hit=69) == 64
+    assert retrieved(engine, p, hit=70) == 70
+
+
+def test_slots_past_the_tail_are_zero_after_a_retrieve(engine):
+    p = prompt()
+    stored(engine, p)
+    ids = engine.block_ids(len(p), seed=3)
+    assert engine.cache.retrieve(p, ids).wait() == 83
+    assert (engine.kv[:, ids[83 // PAGE], 83 % PAGE :] == 0).all()
+
+
+def test_pages_beside_the_prompt_are_never_touched(engine):
+    p = prompt()
+    stored(engine, p)
+    ids = engine.block_ids(len(p), seed=3)
+    assert retrieved(engine, p) == 83
+    engine.kv.fill_(float("nan"))
+    engine.cache.retrieve(p, ids).wait()
+    others = [page for page in range(engine.pages) if page not in ids.tolist()]
+    assert engine.kv[:, others].isnan().all()
+
+
+def test_skipped_pages_are_left_alone_by_a_retrieve_and_kept_out_of_a_store(engine):
+    p = prompt()
+    stored(engine, p)
+    ids = engine.block_ids(len(p), seed=4)
+    ids[:4] = -1
+    assert engine.cache.retrieve(p, ids).wait() == 83
+    fresh = lmc.Prompt([2] * 83)
+    assert engine.cache.store(fresh, ids).wait() == 83 - 16
+    assert engine.cache.match(fresh) == 0
+
+
+def test_opaque_pages_are_hit_up_to_whole_pages():
+    engine = Engine(opaque=True)
+    stored(engine, prompt())
+    assert engine.cache.match(prompt()) == 80
+    assert engine.cache.match(prompt(question=6)) == 68
+    assert retrieved(engine, prompt()) == 80
+
+
+def test_opaque_tails_are_stored_whole_on_request():
+    engine = Engine(opaque=True, opaque_tails=True)
+    stored(engine, prompt())
+    assert engine.cache.match(prompt()) == 83
+    assert retrieved(engine, prompt()) == 83
+
+
+def test_a_damaged_record_ends_the_restored_prefix_before_it(engine):
+    p = prompt()
+    stored(engine, p)
+    keys = list(engine.cache.backend._records)
+    record = engine.cache.backend._records[
+        keys[-3]
+    ]  # the least recently used is last of the prompt, the first is newest
+    engine.cache.backend._buffer[record.begin + 5] ^= 0x10
+    ids = engine.block_ids(len(p), seed=2)
+    got = engine.cache.retrieve(p, ids).wait()
+    assert got == 32
+    assert engine.restored(len(p), ids, 1.0) == 32
+    assert engine.cache.backend.stats()["corrupt"] == 1
+    assert engine.cache.match(p) == 32
+
+
+def test_a_record_gone_between_match_and_retrieve_is_no_exception(engine):
+    p = prompt()
+    stored(engine, p)
+    hit = engine.cache.match(p)
+    engine.cache.backend.delete(list(engine.cache.backend._records)[:2])
+    assert retrieved(engine, p, hit=hit) in (64, 70)
+
+
+def test_prompts_larger_than_the_staging_memory_go_in_steps(monkeypatch):
+    monkeypatch.setattr("lmcache_mm.cache.STAGING_BYTES", 1)
+    engine = Engine()
+    p = prompt()
+    assert stored(engine, p) > 0
+    assert retrieved(engine, p) == 83
+    engine.cache.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_is_restored_is_always_what_the_same_prompt_computed(data):
+    """Random prompts that share prefixes and images, in a store that evicts; each KV value names its prefix."""
+    engine = Engine(store="mem://?capacity=20KiB", pages=40)
+    values: dict[tuple, float] = {}
+
+    def value_at(p, position):
+        items = tuple((i.identifier, i.offset, i.length) for i in p.items if i.offset <= position)
+        return values.setdefault((*p.token_ids[: position + 1].tolist(), items, p.salt), float(len(values) + 1))
+
+    for step in range(data.draw(st.integers(2, 8))):
+        n = data.draw(st.integers(0, 60))
+        ids = [data.draw(st.sampled_from([0, 1])) if p % 17 == 0 else 3 for p in range(n)]
+        item = st.builds(lmc.Item, st.sampled_from("ab"), st.sampled_from([0, 3, 16]), st.sampled_from([0, 8, 20]))
+        p = lmc.Prompt(ids, data.draw(st.lists(item, max_size=2)), salt=data.draw(st.sampled_from([None, "s"])))
+        block_ids = engine.block_ids(n, seed=step)
+        engine.kv.fill_(float("nan"))
+        hit = engine.cache.match(p)
+        assert engine.cache.retrieve(p, block_ids, hit).wait() == hit
+        for position in range(n):
+            slot = engine.kv[:, block_ids[position // PAGE], position % PAGE]
+            if position < hit:
+                assert (slot == value_at(p, position)).all()
+            slot.fill_(value_at(p, position))
+        engine.cache.store(p, block_ids).wait()
+    engine.cache.close()
+
+
+def test_many_threads_share_one_cache(engine):
+    prompts = [prompt(image=str(i)) for i in range(8)]
+    for i, p in enumerate(prompts):
+        stored(engine, p, value=float(i))
+    wrong = []
+
+    def match_all():
+        for _ in range(20):
+            wrong.extend(p for p in prompts if engine.cache.match(p) != 83)
+
+    threads = [threading.Thread(target=match_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_jobs_can_be_asked_and_waited_for(engine):
+    job = engine.cache.store(prompt(), engine.block_ids(83))
+    job.wait(timeout_s=30)
+    assert job.done()
+
+
+def test_an_empty_prompt_and_no_blocks_are_valid(engine):
+    empty = lmc.Prompt([])
+    assert engine.cache.match(empty) == 0
+    assert engine.cache.store(empty, []).wait() == 0
+    assert engine.cache.retrieve(empty, []).wait() == 0
+
+
+@pytest.mark.parametrize(
+    "call, error, text",
+    [
+        (lambda e: e.cache.match([1, 2]), TypeError, "prompt: expected lmcache_mm.Prompt, got list"),
+        (lambda e: e.cache.store(prompt(), [0]), ValueError, "block_ids: expected 21 pages for 83 tokens, got 1"),
+        (lambda e: e.cache.store(prompt(), [64] * 21), ValueError, r"block_ids: expected ids in \[0, 64\).* got 64"),
+        (lambda e: e.cache.store(prompt(), [-2] * 21), ValueError, "block_ids: .* got -2"),
+        (lambda e: e.cache.store(prompt(), [0.5] * 21), TypeError, "block_ids: expected integers, got float64"),
+        (lambda e: e.cache.retrieve(prompt(), [0] * 21, 84), ValueError, "hit: expected at most the prompt's 83"),
+        (lambda e: e.cache.retrieve(prompt(), [0] * 21, -1), ValueError, "hit: expected an integer in"),
+        (lambda e: lmc.KVCache(e.layout, "mem://?capacity=1MiB", NAMESPACE, 18), ValueError, "chunk_tokens: .* got 18"),
+        (lambda e: lmc.KVCache(e.layout, "mem://?capacity=1MiB", NAMESPACE, 0), ValueError, "chunk_tokens: .* got 0"),
+        (lambda e: lmc.KVCache(e.layout, "mem://", NAMESPACE), ValueError, "store: capacity is missing"),
+        (
+            lambda e: lmc.KVCache(e.layout, "mem://?capacity=1MiB", NAMESPACE.with_layout(b"")),
+            ValueError,
+            "layout: the",
+        ),
+        (lambda e: lmc.KVCache(e.layout, "mem://?capacity=1MiB", {}), TypeError, "namespace: expected"),
+        (lambda e: lmc.KVCache(e.kv, "mem://?capacity=1MiB", NAMESPACE), TypeError, "layout: expected"),
+    ],
+)
+def test_bad_arguments_are_refused(engine, call, error, text):
+    with pytest.raises(error, match=text):
+        call(engine)
