@@ -21,28 +21,6 @@ std::vector<Item> to_items(const py::iterable& items) {
   return out;
 }
 
-// Owns the table of plane addresses that a PagedLayout points to.
-struct Layout {
-  std::vector<u8*> planes;
-  PagedLayout view;
-
-  Layout(const std::vector<u64>& plane_addresses, u64 num_pages, u64 page_stride, u64 page_bytes, u64 run_bytes,
-         u64 run_stride, u64 page_tokens, u64 token_bytes)
-      : view{nullptr,
-             plane_addresses.size(),
-             num_pages,
-             page_stride,
-             run_stride,
-             Divisor(page_bytes),
-             Divisor(run_bytes),
-             Divisor(page_tokens),
-             Divisor(token_bytes ? token_bytes : page_bytes),
-             token_bytes == 0} {
-    for (const u64 address : plane_addresses) planes.push_back(reinterpret_cast<u8*>(address));
-    view.planes = planes.data();
-  }
-};
-
 std::vector<Chunk> to_chunks(const py::iterable& chunks) {
   std::vector<Chunk> out;
   for (const py::handle chunk : chunks) {
@@ -52,6 +30,12 @@ std::vector<Chunk> to_chunks(const py::iterable& chunks) {
   return out;
 }
 
+#ifdef LMCACHE_MM_CUDA
+cuda::Launch to_launch(int device, u64 stream, u64 workspace, u32 max_blocks = 0) {
+  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace), max_blocks};
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -59,9 +43,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = LMCACHE_MM_CUDA_VERSION;
   m.attr("cuda_archs") = LMCACHE_MM_CUDA_ARCHS;
 
-  py::class_<Layout, std::shared_ptr<Layout>>(m, "Layout")
-      .def(py::init<const std::vector<u64>&, u64, u64, u64, u64, u64, u64, u64>(), py::arg("planes"),
-           py::arg("num_pages"), py::arg("page_stride"), py::arg("page_bytes"), py::arg("run_bytes"),
+  py::class_<PagedCache, std::shared_ptr<PagedCache>>(m, "PagedCache")
+      .def(py::init([](const std::vector<u64>& planes, u64 num_pages, u64 page_stride, u64 page_bytes, u64 run_bytes,
+                       u64 run_stride, u64 page_tokens, u64 token_bytes) {
+             PagedCache cache{{}, num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes};
+             for (const u64 address : planes) cache.planes.push_back(reinterpret_cast<u8*>(address));
+             return cache;
+           }),
+           py::arg("planes"), py::arg("num_pages"), py::arg("page_stride"), py::arg("page_bytes"), py::arg("run_bytes"),
            py::arg("run_stride"), py::arg("page_tokens"), py::arg("token_bytes"));
 
   m.def(
@@ -89,22 +78,22 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "gather",
-      [](const Layout& layout, bool token_mode, const py::iterable& chunks, u64 checksums) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums) {
         const std::vector<Chunk> list = to_chunks(chunks);
         py::gil_scoped_release release;
-        cpu::gather(layout.view, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums));
+        cpu::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums));
       },
-      py::arg("layout"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"));
 
   m.def(
       "scatter",
-      [](const Layout& layout, bool token_mode, const py::iterable& chunks, u64 expected, u64 matches) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 expected, u64 matches) {
         const std::vector<Chunk> list = to_chunks(chunks);
         py::gil_scoped_release release;
-        cpu::scatter(layout.view, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<const u64*>(expected),
+        cpu::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<const u64*>(expected),
                      reinterpret_cast<bool*>(matches));
       },
-      py::arg("layout"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"));
 
   m.def(
       "checksum",
@@ -113,4 +102,70 @@ PYBIND11_MODULE(_C, m) {
         return static_cast<i64>(cpu::checksum(reinterpret_cast<const u8*>(payload), bytes));
       },
       py::arg("payload"), py::arg("bytes"));
+
+#ifdef LMCACHE_MM_CUDA
+  // The workspace is a tensor of the caller's, so that it is freed in the order of the stream: `allocate(bytes)` makes
+  // it and returns its address.
+  m.def(
+      "cuda_apply_mm_hashes_to_token_ids",
+      [](u64 token_ids, u64 count, const py::iterable& items, int device, u64 stream, const py::function& allocate) {
+        const ItemTable table(to_items(items));
+        const u64 workspace = allocate(cuda::apply_mm_hashes_to_token_ids_workspace_bytes(table)).cast<u64>();
+        py::gil_scoped_release release;
+        cuda::apply_mm_hashes_to_token_ids(reinterpret_cast<i64*>(token_ids), count, table,
+                                           to_launch(device, stream, workspace));
+      },
+      py::arg("token_ids"), py::arg("count"), py::arg("items"), py::arg("device"), py::arg("stream"),
+      py::arg("allocate"));
+
+  m.def(
+      "cuda_prefix_keys",
+      [](u64 token_ids, u64 count, bool wide, const py::iterable& items, const std::string& root, u64 cuts,
+         u64 num_cuts, u64 keys, int device, u64 stream, const py::function& allocate) {
+        const ItemTable table(to_items(items));
+        const u64* first = reinterpret_cast<const u64*>(cuts);
+        const u64 workspace = allocate(cuda::prefix_keys_workspace_bytes(count, table, num_cuts)).cast<u64>();
+        py::gil_scoped_release release;
+        cuda::prefix_keys({reinterpret_cast<const void*>(token_ids), count, wide}, table,
+                          reinterpret_cast<const u8*>(root.data()), {first, first + num_cuts},
+                          reinterpret_cast<u8*>(keys), to_launch(device, stream, workspace));
+      },
+      py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("items"), py::arg("root"), py::arg("cuts"),
+      py::arg("num_cuts"), py::arg("keys"), py::arg("device"), py::arg("stream"), py::arg("allocate"));
+
+  m.def(
+      "cuda_gather",
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
+         u64 stream, const py::function& allocate, u32 max_blocks) {
+        const std::vector<Chunk> list = to_chunks(chunks);
+        if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
+        const u64 workspace = allocate(cuda::copy_workspace_bytes(cache, list, host_ids)).cast<u64>();
+        py::gil_scoped_release release;
+        cuda::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
+                     to_launch(device, stream, workspace, max_blocks));
+      },
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
+      py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
+
+  m.def(
+      "cuda_scatter",
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 expected, u64 matches,
+         int device, u64 stream, const py::function& allocate, u32 max_blocks) {
+        const std::vector<Chunk> list = to_chunks(chunks);
+        if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
+        const u64 workspace = allocate(cuda::copy_workspace_bytes(cache, list, host_ids)).cast<u64>();
+        py::gil_scoped_release release;
+        cuda::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids,
+                      reinterpret_cast<const u64*>(expected), reinterpret_cast<bool*>(matches),
+                      to_launch(device, stream, workspace, max_blocks));
+      },
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("expected"),
+      py::arg("matches"), py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
+
+  m.def("cuda_devices", [] {
+    std::string why;
+    const int count = cuda::device_count(why);
+    return std::make_tuple(count, why);
+  });
+#endif
 }

@@ -1,49 +1,58 @@
-// Where each byte of a payload lies in a paged cache: all index arithmetic of gather and scatter, host and device.
+// Where each piece of a payload lies in a paged cache: all index arithmetic of gather and scatter, host and device.
+//
+// Sizes and positions count units of 1, 4 or 16 bytes, chosen once a call; `Index` is u32 where they fit, else u64.
 #pragma once
+
+#include <vector>
 
 #include "checksum.h"
 
 namespace lmc {
 
-// Division of n < 2^62 by a fixed d >= 1 with one high multiplication. With s = ceil(log2 d) and
-// m = floor(2^(62+s) / d) + 1, floor(n m / 2^(62+s)) is exact, since n (m d - 2^(62+s)) < 2^(62+s).
+LMC_HOST_DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>(static_cast<u64>(a) * b >> 32); }
+
+// Division of n < 2^(w-2) by a fixed d in [1, 2^(w-2)), w the width of Index, with one high multiplication. With
+// s = ceil(log2 d) and m = floor(2^(w-2+s) / d) + 1, floor(n m / 2^(w-2+s)) is exact: n (m d - 2^(w-2+s)) < 2^(w-2+s).
+template <typename Index>
 struct Divisor {
-  u64 d = 1;
-  u64 m = (u64{1} << 62) + 1;
+  Index d = 1;
+  Index m = 0;
   u32 s = 0;
 
+  static constexpr u32 kBits = 8 * sizeof(Index) - 2;
+
   Divisor() = default;
-  explicit Divisor(u64 divisor) : d(divisor) {
-    while ((u64{1} << s) < d) ++s;
-    m = static_cast<u64>((static_cast<unsigned __int128>(1) << (62 + s)) / d) + 1;
+  explicit Divisor(u64 divisor) : d(static_cast<Index>(divisor)) {
+    while ((u64{1} << s) < divisor) ++s;
+    m = static_cast<Index>((static_cast<unsigned __int128>(1) << (kBits + s)) / divisor + 1);
   }
-  LMC_HOST_DEVICE u64 divide(u64 n) const { return multiply_high(n << 2, m) >> s; }
-  LMC_HOST_DEVICE u64 divide(u64 n, u64& remainder) const {
-    const u64 q = divide(n);
+  LMC_HOST_DEVICE Index divide(Index n) const { return multiply_high(static_cast<Index>(n << 2), m) >> s; }
+  LMC_HOST_DEVICE Index divide(Index n, Index& remainder) const {
+    const Index q = divide(n);
     remainder = n - q * d;
     return q;
   }
 };
 
-// One paged cache, byte by byte. Plane i begins at planes[i]; page p of it at planes[i] + p * page_stride; byte x of a
-// page at (x / run_bytes) * run_stride + x % run_bytes behind that. `token_bytes` contiguous bytes of a page belong to
-// one token, and so on around: byte x belongs to slot (x / token_bytes) % page_tokens. 0: the page is opaque.
+// One paged cache. Plane i begins at planes[i], page p of it at planes[i] + p * page_stride bytes, and unit x of a page
+// (x / run) * run_stride bytes plus x % run units behind that. `token` contiguous units of a page belong to one token,
+// and so on around: unit x belongs to slot (x / token) % page_tokens.
+template <typename Index>
 struct PagedLayout {
   u8* const* planes;
-  u64 num_planes;
   u64 num_pages;
   u64 page_stride;
   u64 run_stride;
-  Divisor page_bytes;
-  Divisor run_bytes;
-  Divisor page_tokens;
-  Divisor token_bytes;
-  bool opaque;
-
-  LMC_HOST_DEVICE u64 row_bytes() const { return page_tokens.divide(page_bytes.d); }
+  Divisor<Index> page;
+  Divisor<Index> run;
+  Divisor<Index> token;  // opaque pages: the whole page, and no chunk has a tail
+  Divisor<u64> page_tokens;
+  Divisor<Index> slots;  // page_tokens again, for units
+  Divisor<Index> row;    // the units of one token in a plane
+  u32 unit_bytes;
 };
 
-// One chunk of a call. `ids`: block ids (page mode) or slots (token mode), int32 or int64.
+// One chunk of a call, as its caller names it. `ids`: block ids (page mode) or slots (token mode), int32 or int64.
 struct Chunk {
   const void* ids;
   u64 count;   // pages or tokens
@@ -51,60 +60,103 @@ struct Chunk {
   u8* payload;
   bool wide;  // ids are int64
 
-  LMC_HOST_DEVICE i64 id(u64 i) const {
-    return wide ? static_cast<const i64*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i];
+  LMC_HOST_DEVICE u64 id(u64 i) const {
+    return static_cast<u64>(wide ? static_cast<const i64*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i]);
   }
 };
 
-// A contiguous piece of the cache behind a byte of a payload; `cache` is null where the cache holds nothing for it:
-// no such page, or a slot past the tail.
+// A contiguous piece of the cache behind a unit of a payload; `cache` is null where the cache holds nothing for it: no
+// such page, or a slot past the tail.
+template <typename Index>
 struct Span {
   u8* cache;
-  u64 bytes;
+  Index units;
 };
 
-LMC_HOST_DEVICE u64 at_most(u64 a, u64 b) { return a < b ? a : b; }
+template <typename Index>
+LMC_HOST_DEVICE Index at_most(Index a, Index b) {
+  return a < b ? a : b;
+}
 
-// Page mode, payload = [plane][page][page byte]: the span behind payload byte `y`, ending within its page.
-LMC_HOST_DEVICE Span page_span(const PagedLayout& layout, const Chunk& chunk, u64 y) {
-  u64 x, in_run;
-  const u64 row = layout.page_bytes.divide(y, x);
-  const u64 plane = row / chunk.count;
-  const u64 page = row - plane * chunk.count;
-  const u64 run = layout.run_bytes.divide(x, in_run);
-  Span span{nullptr, layout.run_bytes.d - in_run};
-  const i64 block = chunk.id(page);
-  if (static_cast<u64>(block) >= layout.num_pages) return span;
+template <typename Index>
+LMC_HOST_DEVICE u8* cache_address(const PagedLayout<Index>& layout, Index plane, u64 block, Index run, Index in_run) {
+  return layout.planes[plane] + block * layout.page_stride + run * layout.run_stride +
+         static_cast<u64>(in_run) * layout.unit_bytes;
+}
+
+// Page mode, payload = [plane][page][page unit]: the span behind payload unit `y`, ending within its run. `count` is
+// the chunk's.
+template <typename Index>
+LMC_HOST_DEVICE Span<Index> page_span(const PagedLayout<Index>& layout, const Chunk& chunk, Divisor<Index> count,
+                                      Index y) {
+  Index x, page, in_run;
+  const Index plane = count.divide(layout.page.divide(y, x), page);
+  const Index run = layout.run.divide(x, in_run);
+  Span<Index> span{nullptr, layout.run.d - in_run};
+  const u64 block = chunk.id(page);
+  if (block >= layout.num_pages) return span;
   const u64 valid = chunk.tokens - page * layout.page_tokens.d;
   if (valid < layout.page_tokens.d) {
-    u64 in_token, slot;
-    layout.page_tokens.divide(layout.token_bytes.divide(x, in_token), slot);
-    if (slot >= valid) {
-      span.bytes = at_most(span.bytes, (layout.page_tokens.d - slot) * layout.token_bytes.d - in_token);
-      return span;
-    }
-    span.bytes = at_most(span.bytes, (valid - slot) * layout.token_bytes.d - in_token);
+    Index in_token, slot;
+    layout.slots.divide(layout.token.divide(x, in_token), slot);
+    const Index end = static_cast<Index>(slot < valid ? valid : layout.page_tokens.d);
+    span.units = at_most(span.units, (end - slot) * layout.token.d - in_token);
+    if (slot >= valid) return span;
   }
-  span.cache = layout.planes[plane] + block * layout.page_stride + run * layout.run_stride + in_run;
+  span.cache = cache_address(layout, plane, block, run, in_run);
   return span;
 }
 
-// Token mode, payload = [plane][token][row byte]: the span behind payload byte `y`, ending within its row.
-LMC_HOST_DEVICE Span token_span(const PagedLayout& layout, const Chunk& chunk, u64 y) {
-  const u64 row_bytes = layout.row_bytes();
-  const u64 row = y / row_bytes;
-  const u64 plane = row / chunk.count;
-  u64 in_token, slot, in_run;
-  const u64 group = layout.token_bytes.divide(y - row * row_bytes, in_token);
-  const u64 position = static_cast<u64>(chunk.id(row - plane * chunk.count));
-  Span span{nullptr, layout.token_bytes.d - in_token};
+// Token mode, payload = [plane][token][row unit]: the span behind payload unit `y`, ending within its row.
+template <typename Index>
+LMC_HOST_DEVICE Span<Index> token_span(const PagedLayout<Index>& layout, const Chunk& chunk, Divisor<Index> count,
+                                       Index y) {
+  Index r, i, in_token, in_run;
+  const Index plane = count.divide(layout.row.divide(y, r), i);
+  const Index group = layout.token.divide(r, in_token);
+  Span<Index> span{nullptr, layout.token.d - in_token};
+  const u64 position = chunk.id(i);
   if (position >= layout.num_pages * layout.page_tokens.d) return span;
+  u64 slot;
   const u64 block = layout.page_tokens.divide(position, slot);
-  const u64 x = (group * layout.page_tokens.d + slot) * layout.token_bytes.d + in_token;
-  const u64 run = layout.run_bytes.divide(x, in_run);
-  span.bytes = at_most(span.bytes, layout.run_bytes.d - in_run);
-  span.cache = layout.planes[plane] + block * layout.page_stride + run * layout.run_stride + in_run;
+  const Index x = (group * layout.slots.d + static_cast<Index>(slot)) * layout.token.d + in_token;
+  const Index run = layout.run.divide(x, in_run);
+  span.units = at_most(span.units, layout.run.d - in_run);
+  span.cache = cache_address(layout, plane, block, run, in_run);
   return span;
 }
+
+// --- Host only: a layout in bytes, as Python describes it.
+
+struct PagedCache {
+  std::vector<u8*> planes;
+  u64 num_pages;
+  u64 page_stride;
+  u64 page_bytes;
+  u64 run_bytes;
+  u64 run_stride;
+  u64 page_tokens;
+  u64 token_bytes;  // 0: opaque
+
+  u64 row_bytes() const { return page_bytes / page_tokens; }
+
+  // `plane_table`: where the addresses of the planes can be read by whoever uses the result.
+  template <typename Index>
+  PagedLayout<Index> in_units(u32 unit_bytes, u8* const* plane_table) const {
+    // A divisor that this call does not use may be no multiple of the unit; it must only not be 0.
+    const auto units = [unit_bytes](u64 bytes) { return Divisor<Index>(bytes < unit_bytes ? 1 : bytes / unit_bytes); };
+    return {plane_table,
+            num_pages,
+            page_stride,
+            run_stride,
+            units(page_bytes),
+            units(run_bytes),
+            units(token_bytes ? token_bytes : page_bytes),
+            Divisor<u64>(page_tokens),
+            Divisor<Index>(page_tokens),
+            units(row_bytes()),
+            unit_bytes};
+  }
+};
 
 }  // namespace lmc

@@ -147,16 +147,33 @@ u64 checksum(const u8* payload, u64 bytes) {
 
 namespace {
 
-u64 payload_bytes(const PagedLayout& layout, Mode mode, const Chunk& chunk) {
-  return layout.num_planes * chunk.count * (mode == Mode::kPage ? layout.page_bytes.d : layout.row_bytes());
+u64 payload_bytes(const PagedCache& cache, Mode mode, const Chunk& chunk) {
+  return cache.planes.size() * chunk.count * (mode == Mode::kPage ? cache.page_bytes : cache.row_bytes());
 }
 
-void check_ids(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& chunks) {
+// Calls copy(payload, cache or null, bytes) for every span of a chunk.
+template <typename Copy>
+void for_each_span(const PagedCache& cache, Mode mode, const Chunk& chunk, Copy copy) {
+  const PagedLayout<u64> layout = cache.in_units<u64>(1, cache.planes.data());
+  const u64 bytes = payload_bytes(cache, mode, chunk);
+  if (bytes == 0) return;
+  const Divisor<u64> count(chunk.count);
+  for (u64 y = 0; y < bytes;) {
+    const Span<u64> span =
+        mode == Mode::kPage ? page_span(layout, chunk, count, y) : token_span(layout, chunk, count, y);
+    copy(chunk.payload + y, span.cache, span.units);
+    y += span.units;
+  }
+}
+
+}  // namespace
+
+void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks) {
   const char* name = mode == Mode::kPage ? "block_ids" : "slots";
-  const u64 end = layout.num_pages * (mode == Mode::kPage ? 1 : layout.page_tokens.d);
+  const u64 end = cache.num_pages * (mode == Mode::kPage ? 1 : cache.page_tokens);
   for (std::size_t c = 0; c < chunks.size(); ++c)
     for (u64 i = 0; i < chunks[c].count; ++i) {
-      const i64 id = chunks[c].id(i);
+      const i64 id = static_cast<i64>(chunks[c].id(i));
       if (id == -1 || static_cast<u64>(id) < end) continue;
       throw std::invalid_argument(std::string(name) + (chunks.size() > 1 ? "[" + std::to_string(c) + "]" : "") + "[" +
                                   std::to_string(i) + "]: expected an id in [0, " + std::to_string(end) +
@@ -164,39 +181,26 @@ void check_ids(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& c
     }
 }
 
-Span span_at(const PagedLayout& layout, Mode mode, const Chunk& chunk, u64 y) {
-  return mode == Mode::kPage ? page_span(layout, chunk, y) : token_span(layout, chunk, y);
-}
-
-}  // namespace
-
-void gather(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& chunks, u64* checksums) {
-  check_ids(layout, mode, chunks);
+void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums) {
+  check_ids(cache, mode, chunks);
   for (const Chunk& chunk : chunks) {
-    const u64 bytes = payload_bytes(layout, mode, chunk);
-    for (u64 y = 0; y < bytes;) {
-      const Span span = span_at(layout, mode, chunk, y);
-      if (span.cache)
-        std::memcpy(chunk.payload + y, span.cache, span.bytes);
+    for_each_span(cache, mode, chunk, [](u8* payload, const u8* from, u64 bytes) {
+      if (from)
+        std::memcpy(payload, from, bytes);
       else
-        std::memset(chunk.payload + y, 0, span.bytes);
-      y += span.bytes;
-    }
-    if (checksums) *checksums++ = checksum(chunk.payload, bytes);
+        std::memset(payload, 0, bytes);
+    });
+    if (checksums) *checksums++ = checksum(chunk.payload, payload_bytes(cache, mode, chunk));
   }
 }
 
-void scatter(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& chunks, const u64* expected,
-             bool* matches) {
-  check_ids(layout, mode, chunks);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches) {
+  check_ids(cache, mode, chunks);
   for (const Chunk& chunk : chunks) {
-    const u64 bytes = payload_bytes(layout, mode, chunk);
-    for (u64 y = 0; y < bytes;) {
-      const Span span = span_at(layout, mode, chunk, y);
-      if (span.cache) std::memcpy(span.cache, chunk.payload + y, span.bytes);
-      y += span.bytes;
-    }
-    if (expected) *matches++ = checksum(chunk.payload, bytes) == *expected++;
+    for_each_span(cache, mode, chunk, [](const u8* payload, u8* to, u64 bytes) {
+      if (to) std::memcpy(to, payload, bytes);
+    });
+    if (expected) *matches++ = checksum(chunk.payload, payload_bytes(cache, mode, chunk)) == *expected++;
   }
 }
 

@@ -1,4 +1,5 @@
-// The operations, one declaration a piece: cpu:: runs on the caller's thread and is finished on return.
+// The operations, one declaration a piece. cpu:: runs on the caller's thread and is finished on return; cuda:: enqueues
+// on a stream and never waits for the device.
 #pragma once
 
 #include <stdexcept>
@@ -31,15 +32,54 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
 // std::invalid_argument, with nothing written, if an id before the last cut is outside [0, 2^32).
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys);
 
-// Host ids: -1 stands for a page or slot that is not there; std::invalid_argument, with nothing written, for others
-// outside the cache. checksums: one a chunk, or null.
-void gather(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& chunks, u64* checksums);
+// Throws std::invalid_argument for a host id that is outside the cache and not -1, which stands for a page or slot that
+// is not there.
+void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks);
+
+// Both check_ids before anything is written. checksums: one a chunk, or null.
+void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums);
 
 // expected: one checksum a chunk, or null; matches[i] tells whether chunk i's payload has it.
-void scatter(const PagedLayout& layout, Mode mode, const std::vector<Chunk>& chunks, const u64* expected,
-             bool* matches);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches);
 
 u64 checksum(const u8* payload, u64 bytes);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Where and how a call runs. `workspace`: device memory of at least the bytes that the op's *_workspace_bytes tells for
+// the same arguments, 256-byte aligned, left alone until the stream has passed the call. Nothing else is allocated on
+// the device. `max_blocks` caps the grid of a copy (0: as many as fill the device), to leave SMs to other work.
+// Calls throw std::runtime_error when CUDA reports an error, and restore the current device.
+struct Launch {
+  int device;
+  void* stream;  // cudaStream_t
+  void* workspace;
+  u32 max_blocks;
+};
+
+// As cpu::, except that nothing is validated: an id outside [0, 2^32) is left as it is.
+u64 apply_mm_hashes_to_token_ids_workspace_bytes(const ItemTable& items);
+void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items, const Launch& launch);
+
+// As cpu::, except that nothing is validated: from the first cut behind an id outside [0, 2^32) on, keys are zeros.
+// `cuts` is host memory, token_ids and keys are device memory.
+u64 prefix_keys_workspace_bytes(u64 count, const ItemTable& items, u64 num_cuts);
+void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
+                 const Launch& launch);
+
+// As cpu::, except that ids outside the cache count as not there. The planes, payloads, checksums, expected and matches
+// are device memory. Chunk::ids are device memory too, or all of them host memory (copied before return) where
+// `host_ids`.
+u64 copy_workspace_bytes(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids);
+void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
+            const Launch& launch);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, const u64* expected,
+             bool* matches, const Launch& launch);
+
+// How many GPUs there are; 0, with `why` set, when there is no driver or it is too old for this build.
+int device_count(std::string& why);
+
+}  // namespace cuda
 }  // namespace lmc

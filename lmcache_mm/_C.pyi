@@ -1,11 +1,11 @@
 """The compiled module: raw addresses and counts, nothing checked twice. Use lmcache_mm.ops."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 cuda_version: str  # of the nvcc that built it, "" for CPU operations only
 cuda_archs: str  # compute capabilities with machine code, such as "80,90,100"
 
-class Layout:
+class PagedCache:
     def __init__(
         self,
         planes: Sequence[int],
@@ -30,9 +30,57 @@ def prefix_keys(
     keys: int,
 ) -> None: ...
 def gather(
-    layout: Layout, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int
+    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int
 ) -> None: ...
 def scatter(
-    layout: Layout, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], expected: int, matches: int
+    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], expected: int, matches: int
 ) -> None: ...
 def checksum(payload: int, bytes: int) -> int: ...
+
+# Only in builds with CUDA kernels. `allocate` makes the workspace on the device and returns its address.
+
+def cuda_devices() -> tuple[int, str]: ...
+def cuda_apply_mm_hashes_to_token_ids(
+    token_ids: int,
+    count: int,
+    items: Iterable[tuple[str, str, int, int]],
+    device: int,
+    stream: int,
+    allocate: Callable[[int], int],
+) -> None: ...
+def cuda_prefix_keys(
+    token_ids: int,
+    count: int,
+    wide: bool,
+    items: Iterable[tuple[str, str, int, int]],
+    root: bytes,
+    cuts: int,
+    num_cuts: int,
+    keys: int,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], int],
+) -> None: ...
+def cuda_gather(
+    cache: PagedCache,
+    token_mode: bool,
+    chunks: Iterable[tuple[int, bool, int, int, int]],
+    host_ids: bool,
+    checksums: int,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], int],
+    max_blocks: int,
+) -> None: ...
+def cuda_scatter(
+    cache: PagedCache,
+    token_mode: bool,
+    chunks: Iterable[tuple[int, bool, int, int, int]],
+    host_ids: bool,
+    expected: int,
+    matches: int,
+    device: int,
+    stream: int,
+    allocate: Callable[[int], int],
+    max_blocks: int,
+) -> None: ...

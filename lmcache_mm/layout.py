@@ -33,6 +33,9 @@ def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
     if hasattr(value, "__dlpack__"):
         return torch.utils.dlpack.from_dlpack(value)
     if hasattr(value, "__cuda_array_interface__"):
+        if not torch.cuda.is_available():
+            why = _C.cuda_devices()[1] if _C.cuda_version else "this build of lmcache_mm has CPU operations only"
+            raise RuntimeError(f"{name}: in CUDA memory, but no GPU can be used: {why or 'torch finds none'}")
         return torch.as_tensor(value, device="cuda")
     raise TypeError(f"{name}: expected a torch tensor or an array with DLPack, got {type(value).__name__}")
 
@@ -112,9 +115,9 @@ class KVLayout:
         return len(self.planes) * pages * self.page_bytes
 
     @cached_property
-    def compiled(self) -> _C.Layout:
+    def compiled(self) -> _C.PagedCache:
         """The same layout as kernels take it."""
-        return _C.Layout(
+        return _C.PagedCache(
             planes=self.planes,
             num_pages=self.num_pages,
             page_stride=self.page_stride,

@@ -19,12 +19,30 @@ from lmcache_mm.prompt import Item, checked_items, count
 Ids = Any  # a sequence of integers, or a 1-D integer tensor
 
 
-def _device(name: str, tensor: torch.Tensor) -> torch.device:
-    if tensor.device.type == "cuda":
-        raise RuntimeError(f"{name}: on {tensor.device}, but this build of lmcache_mm has CPU operations only")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
-    return tensor.device
+def _check_device(name: str, device: torch.device) -> None:
+    if device.type == "cuda":
+        if not _C.cuda_version:
+            raise RuntimeError(f"{name}: on {device}, but this build of lmcache_mm has CPU operations only")
+    elif device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {device}")
+
+
+def _launch(device: torch.device) -> dict[str, Any]:
+    """Where a CUDA operation runs: torch's current stream of `device`, with a workspace allocated in its order."""
+    workspace = []
+
+    def allocate(size: int) -> int:
+        workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
+        return workspace[0].data_ptr()
+
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream, "allocate": allocate}
+
+
+def _validate_on_device(ids: torch.Tensor) -> None:
+    bad = torch.nonzero((ids < 0) | (ids >= 1 << 32))
+    if len(bad):
+        p = int(bad[0])
+        raise ValueError(f"token_ids[{p}]: expected a token id in [0, 2**32), got {int(ids[p])}")
 
 
 def ids_tensor(name: str, value: Ids) -> torch.Tensor:
@@ -53,6 +71,8 @@ def apply_mm_hashes_to_token_ids(
     mm_hashes: Sequence[str],
     mm_positions: Sequence[Any],
     modalities: Sequence[str] | None = None,
+    *,
+    validate: bool = False,
 ) -> torch.Tensor:
     """Overwrites, in place, the ids of every position that an item covers with content ids; returns `token_ids`.
 
@@ -63,6 +83,8 @@ def apply_mm_hashes_to_token_ids(
 
     Raises TypeError or ValueError for ids outside [0, 2**32), overwritten ones among them, and for hashes, positions
     and modalities of different number: an item without its hash would share its KV with every other.
+    On CUDA the work is put on torch's current stream and nothing waits for it: a bad id stays as it is, unless
+    validate=True, which waits and raises before anything is written.
     Source: docs/design.md, "Identity".
     """
     if isinstance(token_ids, (list, tuple)):
@@ -74,7 +96,7 @@ def apply_mm_hashes_to_token_ids(
         raise ValueError(
             f"token_ids: expected 1 contiguous dimension, got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         )
-    _device("token_ids", tensor)
+    _check_device("token_ids", tensor.device)
     if isinstance(mm_hashes, (str, bytes)):
         raise TypeError(f"mm_hashes: expected a sequence of str, got {type(mm_hashes).__name__}")
     if len(mm_hashes) != len(mm_positions):
@@ -87,7 +109,13 @@ def apply_mm_hashes_to_token_ids(
         Item(identifier, *_offset_and_length(i, position), modality)
         for i, (identifier, position, modality) in enumerate(zip(mm_hashes, mm_positions, modalities, strict=True))
     ]
-    _C.apply_mm_hashes_to_token_ids(tensor.data_ptr(), len(tensor), _plain(items))
+    if tensor.device.type == "cuda":
+        if validate:
+            _validate_on_device(tensor)
+        launch = _launch(tensor.device)
+        _C.cuda_apply_mm_hashes_to_token_ids(tensor.data_ptr(), len(tensor), _plain(items), **launch)
+    else:
+        _C.apply_mm_hashes_to_token_ids(tensor.data_ptr(), len(tensor), _plain(items))
     return token_ids
 
 
@@ -105,17 +133,22 @@ def _plain(items: Sequence[Item]) -> list[tuple[str, str, int, int]]:
     return [(item.modality, item.identifier, item.offset, item.length) for item in items]
 
 
-def prefix_keys(token_ids: Ids, items: Sequence[Item], root: bytes, cuts: Sequence[int]) -> torch.Tensor:
+def prefix_keys(
+    token_ids: Ids, items: Sequence[Item], root: bytes, cuts: Sequence[int], *, validate: bool = False
+) -> torch.Tensor:
     """The prefix keys of a prompt at `cuts`: uint8 [len(cuts), 32], on the ids' device.
 
     token_ids: int32 or int64 [n], raw ids in [0, 2**32). root: 32 bytes, see `Namespace.root`. cuts: token counts,
     strictly ascending, 0 <= cut <= n. Overwriting and hashing are one pass; the overwritten ids are never in memory.
 
     Raises TypeError or ValueError for an id outside [0, 2**32) before the last cut, for cuts that do not ascend or lie
-    beyond the prompt, and for a root of another size. Source: docs/design.md, "Identity".
+    beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for prompts of
+    at most 2**21 tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros, which no
+    store holds; validate=True waits and raises instead. Source: docs/design.md, "Identity".
     """
     tensor = ids_tensor("token_ids", token_ids)
-    device = _device("token_ids", tensor)
+    device = tensor.device
+    _check_device("token_ids", device)
     plain_items = _plain(checked_items(items))
     if not isinstance(root, bytes):
         raise TypeError(f"root: expected bytes, got {type(root).__name__}")
@@ -131,16 +164,13 @@ def prefix_keys(token_ids: Ids, items: Sequence[Item], root: bytes, cuts: Sequen
         if array[-1] > len(tensor):
             raise ValueError(f"cuts: expected at most the prompt's {len(tensor)} tokens, got {array[-1]}")
     keys = torch.empty(len(array), 32, dtype=torch.uint8, device=device)
-    _C.prefix_keys(
-        tensor.data_ptr(),
-        len(tensor),
-        tensor.dtype == torch.int64,
-        plain_items,
-        root,
-        array.ctypes.data,
-        len(array),
-        keys.data_ptr(),
-    )
+    plain = (tensor.data_ptr(), len(tensor), tensor.dtype == torch.int64, plain_items, root)
+    if device.type == "cuda":
+        if validate and len(array):
+            _validate_on_device(tensor[: array[-1]])
+        _C.cuda_prefix_keys(*plain, array.ctypes.data, len(array), keys.data_ptr(), **_launch(device))
+    else:
+        _C.prefix_keys(*plain, array.ctypes.data, len(array), keys.data_ptr())
     return keys
 
 
@@ -151,6 +181,7 @@ def gather_pages(
     *,
     tokens: int | Sequence[int] | None = None,
     checksums: torch.Tensor | None = None,
+    max_blocks: int = 0,
 ) -> Any:
     """Copies pages into contiguous payloads [plane][page][page byte]; returns the payload, or one a chunk.
 
@@ -160,16 +191,25 @@ def gather_pages(
     tokens: how many tokens of each chunk count; the slots of its last page past them are zeroed, for they hold other
     requests' KV. All of them if None; opaque pages allow nothing else.
     checksums: int64 [chunks], filled with the payloads' checksums.
+    max_blocks: caps the CUDA grid, to leave multiprocessors to other work; 0: no cap.
 
-    Raises TypeError or ValueError for ids outside the cache, sizes that do not fit and tensors on other devices.
+    On CUDA the copy is put on torch's current stream of layout.device and nothing waits for it. Block ids may be on the
+    host or on that device; ids on the device that are outside the cache count as not there, memory outside is never
+    touched. All tensors must stay alive and unchanged until the stream has passed.
+    Raises TypeError or ValueError for host ids outside the cache, sizes that do not fit and tensors on other devices.
     """
     chunks = _Chunks(layout, "block_ids", block_ids)
     chunks.take_tokens(tokens)
-    return chunks.gather(out, checksums, layout.page_bytes)
+    return chunks.gather(out, checksums, layout.page_bytes, max_blocks)
 
 
 def scatter_pages(
-    layout: KVLayout, block_ids: Ids | Sequence[Ids], payload: Any, *, checksums: torch.Tensor | None = None
+    layout: KVLayout,
+    block_ids: Ids | Sequence[Ids],
+    payload: Any,
+    *,
+    checksums: torch.Tensor | None = None,
+    max_blocks: int = 0,
 ) -> torch.Tensor | None:
     """Copies payloads of `gather_pages` into pages; block id -1 leaves its page's part of the payload out.
 
@@ -179,25 +219,35 @@ def scatter_pages(
 
     Raises as `gather_pages` does.
     """
-    return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes)
+    return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes, max_blocks)
 
 
 def gather_tokens(
-    layout: KVLayout, slots: Ids | Sequence[Ids], out: Any = None, *, checksums: torch.Tensor | None = None
+    layout: KVLayout,
+    slots: Ids | Sequence[Ids],
+    out: Any = None,
+    *,
+    checksums: torch.Tensor | None = None,
+    max_blocks: int = 0,
 ) -> Any:
     """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane][token][row byte].
 
     slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
     [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.
     """
-    return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes)
+    return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes, max_blocks)
 
 
 def scatter_tokens(
-    layout: KVLayout, slots: Ids | Sequence[Ids], payload: Any, *, checksums: torch.Tensor | None = None
+    layout: KVLayout,
+    slots: Ids | Sequence[Ids],
+    payload: Any,
+    *,
+    checksums: torch.Tensor | None = None,
+    max_blocks: int = 0,
 ) -> torch.Tensor | None:
     """Copies payloads of `gather_tokens` into slots. Otherwise as `scatter_pages`."""
-    return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes)
+    return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes, max_blocks)
 
 
 def checksum(payload: Any) -> int:
@@ -205,7 +255,8 @@ def checksum(payload: Any) -> int:
     tensor = as_tensor("payload", payload)
     if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
         raise TypeError(f"payload: expected contiguous uint8, got {tensor.dtype}, strides {tensor.stride()}")
-    _device("payload", tensor)
+    if tensor.device.type != "cpu":
+        raise ValueError(f"payload: expected a tensor on cpu, got one on {tensor.device}")
     return _C.checksum(tensor.data_ptr(), tensor.numel())
 
 
@@ -215,13 +266,17 @@ class _Chunks:
     def __init__(self, layout: KVLayout, name: str, ids: Ids | Sequence[Ids], token_mode: bool = False):
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout: expected lmcache_mm.KVLayout, got {type(layout).__name__}")
+        _check_device("layout", layout.device)
         self.many = isinstance(ids, (list, tuple)) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
         self.layout, self.token_mode = layout, token_mode
         self.ids = (
             [ids_tensor(f"{name}[{i}]", part) for i, part in enumerate(ids)] if self.many else [ids_tensor(name, ids)]
         )
+        self.ids_device = self.ids[0].device
         for i, part in enumerate(self.ids):
-            self._check_device(self._nth(name, i), part)
+            if part.device not in (layout.device, torch.device("cpu")) or part.device != self.ids_device:
+                expected = self.ids_device if i else layout.device
+                raise ValueError(f"{self._nth(name, i)}: expected a tensor on {expected}, got one on {part.device}")
         self.tokens = [len(part) * layout.page_tokens for part in self.ids]
 
     @classmethod
@@ -236,7 +291,6 @@ class _Chunks:
     def _check_device(self, name: str, tensor: torch.Tensor) -> None:
         if tensor.device != self.layout.device:
             raise ValueError(f"{name}: expected a tensor on {self.layout.device}, got one on {tensor.device}")
-        _device(name, tensor)
 
     def take_tokens(self, tokens: int | Sequence[int] | None) -> None:
         if tokens is None:
@@ -292,25 +346,37 @@ class _Chunks:
             for ids, tokens, payload in zip(self.ids, self.tokens, payloads, strict=True)
         ]
 
-    def gather(self, out: Any, checksums: torch.Tensor | None, unit_bytes: int) -> Any:
+    def gather(self, out: Any, checksums: torch.Tensor | None, unit_bytes: int, max_blocks: int) -> Any:
         if out is None:
             sizes = [len(self.layout.planes) * len(ids) * unit_bytes for ids in self.ids]
             out = [torch.empty(size, dtype=torch.uint8, device=self.layout.device) for size in sizes]
             out = out if self.many else out[0]
         payloads = self._payloads("out", out, unit_bytes)
         sums = self._checksums(checksums)
-        _C.gather(self.layout.compiled, self.token_mode, self._plain(payloads), 0 if sums is None else sums.data_ptr())
+        arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
+        address = 0 if sums is None else sums.data_ptr()
+        if self.layout.device.type == "cuda":
+            _C.cuda_gather(*arguments, self._host_ids, address, **_launch(self.layout.device), max_blocks=max_blocks)
+        else:
+            _C.gather(*arguments, address)
         return out
 
-    def scatter(self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int) -> torch.Tensor | None:
+    def scatter(
+        self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int, max_blocks: int
+    ) -> torch.Tensor | None:
         payloads = self._payloads("payload", payload, unit_bytes)
         expected = self._checksums(checksums)
         matches = None if expected is None else torch.empty(len(self.ids), dtype=torch.bool, device=self.layout.device)
-        _C.scatter(
-            self.layout.compiled,
-            self.token_mode,
-            self._plain(payloads),
-            0 if expected is None else expected.data_ptr(),
-            0 if matches is None else matches.data_ptr(),
-        )
+        arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (expected, matches)]
+        if self.layout.device.type == "cuda":
+            _C.cuda_scatter(
+                *arguments, self._host_ids, *addresses, **_launch(self.layout.device), max_blocks=max_blocks
+            )
+        else:
+            _C.scatter(*arguments, *addresses)
         return matches
+
+    @property
+    def _host_ids(self) -> bool:
+        return self.ids_device.type == "cpu"

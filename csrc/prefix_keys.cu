@@ -1,0 +1,382 @@
+// Content ids and prefix keys on the GPU: the in-place overwrite, and the fused overwrite and keys in two launches.
+//
+// BLAKE3's leaves are 128 ids, so the hash of every prefix is a fold over subtrees of leaves that all prefixes share:
+//   1. hash_leaves: a block takes 32 leaves. Every thread makes the content ids of eight positions in shared memory;
+//      one warp runs the 32 leaves' chains, a lane each; then that warp hashes five levels of the tree while the others
+//      finish the last leaf of every prefix that ends here.
+//   2. fold_keys: each block rebuilds the levels above, at most 511 nodes, in shared memory; a thread folds one key.
+#include "error.h"
+#include "ops.h"
+#include "upload.h"
+
+namespace lmc::cuda {
+namespace {
+
+constexpr u32 kLeafIds = blake3::kLeafBytes / 8;
+constexpr u32 kBlockIds = blake3::kBlockBytes / 8;
+constexpr u32 kGroupLeaves = 32;  // of one block of hash_leaves: as many as a warp has lanes
+constexpr u32 kGroupIds = kGroupLeaves * kLeafIds;
+constexpr u32 kGroupLevels = 6;  // the leaves, and five levels above them
+constexpr u32 kLeafThreads = kGroupIds / kBlockIds;
+constexpr u32 kFoldThreads = 128;
+constexpr u32 kOverwriteThreads = 256;
+constexpr u64 kMaxIds = u64{1} << 21;  // what fold_keys can rebuild in 32 KiB of shared memory
+constexpr u32 kMaxGroups = kMaxIds / kGroupIds;
+constexpr u32 kAllLanes = 0xFFFFFFFF;
+
+// The items of a prompt in device memory, in the order of the items chain.
+struct ItemsView {
+  const ItemSpan* spans;
+  const u64* reach;  // reach[i]: the greatest end of spans[0, i]
+  const u32* chain;  // [count + 1][8]
+  u32 count;
+
+  // How many items begin before position `end`.
+  __device__ u32 begun_before(u64 end) const {
+    u32 low = 0, high = count;
+    while (low < high) {
+      const u32 middle = (low + high) / 2;
+      if (spans[middle].offset < end)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+// values[k] becomes values[(k + by) % 8], by < 8: without an index that only a local array could serve.
+__device__ void rotate_left(u64 values[kBlockIds], u32 by) {
+  LMC_UNROLL
+  for (u32 step = 4; step > 0; step /= 2) {
+    u64 rotated[kBlockIds];
+    LMC_UNROLL
+    for (u32 k = 0; k < kBlockIds; ++k) rotated[k] = (by & step) ? values[(k + step) % kBlockIds] : values[k];
+    LMC_UNROLL
+    for (u32 k = 0; k < kBlockIds; ++k) values[k] = rotated[k];
+  }
+}
+
+// ids[k] = the content id of position first + k; ids[k] = 0 from position `end` on. Returns which are covered, a bit a
+// position. *bad: the first position here with an id outside [0, 2^32), untouched if there is none.
+__device__ u32 content_ids(TokenIds token_ids, const ItemsView& items, u64 first, u64 end, u64 ids[kBlockIds],
+                           u64* bad) {
+  LMC_UNROLL
+  for (u32 k = kBlockIds; k-- > 0;) {
+    ids[k] = first + k < end ? static_cast<u64>(token_ids[first + k]) : 0;
+    if (ids[k] >= kTokenIdEnd) *bad = first + k;
+  }
+  u32 covered = 0;
+  const u64 block_end = first + kBlockIds < end ? first + kBlockIds : end;
+  for (u32 i = items.begun_before(block_end); i-- > 0 && items.reach[i] > first;) {
+    const ItemSpan& item = items.spans[i];
+    const u64 from = item.offset > first ? item.offset : first;
+    const u64 to = item.end < block_end ? item.end : block_end;
+    const u32 shift = static_cast<u32>(first - item.offset) % kLanesPerBlock;
+    for (u64 p = from; p < to;) {
+      const u64 block = (p - item.offset) / kLanesPerBlock;
+      const u64 lanes_end = item.offset + (block + 1) * kLanesPerBlock;
+      const u64 stop = lanes_end < to ? lanes_end : to;
+      u64 lanes[kLanesPerBlock];
+      lane_block(lanes, item, block);
+      rotate_left(lanes, shift);
+      LMC_UNROLL
+      for (u32 k = 0; k < kBlockIds; ++k) {
+        const bool here = first + k >= p && first + k < stop;
+        ids[k] += here ? lanes[k] : 0;
+        covered |= static_cast<u32>(here) << k;
+      }
+      p = stop;
+    }
+  }
+  LMC_UNROLL
+  for (u32 k = 0; k < kBlockIds; ++k)
+    if (covered >> k & 1) ids[k] |= kOverwritten;
+  return covered;
+}
+
+__global__ void __launch_bounds__(kOverwriteThreads) overwrite(i64* token_ids, u64 count, const ItemsView items) {
+  const u64 first = (static_cast<u64>(blockIdx.x) * kOverwriteThreads + threadIdx.x) * kBlockIds;
+  if (first >= count) return;
+  u64 ids[kBlockIds], bad = 0;
+  const u32 covered = content_ids({token_ids, count, true}, items, first, count, ids, &bad);
+  LMC_UNROLL
+  for (u32 k = 0; k < kBlockIds; ++k)
+    if ((covered >> k & 1) && static_cast<u64>(token_ids[first + k]) < kTokenIdEnd)
+      token_ids[first + k] = static_cast<i64>(ids[k]);
+}
+
+// What the two launches share, all in device memory. Node i of level d is the chaining value of leaves
+// [i 2^d, (i + 1) 2^d); the levels of hash_leaves are one after another in `nodes`.
+struct Prefixes {
+  TokenIds token_ids;
+  u64 end;  // the last cut: ids behind it are not read
+  ItemsView items;
+  const u64* cuts;
+  u32 num_cuts;
+  u32 num_groups;
+  u32 root[blake3::kKeyWords];
+  u32* nodes;      // [level][node][8]
+  u32* last_leaf;  // [cut][8]: the chaining value of a prefix's last leaf
+  u64* first_bad;  // the first position with an id outside [0, 2^32), or all ones
+  u8* keys;
+
+  __device__ u32* node(u32 level, u64 i) const {
+    return nodes + (static_cast<u64>(num_groups) * (64 - (64 >> level)) + i) * blake3::kKeyWords;
+  }
+};
+
+// The first of `cuts` that is greater than `end`.
+__device__ u32 first_cut_after(const Prefixes& prefixes, u64 end) {
+  u32 low = 0, high = prefixes.num_cuts;
+  while (low < high) {
+    const u32 middle = (low + high) / 2;
+    if (prefixes.cuts[middle] <= end)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+struct LeafShared {
+  // One word of padding a leaf: the lanes of the chaining warp, a leaf each, then read from different banks.
+  u32 ids[kGroupLeaves][kLeafIds * 2 + 1];
+  u32 running[blake3::kLeafBlocks - 1][blake3::kKeyWords][kGroupLeaves];  // [b]: the chain after block b
+};
+
+__global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constant__ Prefixes prefixes) {
+  LeafShared& shared = shared_memory<LeafShared>();
+  const u64 group_first = static_cast<u64>(blockIdx.x) * kGroupIds;
+  const u32 thread = threadIdx.x;
+
+  {
+    u64 ids[kBlockIds], bad = ~u64{0};
+    content_ids(prefixes.token_ids, prefixes.items, group_first + thread * kBlockIds, prefixes.end, ids, &bad);
+    if (bad != ~u64{0}) atomicMin(reinterpret_cast<unsigned long long*>(prefixes.first_bad), bad);
+    u32* words = shared.ids[thread / blake3::kLeafBlocks] + thread % blake3::kLeafBlocks * blake3::kBlockWords;
+    LMC_UNROLL
+    for (u32 k = 0; k < kBlockIds; ++k) {
+      words[2 * k] = static_cast<u32>(ids[k]);
+      words[2 * k + 1] = static_cast<u32>(ids[k] >> 32);
+    }
+  }
+  __syncthreads();
+
+  u32 cv[blake3::kKeyWords];
+  if (thread < kGroupLeaves) {
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = prefixes.root[w];
+    const u64 leaf = static_cast<u64>(blockIdx.x) * kGroupLeaves + thread;
+#pragma unroll 1
+    for (u32 b = 0; b < blake3::kLeafBlocks; ++b) {
+      const u32 flags = blake3::kKeyedHash | (b == 0 ? blake3::kLeafStart : 0) |
+                        (b + 1 == blake3::kLeafBlocks ? blake3::kLeafEnd : 0);
+      blake3::compress_cv(cv, cv, shared.ids[thread] + b * blake3::kBlockWords, leaf, blake3::kBlockBytes, flags);
+      if (b + 1 < blake3::kLeafBlocks) {
+        LMC_UNROLL
+        for (u32 w = 0; w < blake3::kKeyWords; ++w) shared.running[b][w][thread] = cv[w];
+      }
+    }
+  }
+  __syncthreads();
+
+  if (thread < kGroupLeaves) {
+    const u64 full_leaves = prefixes.end / kLeafIds;
+#pragma unroll 1
+    for (u32 level = 0; level < kGroupLevels; ++level) {
+      if (level > 0) {
+        u32 left[blake3::kKeyWords], right[blake3::kKeyWords];
+        LMC_UNROLL
+        for (u32 w = 0; w < blake3::kKeyWords; ++w) {
+          left[w] = __shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves);
+          right[w] = __shfl_sync(kAllLanes, cv[w], (2 * thread + 1) % kGroupLeaves);
+        }
+        blake3::parent_cv(cv, left, right, prefixes.root, blake3::kKeyedHash);
+      }
+      const u64 i = (static_cast<u64>(blockIdx.x) * kGroupLeaves >> level) + thread;
+      if (thread < kGroupLeaves >> level && (i + 1) << level <= full_leaves) {
+        u32* node = prefixes.node(level, i);
+        LMC_UNROLL
+        for (u32 w = 0; w < blake3::kKeyWords; ++w) node[w] = cv[w];
+      }
+    }
+    return;
+  }
+
+  // The last leaf of each prefix that ends in this block's ids: the chain before its last 64 bytes, finished with them.
+  const u32 cuts_end = first_cut_after(prefixes, group_first + kGroupIds);
+#pragma unroll 1
+  for (u32 c = first_cut_after(prefixes, group_first) + thread - kGroupLeaves; c < cuts_end;
+       c += kLeafThreads - kGroupLeaves) {
+    const u32 last = static_cast<u32>(prefixes.cuts[c] - group_first) - 1;
+    const u32 leaf = last / kLeafIds, b = last % kLeafIds / kBlockIds, ids = last % kBlockIds + 1;
+    u32 block[blake3::kBlockWords], out[blake3::kKeyWords];
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kBlockWords; ++w)
+      block[w] = w < 2 * ids ? shared.ids[leaf][b * blake3::kBlockWords + w] : 0;
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) out[w] = b == 0 ? prefixes.root[w] : shared.running[b - 1][w][leaf];
+    const u64 number = static_cast<u64>(blockIdx.x) * kGroupLeaves + leaf;
+    const u32 flags =
+        blake3::kKeyedHash | (b == 0 ? blake3::kLeafStart : 0) | blake3::kLeafEnd | (number == 0 ? blake3::kRoot : 0);
+    blake3::compress_cv(out, out, block, number, 8 * ids, flags);
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) prefixes.last_leaf[c * blake3::kKeyWords + w] = out[w];
+  }
+}
+
+struct FoldShared {
+  u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // a level above the groups' after another, from the groups' own on
+};
+
+__global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant__ Prefixes prefixes) {
+  FoldShared& shared = shared_memory<FoldShared>();
+  const u32 thread = threadIdx.x;
+
+  u32 nodes = static_cast<u32>(prefixes.end / kGroupIds);  // full groups, then their parents, and so on
+  for (u32 i = thread; i < nodes * blake3::kKeyWords; i += kFoldThreads)
+    shared.nodes[0][i] = prefixes.node(kGroupLevels - 1, 0)[i];
+  u32 begin = 0;
+  while (nodes > 1) {
+    __syncthreads();
+    const u32 parents = nodes / 2;
+#pragma unroll 1
+    for (u32 i = thread; i < parents; i += kFoldThreads)
+      blake3::parent_cv(shared.nodes[begin + nodes + i], shared.nodes[begin + 2 * i], shared.nodes[begin + 2 * i + 1],
+                        prefixes.root, blake3::kKeyedHash);
+    begin += nodes;
+    nodes = parents;
+  }
+  __syncthreads();
+
+  const u32 c = blockIdx.x * kFoldThreads + thread;
+  if (c >= prefixes.num_cuts) return;
+  const u64 end = prefixes.cuts[c];
+  u32 x[blake3::kKeyWords];
+  u32 block[blake3::kBlockWords];
+  if (end == 0) {
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kBlockWords; ++w) block[w] = 0;
+    blake3::compress_cv(x, prefixes.root, block, 0, 0,
+                        blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);
+  } else {
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) x[w] = prefixes.last_leaf[c * blake3::kKeyWords + w];
+    // Below kGroupLevels the subtrees are in `nodes`, above in shared memory, where level l begins behind those before.
+    const u64 leaves = (end - 1) / kLeafIds;
+    u32 level_begin = 0, level_nodes = static_cast<u32>(prefixes.end / kGroupIds);
+#pragma unroll 1
+    for (u32 level = 0; leaves >> level != 0; ++level) {
+      if (level >= kGroupLevels) {
+        level_begin += level_nodes;
+        level_nodes /= 2;
+      }
+      if ((leaves >> level & 1) == 0) continue;
+      const u64 i = (leaves >> level) - 1;
+      const u32* left = level < kGroupLevels ? prefixes.node(level, i) : shared.nodes[level_begin + i];
+      const u32 flags = blake3::kKeyedHash | (leaves >> level == 1 ? blake3::kRoot : 0);
+      blake3::parent_cv(x, left, x, prefixes.root, flags);
+    }
+  }
+  LMC_UNROLL
+  for (u32 w = 0; w < blake3::kKeyWords; ++w) {
+    block[w] = x[w];
+    block[w + blake3::kKeyWords] = prefixes.items.chain[prefixes.items.begun_before(end) * blake3::kKeyWords + w];
+  }
+  blake3::compress_cv(x, prefixes.root, block, 0, blake3::kBlockBytes,
+                      blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);
+  const bool good = *prefixes.first_bad >= end;
+  u32* key = reinterpret_cast<u32*>(prefixes.keys + static_cast<u64>(c) * 32);
+  LMC_UNROLL
+  for (u32 w = 0; w < blake3::kKeyWords; ++w) key[w] = good ? x[w] : 0;
+}
+
+// --- Host: what goes where in the workspace.
+
+u64 aligned(u64 bytes) { return (bytes + 255) / 256 * 256; }
+
+struct ItemOffsets {
+  u64 spans, reach, chain;
+};
+
+ItemOffsets append_items(UploadTable& table, const ItemTable& items) {
+  std::vector<u64> reach;
+  for (const ItemSpan& item : items.spans) reach.push_back(std::max(item.end, reach.empty() ? 0 : reach.back()));
+  return {table.append(items.spans.data(), items.spans.size()), table.append(reach.data(), reach.size()),
+          table.append(items.chain.data(), items.chain.size())};
+}
+
+ItemsView items_view(const ItemTable& items, const ItemOffsets& at, const u8* table) {
+  return {reinterpret_cast<const ItemSpan*>(table + at.spans), reinterpret_cast<const u64*>(table + at.reach),
+          reinterpret_cast<const u32*>(table + at.chain), static_cast<u32>(items.spans.size())};
+}
+
+u64 items_bytes(const ItemTable& items) {
+  return items.spans.size() * (sizeof(ItemSpan) + 8) + items.chain.size() * 32 + 3 * 16;
+}
+
+}  // namespace
+
+u64 apply_mm_hashes_to_token_ids_workspace_bytes(const ItemTable& items) { return aligned(items_bytes(items)); }
+
+void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items, const Launch& where) {
+  constexpr const char* op = "apply_mm_hashes_to_token_ids";
+  if (count == 0 || items.spans.empty()) return;
+  const DeviceGuard guard(op, where.device);
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  UploadTable table;
+  const ItemOffsets at = append_items(table, items);
+  PinnedBuffers::instance().upload(op, table, where.workspace, where.device, stream);
+  const u64 ids_per_block = kOverwriteThreads * kBlockIds;
+  const dim3 grid(static_cast<u32>((count + ids_per_block - 1) / ids_per_block));
+  LMC_CUDA_CHECK(op, launch(overwrite, grid, dim3(kOverwriteThreads), 0, stream, token_ids, count,
+                            items_view(items, at, static_cast<const u8*>(where.workspace))));
+}
+
+u64 prefix_keys_workspace_bytes(u64 count, const ItemTable& items, u64 num_cuts) {
+  const u64 groups = (count + kGroupIds - 1) / kGroupIds;
+  return aligned(8) + aligned(groups * 63 * 32) + aligned(num_cuts * 32) +
+         aligned(items_bytes(items) + num_cuts * 8 + 16);
+}
+
+void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
+                 const Launch& where) {
+  constexpr const char* op = "prefix_keys";
+  if (cuts.empty()) return;
+  if (cuts.back() > kMaxIds)
+    throw std::invalid_argument("cuts: expected at most " + std::to_string(kMaxIds) + " tokens on a GPU, got " +
+                                std::to_string(cuts.back()));
+  const DeviceGuard guard(op, where.device);
+  const auto stream = static_cast<cudaStream_t>(where.stream);
+  UploadTable table;
+  const ItemOffsets at = append_items(table, items);
+  const u64 cuts_at = table.append(cuts.data(), cuts.size());
+
+  Prefixes prefixes{};
+  prefixes.token_ids = token_ids;
+  prefixes.end = cuts.back();
+  prefixes.num_cuts = static_cast<u32>(cuts.size());
+  prefixes.num_groups = static_cast<u32>((prefixes.end + kGroupIds - 1) / kGroupIds);
+  std::memcpy(prefixes.root, root, 32);
+  prefixes.keys = keys;
+  u8* next = static_cast<u8*>(where.workspace);
+  prefixes.first_bad = reinterpret_cast<u64*>(next);
+  next += aligned(8);
+  prefixes.nodes = reinterpret_cast<u32*>(next);
+  next += aligned(static_cast<u64>(prefixes.num_groups) * 63 * 32);
+  prefixes.last_leaf = reinterpret_cast<u32*>(next);
+  next += aligned(cuts.size() * 32);
+  prefixes.items = items_view(items, at, next);
+  prefixes.cuts = reinterpret_cast<const u64*>(next + cuts_at);
+
+  PinnedBuffers::instance().upload(op, table, next, where.device, stream);
+  LMC_CUDA_CHECK(op, cudaMemsetAsync(prefixes.first_bad, 0xFF, 8, stream));
+  if (prefixes.num_groups > 0)
+    LMC_CUDA_CHECK(
+        op, launch(hash_leaves, dim3(prefixes.num_groups), dim3(kLeafThreads), sizeof(LeafShared), stream, prefixes));
+  const dim3 grid(static_cast<u32>((cuts.size() + kFoldThreads - 1) / kFoldThreads));
+  LMC_CUDA_CHECK(op, launch(fold_keys, grid, dim3(kFoldThreads), sizeof(FoldShared), stream, prefixes));
+}
+
+}  // namespace lmc::cuda
