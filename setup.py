@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.resolve()
 
 
 def find_nvcc() -> str | None:
-    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
-    candidates += [f"{home}/bin/nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return next((c for c in candidates if c and shutil.which(c)), None)
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    candidates = (os.environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc")
+    return next((found for c in candidates if c and (found := shutil.which(c))), None)
 
 
 def cuda_compiler() -> tuple[str | None, str]:

@@ -43,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_version") = LMCACHE_MM_CUDA_VERSION;
   m.attr("cuda_archs") = LMCACHE_MM_CUDA_ARCHS;
 
-  py::class_<PagedCache, std::shared_ptr<PagedCache>>(m, "PagedCache")
+  py::class_<PagedCache, std::shared_ptr<PagedCache>>(m, "PagedCache", py::metaclass((PyObject*)&PyType_Type))
       .def(py::init([](const std::vector<u64>& planes, u64 num_pages, u64 page_stride, u64 page_bytes, u64 run_bytes,
                        u64 run_stride, u64 page_tokens, u64 token_bytes) {
              PagedCache cache{{}, num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes};

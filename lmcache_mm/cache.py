@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,7 +20,8 @@ GROUP_AND_RANK = bytes(4)  # u16 KV cache group, u16 rank
 
 
 class Job(Generic[T]):
-    """A retrieve or store under way. Pages it reads or writes must be left alone until it is done."""
+    """A retrieve or store under way. Pages it reads or writes must be left alone until it is done; on CUDA it begins
+    behind the work that the caller's current stream held when it was asked for."""
 
     def __init__(self, future: Future[T]) -> None:
         self._future = future
@@ -79,8 +80,9 @@ class KVCache:
         # One step's payloads, a direction each; both are touched by their one thread only.
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         self._staging_bytes = max(STAGING_BYTES, largest)
-        self._load_staging = torch.empty(self._staging_bytes, dtype=torch.uint8)
-        self._store_staging = torch.empty(self._staging_bytes, dtype=torch.uint8)
+        pinned = layout.device.type == "cuda"
+        self._load_staging = torch.empty(self._staging_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._store_staging = torch.empty(self._staging_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._loads = ThreadPoolExecutor(1, "lmcache_mm load")
         self._stores = ThreadPoolExecutor(1, "lmcache_mm store")
 
@@ -118,17 +120,19 @@ class KVCache:
             raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
         pages = self._pages(block_ids, limit)
         records = _chain((r for r in self._records(prompt) if r.end <= limit), self.chunk_tokens)
-        return Job(self._loads.submit(self._retrieve, records, pages))
+        return self._submit(self._loads, self._retrieve, records, pages)
 
     def _retrieve(self, records: list[_Record], pages: torch.Tensor) -> int:
         restored = 0
         for step in self._steps(records):
             payloads = self._payloads(step, self._load_staging)
-            found = self.backend.get_into([record.key for record in step], [payload.numpy().data for payload in payloads])
-            whole = found.index(False) if False in found else len(step)
+            found = self.backend.get_into(
+                [record.key for record in step], [payload.numpy().data for payload in payloads]
+            )
+            whole = found.index(False) if False in found else len(step)  # how many from the first on
             if whole:
                 ids = [self._pages_of(record, pages) for record in step[:whole]]
-                ops.scatter_pages(self.layout, ids, payloads[:whole])
+                ops.scatter_pages(self.layout, ids, [payload.to(self.layout.device) for payload in payloads[:whole]])
                 restored = step[whole - 1].end
             if whole < len(step):
                 break
@@ -141,7 +145,7 @@ class KVCache:
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         pages = self._pages(block_ids, len(prompt))
-        return Job(self._stores.submit(self._store, self._records(prompt), pages))
+        return self._submit(self._stores, self._store, self._records(prompt), pages)
 
     def _store(self, records: list[_Record], pages: torch.Tensor) -> int:
         present = self.backend.contains([record.key for record in records])
@@ -154,11 +158,35 @@ class KVCache:
             payloads = self._payloads(step, self._store_staging)
             ids = [self._pages_of(record, pages) for record in step]
             tokens = None if self.layout.opaque else [record.end - record.begin for record in step]
-            sums = torch.empty(len(step), dtype=torch.int64)
-            ops.gather_pages(self.layout, ids, payloads, tokens=tokens, checksums=sums)
+            sums = torch.empty(len(step), dtype=torch.int64, device=self.layout.device)
+            gathered = payloads
+            if self.layout.device.type != "cpu":
+                gathered = [torch.empty_like(payload, device=self.layout.device) for payload in payloads]
+            ops.gather_pages(self.layout, ids, gathered, tokens=tokens, checksums=sums)
+            if gathered is not payloads:
+                for payload, source in zip(payloads, gathered, strict=True):
+                    payload.copy_(source)
             keys = [record.key for record in step]
             self.backend.put(keys, [payload.numpy().data for payload in payloads], checksums=sums.tolist())
         return sum(record.end - record.begin for record in missing)
+
+    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., int], *arguments: Any) -> Job[int]:
+        """Runs `work` on a thread of `pool`; on CUDA on a stream of its own, behind what the caller's stream holds now,
+        and finished on the device when the job is."""
+        device = self.layout.device
+        if device.type == "cpu":
+            return Job(pool.submit(work, *arguments))
+        before = torch.cuda.current_stream(device).record_event()
+
+        def on_own_stream() -> int:
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(before)
+            with torch.cuda.stream(stream):
+                result = work(*arguments)
+            stream.synchronize()
+            return result
+
+        return Job(pool.submit(on_own_stream))
 
     def _records(self, prompt: Prompt) -> list[_Record]:
         if not isinstance(prompt, Prompt):

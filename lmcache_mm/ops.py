@@ -368,13 +368,14 @@ class _Chunks:
         expected = self._checksums(checksums)
         matches = None if expected is None else torch.empty(len(self.ids), dtype=torch.bool, device=self.layout.device)
         arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (expected, matches)]
+        wanted = 0 if expected is None else expected.data_ptr()
+        found = 0 if matches is None else matches.data_ptr()
         if self.layout.device.type == "cuda":
             _C.cuda_scatter(
-                *arguments, self._host_ids, *addresses, **_launch(self.layout.device), max_blocks=max_blocks
+                *arguments, self._host_ids, wanted, found, **_launch(self.layout.device), max_blocks=max_blocks
             )
         else:
-            _C.scatter(*arguments, *addresses)
+            _C.scatter(*arguments, wanted, found)
         return matches
 
     @property

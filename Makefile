@@ -1,0 +1,49 @@
+# Everything from a bare checkout: python3 (3.11 or newer), a C++17 compiler and make are enough; nvcc is used if found.
+#   make demo     questions about photographs, answered with KV cache from earlier ones
+#   make test     all tests
+#   make lint     formatters and type checks
+# LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CSRC := $(wildcard csrc/*)
+export LMCACHE_MM_CUDA ?= AUTO
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/built
+	$(BIN)/python -m lmcache_mm demo $(ARGS)
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/host_cuda/*.h tests/host_cuda/*.cpp
+
+format: $(VENV)/built
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu tests/host_cuda/*.h tests/host_cuda/*.cpp
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+# Dependencies first and the build without isolation, so that a change in csrc/ rebuilds only what it touches.
+$(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --quiet 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")' > $(VENV)/requirements.txt
+	$(PIP) install --quiet -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/built: $(VENV)/dependencies setup.py CMakeLists.txt $(CSRC)
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info lmcache_mm/*.so

@@ -1,0 +1,119 @@
+"""What the build promises: nothing but the C++ runtime needed at load time, clear errors where there is no GPU."""
+
+import ctypes
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lmcache_mm as lmc
+from lmcache_mm import _C
+
+ROOT = Path(__file__).parent.parent
+CUDA_BUILD = bool(_C.cuda_version)
+
+
+class ArrayInCudaMemory:
+    """What CuPy's arrays show of themselves; the address is nobody's."""
+
+    __cuda_array_interface__ = {  # noqa: RUF012
+        "shape": (4,),
+        "typestr": "<i8",
+        "data": (0x7F0000000000, False),
+        "version": 3,
+    }
+
+
+def test_the_module_needs_neither_torch_nor_a_shared_cuda_runtime_at_load_time():
+    dynamic = subprocess.run(["readelf", "-d", _C.__file__], check=True, capture_output=True, text=True).stdout
+    needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "(NEEDED)" in line]
+    assert needed
+    assert not [name for name in needed if name.startswith(("libtorch", "libc10", "libcuda", "libcudart", "libnv"))]
+    symbols = subprocess.run(["nm", "-D", "-u", _C.__file__], check=True, capture_output=True, text=True).stdout
+    assert not [line for line in symbols.splitlines() if "c10" in line or "torch" in line or " cuda" in line]
+
+
+def test_the_module_shows_no_symbol_but_its_entry():
+    symbols = subprocess.run(
+        ["nm", "-D", "--defined-only", _C.__file__], check=True, capture_output=True, text=True
+    ).stdout
+    assert [line.split()[-1] for line in symbols.splitlines() if " T " in line] == ["PyInit__C"]
+
+
+def test_the_module_can_be_imported_without_torch():
+    code = f"import sys; sys.path.insert(0, {str(Path(_C.__file__).parent)!r}); import _C; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_stub_of_the_module_agrees_with_it(tmp_path):
+    absent = tmp_path / "allowed"
+    absent.write_text("" if CUDA_BUILD else "lmcache_mm\\._C\\.cuda_.*\n")
+    command = [sys.executable, "-m", "mypy.stubtest", "lmcache_mm._C", "--ignore-unused-allowlist"]
+    run = subprocess.run([*command, "--allowlist", str(absent)], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+def test_the_parameters_in_the_stub_are_those_of_the_module():
+    """pybind11 shows no signature that stubtest could read: its docstrings do."""
+    stub = (ROOT / "lmcache_mm" / "_C.pyi").read_text()
+    functions = {name: f.__doc__ for name, f in vars(_C).items() if not name.startswith("_") and callable(f)}
+    for name, doc in {**functions, "__init__": _C.PagedCache.__init__.__doc__}.items():
+        if name == "PagedCache":
+            continue
+        got = re.findall(r"(\w+): ", doc.splitlines()[0].split("->")[0])
+        want = re.findall(r"(\w+): ", stub.split(f"def {name}(")[1].split(") ->")[0])
+        assert [p for p in got if p != "self"] == want, name
+
+
+def test_public_names_have_docstrings():
+    public = [getattr(lmc, name) for name in lmc.__all__]
+    public += [f for f in vars(lmc.ops).values() if inspect.isfunction(f) and f.__module__ == "lmcache_mm.ops"]
+    public = [thing for thing in public if not getattr(thing, "__name__", "_").startswith("_")]
+    assert [thing for thing in public if not thing.__doc__] == []
+
+
+@pytest.mark.skipif(not CUDA_BUILD, reason="built with CPU operations only")
+def test_a_cuda_build_says_for_what_it_was_built():
+    assert _C.cuda_version.split(".")[0].isdigit()
+    assert _C.cuda_archs
+    devices, why = _C.cuda_devices()
+    assert devices > 0 or why
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_arrays_in_cuda_memory_raise_one_clear_error():
+    with pytest.raises(RuntimeError, match="token_ids: in CUDA memory, but no GPU can be used: "):
+        lmc.ops.prefix_keys(ArrayInCudaMemory(), [], bytes(32), [1])
+
+
+@pytest.mark.skipif(not CUDA_BUILD or torch.cuda.is_available(), reason="needs a CUDA build on a machine without GPU")
+def test_without_a_driver_kernels_raise_an_error_that_names_operation_error_and_place():
+    memory = ctypes.create_string_buffer(1 << 16)
+    address = ctypes.addressof(memory)
+    with pytest.raises(RuntimeError, match=r"apply_mm_hashes_to_token_ids: cudaError\w+: .* \(csrc/\w+\.\w+:\d+\)"):
+        _C.cuda_apply_mm_hashes_to_token_ids(address, 4, [("image", "a", 0, 2)], 0, 0, lambda size: address)
+
+
+@pytest.mark.skipif(CUDA_BUILD, reason="built with CUDA kernels")
+def test_a_cpu_build_says_so_when_it_is_given_cuda_memory():
+    with pytest.raises(RuntimeError, match="CPU operations only"):
+        lmc.ops.prefix_keys(ArrayInCudaMemory(), [], bytes(32), [1])
+
+
+@pytest.mark.parametrize(
+    "environment, text",
+    [
+        ({"LMCACHE_MM_CUDA": "YES"}, "LMCACHE_MM_CUDA: expected AUTO, ON or OFF, got 'YES'"),
+        ({"LMCACHE_MM_CUDA": "ON", "PATH": "/nowhere", "CUDACXX": "", "CUDA_HOME": "/nowhere"}, "no nvcc found"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused_with_the_reason(environment, text):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode != 0
+    assert text in run.stderr
