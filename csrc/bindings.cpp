@@ -53,6 +53,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("planes"), py::arg("num_pages"), py::arg("page_stride"), py::arg("page_bytes"), py::arg("run_bytes"),
            py::arg("run_stride"), py::arg("page_tokens"), py::arg("token_bytes"));
 
+  m.def("simd_variants", &cpu::simd_variants);
+  m.def("use_simd", &cpu::use_simd, py::arg("name"));
+
   m.def(
       "apply_mm_hashes_to_token_ids",
       [](u64 token_ids, u64 count, const py::iterable& items) {

@@ -25,6 +25,10 @@ enum class Mode { kPage, kToken };
 
 namespace cpu {
 
+// The instruction sets that hashing can use on this machine, the fastest first, which is used unless another is chosen.
+std::vector<std::string> simd_variants();
+void use_simd(const std::string& name);
+
 // Throws std::invalid_argument, with nothing written, if an id is outside [0, 2^32).
 void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items);
 
