@@ -55,7 +55,7 @@ NVCC, LABEL = cuda_compiler()
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / LABEL
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{LABEL}"  # kept, so that the next build is short
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),

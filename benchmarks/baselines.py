@@ -39,7 +39,9 @@ def blake3_numpy_keys(token_ids: np.ndarray, items: Sequence[Item], root: bytes,
     ids = token_ids.astype(np.uint64)
     links = []
     for item in items:
-        material = b"".join(len(f).to_bytes(4, "little") + f for f in (item.modality.encode(), item.identifier.encode()))
+        material = b"".join(
+            len(f).to_bytes(4, "little") + f for f in (item.modality.encode(), item.identifier.encode())
+        )
         end = min(item.offset + item.length, len(ids))
         lanes = blake3(material, derive_key_context="lmcache_mm v1 item").digest(length=8 * max(0, end - item.offset))
         ids[item.offset : end] += np.frombuffer(lanes, dtype="<u8")

@@ -81,22 +81,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "gather",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums, u32 threads) {
         const std::vector<Chunk> list = to_chunks(chunks);
         py::gil_scoped_release release;
-        cpu::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums));
+        cpu::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums), threads);
       },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"), py::arg("threads"));
 
   m.def(
       "scatter",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 expected, u64 matches) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 expected, u64 matches, u32 threads) {
         const std::vector<Chunk> list = to_chunks(chunks);
         py::gil_scoped_release release;
         cpu::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<const u64*>(expected),
-                     reinterpret_cast<bool*>(matches));
+                     reinterpret_cast<bool*>(matches), threads);
       },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"),
+      py::arg("threads"));
 
   m.def(
       "checksum",

@@ -5,9 +5,17 @@
 
 #include <vector>
 
-#include "checksum.h"
+#include "launch.h"
 
 namespace lmc {
+
+LMC_HOST_DEVICE u64 multiply_high(u64 a, u64 b) {
+#ifdef __CUDA_ARCH__
+  return __umul64hi(a, b);
+#else
+  return static_cast<u64>(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
 
 LMC_HOST_DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>(static_cast<u64>(a) * b >> 32); }
 

@@ -1,5 +1,10 @@
 // The operations on the host, by the same functors as the kernels.
 #include <atomic>
+#include <thread>
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "hash_many.h"
 #include "ops.h"
@@ -213,44 +218,30 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
   if (!folds.empty()) std::memcpy(keys, folds.data(), 32 * folds.size());
 }
 
-u64 checksum(const u8* payload, u64 bytes) {
-  u64 sum = checksum_length(bytes);
-  const u64 lanes = bytes / kLaneBytes;
-  for (u64 i = 0; i < lanes; ++i) {
+namespace {
+
+// Adds the lanes of `payload`, the first of which is lane `first`; a last lane may be short.
+void add_lanes(LaneSums& sums, const u8* payload, u64 bytes, u64 first) {
+  u64 i = 0;
+  for (; i < bytes / kLaneBytes; ++i) {
     u64 lane[2];
     std::memcpy(lane, payload + i * kLaneBytes, kLaneBytes);
-    sum += checksum_lane(i, lane[0], lane[1]);
+    sums.add(first + i, lane[0], lane[1]);
   }
   if (const u64 rest = bytes % kLaneBytes) {
     u64 lane[2] = {};
-    std::memcpy(lane, payload + lanes * kLaneBytes, rest);
-    sum += checksum_lane(lanes, lane[0], lane[1]);
-  }
-  return sum;
-}
-
-namespace {
-
-u64 payload_bytes(const PagedCache& cache, Mode mode, const Chunk& chunk) {
-  return cache.planes.size() * chunk.count * (mode == Mode::kPage ? cache.page_bytes : cache.row_bytes());
-}
-
-// Calls copy(payload, cache or null, bytes) for every span of a chunk.
-template <typename Copy>
-void for_each_span(const PagedCache& cache, Mode mode, const Chunk& chunk, Copy copy) {
-  const PagedLayout<u64> layout = cache.in_units<u64>(1, cache.planes.data());
-  const u64 bytes = payload_bytes(cache, mode, chunk);
-  if (bytes == 0) return;
-  const Divisor<u64> count(chunk.count);
-  for (u64 y = 0; y < bytes;) {
-    const Span<u64> span =
-        mode == Mode::kPage ? page_span(layout, chunk, count, y) : token_span(layout, chunk, count, y);
-    copy(chunk.payload + y, span.cache, span.units);
-    y += span.units;
+    std::memcpy(lane, payload + i * kLaneBytes, rest);
+    sums.add(first + i, lane[0], lane[1]);
   }
 }
 
 }  // namespace
+
+u64 checksum(const u8* payload, u64 bytes) {
+  LaneSums sums;
+  add_lanes(sums, payload, bytes, 0);
+  return sums.total() + checksum_length(bytes);
+}
 
 void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks) {
   const char* name = mode == Mode::kPage ? "block_ids" : "slots";
@@ -265,27 +256,216 @@ void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chu
     }
 }
 
-void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums) {
-  check_ids(cache, mode, chunks);
-  for (const Chunk& chunk : chunks) {
-    for_each_span(cache, mode, chunk, [](u8* payload, const u8* from, u64 bytes) {
-      if (from)
-        std::memcpy(payload, from, bytes);
-      else
-        std::memset(payload, 0, bytes);
-    });
-    if (checksums) *checksums++ = checksum(chunk.payload, payload_bytes(cache, mode, chunk));
+namespace {
+
+// A copy that fills the caches with nothing: the destination is written past them. That pays for what does not fit into
+// them, and a plain copy of page after page would read every destination line before it writes it.
+constexpr u64 kStreamBytes = 4 << 20;
+// What is asked for ahead of the copy: the hardware's prefetcher stops at the end of a 4 KiB page.
+constexpr u64 kPrefetchBytes = 4096;
+// Threads are started for each call, none is kept: a process that forks keeps none either.
+constexpr u64 kThreadBytes = 4 << 20;  // the least that a thread is started for
+
+#ifdef __SSE2__
+
+constexpr bool kCanStream = true;
+void finish_streaming() { _mm_sfence(); }
+
+// LaneSums in a vector register: {low, high}.
+class LaneSumsVector {
+ public:
+  explicit LaneSumsVector(u64 first_lane)
+      : key_(_mm_set_epi64x(static_cast<i64>(kHighKey + first_lane * kHighStep),
+                            static_cast<i64>(kLowKey + first_lane * kLowStep))) {}
+  void add(__m128i lane) {
+    const __m128i x = _mm_xor_si128(lane, key_);
+    const __m128i products = _mm_mul_epu32(x, _mm_srli_epi64(x, 32));
+    const __m128i crossed = _mm_shuffle_epi32(lane, _MM_SHUFFLE(1, 0, 3, 2));
+    sums_ = _mm_add_epi64(sums_, _mm_add_epi64(products, crossed));
+    key_ = _mm_add_epi64(key_, _mm_set_epi64x(static_cast<i64>(kHighStep), static_cast<i64>(kLowStep)));
   }
+  void add_to(LaneSums& sums) const {
+    u64 both[2];
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(both), sums_);
+    sums.low += both[0];
+    sums.high += both[1];
+  }
+
+ private:
+  __m128i key_;
+  __m128i sums_ = _mm_setzero_si128();
+};
+
+// Copies `bytes`, a multiple of 16, and prefetches as much of `ahead`. kStream: `to` is a multiple of 16 and is written
+// past the caches. kSum: adds the lanes, from number first_lane on.
+template <bool kStream, bool kSum>
+void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums& sums) {
+  LaneSumsVector vector(first_lane);
+  const auto copy_lane = [&](u64 i) {
+    const __m128i lane = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    if constexpr (kStream)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), lane);
+    else
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), lane);
+    if constexpr (kSum) vector.add(lane);
+  };
+  u64 i = 0;
+  for (; i + 4 * kLaneBytes <= bytes; i += 4 * kLaneBytes) {
+    __builtin_prefetch(ahead + i);
+    for (u64 k = 0; k < 4; ++k) copy_lane(i + k * kLaneBytes);
+  }
+  for (; i < bytes; i += kLaneBytes) copy_lane(i);
+  if constexpr (kSum) vector.add_to(sums);
 }
 
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches) {
-  check_ids(cache, mode, chunks);
-  for (const Chunk& chunk : chunks) {
-    for_each_span(cache, mode, chunk, [](const u8* payload, u8* to, u64 bytes) {
-      if (to) std::memcpy(to, payload, bytes);
-    });
-    if (expected) *matches++ = checksum(chunk.payload, payload_bytes(cache, mode, chunk)) == *expected++;
+#else
+
+constexpr bool kCanStream = false;
+void finish_streaming() {}
+
+template <bool kStream, bool kSum>
+void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8*, LaneSums& sums) {
+  std::memcpy(to, from, bytes);
+  if constexpr (kSum) add_lanes(sums, from, bytes, first_lane);
+}
+
+#endif
+
+// One gather or scatter.
+struct CopyCall {
+  const PagedCache& cache;
+  Mode mode;
+  const std::vector<Chunk>& chunks;
+  bool sums;
+
+  u64 bytes(const Chunk& chunk) const {
+    return cache.planes.size() * chunk.count * (mode == Mode::kPage ? cache.page_bytes : cache.row_bytes());
   }
+  // Whether every span of the call begins and ends at a lane of its payload.
+  bool whole_lanes() const {
+    u64 all = cache.run_bytes | cache.page_bytes;
+    for (const Chunk& chunk : chunks)
+      if (mode == Mode::kToken || chunk.tokens < chunk.count * cache.page_tokens) all |= cache.token_bytes;
+    return all % kLaneBytes == 0;
+  }
+};
+
+template <bool kGather, bool kStream, bool kSum>
+void copy_span_lanes(u8* payload, u8* cached, u64 bytes, u64 first_lane, const u8* ahead, LaneSums& sums) {
+  u8* to = kGather ? payload : cached;
+  const u8* from = kGather ? cached : payload;
+  if (kStream && reinterpret_cast<std::uintptr_t>(to) % kLaneBytes == 0)
+    copy_lanes<kStream, kSum>(to, from, bytes, first_lane, ahead, sums);
+  else
+    copy_lanes<false, kSum>(to, from, bytes, first_lane, ahead, sums);
+}
+
+// Copies payload bytes [begin, end) of a chunk, begin a multiple of 16. Returns the total of their lanes.
+template <bool kGather, Mode kMode>
+u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk& chunk, u64 begin, u64 end,
+              bool whole_lanes, bool stream) {
+  const Divisor<u64> count(chunk.count);
+  const auto span_at = [&](u64 y) {
+    Span<u64> span = kMode == Mode::kPage ? page_span(layout, chunk, count, y) : token_span(layout, chunk, count, y);
+    span.units = std::min(span.units, end - y);
+    return span;
+  };
+  LaneSums sums;
+  Span<u64> next = span_at(begin);
+  u64 summed = begin;  // without whole lanes: all before it is in the sum
+  for (u64 y = begin; y < end;) {
+    const Span<u64> span = next;
+    u8* payload = chunk.payload + y;
+    const u64 following = y + span.units;
+    if (following < end) next = span_at(following);
+    if (!span.cache) {
+      if (kGather) std::memset(payload, 0, span.units);
+      if (call.sums && whole_lanes) add_lanes(sums, payload, span.units, y / kLaneBytes);
+    } else if (whole_lanes) {
+      for (u64 done = 0; done < span.units;) {
+        const u64 piece = std::min(kPrefetchBytes, span.units - done);
+        const u64 then = done + piece;
+        const u8* ahead = kGather ? (then < span.units ? span.cache + then : next.cache) : payload + then;
+        const u64 lane = (y + done) / kLaneBytes;
+        u8 *at = payload + done, *cached = span.cache + done;
+        if (stream)
+          (call.sums ? copy_span_lanes<kGather, kCanStream, true>
+                     : copy_span_lanes<kGather, kCanStream, false>)(at, cached, piece, lane, ahead, sums);
+        else
+          (call.sums ? copy_span_lanes<kGather, false, true>
+                     : copy_span_lanes<kGather, false, false>)(at, cached, piece, lane, ahead, sums);
+        done = then;
+      }
+    } else if (kGather) {
+      std::memcpy(payload, span.cache, span.units);
+    } else {
+      std::memcpy(span.cache, payload, span.units);
+    }
+    y = following;
+    if (call.sums && !whole_lanes && (y - summed >= kPrefetchBytes || y == end)) {
+      const u64 until = y == end ? y : y / kLaneBytes * kLaneBytes;
+      add_lanes(sums, chunk.payload + summed, until - summed, summed / kLaneBytes);
+      summed = until;
+    }
+  }
+  return sums.total();
+}
+
+// Copies all chunks, in parts on up to `threads` threads; sums[c] becomes the checksum of chunk c.
+template <bool kGather>
+void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums) {
+  const PagedLayout<u64> layout = call.cache.in_units<u64>(1, call.cache.planes.data());
+  std::vector<u64> ends;  // of the chunks, were their payloads one after another
+  u64 total = 0;
+  for (std::size_t c = 0; c < call.chunks.size(); ++c) {
+    const u64 bytes = call.bytes(call.chunks[c]);
+    ends.push_back(total += bytes);
+    if (call.sums) sums[c] = checksum_length(bytes);
+  }
+  const bool whole_lanes = call.whole_lanes();
+  const bool stream = kCanStream && total >= kStreamBytes;
+  const auto part = [&](u64 first, u64 last) {
+    for (std::size_t c = 0; c < ends.size(); ++c) {
+      const u64 chunk_begin = c ? ends[c - 1] : 0;
+      // Parts of one chunk meet at lanes of its payload.
+      const auto in_chunk = [&](u64 at) {
+        return at >= ends[c]       ? ends[c] - chunk_begin
+               : at <= chunk_begin ? 0
+                                   : (at - chunk_begin) / kLaneBytes * kLaneBytes;
+      };
+      const u64 begin = in_chunk(first), end = in_chunk(last);
+      if (begin == end) continue;
+      const u64 sum =
+          call.mode == Mode::kPage
+              ? copy_part<kGather, Mode::kPage>(call, layout, call.chunks[c], begin, end, whole_lanes, stream)
+              : copy_part<kGather, Mode::kToken>(call, layout, call.chunks[c], begin, end, whole_lanes, stream);
+      if (call.sums) sums[c].fetch_add(sum, std::memory_order_relaxed);
+    }
+    if (stream) finish_streaming();
+  };
+  const u64 parts = std::max<u64>(1, std::min<u64>(threads, total / kThreadBytes));
+  std::vector<std::thread> others;
+  for (u64 t = 1; t < parts; ++t) others.emplace_back(part, total * t / parts, total * (t + 1) / parts);
+  part(0, total / parts);
+  for (std::thread& thread : others) thread.join();
+}
+
+}  // namespace
+
+void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads) {
+  check_ids(cache, mode, chunks);
+  std::vector<std::atomic<u64>> sums(chunks.size());
+  copy<true>({cache, mode, chunks, checksums != nullptr}, threads, sums);
+  if (checksums) std::copy(sums.begin(), sums.end(), checksums);
+}
+
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches,
+             u32 threads) {
+  check_ids(cache, mode, chunks);
+  std::vector<std::atomic<u64>> sums(chunks.size());
+  copy<false>({cache, mode, chunks, expected != nullptr}, threads, sums);
+  if (expected)
+    for (std::size_t c = 0; c < chunks.size(); ++c) matches[c] = sums[c] == expected[c];
 }
 
 }  // namespace lmc::cpu

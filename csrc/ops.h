@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "checksum.h"
 #include "content_ids.h"
 #include "copy_span.h"
 
@@ -40,11 +41,13 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
 // is not there.
 void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks);
 
-// Both check_ids before anything is written. checksums: one a chunk, or null.
-void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums);
+// Both check_ids before anything is written, and use up to `threads` threads, as many as the bytes are worth.
+// checksums: one a chunk, or null.
+void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads);
 
 // expected: one checksum a chunk, or null; matches[i] tells whether chunk i's payload has it.
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches,
+             u32 threads);
 
 u64 checksum(const u8* payload, u64 bytes);
 

@@ -90,9 +90,9 @@ __device__ typename Unit<kUnit>::type get_unit(const Lane& lane, u32 k) {
     return static_cast<u8>(lane.words[k / 4] >> (k % 4 * 8));
 }
 
-__device__ u64 lane_term(u64 index, const Lane& lane) {
-  return checksum_lane(index, lane.words[0] | static_cast<u64>(lane.words[1]) << 32,
-                       lane.words[2] | static_cast<u64>(lane.words[3]) << 32);
+__device__ void add_lane(LaneSums& sums, u64 index, const Lane& lane) {
+  sums.add(index, lane.words[0] | static_cast<u64>(lane.words[1]) << 32,
+           lane.words[2] | static_cast<u64>(lane.words[3]) << 32);
 }
 
 // A lane of the payload. `units`: how many the payload has; `vector`: it begins at a multiple of 16.
@@ -155,7 +155,7 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
     const ChunkWork<Index> work = copy.chunks[c];
     const bool vector = reinterpret_cast<std::uintptr_t>(work.chunk.payload) % kLaneBytes == 0;
     Index first = static_cast<Index>((tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<kUnit> + threadIdx.x);
-    u64 sum = 0;
+    LaneSums sums;
     for (; tile < tiles_end && tile < work.tiles_end; ++tile, first += kTileLanes<kUnit>) {
       Lane lanes[kLanes<kUnit>];
       LMC_UNROLL
@@ -186,10 +186,10 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
             if (to) *reinterpret_cast<Piece*>(to) = get_unit<kUnit>(lanes[v], k);
           }
         }
-        if (copy.checksums && lane * kUnits < work.units) sum += lane_term(lane, lanes[v]);
+        if (copy.checksums && lane * kUnits < work.units) add_lane(sums, lane, lanes[v]);
       }
     }
-    if (copy.checksums) add_to_checksum(copy.checksums + c, sum);
+    if (copy.checksums) add_to_checksum(copy.checksums + c, sums.total());
   }
 }
 

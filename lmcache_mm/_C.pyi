@@ -32,10 +32,15 @@ def prefix_keys(
     keys: int,
 ) -> None: ...
 def gather(
-    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int
+    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int, threads: int
 ) -> None: ...
 def scatter(
-    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], expected: int, matches: int
+    cache: PagedCache,
+    token_mode: bool,
+    chunks: Iterable[tuple[int, bool, int, int, int]],
+    expected: int,
+    matches: int,
+    threads: int,
 ) -> None: ...
 def checksum(payload: int, bytes: int) -> int: ...
 

@@ -6,6 +6,7 @@ given and finds wrong is a TypeError or ValueError that names the argument, and 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 from lmcache_mm import _C
 from lmcache_mm.layout import KVLayout, as_tensor
 from lmcache_mm.prompt import Item, checked_items, count
+
+# How many threads a copy on the CPU may use: those that the process may run on, at most 8, past which the memory and not
+# the threads set the pace; LMCACHE_MM_THREADS overrides.
+THREADS = int(os.environ.get("LMCACHE_MM_THREADS", "0")) or min(8, len(os.sched_getaffinity(0)))
 
 Ids = Any  # a sequence of integers, or a 1-D integer tensor
 
@@ -181,6 +186,7 @@ def gather_pages(
     *,
     tokens: int | Sequence[int] | None = None,
     checksums: torch.Tensor | None = None,
+    threads: int = 0,
     max_blocks: int = 0,
 ) -> Any:
     """Copies pages into contiguous payloads [plane][page][page byte]; returns the payload, or one a chunk.
@@ -191,6 +197,7 @@ def gather_pages(
     tokens: how many tokens of each chunk count; the slots of its last page past them are zeroed, for they hold other
     requests' KV. All of them if None; opaque pages allow nothing else.
     checksums: int64 [chunks], filled with the payloads' checksums.
+    threads: on the CPU, how many threads at most; 0: THREADS.
     max_blocks: caps the CUDA grid, to leave multiprocessors to other work; 0: no cap.
 
     On CUDA the copy is put on torch's current stream of layout.device and nothing waits for it. Block ids may be on the
@@ -200,7 +207,7 @@ def gather_pages(
     """
     chunks = _Chunks(layout, "block_ids", block_ids)
     chunks.take_tokens(tokens)
-    return chunks.gather(out, checksums, layout.page_bytes, max_blocks)
+    return chunks.gather(out, checksums, layout.page_bytes, threads, max_blocks)
 
 
 def scatter_pages(
@@ -209,6 +216,7 @@ def scatter_pages(
     payload: Any,
     *,
     checksums: torch.Tensor | None = None,
+    threads: int = 0,
     max_blocks: int = 0,
 ) -> torch.Tensor | None:
     """Copies payloads of `gather_pages` into pages; block id -1 leaves its page's part of the payload out.
@@ -219,7 +227,7 @@ def scatter_pages(
 
     Raises as `gather_pages` does.
     """
-    return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes, max_blocks)
+    return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes, threads, max_blocks)
 
 
 def gather_tokens(
@@ -228,6 +236,7 @@ def gather_tokens(
     out: Any = None,
     *,
     checksums: torch.Tensor | None = None,
+    threads: int = 0,
     max_blocks: int = 0,
 ) -> Any:
     """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane][token][row byte].
@@ -235,7 +244,7 @@ def gather_tokens(
     slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
     [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.
     """
-    return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes, max_blocks)
+    return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes, threads, max_blocks)
 
 
 def scatter_tokens(
@@ -244,10 +253,11 @@ def scatter_tokens(
     payload: Any,
     *,
     checksums: torch.Tensor | None = None,
+    threads: int = 0,
     max_blocks: int = 0,
 ) -> torch.Tensor | None:
     """Copies payloads of `gather_tokens` into slots. Otherwise as `scatter_pages`."""
-    return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes, max_blocks)
+    return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes, threads, max_blocks)
 
 
 def checksum(payload: Any) -> int:
@@ -346,7 +356,7 @@ class _Chunks:
             for ids, tokens, payload in zip(self.ids, self.tokens, payloads, strict=True)
         ]
 
-    def gather(self, out: Any, checksums: torch.Tensor | None, unit_bytes: int, max_blocks: int) -> Any:
+    def gather(self, out: Any, checksums: torch.Tensor | None, unit_bytes: int, threads: int, max_blocks: int) -> Any:
         if out is None:
             sizes = [len(self.layout.planes) * len(ids) * unit_bytes for ids in self.ids]
             out = [torch.empty(size, dtype=torch.uint8, device=self.layout.device) for size in sizes]
@@ -358,11 +368,11 @@ class _Chunks:
         if self.layout.device.type == "cuda":
             _C.cuda_gather(*arguments, self._host_ids, address, **_launch(self.layout.device), max_blocks=max_blocks)
         else:
-            _C.gather(*arguments, address)
+            _C.gather(*arguments, address, threads or THREADS)
         return out
 
     def scatter(
-        self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int, max_blocks: int
+        self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int, threads: int, max_blocks: int
     ) -> torch.Tensor | None:
         payloads = self._payloads("payload", payload, unit_bytes)
         expected = self._checksums(checksums)
@@ -375,7 +385,7 @@ class _Chunks:
                 *arguments, self._host_ids, wanted, found, **_launch(self.layout.device), max_blocks=max_blocks
             )
         else:
-            _C.scatter(*arguments, wanted, found)
+            _C.scatter(*arguments, wanted, found, threads or THREADS)
         return matches
 
     @property

@@ -77,16 +77,16 @@ def apply_mm_hashes_to_token_ids(token_ids: torch.Tensor, items: Sequence[Item])
 
 def checksum(payload: torch.Tensor) -> int:
     """The payload checksum, version 1, as a signed 64-bit integer. payload: uint8, 1-D."""
-    total = len(payload) * 0x9FB21C651E98DF25
+    low = high = 0
     padded = bytes(payload.tolist()) + bytes(-len(payload) % 16)
     for index in range(len(padded) // 16):
-        low = int.from_bytes(padded[16 * index : 16 * index + 8], "little")
-        high = int.from_bytes(padded[16 * index + 8 : 16 * index + 16], "little")
-        x = low ^ ((0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03) % 2**64)
-        y = high ^ ((0xC2B2AE3D27D4EB4F + index * 0x8CB92BA72F3D8DD7) % 2**64)
-        product = x * y
-        total += (product ^ (product >> 64)) % 2**64
-    total %= 2**64
+        a = int.from_bytes(padded[16 * index : 16 * index + 8], "little")
+        b = int.from_bytes(padded[16 * index + 8 : 16 * index + 16], "little")
+        x = a ^ ((0xBBB03F7D4E2B280B + index * 0x9E3779B97F4A7C15) % 2**64)
+        y = b ^ ((0x96A5B51F8EFAD769 + index * 0x6A09E667F3BCC909) % 2**64)
+        low += (x % 2**32) * (x >> 32) + b
+        high += (y % 2**32) * (y >> 32) + a
+    total = (low + high * 0x12DE34EC4F9BA061 + len(payload) * 0xF0F7D78E3E3EAFAD) % 2**64
     return total - 2**64 if total >> 63 else total
 
 

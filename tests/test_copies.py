@@ -363,3 +363,9 @@ def test_layouts_by_addresses_are_checked(change, text):
     lmc.KVLayout(**fields)
     with pytest.raises(ValueError, match=text):
         lmc.KVLayout(**{**fields, **change})
+
+
+def test_the_checksum_factor_has_the_bits_that_make_half_word_changes_show():
+    factor = 0x12DE34EC4F9BA061
+    assert -factor >> 32 & 1
+    assert -pow(factor, -1, 2**64) >> 32 & 1
