@@ -127,6 +127,15 @@ __device__ void store_payload(u8* payload, bool vector, Index lane_index, Index 
   }
 }
 
+// Tells the compiler that a pointer out of a table is one to global memory: the load or store then needs no test of it.
+template <typename T>
+__device__ T* in_global_memory(T* pointer) {
+#ifdef __CUDA_ARCH__
+  __builtin_assume(__isGlobal(pointer));
+#endif
+  return pointer;
+}
+
 template <Mode kMode, typename Index>
 __device__ u8* cache_unit(const PagedLayout<Index>& layout, const Chunk& chunk, Divisor<Index> count, Index y) {
   if constexpr (kMode == Mode::kPage)
@@ -153,7 +162,8 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
   while (tile < tiles_end) {
     while (copy.chunks[c].tiles_end <= tile) ++c;
     const ChunkWork<Index> work = copy.chunks[c];
-    const bool vector = reinterpret_cast<std::uintptr_t>(work.chunk.payload) % kLaneBytes == 0;
+    u8* payload = in_global_memory(work.chunk.payload);
+    const bool vector = reinterpret_cast<std::uintptr_t>(payload) % kLaneBytes == 0;
     Index first = static_cast<Index>((tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<kUnit> + threadIdx.x);
     LaneSums sums;
     for (; tile < tiles_end && tile < work.tiles_end; ++tile, first += kTileLanes<kUnit>) {
@@ -167,23 +177,23 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
           for (u32 k = 0; k < kUnits; ++k) {
             const Index y = lane * kUnits + k;
             const u8* from = y < work.units ? cache_unit<kMode>(copy.layout, work.chunk, work.count, y) : nullptr;
-            if (from) put_unit<kUnit>(lanes[v], k, *reinterpret_cast<const Piece*>(from));
+            if (from) put_unit<kUnit>(lanes[v], k, *in_global_memory(reinterpret_cast<const Piece*>(from)));
           }
         } else {
-          lanes[v] = load_payload<kUnit>(work.chunk.payload, vector, lane, work.units);
+          lanes[v] = load_payload<kUnit>(payload, vector, lane, work.units);
         }
       }
       LMC_UNROLL
       for (u32 v = 0; v < kLanes<kUnit>; ++v) {
         const Index lane = first + v * kThreads;
         if constexpr (kGather) {
-          store_payload<kUnit>(work.chunk.payload, vector, lane, work.units, lanes[v]);
+          store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);
         } else {
           LMC_UNROLL
           for (u32 k = 0; k < kUnits; ++k) {
             const Index y = lane * kUnits + k;
             u8* to = y < work.units ? cache_unit<kMode>(copy.layout, work.chunk, work.count, y) : nullptr;
-            if (to) *reinterpret_cast<Piece*>(to) = get_unit<kUnit>(lanes[v], k);
+            if (to) *in_global_memory(reinterpret_cast<Piece*>(to)) = get_unit<kUnit>(lanes[v], k);
           }
         }
         if (copy.checksums && lane * kUnits < work.units) add_lane(sums, lane, lanes[v]);

@@ -279,10 +279,11 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
       blake3::parent_cv(x, left, x, prefixes.root, flags);
     }
   }
+  const u32* chain = prefixes.items.chain + prefixes.items.begun_before(end) * blake3::kKeyWords;
   LMC_UNROLL
   for (u32 w = 0; w < blake3::kKeyWords; ++w) {
     block[w] = x[w];
-    block[w + blake3::kKeyWords] = prefixes.items.chain[prefixes.items.begun_before(end) * blake3::kKeyWords + w];
+    block[w + blake3::kKeyWords] = chain[w];
   }
   blake3::compress_cv(x, prefixes.root, block, 0, blake3::kBlockBytes,
                       blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);

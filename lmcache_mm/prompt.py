@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from blake3 import blake3
 
@@ -144,7 +143,7 @@ class Prompt:
     file) and `prompt_embeds` (a digest) are fields of the namespace. Requests with different salts share nothing.
     """
 
-    token_ids: npt.NDArray[np.int64]
+    token_ids: Any  # afterwards a read-only int64 array
     items: Sequence[Item] = ()
     salt: str | bytes | None = None
     lora: str | bytes | None = None
