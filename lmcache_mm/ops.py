@@ -17,8 +17,8 @@ from lmcache_mm import _C
 from lmcache_mm.layout import KVLayout, as_tensor
 from lmcache_mm.prompt import Item, checked_items, count
 
-# How many threads a copy on the CPU may use: those that the process may run on, at most 8, past which the memory and not
-# the threads set the pace; LMCACHE_MM_THREADS overrides.
+# How many threads a copy on the CPU may use: one a core of the process, at most 8, for past that memory and not threads
+# set the pace. The environment variable LMCACHE_MM_THREADS overrides.
 THREADS = int(os.environ.get("LMCACHE_MM_THREADS", "0")) or min(8, len(os.sched_getaffinity(0)))
 
 Ids = Any  # a sequence of integers, or a 1-D integer tensor

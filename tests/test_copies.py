@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PAGES, TOKENS, PagedCache, head_major, period_251, planes_apart, token_major
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmcache_mm as lmc
+from conftest import PAGES, TOKENS, PagedCache, head_major, period_251, planes_apart, token_major
 from lmcache_mm import ops, reference
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text())

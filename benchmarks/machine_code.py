@@ -1,0 +1,106 @@
+"""What the compiled kernels look like: registers, spills and bytes in flight, read from the module's machine code.
+
+python benchmarks/machine_code.py prints the table. These are expectations: nothing here ran.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from lmcache_mm import _C
+
+REGISTERS_OF_SM = 65536
+THREADS_OF_SM = {80: 2048, 90: 2048, 100: 2048}
+SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+
+# Threads of a block, dynamic shared memory and the bytes a thread asks for before it waits: facts of csrc/*.cu that
+# machine code does not show.
+LAUNCHES = {
+    "hash_leaves": (512, 48256, 64),
+    "fold_keys": (128, 32768, 32),
+    "overwrite": (256, 0, 64),
+    "gather_kernel": (256, 0, 64),
+    "scatter_kernel": (256, 0, 64),
+    "compare_checksums": (256, 0, 16),
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str  # such as gather_kernel<page, 16>
+    arch: int
+    registers: int
+    stack_bytes: int
+    sass: str
+
+    @property
+    def function(self) -> str:
+        return self.name.split("<")[0]
+
+    @property
+    def blocks_of_sm(self) -> int:
+        threads, shared, _ = LAUNCHES[self.function]
+        registers = -(-self.registers // 8) * 8
+        limits = [REGISTERS_OF_SM // (registers * threads), THREADS_OF_SM[self.arch] // threads]
+        if shared:
+            limits.append(SHARED_BYTES_OF_SM[self.arch] // (shared + 1024))  # 1 KiB a block is the system's
+        return min(limits)
+
+    @property
+    def bytes_in_flight(self) -> int:
+        """Of one multiprocessor, with all its blocks and every thread waiting."""
+        threads, _, in_flight = LAUNCHES[self.function]
+        if "<" in self.name and not self.name.endswith("16>"):
+            in_flight = 16  # a narrow unit's thread holds one lane
+        return self.blocks_of_sm * threads * in_flight
+
+
+def tool(name: str) -> str:
+    for directory in Path(sysconfig.get_path("purelib"), "nvidia").glob("*/bin"):
+        if (directory / name).exists():
+            return str(directory / name)
+    raise FileNotFoundError(f"{name}: pip install nvidia-cuda-{name}")
+
+
+def kernels(arch: int) -> list[Kernel]:
+    """All kernels of the compiled module for one architecture."""
+
+    def dump(*options: str) -> str:
+        path = f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"
+        command = [tool("cuobjdump"), "-arch", f"sm_{arch}", *options, _C.__file__]
+        return subprocess.run(command, env={"PATH": path}, check=True, capture_output=True, text=True).stdout
+
+    sass = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", dump("-sass"), re.DOTALL))
+    usage = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+    return [Kernel(readable(f), arch, int(reg), int(stack), sass[f]) for f, reg, stack in usage]
+
+
+def readable(mangled: str) -> str:
+    name = next(name for name in LAUNCHES if name in mangled)
+    parameters = re.search(r"ILNS_4ModeE(\d)ELj(\d+)E", mangled)
+    return f"{name}<{('page', 'token')[int(parameters[1])]}, {parameters[2]}>" if parameters else name
+
+
+def main() -> int:
+    if not _C.cuda_version:
+        print("This build has CPU operations only: there is no machine code of kernels.")
+        return 0
+    archs = [int(arch) for arch in _C.cuda_archs.split(",")]
+    print(f"Expected, from the machine code of nvcc {_C.cuda_version} (not measured):\n")
+    print(f"{'kernel':26} {'arch':>5} {'registers':>10} {'stack':>6} {'blocks/SM':>10} {'in flight/SM':>13}")
+    for arch in archs:
+        for kernel in sorted(kernels(arch), key=lambda k: k.name):
+            print(
+                f"{kernel.name:26} {f'sm_{arch}':>5} {kernel.registers:>10} {kernel.stack_bytes:>6} "
+                f"{kernel.blocks_of_sm:>10} {kernel.bytes_in_flight // 1024:>9} KiB"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

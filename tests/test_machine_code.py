@@ -1,0 +1,50 @@
+"""The machine code of the kernels: no spills, wide loads and stores, enough bytes in flight."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import machine_code
+from lmcache_mm import _C
+
+ARCHS = [arch for arch in (80, 90) if str(arch) in _C.cuda_archs.split(",")]
+pytestmark = pytest.mark.skipif(not ARCHS, reason="built without kernels for sm_80 and sm_90")
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")
+def kernels(request):
+    return machine_code.kernels(request.param)
+
+
+def test_all_kernels_are_there(kernels):
+    copies = {
+        f"{direction}_kernel<{mode}, {unit}>"
+        for direction in ("gather", "scatter")
+        for mode in ("page", "token")
+        for unit in (1, 4, 16)
+    }
+    assert {k.name for k in kernels} == copies | {"hash_leaves", "fold_keys", "overwrite", "compare_checksums"}
+
+
+def test_no_kernel_has_a_stack_or_spills(kernels):
+    assert {k.name: k.stack_bytes for k in kernels if k.stack_bytes} == {}
+    assert [k.name for k in kernels if re.search(r"\b(LDL|STL)\b", k.sass)] == []
+
+
+def test_copies_of_whole_lanes_load_and_store_128_bits_of_global_memory(kernels):
+    for kernel in kernels:
+        if kernel.name.endswith("16>"):
+            assert len(re.findall(r"\bLDG\.E\.128", kernel.sass)) >= 4, kernel.name
+            assert len(re.findall(r"\bSTG\.E\.128", kernel.sass)) >= 4, kernel.name
+            assert not re.search(r"\b(LD|ST)\.E\.128", kernel.sass), kernel.name
+
+
+def test_copies_of_whole_lanes_keep_32_kib_in_flight(kernels):
+    assert all(k.bytes_in_flight >= 32 << 10 for k in kernels if k.name.endswith("16>"))
+
+
+def test_copies_synchronise_no_block(kernels):
+    assert [k.name for k in kernels if "_kernel" in k.name and "BAR." in k.sass] == []
