@@ -21,6 +21,13 @@ std::vector<Item> to_items(const py::iterable& items) {
   return out;
 }
 
+std::vector<u64> to_cuts(u64 address, u64 num_cuts, u64 count) {
+  const u64* first = reinterpret_cast<const u64*>(address);
+  std::vector<u64> cuts(first, first + num_cuts);
+  cpu::check_cuts(cuts, count);
+  return cuts;
+}
+
 std::vector<Chunk> to_chunks(const py::iterable& chunks) {
   std::vector<Chunk> out;
   for (const py::handle chunk : chunks) {
@@ -70,11 +77,10 @@ PYBIND11_MODULE(_C, m) {
       [](u64 token_ids, u64 count, bool wide, const py::iterable& items, const std::string& root, u64 cuts,
          u64 num_cuts, u64 keys) {
         const std::vector<Item> list = to_items(items);
-        const u64* first = reinterpret_cast<const u64*>(cuts);
+        const std::vector<u64> ends = to_cuts(cuts, num_cuts, count);
         py::gil_scoped_release release;
         cpu::prefix_keys({reinterpret_cast<const void*>(token_ids), count, wide}, ItemTable(list),
-                         reinterpret_cast<const u8*>(root.data()), {first, first + num_cuts},
-                         reinterpret_cast<u8*>(keys));
+                         reinterpret_cast<const u8*>(root.data()), ends, reinterpret_cast<u8*>(keys));
       },
       py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("items"), py::arg("root"), py::arg("cuts"),
       py::arg("num_cuts"), py::arg("keys"));
@@ -127,12 +133,12 @@ PYBIND11_MODULE(_C, m) {
       [](u64 token_ids, u64 count, bool wide, const py::iterable& items, const std::string& root, u64 cuts,
          u64 num_cuts, u64 keys, int device, u64 stream, const py::function& allocate) {
         const ItemTable table(to_items(items));
-        const u64* first = reinterpret_cast<const u64*>(cuts);
+        const std::vector<u64> ends = to_cuts(cuts, num_cuts, count);
         const u64 workspace = allocate(cuda::prefix_keys_workspace_bytes(count, table, num_cuts)).cast<u64>();
         py::gil_scoped_release release;
         cuda::prefix_keys({reinterpret_cast<const void*>(token_ids), count, wide}, table,
-                          reinterpret_cast<const u8*>(root.data()), {first, first + num_cuts},
-                          reinterpret_cast<u8*>(keys), to_launch(device, stream, workspace));
+                          reinterpret_cast<const u8*>(root.data()), ends, reinterpret_cast<u8*>(keys),
+                          to_launch(device, stream, workspace));
       },
       py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("items"), py::arg("root"), py::arg("cuts"),
       py::arg("num_cuts"), py::arg("keys"), py::arg("device"), py::arg("stream"), py::arg("allocate"));

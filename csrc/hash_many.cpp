@@ -151,8 +151,10 @@ void leaves(const u64* words, u32 count, const u32 key[8], u32 flags, u64 first_
         flags | (b == 0 ? blake3::kLeafStart : 0) | (b + 1 == blake3::kLeafBlocks ? blake3::kLeafEnd : 0);
     rounds(state, cv, m, low, high, broadcast(blake3::kBlockBytes), broadcast(block_flags));
     for (int w = 0; w < 8; ++w) cv[w] = state.v[w] ^ state.v[w + 8];
+    const bool last = b + 1 == blake3::kLeafBlocks;
+    if (!last && !running) continue;
     u32* to[kLanes];
-    for (u32 i = 0; i < kLanes; ++i) to[i] = b + 1 == blake3::kLeafBlocks ? cvs[i] : running[b * kLanes + i];
+    for (u32 i = 0; i < kLanes; ++i) to[i] = last ? cvs[i] : running[b * kLanes + i];
     store<8>(cv, to, count);
   }
 }

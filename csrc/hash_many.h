@@ -21,7 +21,7 @@ struct HashMany {
   u32 lanes;
 
   // The chaining values cvs[i] of `count` <= lanes full leaves of 128 words, that of leaf i at words + 128 i, its
-  // number first_leaf + i. running[b * lanes + i]: the chain of leaf i after its block b, for all 16 blocks.
+  // number first_leaf + i. running[b * lanes + i], unless running is null: the chain of leaf i after its block b < 15.
   void (*leaves)(const u64* words, u32 count, const u32 key[8], u32 flags, u64 first_leaf, u32 (*running)[8],
                  u32 (*cvs)[8]);
 

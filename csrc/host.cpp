@@ -114,6 +114,15 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
   }
 }
 
+void check_cuts(const std::vector<u64>& cuts, u64 count) {
+  for (std::size_t i = 0; i < cuts.size(); ++i)
+    if (static_cast<i64>(cuts[i]) < 0 || (i && cuts[i] <= cuts[i - 1]))
+      throw std::invalid_argument("cuts: expected strictly ascending token counts from 0 on");
+  if (!cuts.empty() && cuts.back() > count)
+    throw std::invalid_argument("cuts: expected at most the prompt's " + std::to_string(count) + " tokens, got " +
+                                std::to_string(cuts.back()));
+}
+
 // The tree of all prefixes at once: first the leaves, and the last leaf of each prefix, then the levels above, then
 // each key folds the subtrees that it needs. Everything is done in batches that fill the vectors.
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts,
@@ -147,29 +156,40 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
     const u32 leaves = static_cast<u32>((here + kLeafIds - 1) / kLeafIds);
     if (!content.read(first, here, ids)) check_token_ids(token_ids, count);
     std::fill(ids + here, ids + leaves * kLeafIds, 0);
-    hash.leaves(ids, leaves, key, blake3::kKeyedHash, first_leaf, running, leaf_cvs);
+    // A prefix that ends with a full leaf needs no more than that leaf, unless it is the root.
+    const auto ends_leaf = [](u64 end) { return end % kLeafIds == 0 && end > kLeafIds; };
+    std::size_t cuts_end = cut;
+    bool within_leaves = false;
+    for (; cuts_end < cuts.size() && cuts[cuts_end] <= first + here; ++cuts_end)
+      within_leaves |= !ends_leaf(cuts[cuts_end]);
+    hash.leaves(ids, leaves, key, blake3::kKeyedHash, first_leaf, within_leaves ? running : nullptr, leaf_cvs);
     if (const u64 full = std::min<u64>(leaves, full_leaves - std::min(full_leaves, first_leaf)))
       std::memcpy(nodes[0].data() + first_leaf, leaf_cvs, 32 * full);
 
     // The last leaf of every prefix that ends here: the chain before its last 64 bytes, finished with them.
-    while (cut < cuts.size() && cuts[cut] <= first + here) {
-      u32 n = 0;
-      for (; n < hash.lanes && cut < cuts.size() && cuts[cut] <= first + here; ++n, ++cut) {
-        const u64 last = cuts[cut] - 1 - first;
-        const u64 leaf = last / kLeafIds, b = last % kLeafIds / kBlockIds, bytes = 8 * (last % kBlockIds + 1);
-        std::memset(blocks[n], 0, blake3::kBlockBytes);
-        std::memcpy(blocks[n], ids + last / kBlockIds * kBlockIds, bytes);
-        const bool only = first_leaf + leaf == 0;
-        batch[n] = {
-            b == 0 ? key : running[(b - 1) * hash.lanes + leaf],
-            blocks[n],
-            folds[cut].data(),
-            first_leaf + leaf,
-            static_cast<u32>(bytes),
-            blake3::kKeyedHash | blake3::kLeafEnd | (b == 0 ? blake3::kLeafStart : 0) | (only ? blake3::kRoot : 0)};
+    u32 n = 0;
+    for (; cut < cuts_end; ++cut) {
+      const u64 last = cuts[cut] - 1 - first;
+      const u64 leaf = last / kLeafIds, b = last % kLeafIds / kBlockIds, bytes = 8 * (last % kBlockIds + 1);
+      if (ends_leaf(cuts[cut])) {
+        blake3::copy_cv(folds[cut].data(), leaf_cvs[leaf]);
+        continue;
       }
-      hash.compress(batch, n);
+      std::memset(blocks[n], 0, blake3::kBlockBytes);
+      std::memcpy(blocks[n], ids + last / kBlockIds * kBlockIds, bytes);
+      batch[n] = {b == 0 ? key : running[(b - 1) * hash.lanes + leaf],
+                  blocks[n],
+                  folds[cut].data(),
+                  first_leaf + leaf,
+                  static_cast<u32>(bytes),
+                  blake3::kKeyedHash | blake3::kLeafEnd | (b == 0 ? blake3::kLeafStart : 0) |
+                      (first_leaf + leaf == 0 ? blake3::kRoot : 0)};
+      if (++n == hash.lanes) {
+        hash.compress(batch, n);
+        n = 0;
+      }
     }
+    hash.compress(batch, n);
   }
 
   while (nodes.back().size() > 1) {

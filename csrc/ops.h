@@ -33,7 +33,10 @@ void use_simd(const std::string& name);
 // Throws std::invalid_argument, with nothing written, if an id is outside [0, 2^32).
 void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items);
 
-// keys: [cuts.size()][32] bytes. `cuts` ascend strictly and do not exceed the count of ids. Throws
+// Throws std::invalid_argument for cuts that do not ascend strictly or exceed `count`.
+void check_cuts(const std::vector<u64>& cuts, u64 count);
+
+// keys: [cuts.size()][32] bytes. `cuts` have passed check_cuts. Throws
 // std::invalid_argument, with nothing written, if an id before the last cut is outside [0, 2^32).
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys);
 

@@ -54,7 +54,7 @@ def ids_tensor(name: str, value: Ids) -> torch.Tensor:
     """`value` as a contiguous 1-D int32 or int64 tensor."""
     if isinstance(value, (list, tuple, range)):
         try:
-            array = np.array(value if len(value) else [], dtype=None if len(value) else np.int64)
+            array = np.array(value) if value else np.empty(0, np.int64)
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{name}: expected integers, got {type(value).__name__}: {error}") from None
         if array.dtype.kind == "u" or (array.dtype == object and all(isinstance(v, int) for v in value)):
@@ -160,22 +160,19 @@ def prefix_keys(
     if len(root) != 32:
         raise ValueError(f"root: expected 32 bytes, got {len(root)}")
     ends = ids_tensor("cuts", cuts)
+    if ends.dtype != torch.int64:
+        ends = ends.to(torch.int64)
     if ends.device.type != "cpu":
         raise ValueError(f"cuts: expected host integers, got a tensor on {ends.device}")
-    array = ends.numpy().astype(np.int64, copy=False)
-    if len(array):
-        if not (array[1:] > array[:-1]).all() or array[0] < 0:
-            raise ValueError("cuts: expected strictly ascending token counts from 0 on")
-        if array[-1] > len(tensor):
-            raise ValueError(f"cuts: expected at most the prompt's {len(tensor)} tokens, got {array[-1]}")
-    keys = torch.empty(len(array), 32, dtype=torch.uint8, device=device)
-    plain = (tensor.data_ptr(), len(tensor), tensor.dtype == torch.int64, plain_items, root)
+    num_cuts = ends.numel()
+    keys = torch.empty((num_cuts, 32), dtype=torch.uint8, device=device)
+    plain = (tensor.data_ptr(), tensor.numel(), tensor.dtype == torch.int64, plain_items, root)
     if device.type == "cuda":
-        if validate and len(array):
-            _validate_on_device(tensor[: array[-1]])
-        _C.cuda_prefix_keys(*plain, array.ctypes.data, len(array), keys.data_ptr(), **_launch(device))
+        if validate and num_cuts:
+            _validate_on_device(tensor[: max(0, int(ends[-1]))])
+        _C.cuda_prefix_keys(*plain, ends.data_ptr(), num_cuts, keys.data_ptr(), **_launch(device))
     else:
-        _C.prefix_keys(*plain, array.ctypes.data, len(array), keys.data_ptr())
+        _C.prefix_keys(*plain, ends.data_ptr(), num_cuts, keys.data_ptr())
     return keys
 
 
