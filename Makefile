@@ -1,6 +1,7 @@
 # Everything from a bare checkout: python3 (3.11 or newer), a C++17 compiler and make are enough; nvcc is used if found.
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
+#   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
 
@@ -11,13 +12,21 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 export LMCACHE_MM_CUDA ?= AUTO
 
-.PHONY: demo test lint format clean
+RESULTS ?= benchmarks/results/latest.json
+
+.PHONY: demo test bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m lmcache_mm demo $(ARGS)
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/built
+	$(BIN)/python benchmarks/machine_code.py
+	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-json=$(RESULTS) \
+	  --benchmark-columns=median,iqr,rounds --benchmark-group-by=func $(ARGS)
+	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -16,20 +16,31 @@ from lmcache_mm import _C
 
 @pytest.fixture
 def against(benchmark: Any) -> Callable[..., None]:
-    """against(ours, {name: peer, ...}, rounds, **facts) times `ours` and, before each of its rounds, each peer once.
+    """against(ours, {name: peer, ...}, rounds, warm, **facts) times `ours`, and before each round each peer once.
 
-    Medians of the peers go to extra_info["peers_s"], `facts` beside them. What is compared must have been checked equal
-    before.
+    warm: each timed call, ours and the peers', directly follows an untimed one of its own, so that none is charged with
+    the cache misses that another caused; for what is short. Medians of the peers go to extra_info["peers_s"], `facts`
+    beside them. What is compared must have been checked equal before.
     """
 
-    def compare(ours: Callable[[], Any], peers: dict[str, Callable[[], Any]], rounds: int = 30, **facts: Any) -> None:
+    def compare(
+        ours: Callable[[], Any],
+        peers: dict[str, Callable[[], Any]],
+        rounds: int = 30,
+        warm: bool = False,
+        **facts: Any,
+    ) -> None:
         times: dict[str, list[float]] = {name: [] for name in peers}
 
         def time_peers() -> None:
             for name, peer in peers.items():
+                if warm:
+                    peer()
                 begin = time.perf_counter()
                 peer()
                 times[name].append(time.perf_counter() - begin)
+            if warm:
+                ours()
 
         benchmark.pedantic(ours, setup=time_peers, rounds=rounds, iterations=1, warmup_rounds=2)
         benchmark.extra_info["peers_s"] = {name: float(np.median(values[2:])) for name, values in times.items()}
@@ -40,6 +51,7 @@ def against(benchmark: Any) -> Callable[..., None]:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     cpu = machine_info.get("cpu", {})
+    machine_info["node"] = ""  # the host's name is nobody's business
     machine_info["lmcache_mm"] = {
         "cpu": cpu.get("brand_raw", platform.processor()),
         "cores": torch.get_num_threads(),

@@ -1,0 +1,102 @@
+"""Turns a benchmark JSON into the README's tables: python benchmarks/report.py benchmarks/results/FILE.json [--write]
+
+Prints Markdown; --write puts it between the markers in README.md. Every figure in the README comes from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Markdown; all columns but the first are right-aligned."""
+    rule = ["---"] + ["--:"] * (len(headings) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)) + "\n"
+
+
+def seconds(value: float) -> str:
+    return f"{value * 1e6:.0f} µs" if value < 1e-3 else f"{value * 1e3:.1f} ms"
+
+
+def keys(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if not one["name"].startswith("test_keys"):
+            continue
+        cells = [f"{facts['tokens']:,} tokens, {facts['cuts']:,} cuts, {facts['simd']}", seconds(median)]
+        for peer in ("blake3 package and numpy", "chained SHA-256 in Python, every 256"):
+            time = facts["peers_s"].get(peer)
+            cells.append(f"{seconds(time)} ({time / median:.1f}×)" if time else "")
+        rows.append(cells)
+    return table(["prefix keys, one core", "ours", "blake3 + numpy, same keys", "chained SHA-256, Python"], rows)
+
+
+def copies(benchmarks: list[dict[str, Any]]) -> str:
+    cells: dict[tuple[int, str], dict[tuple[int, bool], str]] = {}
+    speeds: dict[int, list[float]] = {}
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "page_bytes" not in facts:
+            continue
+        share = facts["peers_s"]["memcpy"] / median
+        row = cells.setdefault((facts["page_bytes"], facts["direction"]), {})
+        row[facts["threads"], facts["checksum"]] = f"{share:.0%}"
+        speeds.setdefault(facts["threads"], []).append(facts["bytes"] / facts["peers_s"]["memcpy"] / 1e9)
+    columns = [(threads, checksum) for threads in sorted(speeds) for checksum in (False, True)]
+    headings = ["copy of shuffled pages"]
+    headings += [f"{t} thread{'s' * (t > 1)}{', checksum' * checksum}" for t, checksum in columns]
+    memcpy = ["memcpy of the same bytes"]
+    memcpy += [f"{sorted(speeds[threads])[len(speeds[threads]) // 2]:.1f} GB/s" for threads, _ in columns]
+    rows = [memcpy]
+    for (page_bytes, direction), row in sorted(cells.items()):
+        rows.append([f"{direction}, {page_bytes:,} byte pages", *(row.get(column, "") for column in columns)])
+    return table(headings, rows)
+
+
+def cache(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if one["name"] in ("test_match", "test_retrieve", "test_store"):
+            peer = facts.get("peers_s", {}).get("memcpy")
+            rows.append([one["name"].removeprefix("test_"), seconds(median), f"{peer / median:.0%}" if peer else ""])
+    return table(["KVCache, mem://, 4,096 tokens of Qwen2-VL-2B", "time", "share of one memcpy"], rows)
+
+
+def report(path: Path) -> str:
+    results = json.loads(path.read_text())
+    machine = results["machine_info"]["lmcache_mm"]
+    place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
+    heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache)]
+    gpu = "**GPU: not measured yet.**\n" if machine["gpu"] is None else ""
+    return "\n".join(part for part in (heading, *parts, gpu) if part)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="a file written by make bench")
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    args = parser.parse_args()
+    try:
+        text = report(args.results.resolve())
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{args.results}: not a result of make bench: {error}")
+    if args.write:
+        before, rest = README.read_text().split(BEGIN)
+        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
