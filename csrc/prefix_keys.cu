@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
 
   u32 nodes = static_cast<u32>(prefixes.end / kGroupIds);  // full groups, then their parents, and so on
   for (u32 i = thread; i < nodes * blake3::kKeyWords; i += kFoldThreads)
-    shared.nodes[0][i] = prefixes.node(kGroupLevels - 1, 0)[i];
+    shared.nodes[i / blake3::kKeyWords][i % blake3::kKeyWords] = prefixes.node(kGroupLevels - 1, 0)[i];
   u32 begin = 0;
   while (nodes > 1) {
     __syncthreads();

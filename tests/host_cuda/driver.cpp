@@ -1,0 +1,512 @@
+// Runs cases through lmc::cuda and compares every byte of every memory region with what Python says it has to be.
+//
+//   driver CASES [--schedules N] [--seed S] [--threads T] [--only TEXT] [--fail-fast]
+//          [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
+//
+// It is built against the stand-in in this folder, or by nvcc for a GPU (nvcc -x cu driver.cpp, with csrc/*.cu). A
+// schedule runs every case once, in an order, in batches that are enqueued on several streams before anything is waited
+// for, and with scheduling inside of the stand-in, that are all drawn from the seed; every thread runs its own.
+// --api-failures instead makes every CUDA call of every case fail in turn and expects an exception, nothing left
+// behind, and that the next call is right. One line a failure, a count at the end, exit status 1 if there was any.
+//
+// CASES, little-endian: u32 number of cases, then for each
+//   text name, text op
+//   u32 number of fields, each: text name, u64 bytes, the bytes; integers are u64s, lists of them are concatenated
+//   u32 number of regions of memory, each: text name, u8 whether host memory, u64 misalignment of its first byte,
+//     u64 bytes, the bytes before the call, the bytes expected after it
+// where a text is a u32 length and so many bytes. Regions are given as their numbers. Per op, `?` optional:
+//   apply_mm_hashes_to_token_ids: count, items; region 0: int64 ids
+//   prefix_keys: count, wide, items, root, cuts; regions 0: ids, 1: keys
+//   gather, scatter: token_mode, host_ids, max_blocks, planes (offsets in region 0, the cache),
+//     layout (num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes),
+//     chunks (each: region of ids, wide, count, tokens, region of payload), checksums? expected? matches? (regions)
+//   blake3_keyed_hash, blake3_derive_key: key or context, data, hash; no CUDA
+// A field `refused` says that the call has to throw std::invalid_argument.
+// items: for each u64 offset, u64 length, text modality, text identifier.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "ops.h"
+
+#ifdef LMC_HOST_CUDA
+// Which deletion of the mutated sources is live; see tests/test_host_cuda.py.
+int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
+#endif
+
+using namespace lmc;
+
+namespace {
+
+#ifdef LMC_HOST_CUDA
+constexpr std::size_t kGuardBytes = 0;  // AddressSanitizer watches what is outside of an allocation
+#else
+constexpr std::size_t kGuardBytes = 256;
+#endif
+constexpr u8 kGuard = 0xEB;
+constexpr int kStreams = 4;
+
+[[noreturn]] void die(const std::string& why) {
+  std::fprintf(stderr, "driver: %s\n", why.c_str());
+  std::exit(2);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) die(std::string(what) + ": " + cudaGetErrorString(error));
+}
+#define CHECK(call) check(call, #call)
+
+// --- Cases
+
+struct Reader {
+  const char* at;
+  const char* end;
+
+  const char* take(u64 bytes) {
+    if (bytes > static_cast<u64>(end - at)) die("the cases file ends early");
+    at += bytes;
+    return at - bytes;
+  }
+  template <typename T>
+  T number() {
+    T value;
+    std::memcpy(&value, take(sizeof value), sizeof value);
+    return value;
+  }
+  std::string bytes(u64 count) {
+    const char* first = take(count);
+    return {first, first + count};
+  }
+  std::string text() { return bytes(number<u32>()); }
+};
+
+struct Region {
+  std::string name;
+  bool host;
+  u64 misalignment;
+  std::string before, after;
+};
+
+struct Case {
+  std::string name, op;
+  std::map<std::string, std::string> fields;
+  std::vector<Region> regions;
+
+  bool has(const char* field) const { return fields.count(field) != 0; }
+  const std::string& field(const char* field) const {
+    if (!has(field)) die(name + " has no field " + field);
+    return fields.at(field);
+  }
+  std::vector<u64> numbers(const char* field) const {
+    const std::string& bytes = this->field(field);
+    std::vector<u64> out(bytes.size() / 8);
+    if (!out.empty()) std::memcpy(out.data(), bytes.data(), 8 * out.size());
+    return out;
+  }
+  u64 number(const char* field) const { return numbers(field).at(0); }
+  std::vector<Item> items() const {
+    const std::string& bytes = field("items");
+    Reader reader{bytes.data(), bytes.data() + bytes.size()};
+    std::vector<Item> out;
+    while (reader.at != reader.end) {
+      Item item;
+      item.offset = reader.number<u64>();
+      item.length = reader.number<u64>();
+      item.modality = reader.text();
+      item.identifier = reader.text();
+      out.push_back(item);
+    }
+    return out;
+  }
+};
+
+std::vector<Case> read_cases(const char* path) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) die(std::string("cannot read ") + path);
+  std::stringstream content;
+  content << file.rdbuf();
+  const std::string bytes = content.str();
+  Reader reader{bytes.data(), bytes.data() + bytes.size()};
+  std::vector<Case> cases(reader.number<u32>());
+  for (Case& c : cases) {
+    c.name = reader.text();
+    c.op = reader.text();
+    for (u32 i = reader.number<u32>(); i > 0; --i) {
+      const std::string name = reader.text();
+      c.fields[name] = reader.bytes(reader.number<u64>());
+    }
+    c.regions.resize(reader.number<u32>());
+    for (Region& region : c.regions) {
+      region.name = reader.text();
+      region.host = reader.number<u8>() != 0;
+      region.misalignment = reader.number<u64>();
+      const u64 size = reader.number<u64>();
+      region.before = reader.bytes(size);
+      region.after = reader.bytes(size);
+    }
+  }
+  return cases;
+}
+
+// --- One case on a stream
+
+struct CudaFree {
+  void operator()(void* pointer) const { CHECK(cudaFree(pointer)); }
+};
+struct CudaFreeHost {
+  void operator()(void* pointer) const { CHECK(cudaFreeHost(pointer)); }
+};
+using DeviceMemory = std::unique_ptr<u8, CudaFree>;
+using PinnedMemory = std::unique_ptr<u8, CudaFreeHost>;
+
+DeviceMemory device_memory(u64 bytes) {
+  void* pointer = nullptr;
+  CHECK(cudaMalloc(&pointer, bytes));
+  return DeviceMemory(static_cast<u8*>(pointer));
+}
+
+// A region in device memory: guard, misalignment, the bytes, guard.
+struct Placed {
+  u64 bytes;
+  DeviceMemory device;
+  PinnedMemory in, out;
+};
+
+class Run {
+ public:
+  int calls_until_failure = 0;  // of the op's own CUDA calls
+
+  Run(const Case& c, int device, cudaStream_t stream) : case_(c), device_(device), stream_(stream) {
+    for (const Region& region : case_.regions) {
+      Placed placed{};
+      if (!region.host && region.misalignment + region.before.size() + kGuardBytes > 0) {
+        placed.bytes = front(region) + region.before.size() + kGuardBytes;
+        placed.device = device_memory(placed.bytes);
+        void* pinned = nullptr;
+        CHECK(cudaMallocHost(&pinned, placed.bytes));
+        placed.in.reset(static_cast<u8*>(pinned));
+        CHECK(cudaMallocHost(&pinned, placed.bytes));
+        placed.out.reset(static_cast<u8*>(pinned));
+        std::memset(placed.in.get(), kGuard, placed.bytes);
+        if (!region.before.empty())
+          std::memcpy(placed.in.get() + front(region), region.before.data(), region.before.size());
+      }
+      placed_.push_back(std::move(placed));
+    }
+  }
+
+  void upload() {
+    for (const Placed& p : placed_)
+      if (p.bytes) CHECK(cudaMemcpyAsync(p.device.get(), p.in.get(), p.bytes, cudaMemcpyHostToDevice, stream_));
+  }
+  void download() {
+    for (const Placed& p : placed_)
+      if (p.bytes) CHECK(cudaMemcpyAsync(p.out.get(), p.device.get(), p.bytes, cudaMemcpyDeviceToHost, stream_));
+  }
+
+  // All host memory that the call is given is overwritten and gone when this returns.
+  void call() {
+    std::vector<std::vector<u8>> host_ids;
+    for (const Region& region : case_.regions)
+      host_ids.emplace_back(region.host ? region.before.begin() : region.before.end(), region.before.end());
+    const auto address = [&](u64 number) -> u8* {
+      const Region& region = case_.regions.at(number);
+      if (region.host) return host_ids[number].data();
+      return placed_[number].bytes ? placed_[number].device.get() + front(region) : nullptr;
+    };
+    if (case_.op == "apply_mm_hashes_to_token_ids") {
+      const ItemTable items(case_.items());
+      auto* ids = reinterpret_cast<i64*>(address(0));
+      cuda::apply_mm_hashes_to_token_ids(ids, case_.number("count"), items,
+                                         launch(cuda::apply_mm_hashes_to_token_ids_workspace_bytes(items)));
+    } else if (case_.op == "prefix_keys") {
+      const ItemTable items(case_.items());
+      std::vector<u64> cuts = case_.numbers("cuts");
+      const TokenIds ids{address(0), case_.number("count"), case_.number("wide") != 0};
+      cuda::prefix_keys(ids, items, reinterpret_cast<const u8*>(case_.field("root").data()), cuts, address(1),
+                        launch(cuda::prefix_keys_workspace_bytes(ids.count, items, cuts.size())));
+      std::fill(cuts.begin(), cuts.end(), ~u64{0});
+    } else if (case_.op == "gather" || case_.op == "scatter") {
+      copy(address);
+    } else {
+      die("no op " + case_.op);
+    }
+    for (std::vector<u8>& ids : host_ids) std::fill(ids.begin(), ids.end(), u8{0xFF});
+  }
+
+  // The first byte of each region that is not as expected; empty if all are.
+  std::vector<std::string> differences() const {
+    std::vector<std::string> out;
+    for (std::size_t r = 0; r < placed_.size(); ++r) {
+      const Placed& p = placed_[r];
+      const Region& region = case_.regions[r];
+      for (u64 i = 0; i < p.bytes; ++i) {
+        const u64 at = i - front(region);
+        const u8 want = at < region.after.size() ? static_cast<u8>(region.after[at]) : kGuard;
+        if (p.out.get()[i] == want) continue;
+        char text[160];
+        std::snprintf(text, sizeof text, "byte %lld of %zu: got 0x%02x, want 0x%02x",
+                      static_cast<long long>(i) - static_cast<long long>(front(region)), region.after.size(),
+                      p.out.get()[i], want);
+        out.push_back("region " + region.name + ", " + text);
+        break;
+      }
+    }
+    return out;
+  }
+
+ private:
+  static u64 front(const Region& region) { return kGuardBytes + region.misalignment; }
+
+  cuda::Launch launch(u64 workspace_bytes) {
+    if (workspace_bytes) workspace_ = device_memory(workspace_bytes);
+#ifdef LMC_HOST_CUDA
+    if (calls_until_failure) host_cuda::calls().until_failure = calls_until_failure;
+#endif
+    const u64 max_blocks = case_.has("max_blocks") ? case_.number("max_blocks") : 0;
+    return {device_, stream_, workspace_.get(), static_cast<u32>(max_blocks)};
+  }
+
+  template <typename Address>
+  void copy(const Address& address) {
+    const std::vector<u64> layout = case_.numbers("layout"), planes = case_.numbers("planes");
+    const std::vector<u64> numbers = case_.numbers("chunks");
+    PagedCache cache{{}, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
+    for (const u64 offset : planes) cache.planes.push_back(address(0) + offset);
+    std::vector<Chunk> chunks;
+    for (std::size_t i = 0; i + 4 < numbers.size(); i += 5)
+      chunks.push_back(
+          {address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]), numbers[i + 1] != 0});
+    const auto optional = [&](const char* field) { return case_.has(field) ? address(case_.number(field)) : nullptr; };
+    const bool host_ids = case_.number("host_ids") != 0;
+    const Mode mode = case_.number("token_mode") ? Mode::kToken : Mode::kPage;
+    const cuda::Launch where = launch(cuda::copy_workspace_bytes(cache, chunks, host_ids));
+#ifdef LMC_HOST_CUDA
+    host_cuda::calls().most_blocks = 0;
+#endif
+    if (case_.op == "gather")
+      cuda::gather(cache, mode, chunks, host_ids, reinterpret_cast<u64*>(optional("checksums")), where);
+    else
+      cuda::scatter(cache, mode, chunks, host_ids, reinterpret_cast<const u64*>(optional("expected")),
+                    reinterpret_cast<bool*>(optional("matches")), where);
+  }
+
+  const Case& case_;
+  int device_;
+  cudaStream_t stream_;
+  std::vector<Placed> placed_;
+  DeviceMemory workspace_;
+};
+
+// --- Schedules
+
+class Driver {
+ public:
+  u64 failures = 0;
+
+  explicit Driver(bool fail_fast) : fail_fast_(fail_fast) {
+    CHECK(cudaGetDeviceCount(&devices_));
+    for (int device = 0; device < devices_; ++device) {
+      CHECK(cudaSetDevice(device));
+      streams_.emplace_back(1, nullptr);
+      for (int i = 1; i < kStreams; ++i) {
+        cudaStream_t stream = nullptr;
+        CHECK(cudaStreamCreateWithFlags(&stream, i % 2 ? cudaStreamNonBlocking : cudaStreamDefault));
+        streams_.back().push_back(stream);
+      }
+    }
+  }
+
+  void run_schedule(std::vector<const Case*> cases, u64 seed) {
+    seed_ = seed;
+    std::mt19937_64 random(seed);
+    for (std::size_t i = cases.size(); i > 1; --i) std::swap(cases[i - 1], cases[random() % i]);
+    for (std::size_t first = 0; first < cases.size();) {
+      const int device = static_cast<int>(random() % static_cast<u64>(devices_));
+      // Now and then more calls under way than there are buffers to upload their tables from.
+      const std::size_t sizes[] = {1, 3, 5, 50};
+      const std::size_t end = std::min(cases.size(), first + sizes[random() % 4]);
+      CHECK(cudaSetDevice(device));
+      std::vector<std::unique_ptr<Run>> runs;
+      for (std::size_t i = first; i < end; ++i) {
+        const cudaStream_t stream = streams_[device][random() % kStreams];
+        runs.push_back(std::make_unique<Run>(*cases[i], device, stream));
+        runs.back()->upload();
+        const int before = static_cast<int>(random() % static_cast<u64>(devices_));
+        CHECK(cudaSetDevice(before));
+        call(*cases[i], *runs.back());
+        expect_unchanged(*cases[i], before);
+        CHECK(cudaSetDevice(device));
+        runs.back()->download();
+      }
+      for (const cudaStream_t stream : streams_[device]) CHECK(cudaStreamSynchronize(stream));
+      for (std::size_t i = first; i < end; ++i) report(*cases[i], *runs[i - first]);
+      first = end;
+    }
+  }
+
+#ifdef LMC_HOST_CUDA
+  void fail_every_call(const Case& c, u64 seed) {
+    seed_ = seed;
+    CHECK(cudaSetDevice(0));
+    for (int call = 1;; ++call) {
+      Run run(c, 0, streams_[0][1]);
+      run.upload();
+      CHECK(cudaSetDevice(1));
+      run.calls_until_failure = call;
+      bool thrown = false;
+      try {
+        run.call();
+      } catch (const std::runtime_error&) {
+        thrown = true;
+      }
+      const bool failed = std::exchange(host_cuda::calls().until_failure, 0) == 0;
+      if (failed != thrown) fail(c, "CUDA call " + std::to_string(call) + " of the op failed, and nothing was thrown");
+      expect_unchanged(c, 1);
+      CHECK(cudaSetDevice(0));
+      run.download();
+      CHECK(cudaDeviceSynchronize());
+      if (thrown) continue;
+      report(c, run);
+      return;
+    }
+  }
+#endif
+
+  void run_on_host(const Case& c) {
+    const std::string &data = c.field("data"), &want = c.field("hash");
+    u32 key[blake3::kKeyWords], out[blake3::kKeyWords];
+    if (c.op == "blake3_keyed_hash") {
+      std::memcpy(key, c.field("key").data(), sizeof key);
+      blake3::hash(out, key, blake3::kKeyedHash, data);
+    } else {
+      blake3::hash(out, blake3::ContextKey(c.field("context")).words, blake3::kDeriveKeyMaterial, data);
+    }
+    if (std::memcmp(out, want.data(), sizeof out) != 0) fail(c, "another hash than the published one");
+  }
+
+ private:
+  void fail(const Case& c, const std::string& what) {
+    std::printf("FAIL %s: %s (seed %llu)\n", c.name.c_str(), what.c_str(), static_cast<unsigned long long>(seed_));
+    std::fflush(stdout);
+    ++failures;
+    if (fail_fast_) std::_Exit(1);
+  }
+
+  void call(const Case& c, Run& run) {
+    bool refused = false;
+    try {
+      run.call();
+    } catch (const std::invalid_argument&) {
+      refused = true;
+    } catch (const std::exception& error) {
+      fail(c, error.what());
+    }
+#ifdef LMC_HOST_CUDA
+    const u64 most_blocks = c.has("max_blocks") ? c.number("max_blocks") : 0;
+    if (most_blocks && host_cuda::calls().most_blocks > most_blocks) fail(c, "a grid exceeds max_blocks");
+#endif
+    if (refused != c.has("refused")) fail(c, refused ? "the call is refused" : "the call is not refused");
+  }
+
+  void report(const Case& c, const Run& run) {
+    for (const std::string& difference : run.differences()) fail(c, difference);
+  }
+
+  void expect_unchanged(const Case& c, int device) {
+    int now = -1;
+    CHECK(cudaGetDevice(&now));
+    if (now != device) fail(c, "the call leaves another device current");
+    const cudaError_t error = cudaGetLastError();
+    if (error != cudaSuccess) fail(c, std::string("the call leaves an error behind: ") + cudaGetErrorString(error));
+  }
+
+  bool fail_fast_;
+  int devices_ = 0;
+  u64 seed_ = 0;
+  std::vector<std::vector<cudaStream_t>> streams_;  // of each device; the first is the NULL stream
+};
+
+}  // namespace
+
+#ifdef LMC_HOST_CUDA
+void seed_device(u64 seed) {
+  host_cuda::seed(seed);
+  host_cuda::options().multiprocessors = 1 + static_cast<int>(seed / 3 % 3);
+}
+#else
+void seed_device(u64) {}
+#endif
+
+int main(int argc, char** argv) {
+  if (argc < 2) die("usage: driver CASES [option]...");
+  u64 schedules = 1, seed = 0, threads = 1;
+  std::string only;
+  bool fail_fast = false, api_failures = false;
+  for (int i = 2; i < argc; ++i) {
+    const std::string option = argv[i];
+    const auto value = [&]() -> const char* {
+      if (i + 1 == argc) die(option + " needs a value");
+      return argv[++i];
+    };
+    if (option == "--schedules")
+      schedules = std::strtoull(value(), nullptr, 0);
+    else if (option == "--seed")
+      seed = std::strtoull(value(), nullptr, 0);
+    else if (option == "--threads")
+      threads = std::strtoull(value(), nullptr, 0);
+    else if (option == "--only")
+      only = value();
+    else if (option == "--fail-fast")
+      fail_fast = true;
+#ifdef LMC_HOST_CUDA
+    else if (option == "--api-failures")
+      api_failures = true;
+    else if (option == "--watchdog")
+      host_cuda::options().watchdog_seconds = std::atoi(value());
+#endif
+    else
+      die("no option " + option);
+  }
+  const std::vector<Case> cases = read_cases(argv[1]);
+  std::vector<std::unique_ptr<Driver>> drivers;
+  for (u64 t = 0; t < threads; ++t) drivers.push_back(std::make_unique<Driver>(fail_fast));
+  std::vector<const Case*> on_device;
+  u64 count = 0, failures = 0;
+  for (const Case& c : cases) {
+    if (c.name.find(only) == std::string::npos) continue;
+    ++count;
+    if (c.op.rfind("blake3", 0) == 0)
+      drivers[0]->run_on_host(c);
+    else
+      on_device.push_back(&c);
+  }
+  for (u64 s = seed; s < seed + schedules; ++s) {
+    seed_device(s);
+    if (api_failures) {
+#ifdef LMC_HOST_CUDA
+      for (const Case* c : on_device)
+        if (!c->has("refused")) drivers[0]->fail_every_call(*c, s);
+#endif
+    } else if (threads == 1) {
+      drivers[0]->run_schedule(on_device, s);
+    } else {
+      std::vector<std::thread> running;
+      for (u64 t = 0; t < threads; ++t)
+        running.emplace_back([&, t] { drivers[t]->run_schedule(on_device, s * threads + t); });
+      for (std::thread& thread : running) thread.join();
+    }
+  }
+  for (const auto& driver : drivers) failures += driver->failures;
+  std::printf("%llu cases, %llu schedules, %llu failures\n", static_cast<unsigned long long>(count),
+              static_cast<unsigned long long>(schedules), static_cast<unsigned long long>(failures));
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,400 @@
+// Kernels on coroutines: blocks, barriers, warp collectives, fences, shared memory.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "runtime.h"
+
+#ifndef __x86_64__
+#error "switching coroutines is written for x86-64 only"
+#endif
+
+// Saves the caller's registers on its stack and that stack in *save, then goes on where `load` was saved.
+extern "C" void host_cuda_switch(void** save, void* load);
+asm(R"(
+.text
+.globl host_cuda_switch
+.type host_cuda_switch, @function
+host_cuda_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size host_cuda_switch, .-host_cuda_switch
+)");
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace host_cuda {
+
+enum class State { kRunning, kReady, kAtBarrier, kMeeting, kExited };
+
+struct Block;
+
+struct Thread {
+  void* stack_pointer;
+  char* stack;
+  void* identity;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+
+  Block* block;
+  unsigned linear;
+  uint3 index;
+  State state;
+  Site site;  // where it waits
+
+  // Of the warp collective that it is in.
+  Collective kind;
+  unsigned mask, source;
+  u64 value;
+  Token* order;
+
+  bool fenced;
+  std::vector<const void*> accessed;  // atomically, since the last fence
+};
+
+namespace {
+
+constexpr unsigned kWarp = 32;
+constexpr std::size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
+constexpr int kSharedPoison = 0xA5;
+
+struct Warp {
+  unsigned generation[kWarp] = {};  // of the meetings, by their lowest lane
+  Token order[kWarp][2] = {};
+};
+
+struct Grid {
+  const Kernel& kernel;
+  const std::function<void()>& call_one_thread;
+  Operation& operation;
+  Token start;
+};
+
+}  // namespace
+
+struct Block {
+  Grid* grid;
+  unsigned set;
+  uint3 index;
+  unsigned size, waiting, exited, generation;
+  std::vector<Thread*> threads, ready;
+  std::vector<Warp> warps;
+  void* shared;
+  Token order[2];  // of barriers, in turn: a thread may be late in leaving one when another comes to the next
+};
+
+namespace {
+
+// --- Coroutines
+
+struct {
+  void* stack_pointer;
+  void* fake_stack;
+  const void* stack;
+  std::size_t stack_bytes;
+} scheduler;
+
+void resume(Thread& thread) {
+  runtime().thread = &thread;
+  thread.state = State::kRunning;
+  threadIdx = thread.index;
+  blockIdx = thread.block->index;
+  become(thread.identity);
+  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&scheduler.fake_stack, thread.stack, kStackBytes);
+  host_cuda_switch(&scheduler.stack_pointer, thread.stack_pointer);
+  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler.fake_stack, nullptr, nullptr);
+  runtime().thread = nullptr;
+}
+
+void suspend() {
+  Thread& thread = *runtime().thread;
+  become(runtime().running->identity);
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&thread.fake_stack, scheduler.stack, scheduler.stack_bytes);
+  host_cuda_switch(&thread.stack_pointer, scheduler.stack_pointer);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(thread.fake_stack, &scheduler.stack, &scheduler.stack_bytes);
+}
+
+void make_ready(Thread& thread) {
+  thread.state = State::kReady;
+  thread.block->ready.push_back(&thread);
+}
+
+Thread& this_thread(const char* what) {
+  if (!runtime().thread) fail("%s outside of a kernel", what);
+  return *runtime().thread;
+}
+
+bool same(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+const Thread& one_at_barrier(const Block& block) {
+  return **std::find_if(block.threads.begin(), block.threads.end(),
+                        [](const Thread* thread) { return thread->state == State::kAtBarrier; });
+}
+
+void exit_thread(Thread& thread) {
+  Block& block = *thread.block;
+  if (block.waiting) {
+    const Site& site = one_at_barrier(block).site;
+    fail("the thread exits while others wait at the barrier of %s:%d", site.file, site.line);
+  }
+  const unsigned first = thread.linear / kWarp * kWarp;
+  for (unsigned t = first; t < std::min(first + kWarp, block.size); ++t) {
+    const Thread& other = *block.threads[t];
+    if (other.state == State::kMeeting && (other.mask >> (thread.linear - first) & 1))
+      fail("the thread exits while lane %u waits for it in the warp collective of %s:%d", t - first, other.site.file,
+           other.site.line);
+  }
+  thread.state = State::kExited;
+  ++block.exited;
+  release(&block.grid->operation.finished);
+}
+
+void thread_main() {
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
+  for (;;) {
+    Thread& thread = *runtime().thread;
+    acquire(&thread.block->grid->start);
+    thread.block->grid->call_one_thread();
+    exit_thread(thread);
+    suspend();
+  }
+}
+
+Thread* new_thread() {
+  auto* thread = new Thread;
+  void* memory = mmap(nullptr, kGuardBytes + kStackBytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE)) fail("no memory for the stack of a thread");
+  thread->stack = static_cast<char*>(memory) + kGuardBytes;
+  // As host_cuda_switch leaves a stack: six registers, the address to go on at, and the alignment of a call.
+  void** top = reinterpret_cast<void**>(thread->stack + kStackBytes) - 8;
+  std::fill(top, top + 8, nullptr);
+  top[6] = reinterpret_cast<void*>(&thread_main);
+  thread->stack_pointer = top;
+  thread->identity = new_identity();
+  return thread;
+}
+
+// --- Blocks
+
+Block* start_block(Grid& grid, u64 number, unsigned set) {
+  const Quiet quiet;
+  const Kernel& kernel = grid.kernel;
+  auto* block = new Block{};
+  block->grid = &grid;
+  block->set = set;
+  block->index = {static_cast<unsigned>(number % kernel.grid.x),
+                  static_cast<unsigned>(number / kernel.grid.x % kernel.grid.y),
+                  static_cast<unsigned>(number / kernel.grid.x / kernel.grid.y)};
+  block->size = kernel.block.x * kernel.block.y * kernel.block.z;
+  block->warps.resize((block->size + kWarp - 1) / kWarp);
+  if (kernel.shared_bytes) {
+    block->shared = std::malloc(kernel.shared_bytes);
+    std::memset(block->shared, kSharedPoison, kernel.shared_bytes);
+  }
+  std::vector<Thread*>& threads = runtime().thread_sets[set];
+  while (threads.size() < block->size) threads.push_back(new_thread());
+  for (unsigned t = 0; t < block->size; ++t) {
+    Thread& thread = *threads[t];
+    thread.block = block;
+    thread.linear = t;
+    thread.index = {t % kernel.block.x, t / kernel.block.x % kernel.block.y, t / kernel.block.x / kernel.block.y};
+    thread.fenced = false;
+    thread.accessed.clear();
+    block->threads.push_back(&thread);
+    make_ready(thread);
+  }
+  return block;
+}
+
+[[noreturn]] void report_stuck(const Block& block) {
+  for (Thread* thread : block.threads) {
+    if (thread->state == State::kExited) continue;
+    runtime().thread = thread;
+    fail("no thread of the block can go on; this one waits at the %s of %s:%d",
+         thread->state == State::kAtBarrier ? "barrier" : "warp collective", thread->site.file, thread->site.line);
+  }
+  std::abort();
+}
+
+}  // namespace
+
+void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thread, Operation& operation) {
+  runtime().kernel = &kernel;
+  gridDim = kernel.grid;
+  blockDim = kernel.block;
+  Grid grid{kernel, call_one_thread, operation, {}};
+  release(&grid.start);
+
+  // Blocks on one set of threads are ordered, as ThreadSanitizer sees it, so that there have to be several. Its threads
+  // are dear: half a millisecond and a megabyte each.
+  std::vector<unsigned> free_sets;
+  for (unsigned s = 0; s < (under_tsan() ? 2 : 3); ++s) free_sets.push_back(s);
+  runtime().thread_sets.resize(free_sets.size());
+  std::vector<u64> to_start(static_cast<u64>(kernel.grid.x) * kernel.grid.y * kernel.grid.z);
+  for (u64 i = 0; i < to_start.size(); ++i) to_start[i] = i;
+  std::vector<Block*> resident;
+  while (!to_start.empty() || !resident.empty()) {
+    while (!to_start.empty() && !free_sets.empty())
+      resident.push_back(start_block(grid, take_random(to_start), take_random(free_sets)));
+    std::swap(resident[random_below(resident.size())], resident.back());
+    Block& block = *resident.back();
+    if (block.ready.empty()) report_stuck(block);
+    resume(*take_random(block.ready));
+    if (block.exited < block.size) continue;
+    const Quiet quiet;
+    resident.pop_back();
+    free_sets.push_back(block.set);
+    std::free(block.shared);
+    delete &block;
+  }
+  runtime().kernel = nullptr;
+}
+
+// --- What kernels call
+
+void* shared_memory(std::size_t bytes) {
+  const Thread& thread = this_thread("shared_memory");
+  const std::size_t given = runtime().kernel->shared_bytes;
+  if (bytes > given) fail("shared_memory of %zu bytes in a kernel launched with %zu", bytes, given);
+  return thread.block->shared;
+}
+
+unsigned lane() { return this_thread("a warp collective").linear % kWarp; }
+
+u64 meet(Collective kind, unsigned mask, u64 value, unsigned source, Site site) {
+  Thread& thread = this_thread("a warp collective");
+  Block& block = *thread.block;
+  const unsigned first = thread.linear / kWarp * kWarp, own = thread.linear - first;
+  const unsigned lanes = std::min(kWarp, block.size - first);
+  const auto refuse = [&](const char* what, unsigned lane) {
+    fail("warp collective of %s:%d with mask 0x%08x: %s (lane %u)", site.file, site.line, mask, what, lane);
+  };
+  if (!(mask >> own & 1)) refuse("the mask leaves out the calling lane", own);
+  if (kind == Collective::kShuffle && !(mask >> source & 1)) refuse("it reads a lane that the mask leaves out", source);
+
+  Thread* named[kWarp];
+  unsigned names = 0, arrived = 1;
+  for (unsigned l = 0; l < kWarp; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (l >= lanes) refuse("the mask names a lane that the block does not have", l);
+    Thread& other = *block.threads[first + l];
+    named[names++] = &other;
+    if (other.state == State::kExited) refuse("the mask names a lane that has exited", l);
+    if (other.state != State::kMeeting || !(other.mask >> own & 1)) continue;
+    if (other.mask != mask || other.kind != kind || !same(other.site, site))
+      refuse("another lane of the mask waits in another collective or with another mask", l);
+    ++arrived;
+  }
+
+  Warp& warp = block.warps[first / kWarp];
+  const unsigned leader = static_cast<unsigned>(__builtin_ctz(mask));
+  thread.site = site;
+  thread.kind = kind;
+  thread.mask = mask;
+  thread.value = value;
+  thread.source = source;
+  thread.order = &warp.order[leader][warp.generation[leader] % 2];
+  thread.state = State::kMeeting;
+  if (kind == Collective::kSyncWarp) release(thread.order);
+  if (arrived == names) {
+    ++warp.generation[leader];
+    u64 values[kWarp] = {}, ballot = 0, sum = 0;
+    for (unsigned n = 0; n < names; ++n) {
+      const unsigned l = named[n]->linear - first;
+      values[l] = named[n]->value;
+      ballot |= static_cast<u64>(values[l] != 0) << l;
+      sum += values[l];
+    }
+    for (unsigned n = 0; n < names; ++n) {
+      u64& out = named[n]->value;
+      if (kind == Collective::kShuffle) out = values[named[n]->source];
+      if (kind == Collective::kBallot) out = ballot;
+      if (kind == Collective::kAny) out = ballot != 0;
+      if (kind == Collective::kAll) out = ballot == mask;
+      if (kind == Collective::kReduceAdd) out = sum;
+      make_ready(*named[n]);
+    }
+  }
+  suspend();
+  if (kind == Collective::kSyncWarp) acquire(thread.order);
+  return thread.value;
+}
+
+void before_atomic(const void* address) {
+  Thread* thread = runtime().thread;
+  if (!thread) return;
+  if (random_below(8) == 0) {
+    make_ready(*thread);
+    suspend();
+  }
+  if (thread->fenced) release(address);
+}
+
+void after_atomic(const void* address) {
+  Thread* thread = runtime().thread;
+  if (!thread || !under_tsan() || (!thread->accessed.empty() && thread->accessed.back() == address)) return;
+  const Quiet quiet;
+  thread->accessed.push_back(address);
+}
+
+}  // namespace host_cuda
+
+using namespace host_cuda;
+
+void __syncthreads(const char* file, int line) {
+  const Site site{file, line};
+  Thread& thread = this_thread("__syncthreads");
+  Block& block = *thread.block;
+  if (block.exited)
+    fail("at the barrier of %s:%d %u threads of the block are missing, they have exited", site.file, site.line,
+         block.exited);
+  if (block.waiting) {
+    const Site& other = one_at_barrier(block).site;
+    if (!same(other, site))
+      fail("at the barrier of %s:%d while others wait at that of %s:%d", site.file, site.line, other.file, other.line);
+  }
+  thread.site = site;
+  thread.state = State::kAtBarrier;
+  const Token* order = &block.order[block.generation % 2];
+  release(order);
+  if (++block.waiting == block.size) {
+    block.waiting = 0;
+    ++block.generation;
+    for (Thread* other : block.threads) make_ready(*other);
+  }
+  suspend();
+  acquire(order);
+}
+
+void __threadfence() {
+  Thread& thread = this_thread("__threadfence");
+  thread.fenced = true;
+  for (const void* address : thread.accessed) acquire(address);
+  const Quiet quiet;
+  thread.accessed.clear();
+}
+
+void __nanosleep(unsigned) {
+  make_ready(this_thread("__nanosleep"));
+  suspend();
+}

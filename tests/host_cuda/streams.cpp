@@ -1,0 +1,614 @@
+// The runtime API of the stand-in: streams as queues that a seeded scheduler drains, events, memory, devices.
+//
+// Operations run when the host waits or asks, in any order that streams and events allow, or at the call itself; which,
+// the seed decides. A copy out of pinned memory reads it when it runs, one out of pageable memory at the call. cudaFree
+// and cudaFreeHost do not wait: memory that an operation still needs is not to be freed (CUDA's own wait hides that;
+// allocators above it do not). AddressSanitizer refuses device memory to the host.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <iterator>
+#include <thread>
+#include <utility>
+
+#include "runtime.h"
+
+struct CUstream_st {
+  int device;
+  bool blocking;
+  bool destroyed = false;
+  host_cuda::Operation* last = nullptr;
+};
+struct CUevent_st {
+  int device;
+  bool destroyed = false;
+  host_cuda::Operation* record = nullptr;
+};
+
+namespace host_cuda {
+
+Runtime::Runtime() {
+  const char* value = std::getenv("HOST_CUDA_SEED");
+  seed(value ? std::strtoull(value, nullptr, 0) : 0);
+}
+
+Runtime& runtime() {
+  static Runtime* const instance = [] {
+    const Quiet quiet;
+    return new Runtime;
+  }();
+  return *instance;
+}
+
+Options& options() { return runtime().options; }
+
+Calls& calls() {
+  thread_local Calls of_thread;
+  return of_thread;
+}
+
+u64 random_below(u64 end) {  // splitmix64
+  u64 z = runtime().random_state += 0x9E3779B97F4A7C15u;
+  z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+  return (z ^ z >> 31) % end;
+}
+
+void fail(const char* format, ...) {
+  const Runtime& r = runtime();
+  std::fprintf(stderr, "host_cuda: ");
+  if (r.kernel) {
+    char name[512] = "?";
+    if (__sanitizer_symbolize_pc)
+      // As a return address, which belongs to the instruction before it.
+      __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(r.kernel->function)) + 1, "%f", name,
+                               sizeof name);
+    std::fprintf(stderr, "kernel %s, ", name);
+    if (r.thread)
+      std::fprintf(stderr, "block (%u, %u, %u), thread (%u, %u, %u): ", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
+                   threadIdx.y, threadIdx.z);
+  } else if (r.running) {
+    std::fprintf(stderr, "%s: ", r.running->what);
+  }
+  va_list arguments;
+  va_start(arguments, format);
+  std::vfprintf(stderr, format, arguments);
+  va_end(arguments);
+  std::fprintf(stderr, "\n");
+  std::fflush(nullptr);
+  syscall(SYS_exit_group, 70);  // past the sanitizers, which have nothing to add
+  __builtin_unreachable();
+}
+
+namespace {
+
+constexpr std::size_t kSharedBytes = 48 << 10, kSharedBytesOptin = 227 << 10, kParameterBytes = 4096;
+
+thread_local int current_device = 0;
+thread_local cudaError_t last_error = cudaSuccess;
+
+// One host thread at a time is in the runtime. A lock that ThreadSanitizer does not see: those of CUDA order nothing
+// that a program may rely on.
+class Entry {
+ public:
+  Entry() {
+    Runtime& r = runtime();
+    while (__atomic_exchange_n(&r.locked, 1, __ATOMIC_ACQUIRE)) {
+      if (pthread_equal(r.owner, pthread_self())) fail("a call of the CUDA API by a kernel or a host function");
+      usleep(10);
+    }
+    r.owner = pthread_self();
+  }
+  ~Entry() {
+    runtime().owner = {};
+    __atomic_store_n(&runtime().locked, 0, __ATOMIC_RELEASE);
+  }
+
+ private:
+  Quiet quiet_;
+};
+
+cudaError_t result(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+bool must_fail() {
+  int& countdown = calls().until_failure;
+  return countdown > 0 && --countdown == 0;
+}
+
+// Opens each function that tests can make fail.
+#define ENTER         \
+  const Entry entry_; \
+  if (must_fail()) return result(cudaErrorUnknown)
+
+// --- The scheduler
+
+// Opens device memory to whoever runs, for as long as operations run.
+class DeviceMemoryOpen {
+ public:
+  DeviceMemoryOpen() { each(__asan_unpoison_memory_region); }
+  ~DeviceMemoryOpen() { each(__asan_poison_memory_region); }
+
+ private:
+  static void each(void (*change)(const volatile void*, std::size_t)) {
+    if (!change) return;
+    for (const auto& [address, allocation] : runtime().memory)
+      if (allocation.type == cudaMemoryTypeDevice) change(reinterpret_cast<void*>(address), allocation.bytes);
+  }
+};
+
+// A thread and no signal: ThreadSanitizer holds signals back from a loop that calls nothing.
+void watch() {
+  const volatile Runtime& r = runtime();
+  const volatile Operation* watched = nullptr;
+  for (int tenths = 0;; ++tenths) {
+    usleep(100000);
+    if (!r.running || watched != r.running) tenths = 0;
+    watched = r.running;
+    const int limit = r.options.watchdog_seconds;
+    if (limit && tenths > 10 * limit) fail("the watchdog ends an operation that takes longer than %d s", limit);
+  }
+}
+
+void execute(Operation& operation) {
+  static const bool watched = [] {
+    std::thread(watch).detach();
+    return true;
+  }();
+  static_cast<void>(watched);
+  Runtime& r = runtime();
+  void* const host = under_tsan() ? __tsan_get_current_fiber() : nullptr;
+  r.running = &operation;
+  become(operation.identity);
+  acquire(&operation.enqueued);
+  for (const Operation* before : operation.after) acquire(&before->finished);
+  if (operation.run) operation.run(operation);
+  release(&operation.finished);
+  become(host);
+  r.running = nullptr;
+  operation.done = true;
+  operation.run = nullptr;
+  operation.after.clear();
+  r.pending.erase(std::find(r.pending.begin(), r.pending.end(), &operation));
+}
+
+bool is_ready(const Operation* operation) {
+  return std::all_of(operation->after.begin(), operation->after.end(), [](const Operation* o) { return o->done; });
+}
+
+// Runs one of the operations that can run, of the needed ones if `only_needed`; false if there is none.
+bool run_one(bool only_needed) {
+  std::vector<Operation*> ready;
+  for (Operation* operation : runtime().pending)
+    if ((operation->needed || !only_needed) && is_ready(operation)) ready.push_back(operation);
+  if (ready.empty()) return false;
+  execute(*take_random(ready));
+  return true;
+}
+
+void mark_needed(Operation* operation) {
+  if (operation->done || operation->needed) return;
+  operation->needed = true;
+  for (Operation* before : operation->after) mark_needed(before);
+}
+
+void run_until_done(Operation* operation) {
+  const DeviceMemoryOpen open;
+  mark_needed(operation);
+  while (!operation->done) run_one(runtime().policy == Policy::kLazy);
+}
+
+// The host waits for `operation`, or for nothing.
+void wait(Operation* operation) {
+  if (!operation) return;
+  if (!operation->done) run_until_done(operation);
+  acquire(&operation->finished);
+}
+
+// What the device may do while the host makes a call.
+void let_time_pass() {
+  Runtime& r = runtime();
+  if (r.pending.empty() || r.policy == Policy::kLazy) return;
+  const DeviceMemoryOpen open;
+  for (u64 steps = r.policy == Policy::kEager ? ~u64{0} : random_below(3); steps > 0 && run_one(false);) --steps;
+}
+
+cudaError_t query(Operation* operation) {
+  let_time_pass();
+  if (!operation) return cudaSuccess;
+  // Sooner or later, so that a loop that asks ends.
+  if (!operation->done && random_below(runtime().policy == Policy::kLazy ? 256 : 8) == 0) run_until_done(operation);
+  if (!operation->done) return result(cudaErrorNotReady);
+  acquire(&operation->finished);
+  return cudaSuccess;
+}
+
+CUstream_st& legacy_stream(int device) {
+  auto& streams = runtime().legacy_streams;
+  while (static_cast<int>(streams.size()) <= device)
+    streams.push_back(std::make_unique<CUstream_st>(CUstream_st{static_cast<int>(streams.size()), true}));
+  return *streams[static_cast<std::size_t>(device)];
+}
+
+CUstream_st& stream_of(cudaStream_t stream) {
+  if (!stream || stream == cudaStreamLegacy) return legacy_stream(current_device);
+  if (!runtime().streams.count(stream)) fail("%p is no stream", static_cast<void*>(stream));
+  if (stream->destroyed) fail("a stream is used that has been destroyed");
+  return *stream;
+}
+
+CUevent_st& event_of(cudaEvent_t event) {
+  if (!runtime().events.count(event)) fail("%p is no event", static_cast<void*>(event));
+  if (event->destroyed) fail("an event is used that has been destroyed");
+  return *event;
+}
+
+// What the next operation on `stream` comes after.
+std::vector<Operation*> last_of(const CUstream_st& stream) {
+  std::vector<Operation*> last{stream.last};
+  const CUstream_st& legacy = legacy_stream(stream.device);
+  if (&stream != &legacy) {
+    if (stream.blocking) last.push_back(legacy.last);
+  } else {
+    for (const CUstream_st* other : runtime().streams)
+      if (other->blocking && other->device == stream.device) last.push_back(other->last);
+  }
+  last.erase(std::remove(last.begin(), last.end(), nullptr), last.end());
+  return last;
+}
+
+Operation* enqueue(const char* what, CUstream_st& stream, std::function<void(Operation&)> run,
+                   Operation* also_after = nullptr) {
+  Runtime& r = runtime();
+  while (r.identities.size() < (under_tsan() ? 16 : 1)) r.identities.push_back(new_identity());
+  Operation& operation = r.operations.emplace_back();
+  operation.what = what;
+  operation.after = last_of(stream);
+  if (also_after) operation.after.push_back(also_after);
+  operation.run = std::move(run);
+  operation.identity = r.identities[random_below(r.identities.size())];
+  release(&operation.enqueued);
+  r.pending.push_back(&operation);
+  stream.last = &operation;
+  let_time_pass();
+  return &operation;
+}
+
+// --- Memory
+
+const Allocation* allocation_of(const void* pointer) {
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  const auto next = runtime().memory.upper_bound(address);
+  if (next == runtime().memory.begin()) return nullptr;
+  const auto& [begin, allocation] = *std::prev(next);
+  return address < begin + allocation.bytes ? &allocation : nullptr;
+}
+
+cudaMemoryType type_of(const void* pointer, std::size_t bytes) {
+  const Allocation* allocation = allocation_of(pointer);
+  if (!allocation) return cudaMemoryTypeUnregistered;
+  if (bytes && allocation_of(static_cast<const char*>(pointer) + bytes - 1) != allocation)
+    fail("%zu bytes at %p run past the end of their allocation", bytes, pointer);
+  return allocation->type;
+}
+
+Operation* copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream_handle) {
+  CUstream_st& stream = stream_of(stream_handle);
+  const cudaMemoryType to_type = type_of(to, bytes), from_type = type_of(from, bytes);
+  const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  if (kind != cudaMemcpyDefault && bytes &&
+      ((to_type == cudaMemoryTypeDevice) != to_device || (from_type == cudaMemoryTypeDevice) != from_device))
+    fail("a copy from %p to %p, one of which is not on the side that its kind says", from, to);
+  std::function<void(Operation&)> run = [=](Operation&) { std::memcpy(to, from, bytes); };
+  if (from_type == cudaMemoryTypeUnregistered) {
+    std::shared_ptr<char> staged(static_cast<char*>(std::malloc(bytes + 1)), std::free);
+    if (under_tsan()) AnnotateIgnoreReadsEnd(__FILE__, __LINE__);  // this read is the caller's
+    std::memcpy(staged.get(), from, bytes);
+    if (under_tsan()) AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    run = [=](Operation&) { std::memcpy(to, staged.get(), bytes); };
+  }
+  Operation* operation = enqueue("cudaMemcpyAsync", stream, std::move(run));
+  if (to_type == cudaMemoryTypeUnregistered) wait(operation);
+  return operation;
+}
+
+cudaError_t allocate(void** pointer, std::size_t bytes, cudaMemoryType type) {
+  *pointer = nullptr;
+  if (bytes == 0) return cudaSuccess;
+  if (posix_memalign(pointer, 256, bytes)) return result(cudaErrorMemoryAllocation);
+  // Not always the same, for there is code that happens to be right with any one value.
+  const int poisons[] = {0x00, 0xCD, 0xFF};
+  std::memset(*pointer, poisons[random_below(3)], bytes);
+  runtime().memory[reinterpret_cast<std::uintptr_t>(*pointer)] = {bytes, type, false, current_device};
+  if (type == cudaMemoryTypeDevice && __asan_poison_memory_region) __asan_poison_memory_region(*pointer, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t deallocate(void* pointer, cudaMemoryType type) {
+  if (!pointer) return cudaSuccess;
+  const auto found = runtime().memory.find(reinterpret_cast<std::uintptr_t>(pointer));
+  if (found == runtime().memory.end() || found->second.type != type || found->second.registered)
+    fail("%p is freed twice, or not by the function that belongs to its allocation", pointer);
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(pointer, found->second.bytes);
+  runtime().memory.erase(found);
+  std::free(pointer);
+  return cudaSuccess;
+}
+
+bool is_device(int device) { return device >= 0 && device < options().devices; }
+
+}  // namespace
+
+void seed(u64 value) {
+  const Entry entry;
+  runtime().seed(value);
+}
+
+cudaError_t launch(const Kernel& kernel, cudaStream_t stream_handle, std::function<void()> call_one_thread,
+                   std::initializer_list<const void*> pointer_parameters) {
+  ENTER;
+  CUstream_st& stream = stream_of(stream_handle);
+  if (stream.device != current_device) return result(cudaErrorInvalidResourceHandle);
+  const dim3 &grid = kernel.grid, &block = kernel.block;
+  // Zero wraps around.
+  if (grid.x - 1 >= 0x7FFFFFFF || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || block.x - 1 >= 1024 ||
+      block.y - 1 >= 1024 || block.z - 1 >= 64 || static_cast<u64>(block.x) * block.y * block.z > 1024)
+    return result(cudaErrorInvalidConfiguration);
+  const auto optin = runtime().shared_bytes_optin.find(kernel.function);
+  if (kernel.shared_bytes > (optin == runtime().shared_bytes_optin.end() ? kSharedBytes : optin->second) ||
+      kernel.parameter_bytes > kParameterBytes)
+    return result(cudaErrorInvalidValue);
+  for (const void* pointer : pointer_parameters)
+    if (pointer && type_of(pointer, 1) == cudaMemoryTypeUnregistered)
+      fail("a kernel is given %p, which is neither device nor pinned memory", pointer);
+  calls().most_blocks = std::max(calls().most_blocks, static_cast<u64>(grid.x) * grid.y * grid.z);
+  enqueue("kernel", stream,
+          [kernel, call = std::move(call_one_thread)](Operation& operation) { run_kernel(kernel, call, operation); });
+  return cudaSuccess;
+}
+
+int occupancy(int block_threads, std::size_t shared_bytes) {
+  const std::size_t by_threads = 2048 / static_cast<std::size_t>(block_threads);
+  const std::size_t by_memory = (kSharedBytesOptin + 1024) / (shared_bytes + 1024);
+  const auto by_option = static_cast<std::size_t>(options().blocks_per_multiprocessor);
+  return static_cast<int>(std::min({by_threads, by_memory, by_option}));
+}
+
+}  // namespace host_cuda
+
+using namespace host_cuda;
+
+// --- Devices
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  ENTER;
+  *count = options().devices;
+  return *count ? cudaSuccess : result(cudaErrorNoDevice);
+}
+cudaError_t cudaGetDevice(int* device) {
+  ENTER;
+  *device = current_device;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  const Entry entry;  // never fails on request: there would be no way back to the device before
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  ENTER;
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  *properties = {"host_cuda",
+                 std::size_t{1} << 34,
+                 kSharedBytes,
+                 kSharedBytesOptin,
+                 options().compute_capability / 10,
+                 options().compute_capability % 10,
+                 options().multiprocessors,
+                 2048,
+                 32,
+                 1 << 20};
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  ENTER;
+  if (!is_device(device)) return result(cudaErrorInvalidDevice);
+  const std::map<cudaDeviceAttr, int> values = {
+      {cudaDevAttrMaxSharedMemoryPerBlock, kSharedBytes},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedBytesOptin},
+      {cudaDevAttrWarpSize, 32},
+      {cudaDevAttrMultiProcessorCount, options().multiprocessors},
+      {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
+      {cudaDevAttrComputeCapabilityMajor, options().compute_capability / 10},
+      {cudaDevAttrComputeCapabilityMinor, options().compute_capability % 10},
+  };
+  *value = values.at(attribute);
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  ENTER;
+  *least = 0;
+  *greatest = -5;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceSynchronize() {
+  ENTER;
+  for (const CUstream_st* stream : runtime().streams)
+    if (stream->device == current_device) wait(stream->last);
+  wait(legacy_stream(current_device).last);
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  ENTER;
+  *version = 13000;
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+#define HOST_CUDA_NAME(name) \
+  case name:                 \
+    return #name;
+const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) { HOST_CUDA_ERRORS(HOST_CUDA_NAME) }
+  return "unrecognized error code";
+}
+const char* cudaGetErrorString(cudaError_t error) { return cudaGetErrorName(error); }
+
+// --- Memory
+
+cudaError_t cudaMalloc(void** pointer, std::size_t bytes) {
+  ENTER;
+  return allocate(pointer, bytes, cudaMemoryTypeDevice);
+}
+cudaError_t cudaFree(void* pointer) {
+  ENTER;
+  return deallocate(pointer, cudaMemoryTypeDevice);
+}
+cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
+  ENTER;
+  return allocate(pointer, bytes, cudaMemoryTypeHost);
+}
+cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) { return cudaHostAlloc(pointer, bytes, 0); }
+cudaError_t cudaFreeHost(void* pointer) {
+  ENTER;
+  return deallocate(pointer, cudaMemoryTypeHost);
+}
+cudaError_t cudaHostRegister(void* pointer, std::size_t bytes, unsigned) {
+  ENTER;
+  if (!pointer || bytes == 0) return result(cudaErrorInvalidValue);
+  const auto address = reinterpret_cast<std::uintptr_t>(pointer);
+  const auto next = runtime().memory.lower_bound(address);
+  if (allocation_of(pointer) || (next != runtime().memory.end() && next->first < address + bytes))
+    return result(cudaErrorHostMemoryAlreadyRegistered);
+  runtime().memory[address] = {bytes, cudaMemoryTypeHost, true, current_device};
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* pointer) {
+  ENTER;
+  const auto found = runtime().memory.find(reinterpret_cast<std::uintptr_t>(pointer));
+  if (found == runtime().memory.end() || !found->second.registered) return result(cudaErrorHostMemoryNotRegistered);
+  runtime().memory.erase(found);
+  return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void** device_pointer, void* host_pointer, unsigned) {
+  ENTER;
+  if (type_of(host_pointer, 1) != cudaMemoryTypeHost) return result(cudaErrorInvalidValue);
+  *device_pointer = host_pointer;
+  return cudaSuccess;
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  ENTER;
+  const Allocation* allocation = allocation_of(pointer);
+  void* address = const_cast<void*>(pointer);
+  if (!allocation)
+    *attributes = {cudaMemoryTypeUnregistered, -1, nullptr, address};
+  else
+    *attributes = {allocation->type, allocation->device, address,
+                   allocation->type == cudaMemoryTypeDevice ? nullptr : address};
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  ENTER;
+  copy(to, from, bytes, kind, stream);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
+  ENTER;
+  wait(copy(to, from, bytes, kind, nullptr));
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
+  ENTER;
+  if (type_of(to, bytes) == cudaMemoryTypeUnregistered) fail("cudaMemsetAsync of %p, which is host memory", to);
+  enqueue("cudaMemsetAsync", stream_of(stream), [=](Operation&) { std::memset(to, value, bytes); });
+  return cudaSuccess;
+}
+
+// --- Streams and events
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  return cudaStreamCreateWithPriority(stream, flags, 0);
+}
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  ENTER;
+  *stream = new CUstream_st{current_device, (flags & cudaStreamNonBlocking) == 0};
+  runtime().streams.insert(*stream);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  ENTER;
+  if (!stream) return result(cudaErrorInvalidResourceHandle);
+  stream_of(stream).destroyed = true;  // what is on it still runs
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  ENTER;
+  for (Operation* operation : last_of(stream_of(stream))) wait(operation);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  ENTER;
+  for (Operation* operation : last_of(stream_of(stream)))
+    if (query(operation) != cudaSuccess) return cudaErrorNotReady;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  ENTER;
+  Operation* record = event_of(event).record;
+  if (record) enqueue("cudaStreamWaitEvent", stream_of(stream), nullptr, record);
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  ENTER;
+  enqueue("cudaLaunchHostFunc", stream_of(stream), [=](Operation&) { function(data); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  ENTER;
+  *event = new CUevent_st{current_device};
+  runtime().events.insert(*event);
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  ENTER;
+  event_of(event).destroyed = true;  // who waits for it already still does
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream_handle) {
+  ENTER;
+  CUstream_st& stream = stream_of(stream_handle);
+  if (event_of(event).device != stream.device) return result(cudaErrorInvalidResourceHandle);
+  event->record = enqueue("cudaEventRecord", stream, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  ENTER;
+  return query(event_of(event).record);
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  ENTER;
+  wait(event_of(event).record);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  ENTER;
+  const auto bytes = static_cast<std::size_t>(value);
+  if (bytes > kSharedBytesOptin) return result(cudaErrorInvalidValue);
+  runtime().shared_bytes_optin[kernel] = bytes;
+  return cudaSuccess;
+}

@@ -1,0 +1,774 @@
+"""The CUDA kernels, whole and unmodified, on the host: every op against reference.py under ASan, UBSan and TSan."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import LAYOUTS, PAGES, TOKENS, PagedCache, mla, opaque, period_251, token_major
+from lmcache_mm import Item, KVLayout, reference
+
+REPO = Path(__file__).resolve().parent.parent
+HOST_CUDA = REPO / "tests" / "host_cuda"
+VECTORS = json.loads((REPO / "tests" / "vectors.json").read_text())
+ROOT = bytes(range(32))
+
+pytestmark = pytest.mark.skipif(
+    platform.machine() != "x86_64", reason="the stand-in switches coroutines on x86-64 only"
+)
+
+
+# --- Cases, and the file of them that driver.cpp reads
+
+
+class Region(NamedTuple):
+    name: str
+    before: bytes
+    after: bytes
+    host: bool = False
+    misalignment: int = 0
+
+
+@dataclass
+class Case:
+    name: str
+    op: str
+    fields: dict[str, bytes]
+    regions: list[Region] = field(default_factory=list)
+    small: bool = False  # fit for TSan, which is slow
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def u64s(values: Iterable[int]) -> bytes:
+    return b"".join(struct.pack("<Q", value) for value in values)
+
+
+def as_bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def write_cases(path: Path, cases: Sequence[Case]) -> Path:
+    with path.open("wb") as out:
+        out.write(struct.pack("<I", len(cases)))
+        for case in cases:
+            out.write(text(case.name) + text(case.op) + struct.pack("<I", len(case.fields)))
+            for name, value in case.fields.items():
+                out.write(text(name) + struct.pack("<Q", len(value)) + value)
+            out.write(struct.pack("<I", len(case.regions)))
+            for region in case.regions:
+                assert len(region.before) == len(region.after), region.name
+                out.write(text(region.name) + struct.pack("<BQQ", region.host, region.misalignment, len(region.before)))
+                out.write(region.before + region.after)
+    return path
+
+
+def packed_items(items: Sequence[Item]) -> bytes:
+    return b"".join(u64s([i.offset, i.length]) + text(i.modality) + text(i.identifier) for i in items)
+
+
+def overwrite_case(name: str, ids: Sequence[int], items: Sequence[Item], small: bool = False) -> Case:
+    """Ids that are no token ids stay as they are; reference.py has no word on them, each position being its own."""
+    good = [i if 0 <= i < 1 << 32 else 0 for i in ids]
+    after = reference.apply_mm_hashes_to_token_ids(torch.tensor(good, dtype=torch.int64), items)
+    before = torch.tensor(ids, dtype=torch.int64)
+    after = torch.where(before == torch.tensor(good, dtype=torch.int64), after, before)
+    region = Region("token_ids", as_bytes(before), as_bytes(after))
+    fields = {"count": u64s([len(ids)]), "items": packed_items(items)}
+    return Case(f"overwrite {name}", "apply_mm_hashes_to_token_ids", fields, [region], small)
+
+
+def keys_case(
+    name: str, ids: Sequence[int], items: Sequence[Item], cuts: Sequence[int], wide: bool = True, small: bool = False
+) -> Case:
+    bad = next((p for p, i in enumerate(ids) if not 0 <= i < 1 << 32), len(ids))
+    good = reference.prefix_keys(ids[:bad], items, ROOT, [cut for cut in cuts if cut <= bad])
+    keys = as_bytes(good) + bytes(32 * (len(cuts) - len(good)))
+    given = as_bytes(torch.tensor(ids, dtype=torch.int64 if wide else torch.int32))
+    fields = {"count": u64s([len(ids)]), "wide": u64s([wide]), "items": packed_items(items), "root": ROOT}
+    regions = [Region("token_ids", given, given), Region("keys", b"\xee" * len(keys), keys)]
+    return Case(f"keys {name}", "prefix_keys", {**fields, "cuts": u64s(cuts)}, regions, small)
+
+
+def some_ids(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 1 << 32, count).tolist()
+
+
+def scattered_items(number: int, count: int) -> list[Item]:
+    """Items of all lengths at all offsets, many of them over one another."""
+    rng = np.random.default_rng(number)
+    modalities = ["image", "video", "audio"]
+    return [
+        Item(f"{i:064x}", int(rng.integers(0, count)), int(rng.integers(0, max(2, count // 7))), modalities[i % 3])
+        for i in range(number)
+    ]
+
+
+LONG = [Item("катя.png", 3, 70, "video"), Item("x" * 3000, 40, 500, "audio"), Item("y" * 1024, 41, 1)]
+EDGES = [0, 1, 7, 8, 9, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4095, 4096, 4097]
+
+
+def identity_cases() -> Iterator[Case]:
+    for count in EDGES:
+        ids, items = some_ids(count, count), [Item("a", 0, 5), Item("b", count // 3, count // 2 + 1), Item("c", 4, 9)]
+        yield overwrite_case(f"{count} ids", ids, items, small=count < 200)
+        cuts = [edge for edge in EDGES if edge <= count]
+        yield keys_case(f"{count} ids", ids, items, cuts, small=count in (1, 129, 4097))
+    for number in (0, 1, 5, 300, 600):  # 600: more than fit into the least buffer that tables are uploaded from
+        count = 1500
+        ids, items = some_ids(count, number), scattered_items(number, count)
+        yield overwrite_case(f"{number} items", ids, items)
+        yield keys_case(f"{number} items", ids, items, range(0, count + 1, 16), small=number == 5)
+    narrow = [i % (1 << 31) for i in some_ids(700)]
+    yield overwrite_case("long identifiers", narrow, LONG, small=True)
+    yield keys_case("long identifiers, int32", narrow, LONG, [0, 3, 40, 41, 42, 540, 700], wide=False, small=True)
+    yield keys_case("no cuts", narrow, LONG, [])
+    yield keys_case("cut 0 alone", narrow, LONG, [0], small=True)
+    yield keys_case("items behind the prompt and of no length", narrow, [Item("a", 700, 9), Item("b", 8, 0)], [8, 700])
+    yield keys_case("fewer than the ids", some_ids(5000), LONG, [100, 4200])
+    yield keys_case("every cut", some_ids(300), LONG, range(301))
+    # Levels above a block's 32 leaves: 9 K ids are two groups of leaves and a part, 29 K seven.
+    items = scattered_items(5, 9000)
+    yield keys_case("9000 ids", some_ids(9000), items, [*range(0, 9000, 16), 9000], small=True)
+    yield keys_case("29000 ids", some_ids(29000), items, [4096, 8192, 12288, 12289, 16384, 20480, 28672, 28673, 29000])
+    for bad in (-1, 1 << 32, (1 << 63) - 1, -(1 << 63)):
+        for at in (0, 130, 699):
+            ids = some_ids(700)
+            ids[at] = bad
+            name = f"{bad} at {at}"
+            yield overwrite_case(name, ids, LONG, small=at == 130)
+            cuts = sorted({0, 1, at, at + 1, 256, 512, 700})
+            yield keys_case(name, ids, LONG, cuts, small=at == 130)
+    ids = some_ids(700)
+    ids[300] = ids[5] = ids[600] = -7
+    yield keys_case("several bad ids", ids, LONG, range(0, 701, 5), small=True)
+    yield keys_case("a bad id behind the last cut", ids, LONG, [3, 5])
+    more_than_fit = keys_case("more than 2**21 ids", [0], [], [])
+    more_than_fit.fields |= {"cuts": u64s([(1 << 21) + 4096]), "count": u64s([(1 << 21) + 4096]), "refused": b""}
+    yield more_than_fit
+
+
+def clip(cache: PagedCache) -> tuple[bytes, list[int]]:
+    """The cache's bytes from its first plane to its last page, nothing around them, and the planes' offsets."""
+    layout = cache.layout
+    extent = (layout.num_pages - 1) * layout.page_stride + (layout.runs - 1) * layout.run_stride + layout.run_bytes
+    first = min(layout.planes)
+    at = first - cache.memory.data_ptr()
+    return as_bytes(cache.memory[at : at + max(layout.planes) - first + extent]), [p - first for p in layout.planes]
+
+
+class Chunks(NamedTuple):
+    """Chunks of one call. missing: tokens that the last page of each chunk lacks (page mode)."""
+
+    ids: list[list[int]]
+    wide: bool = True
+    host_ids: bool = False
+    missing: int = 0
+
+
+def copy_case(
+    name: str,
+    cache: PagedCache,
+    gather: bool,
+    token_mode: bool,
+    chunks: Chunks,
+    *,
+    clipped: bool = False,
+    cache_misalignment: int = 0,
+    payload_misalignment: int = 0,
+    max_blocks: int = 0,
+    checksums: bool = True,
+    small: bool = False,
+) -> Case:
+    layout, memory = cache.layout, cache.memory
+    before, planes = as_bytes(memory), [plane - memory.data_ptr() for plane in layout.planes]
+    if clipped:
+        before, planes = clip(cache)
+    work = torch.frombuffer(bytearray(before), dtype=torch.uint8)
+    fields = ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes")
+    here = KVLayout(
+        planes=tuple(work.data_ptr() + plane for plane in planes), **{name: getattr(layout, name) for name in fields}
+    )
+    unit_bytes = layout.row_bytes if token_mode else layout.page_bytes
+    regions, table, sums, matches = [], [], [], []
+    for i, ids in enumerate(chunks.ids):
+        tokens = len(ids) * layout.page_tokens - (chunks.missing if ids else 0)
+        size = len(planes) * len(ids) * unit_bytes
+        if gather:
+            given = b"\xee" * size
+            payload = (
+                reference.gather_tokens(here, work, ids)
+                if token_mode
+                else reference.gather_pages(here, work, ids, tokens)
+            )
+        else:
+            payload = (period_251(size + 7 * i) ^ (i * 37))[7 * i :].contiguous()
+            given = as_bytes(payload)
+            if token_mode:
+                reference.scatter_tokens(here, work, ids, payload)
+            else:
+                reference.scatter_pages(here, work, ids, payload)
+        sums.append(reference.checksum(payload))
+        # Every other expected checksum is a wrong one.
+        matches.append(i % 2 == 0)
+        packed = as_bytes(torch.tensor(ids, dtype=torch.int64 if chunks.wide else torch.int32))
+        table += [1 + 2 * i, chunks.wide, len(ids), tokens, 2 + 2 * i]
+        regions.append(Region(f"ids of chunk {i}", packed, packed, chunks.host_ids))
+        regions.append(Region(f"payload {i}", given, as_bytes(payload), False, payload_misalignment))
+    regions.insert(0, Region("cache", before, as_bytes(work), False, cache_misalignment))
+    numbers = (layout.num_pages, layout.page_stride, layout.page_bytes, layout.run_bytes, layout.run_stride)
+    case = Case(
+        f"{'gather' if gather else 'scatter'} {'tokens' if token_mode else 'pages'}, {name}",
+        "gather" if gather else "scatter",
+        {
+            "token_mode": u64s([token_mode]),
+            "host_ids": u64s([chunks.host_ids]),
+            "max_blocks": u64s([max_blocks]),
+            "planes": u64s(planes),
+            "layout": u64s([*numbers, layout.page_tokens, layout.token_bytes]),
+            "chunks": u64s(table),
+        },
+        regions,
+        small,
+    )
+    if checksums:
+        right = torch.tensor(sums, dtype=torch.int64)
+        if gather:
+            case.fields["checksums"] = u64s([len(regions)])
+            regions.append(Region("checksums", b"\xee" * 8 * len(sums), as_bytes(right)))
+        else:
+            expected = as_bytes(right + torch.tensor([not match for match in matches]))
+            case.fields |= {"expected": u64s([len(regions)]), "matches": u64s([len(regions) + 1])}
+            regions.append(Region("expected", expected, expected))
+            regions.append(Region("matches", b"\xee" * len(sums), bytes(matches)))
+    return case
+
+
+def thin_rows() -> PagedCache:
+    """Pages of whole 16 bytes, tokens of 8: how wide a copy may be depends on whether it looks inside of a page."""
+    memory = period_251(64 + 2 * 1000)
+    kv = [memory[64 + i * 1008 :][: PAGES * 64].view(torch.float16).view(PAGES, 2, TOKENS, 4) for i in range(2)]
+    layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=2)
+    return PagedCache(memory, layout, lambda ids: torch.cat([t[ids].view(-1).view(torch.uint8) for t in kv]))
+
+
+def copy_cases() -> Iterator[Case]:
+    slots = PAGES * TOKENS
+    pages = {
+        "one page": [[3]],
+        "some pages": [[6, 2, 0, 5]],
+        "one left out": [[1, -1, 4]],
+        "nothing there": [[-1]],
+        "no page": [[]],
+        "many chunks": [[3, 1], [], [0], [-1, 6, 2], [5]],
+        "no chunk": [],
+    }
+    tokens = {
+        "one token": [[9]],
+        "some tokens": [[slots - 1, 3, 4, 5]],
+        "one left out": [[5, -1, 6, 0]],
+        "all tokens": [list(range(slots))[::-1]],
+        "many chunks": [[8, 1, 2], [], [27], [-1, 6], [5, 4, 3, 11, 12]],
+    }
+    narrow_bad = [PAGES, 2, -2, -(1 << 31), (1 << 31) - 1, 5]
+    wide_bad = [PAGES, 2, -2, -(1 << 63), (1 << 63) - 1, (1 << 32) + 3, 5]
+    for make in [*LAYOUTS, thin_rows]:
+        for gather in (True, False):
+            for token_mode in (False, True) if make is not opaque else (False,):
+                for i, (what, ids) in enumerate((tokens if token_mode else pages).items()):
+                    yield copy_case(
+                        f"{make.__name__}, {what}",
+                        make(),
+                        gather,
+                        token_mode,
+                        Chunks(ids, wide=i % 2 == 0, host_ids=i % 3 == 0),
+                        clipped=i % 2 == 1,
+                        checksums=i % 4 != 3,
+                        max_blocks=(0, 1, 3)[i % 3],
+                        small=what == "many chunks",
+                    )
+                for at in ((0, 4), (4, 0), (1, 0), (0, 1), (8, 8)):
+                    yield copy_case(
+                        f"{make.__name__}, misaligned by {at}",
+                        make(),
+                        gather,
+                        token_mode,
+                        Chunks([[3, 1], [6]]),
+                        clipped=True,
+                        cache_misalignment=at[0],
+                        payload_misalignment=at[1],
+                    )
+                scale = TOKENS if token_mode else 1
+                for host_ids in (False, True):
+                    for wide in (False, True):
+                        ids = [i * scale if 0 <= i < 1 << 30 else i for i in (wide_bad if wide else narrow_bad)]
+                        yield copy_case(
+                            f"{make.__name__}, ids outside, {wide=}, {host_ids=}",
+                            make(),
+                            gather,
+                            token_mode,
+                            Chunks([ids, [1]], wide, host_ids),
+                            clipped=True,
+                            small=host_ids == wide,
+                        )
+                if gather and not token_mode and make is not opaque:
+                    for missing in range(1, TOKENS):
+                        yield copy_case(
+                            f"{make.__name__}, {missing} missing of the last page",
+                            make(),
+                            gather,
+                            token_mode,
+                            Chunks([[3, 1], [6], [-1]], missing=missing),
+                            small=missing == 1,
+                        )
+                ids = [list(range(PAGES))] if not token_mode else [list(range(slots))]
+                for max_blocks in (0, 1, 2):
+                    yield copy_case(
+                        f"{make.__name__}, several tiles, at most {max_blocks} blocks",
+                        make(),
+                        gather,
+                        token_mode,
+                        Chunks(ids * 3 if gather else ids),
+                        max_blocks=max_blocks,
+                        small=max_blocks == 2 and make in (token_major, mla),
+                    )
+    for gather in (True, False):
+        ids = [[i] if i < slots else [-1] for i in range(300)]
+        yield copy_case("300 chunks", mla(), gather, True, Chunks(ids, wide=False, host_ids=True))
+
+
+def blake3_cases() -> Iterator[Case]:
+    published = VECTORS["blake3"]
+    for vector in published["cases"]:
+        data = bytes(i % 251 for i in range(vector["bytes"]))
+        for op, name in (("keyed_hash", "key"), ("derive_key", "context")):
+            fields = {name: published[name].encode(), "data": data, "hash": bytes.fromhex(vector[op])}
+            yield Case(f"published {op} of {len(data)} bytes", f"blake3_{op}", fields, small=True)
+
+
+# --- Builds
+
+
+CXX = os.environ.get("CXX", "g++")
+SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
+ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+KERNEL_FILES = ["prefix_keys.cu", "page_copy.cu"]
+
+
+def run(command: Sequence[object], timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Both outputs are in stdout."""
+    return subprocess.run(
+        [str(word) for word in command],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )
+
+
+def must_run(command: Sequence[object]) -> None:
+    done = run(command)
+    assert done.returncode == 0, f"{' '.join(str(word) for word in command)}\n{done.stdout}"
+
+
+class Builds:
+    """Programs that are built when they are first asked for."""
+
+    def __init__(self, folder: Path, cases: Path, small_cases: Path) -> None:
+        self.folder = folder
+        self.cases = {"asan": cases, "tsan": small_cases}
+        self._done: set[Path] = set()
+
+    def _object(self, source: Path, sanitizer: str | None) -> Path:
+        out = self.folder / f"{source.parent.name}_{source.name}_{sanitizer}.o"
+        if out not in self._done:
+            flags = ["-std=c++17", "-g", "-fno-omit-frame-pointer", "-DLMC_HOST_CUDA", "-Wall", "-Wno-unknown-pragmas"]
+            flags += [f"-I{HOST_CUDA}", f"-I{source.parent}", f"-I{REPO / 'csrc'}"]
+            if sanitizer:
+                flags += ["-O1", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
+            else:
+                flags += ["-O2"]  # the runtime: what it does itself is not to be watched
+            must_run([CXX, *flags, "-x", "c++", "-c", source, "-o", out])
+            self._done.add(out)
+        return out
+
+    def _program(self, name: str, sanitizer: str, sources: Sequence[Path]) -> Path:
+        out = self.folder / f"{name}_{sanitizer}"
+        if out not in self._done:
+            jobs = [(source, sanitizer) for source in sources]
+            jobs += [(HOST_CUDA / source, None) for source in ("kernels.cpp", "streams.cpp")]
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(lambda job: self._object(*job), jobs))
+            must_run([CXX, f"-fsanitize={SANITIZERS[sanitizer]}", *objects, "-o", out])
+            self._done.add(out)
+        return out
+
+    def driver(self, sanitizer: str) -> Path:
+        kernels = [REPO / "csrc" / name for name in KERNEL_FILES]
+        return self._program("driver", sanitizer, [HOST_CUDA / "driver.cpp", *kernels])
+
+    def selftest(self, sanitizer: str) -> Path:
+        return self._program("selftest", sanitizer, [HOST_CUDA / "selftest.cu"])
+
+    def mutants(self, sanitizer: str) -> Path:
+        csrc = self.folder / "mutants"
+        if csrc not in self._done:
+            write_mutants(csrc)
+            self._done.add(csrc)
+        return self._program("mutants", sanitizer, [HOST_CUDA / "driver.cpp", *(csrc / name for name in KERNEL_FILES)])
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
+    if shutil.which(CXX) is None:
+        pytest.skip(f"no {CXX}")
+    folder = tmp_path_factory.mktemp("host_cuda")
+    cases = [*blake3_cases(), *identity_cases(), *copy_cases()]
+    small = [case for case in cases if case.small]
+    return Builds(folder, write_cases(folder / "cases", cases), write_cases(folder / "small_cases", small))
+
+
+# --- The kernels
+
+
+def drive(builds: Builds, sanitizer: str, *options: object) -> None:
+    done = run([builds.driver(sanitizer), builds.cases[sanitizer], *options])
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert " 0 failures" in done.stdout
+
+
+def test_kernels_equal_the_reference_under_asan_and_ubsan(builds: Builds):
+    drive(builds, "asan", "--schedules", 9)
+
+
+def test_keys_of_a_million_ids_equal_the_reference(builds: Builds, tmp_path: Path):
+    count = 1 << 20
+    cuts = [1, 4096, count // 2, count // 2 + 1, count - 4096, count - 1, count]
+    case = keys_case("a million ids", some_ids(count), [Item("a", 9, 1000), Item("b", count - 700, 900)], cuts)
+    done = run([builds.driver("asan"), write_cases(tmp_path / "cases", [case])])
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+def test_kernels_equal_the_reference_under_tsan(builds: Builds):
+    drive(builds, "tsan", "--schedules", 3)
+
+
+def test_two_threads_may_call_at_once(builds: Builds):
+    drive(builds, "tsan", "--threads", 2, "--schedules", 3)
+
+
+def test_every_cuda_error_is_thrown_and_leaves_nothing_behind(builds: Builds):
+    drive(builds, "asan", "--api-failures", "--schedules", 3)
+
+
+def test_the_driver_builds_for_a_gpu(tmp_path: Path):
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    must_run(
+        [nvcc, "-std=c++17", "-x", "cu", f"-I{REPO / 'csrc'}", "-c", HOST_CUDA / "driver.cpp", "-o", tmp_path / "o"]
+    )
+
+
+# --- The stand-in itself
+
+
+RIGHT = [
+    *("block_sum", "reuse_pinned", "two_streams", "null_stream", "pageable_is_staged", "event_means_its_last_record"),
+    *(
+        "host_function_runs_in_its_place",
+        "registered_memory_is_pinned",
+        "errors_are_those_of_cuda",
+        "vote",
+        "add_to_same_word",
+        "last_block",
+    ),
+    "read_unwritten_shared",
+]
+WRONG_RESULT = r"^$"
+RACE, OVERRUN, POISONED = "ThreadSanitizer: data race", "heap-buffer-overflow", "use-after-poison"
+# What a run under one of six seeds says; the last column: whether all of them do.
+WRONG = [
+    ("block_sum without its barrier", "asan", WRONG_RESULT, True),
+    ("block_sum without its barrier", "tsan", RACE, True),
+    ("block_sum without its warp barrier", "asan", WRONG_RESULT, True),
+    ("block_sum without its warp barrier", "tsan", RACE, True),
+    ("block_sum without its shuffle", "asan", WRONG_RESULT, True),
+    ("reuse_pinned without its wait", "asan", WRONG_RESULT, False),
+    ("reuse_pinned without its wait", "tsan", RACE, True),
+    ("two_streams without their event", "asan", WRONG_RESULT, False),
+    ("two_streams without their event", "tsan", RACE, False),
+    ("null_stream and one that does not block", "asan", WRONG_RESULT, False),
+    ("write_same_word", "tsan", RACE, True),
+    ("last_block without its fences", "tsan", RACE, True),
+    ("wait_for_nobody", "asan", "the thread exits while lane|the mask names a lane that has exited", True),
+    ("shuffle_in_part_of_a_warp", "asan", "the mask names a lane that the block does not have", True),
+    ("shuffle_from_outside_the_mask", "asan", "it reads a lane that the mask leaves out", True),
+    ("shuffle_at_two_places", "asan", "another lane of the mask waits in another collective", True),
+    ("barrier_in_a_branch", "asan", "while others wait at that of", True),
+    ("barrier_that_some_skip", "asan", "exits while others wait at the barrier|threads of the block are missing", True),
+    ("barrier_and_collective", "asan", "no thread of the block can go on", True),
+    ("too little shared memory", "asan", "kernel .*read_unwritten_shared.*: shared_memory of 4 bytes", True),
+    ("shared memory overrun", "asan", OVERRUN, True),
+    ("device memory overrun", "asan", OVERRUN, True),
+    ("device memory underrun", "asan", "neither device nor pinned memory", True),
+    ("misaligned vector", "asan", "store to misaligned address", True),
+    ("loop", "tsan", "kernel .*loop.*: the watchdog ends", True),
+    ("host pointer in a kernel", "asan", "neither device nor pinned memory", True),
+    ("host pointer in a copy", "asan", "not on the side that its kind says", True),
+    ("copy overrun", "asan", "run past the end of their allocation", True),
+    ("device memory on the host", "asan", POISONED, True),
+    ("freed too early", "asan", "heap-use-after-free", False),
+    ("freed twice", "asan", "is freed twice", True),
+    ("destroyed event", "asan", "an event is used that has been destroyed", True),
+    ("destroyed stream", "asan", "a stream is used that has been destroyed", True),
+]
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("scenario", RIGHT)
+def test_the_stand_in_takes_what_is_right(builds: Builds, scenario: str, sanitizer: str):
+    for seed in range(6):
+        done = run([builds.selftest(sanitizer), scenario, seed])
+        assert done.returncode == 0, f"seed {seed}\n{done.stdout}"
+
+
+@pytest.mark.parametrize("scenario, sanitizer, message, always", WRONG, ids=lambda value: str(value)[:40])
+def test_the_stand_in_tells_what_is_wrong(builds: Builds, scenario: str, sanitizer: str, message: str, always: bool):
+    runs = [run([builds.selftest(sanitizer), scenario, seed]) for seed in range(3 if always else 6)]
+    told = [done.returncode not in (0, 2, 3) and re.search(message, done.stdout) is not None for done in runs]
+    assert all(told) if always else any(told), "\n".join(f"{done.returncode} {done.stdout}" for done in runs)
+
+
+# --- Mutations: what is taken away, one at a time, and has to be missed
+
+
+@dataclass
+class Mutation:
+    """In `file` of csrc/, `original` becomes `replacement`: an expression, or a statement where it ends with ;"""
+
+    file: str
+    what: str  # what is taken away
+    original: str
+    replacement: str
+    within: str = ""  # text that is in the file once and contains `original`, where that is there more often
+    args: tuple[str, ...] = ()  # of the driver
+
+
+WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
+LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
+KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
+
+MUTATIONS = [
+    # Barriers, shuffles, atomic accesses
+    Mutation(KEYS, "content ids before they are hashed", "__syncthreads();", "", "}\n  __syncthreads();\n\n  u32 cv["),
+    Mutation(
+        KEYS,
+        "chains before last leaves",
+        "__syncthreads();",
+        "",
+        "__syncthreads();\n\n  if (thread < kGroupLeaves) {\n    const u64 full_leaves",
+    ),
+    Mutation(KEYS, "a level before the next", "__syncthreads();", "", "__syncthreads();\n    const u32 parents"),
+    Mutation(KEYS, "all levels before keys", "__syncthreads();", "", "__syncthreads();\n\n  const u32 c ="),
+    Mutation(KEYS, "left children", "__shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves)", "cv[w]"),
+    Mutation(KEYS, "right children", "__shfl_sync(kAllLanes, cv[w], (2 * thread + 1) % kGroupLeaves)", "cv[w]"),
+    Mutation(COPY, "the other lanes' checksums", "__shfl_xor_sync(kAllLanes, sum, step)", "sum"),
+    Mutation(
+        KEYS,
+        "the atomicity of the first bad id",
+        "atomicMin(reinterpret_cast<unsigned long long*>(prefixes.first_bad), bad)",
+        "(*prefixes.first_bad = std::min(*prefixes.first_bad, bad))",
+    ),
+    Mutation(COPY, "the atomicity of a checksum", "atomicAdd(checksum, sum)", "(*checksum += sum)"),
+    # Upload buffers
+    Mutation(UPLOAD, "asking whether a buffer is free", "cudaEventQuery(buffer.copied)", "cudaSuccess"),
+    Mutation(
+        UPLOAD, "waiting when all buffers are taken", "LMC_CUDA_CHECK(op, cudaEventSynchronize(buffer.copied));", ""
+    ),
+    Mutation(UPLOAD, "recording that one is taken", "LMC_CUDA_CHECK(op, cudaEventRecord(buffer.copied, stream));", ""),
+    Mutation(UPLOAD, "leaving out buffers that are too small", "if (buffer.capacity < bytes) continue;", ""),
+    Mutation(UPLOAD, "making buffers that are large enough", "buffer.capacity *= 2;", "break;"),
+    Mutation(UPLOAD, "leaving out another device's buffers", "if (buffer.device != device) continue;", ""),
+    Mutation(UPLOAD, "aligning the parts of a table", "(bytes_.size() + 15) / 16 * 16", "bytes_.size()"),
+    Mutation(UPLOAD, "clearing what a query leaves behind", "cudaGetLastError()", "cudaSuccess"),
+    # Errors and devices
+    Mutation(ERROR, "going back to the device before", "if (changed_) cudaSetDevice(before_);", ""),
+    Mutation(
+        ERROR, "going to the call's device", "if (before_ != device) LMC_CUDA_CHECK(op, cudaSetDevice(device));", ""
+    ),
+    Mutation(ERROR, "clearing an error that is thrown", "cudaGetLastError()", "cudaSuccess", args=("--api-failures",)),
+    Mutation(ERROR, "looking at errors", "error_ != cudaSuccess", "false", args=("--api-failures",)),
+    # Content ids
+    Mutation(KEYS, "the end of the ids", "first + k < end", "true", "first + k < end ? static_cast<u64>(token_ids"),
+    Mutation(KEYS, "finding bad ids", "if (ids[k] >= kTokenIdEnd) *bad = first + k;", ""),
+    Mutation(KEYS, "the end of the ids", "first + kBlockIds < end ? first + kBlockIds : end", "first + kBlockIds"),
+    Mutation(KEYS, "an item's begin", "item.offset > first ? item.offset : first", "first"),
+    Mutation(KEYS, "an item's end", "item.end < block_end ? item.end : block_end", "block_end"),
+    Mutation(KEYS, "a thread's last position", "item.end < block_end ? item.end : block_end", "item.end"),
+    Mutation(KEYS, "the end of a block of lanes", "lanes_end < to ? lanes_end : to", "to"),
+    Mutation(KEYS, "the begin of a block of lanes", "first + k >= p", "true"),
+    Mutation(KEYS, "the end of a block of lanes", "first + k < stop", "true", "first + k >= p && first + k < stop"),
+    Mutation(KEYS, "writing covered ids only", "(covered >> k & 1)", "true", "(covered >> k & 1) && static_cast"),
+    Mutation(KEYS, "leaving bad ids as they are", "static_cast<u64>(token_ids[first + k]) < kTokenIdEnd", "true"),
+    Mutation(KEYS, "the mark of overwritten ids", "if (covered >> k & 1) ids[k] |= kOverwritten;", ""),
+    # Keys
+    Mutation(KEYS, "telling of bad ids", "bad != ~u64{0}", "false"),
+    Mutation(KEYS, "one warp for the chains", "thread < kGroupLeaves", "true", "if (thread < kGroupLeaves) {\n    LMC"),
+    Mutation(KEYS, "the last chain value, which is not kept", "b + 1 < blake3::kLeafBlocks", "true"),
+    Mutation(KEYS, "the nodes of a level", "thread < kGroupLeaves >> level", "true"),
+    Mutation(KEYS, "the last cut of a block", "c < cuts_end", "true"),
+    Mutation(KEYS, "the end of a prefix's last block", "w < 2 * ids", "true"),
+    Mutation(
+        KEYS,
+        "the chain's begin",
+        "b == 0 ? prefixes.root[w] : shared.running[b - 1][w][leaf]",
+        "shared.running[b - 1][w][leaf]",
+    ),
+    Mutation(KEYS, "the last key", "if (c >= prefixes.num_cuts) return;", ""),
+    Mutation(KEYS, "the empty prefix", "end == 0", "false", "if (end == 0) {"),
+    Mutation(KEYS, "levels that a prefix has no subtree of", "if ((leaves >> level & 1) == 0) continue;", ""),
+    Mutation(KEYS, "zeros behind a bad id", "*prefixes.first_bad >= end", "true"),
+    Mutation(KEYS, "no bad id so far", "LMC_CUDA_CHECK(op, cudaMemsetAsync(prefixes.first_bad, 0xFF, 8, stream));", ""),
+    Mutation(KEYS, "the most ids that fit", "cuts.back() > kMaxIds", "false"),
+    Mutation(KEYS, "no cuts", "if (cuts.empty()) return;", ""),
+    Mutation(KEYS, "no ids to hash", "prefixes.num_groups > 0", "true"),
+    Mutation(KEYS, "no ids to overwrite", "count == 0", "false", "if (count == 0 ||"),
+    # Spans
+    Mutation(SPAN, "pages outside of the cache", "if (block >= layout.num_pages) return span;", ""),
+    Mutation(SPAN, "slots outside of it", "if (position >= layout.num_pages * layout.page_tokens.d) return span;", ""),
+    Mutation(SPAN, "the tail", "valid < layout.page_tokens.d", "false"),
+    Mutation(SPAN, "slots behind the tail", "if (slot >= valid) return span;", ""),
+    Mutation(SPAN, "sizes below a unit", "bytes < unit_bytes ? 1 : bytes / unit_bytes", "bytes / unit_bytes"),
+    # Copies
+    Mutation(COPY, "misaligned payloads", "(kUnit == kLaneBytes || vector)", "true", LOAD_VECTOR),
+    Mutation(COPY, "misaligned payloads", "(kUnit == kLaneBytes || vector)", "true", STORE_VECTOR),
+    Mutation(COPY, "a last lane in part", "(lane_index + 1) * kUnits <= units", "true", LOAD_VECTOR),
+    Mutation(COPY, "a last lane in part", "(lane_index + 1) * kUnits <= units", "true", STORE_VECTOR),
+    Mutation(COPY, "the payload's end", "y < units", "true", "if (y < units) put_unit"),
+    Mutation(COPY, "the payload's end", "y < units", "true", "if (y < units) reinterpret_cast"),
+    Mutation(COPY, "the payload's end", "y < work.units", "true", "const u8* from = y < work.units"),
+    Mutation(COPY, "the payload's end", "y < work.units", "true", "u8* to = y < work.units"),
+    Mutation(COPY, "what the cache has nothing for", "from", "reinterpret_cast<const u8*>(1)", "if (from)"),
+    Mutation(COPY, "what the cache has no place for", "to", "reinterpret_cast<u8*>(1)", "if (to)"),
+    Mutation(COPY, "lanes behind the payload", "lane * kUnits < work.units", "true"),
+    Mutation(
+        COPY,
+        "a call without checksums",
+        "if (copy.checksums) add_to_checksum(copy.checksums + c, sums.total());",
+        "add_to_checksum(copy.checksums + c, sums.total());",
+    ),
+    Mutation(COPY, "one lane for its warp", "threadIdx.x % kWarp == 0", "true"),
+    Mutation(COPY, "the end of a block's tiles", "tile < tiles_end", "true", "; tile < tiles_end &&"),
+    Mutation(COPY, "the end of a chunk's tiles", "tile < work.tiles_end", "true"),
+    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", ""),
+    Mutation(COPY, "the last chunk", "c < num_chunks", "true"),
+    Mutation(COPY, "chunks of no pages", "chunk.count ? chunk.count : 1", "chunk.count"),
+    Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
+    Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
+    Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
+    Mutation(COPY, "calls of no bytes", "if (tiles == 0) return sums;", ""),
+    Mutation(COPY, "a scatter without checksums", "if (!expected) return;", ""),
+    Mutation(COPY, "the cap of the grid", "blocks = std::min<u64>(blocks, call.where.max_blocks);", ""),
+    Mutation(
+        UPLOAD,
+        "one thread at a time",
+        "mutex_",
+        "[]() -> std::mutex& { thread_local std::mutex own; return own; }()",
+        "lock(mutex_)",
+        args=("--threads", "2"),
+    ),
+]
+
+
+def find(mutation: Mutation, text: str) -> tuple[int, int]:
+    within = mutation.within or mutation.original
+    assert text.count(within) == 1, f"{mutation.file}: expected once, found {text.count(within)} times: {within}"
+    assert within.count(mutation.original) == 1, within
+    start = text.index(within) + within.index(mutation.original)
+    return start, start + len(mutation.original)
+
+
+def write_mutants(csrc: Path) -> None:
+    """A copy of csrc/ with all mutations in it, the n-th being live where LMC_MUTANT is n: one build for all."""
+    shutil.copytree(REPO / "csrc", csrc)
+    for file in {mutation.file for mutation in MUTATIONS}:
+        text = (csrc / file).read_text()
+        inserts: list[tuple[int, bool, int, int, str]] = []  # where, whether it opens, order of nesting, text
+        for number, mutation in enumerate(MUTATIONS, 1):
+            if mutation.file != file:
+                continue
+            start, end = find(mutation, text)
+            if mutation.original.endswith(";"):
+                opening = f"{{ if (::lmc_mutant == {number}) {{ {mutation.replacement} }} else {{ "
+                closing = " } }"
+            else:
+                opening, closing = f"(::lmc_mutant == {number} ? ({mutation.replacement}) : (", "))"
+            inserts.append((start, True, -end, number, opening))
+            inserts.append((end, False, -start, -number, closing))
+        for where, *_, inserted in sorted(inserts, reverse=True):
+            text = text[:where] + inserted + text[where:]
+        (csrc / file).write_text("extern int lmc_mutant; " + text)
+
+
+SYNCHRONISES = (
+    r"__syncthreads|__syncwarp|__\w+_sync\b|__threadfence|\batomic[A-Z]\w*|cudaEvent(Query|Record|Synchronize)"
+)
+SYNCHRONISES += r"|cudaStreamWaitEvent"
+
+
+def test_every_barrier_shuffle_atomic_access_and_event_has_a_mutation():
+    missed = []
+    for path in sorted((REPO / "csrc").iterdir()):
+        text = path.read_text()
+        spans = [find(mutation, text) for mutation in MUTATIONS if mutation.file == path.name]
+        for match in re.finditer(SYNCHRONISES, re.sub(r"//.*", lambda comment: " " * len(comment[0]), text)):
+            if not any(start <= match.start() and match.end() <= end for start, end in spans):
+                missed.append(f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}: {match[0]}")
+    assert not missed
+
+
+@pytest.fixture(scope="module")
+def verdicts(builds: Builds) -> list[str | None]:
+    """For each mutation what misses the thing that it takes away, None if nothing does; first, the same of none."""
+    programs = {sanitizer: builds.mutants(sanitizer) for sanitizer in SANITIZERS}
+
+    def verdict(number: int) -> str | None:
+        args = MUTATIONS[number - 1].args if number else ()
+        for sanitizer, program in programs.items():
+            options = [*args, "--schedules", 3, "--fail-fast", "--watchdog", 5]
+            done = run([program, builds.cases[sanitizer], *options], LMC_MUTANT=str(number))
+            if done.returncode:
+                return f"{sanitizer}: {done.stdout[:2000]}"
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(verdict, range(len(MUTATIONS) + 1)))
+
+
+def test_nothing_is_missed_where_nothing_is_taken_away(verdicts: list[str | None]):
+    assert verdicts[0] is None
+
+
+@pytest.mark.parametrize("number", range(1, len(MUTATIONS) + 1), ids=lambda n: MUTATIONS[n - 1].what)
+def test_what_is_taken_away_is_missed(verdicts: list[str | None], number: int):
+    mutation = MUTATIONS[number - 1]
+    assert verdicts[number] is not None, f"{mutation.file}: {mutation.original} -> {mutation.replacement or 'nothing'}"
