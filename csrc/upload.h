@@ -61,16 +61,16 @@ class PinnedBuffers {
   };
 
   Buffer& acquire(const char* op, u64 bytes, int device) {
-    std::size_t of_device = 0;
+    std::size_t under_way = 0;  // of those that are large enough
     for (std::size_t i = 0; i < buffers_.size(); ++i) {
       Buffer& buffer = buffers_[(next_ + i) % buffers_.size()];
       if (buffer.device != device) continue;
-      ++of_device;
       if (buffer.capacity < bytes) continue;
       const cudaError_t state = cudaEventQuery(buffer.copied);
       if (state == cudaErrorNotReady) {
         cudaGetLastError();
-        if (of_device < kBuffers) continue;
+        ++under_way;
+        if (under_way < kBuffers) continue;
         LMC_CUDA_CHECK(op, cudaEventSynchronize(buffer.copied));
       } else {
         LMC_CUDA_CHECK(op, state);
@@ -80,10 +80,12 @@ class PinnedBuffers {
     }
     Buffer buffer{device, kLeastBytes, nullptr, nullptr};
     while (buffer.capacity < bytes) buffer.capacity *= 2;
-    void* host = nullptr;
-    LMC_CUDA_CHECK(op, cudaHostAlloc(&host, buffer.capacity, cudaHostAllocPortable));
-    buffer.host = static_cast<u8*>(host);
     LMC_CUDA_CHECK(op, cudaEventCreateWithFlags(&buffer.copied, cudaEventDisableTiming));
+    void* host = nullptr;
+    const cudaError_t allocated = cudaHostAlloc(&host, buffer.capacity, cudaHostAllocPortable);
+    if (allocated != cudaSuccess) cudaEventDestroy(buffer.copied);
+    LMC_CUDA_CHECK(op, allocated);
+    buffer.host = static_cast<u8*>(host);
     buffers_.push_back(buffer);
     return buffers_.back();
   }

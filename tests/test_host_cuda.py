@@ -255,8 +255,8 @@ def copy_case(
         else:
             expected = as_bytes(right + torch.tensor([not match for match in matches]))
             case.fields |= {"expected": u64s([len(regions)]), "matches": u64s([len(regions) + 1])}
-            regions.append(Region("expected", expected, expected))
-            regions.append(Region("matches", b"\xee" * len(sums), bytes(matches)))
+            regions.append(Region("expected", expected, expected, misalignment=8))
+            regions.append(Region("matches", b"\xee" * len(sums), bytes(matches), misalignment=1))
     return case
 
 
@@ -575,8 +575,12 @@ class Mutation:
 
 WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
 LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
+NO_CHUNKS = "if (chunks.empty()) return;\n  const DeviceGuard guard(op, where.device);"
 KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
 
+# Not among them, for nothing but time depends on it: looking at items.reach before an item, `first >= count` in
+# overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, no table, or no
+# chunks to gather. Nor what only payloads of 16 GiB could tell, or a count of buffers.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
     Mutation(KEYS, "content ids before they are hashed", "__syncthreads();", "", "}\n  __syncthreads();\n\n  u32 cv["),
@@ -604,6 +608,7 @@ MUTATIONS = [
     Mutation(
         UPLOAD, "waiting when all buffers are taken", "LMC_CUDA_CHECK(op, cudaEventSynchronize(buffer.copied));", ""
     ),
+    Mutation(UPLOAD, "another buffer where one is taken", "under_way < kBuffers", "false"),
     Mutation(UPLOAD, "recording that one is taken", "LMC_CUDA_CHECK(op, cudaEventRecord(buffer.copied, stream));", ""),
     Mutation(UPLOAD, "leaving out buffers that are too small", "if (buffer.capacity < bytes) continue;", ""),
     Mutation(UPLOAD, "making buffers that are large enough", "buffer.capacity *= 2;", "break;"),
@@ -685,6 +690,7 @@ MUTATIONS = [
     Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
     Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
+    Mutation(COPY, "no chunks", "if (chunks.empty()) return;", "", f"{NO_CHUNKS}\n  const unsigned long long"),
     Mutation(COPY, "calls of no bytes", "if (tiles == 0) return sums;", ""),
     Mutation(COPY, "a scatter without checksums", "if (!expected) return;", ""),
     Mutation(COPY, "the cap of the grid", "blocks = std::min<u64>(blocks, call.where.max_blocks);", ""),

@@ -201,6 +201,7 @@ Options& options();
 struct Calls {
   int until_failure = 0;          // n > 0: the n-th call from now that can fail does, with cudaErrorUnknown
   std::uint64_t most_blocks = 0;  // the greatest grid launched since this was set to 0
+  std::uint64_t waits = 0;        // how often a call has waited for the device
 };
 Calls& calls();
 

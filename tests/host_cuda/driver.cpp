@@ -53,6 +53,7 @@ constexpr std::size_t kGuardBytes = 256;
 #endif
 constexpr u8 kGuard = 0xEB;
 constexpr int kStreams = 4;
+constexpr std::size_t kUploadBuffers = 32;  // calls that may be under way before one waits
 
 [[noreturn]] void die(const std::string& why) {
   std::fprintf(stderr, "driver: %s\n", why.c_str());
@@ -289,9 +290,6 @@ class Run {
     const bool host_ids = case_.number("host_ids") != 0;
     const Mode mode = case_.number("token_mode") ? Mode::kToken : Mode::kPage;
     const cuda::Launch where = launch(cuda::copy_workspace_bytes(cache, chunks, host_ids));
-#ifdef LMC_HOST_CUDA
-    host_cuda::calls().most_blocks = 0;
-#endif
     if (case_.op == "gather")
       cuda::gather(cache, mode, chunks, host_ids, reinterpret_cast<u64*>(optional("checksums")), where);
     else
@@ -312,7 +310,7 @@ class Driver {
  public:
   u64 failures = 0;
 
-  explicit Driver(bool fail_fast) : fail_fast_(fail_fast) {
+  Driver(bool fail_fast, bool alone) : fail_fast_(fail_fast), alone_(alone) {
     CHECK(cudaGetDeviceCount(&devices_));
     for (int device = 0; device < devices_; ++device) {
       CHECK(cudaSetDevice(device));
@@ -342,7 +340,7 @@ class Driver {
         runs.back()->upload();
         const int before = static_cast<int>(random() % static_cast<u64>(devices_));
         CHECK(cudaSetDevice(before));
-        call(*cases[i], *runs.back());
+        call(*cases[i], *runs.back(), i - first);
         expect_unchanged(*cases[i], before);
         CHECK(cudaSetDevice(device));
         runs.back()->download();
@@ -401,8 +399,11 @@ class Driver {
     if (fail_fast_) std::_Exit(1);
   }
 
-  void call(const Case& c, Run& run) {
+  void call(const Case& c, Run& run, std::size_t under_way) {
     bool refused = false;
+#ifdef LMC_HOST_CUDA
+    host_cuda::calls() = {};
+#endif
     try {
       run.call();
     } catch (const std::invalid_argument&) {
@@ -413,6 +414,9 @@ class Driver {
 #ifdef LMC_HOST_CUDA
     const u64 most_blocks = c.has("max_blocks") ? c.number("max_blocks") : 0;
     if (most_blocks && host_cuda::calls().most_blocks > most_blocks) fail(c, "a grid exceeds max_blocks");
+    if (alone_ && under_way < kUploadBuffers && host_cuda::calls().waits) fail(c, "the call waits for the device");
+#else
+    static_cast<void>(under_way);
 #endif
     if (refused != c.has("refused")) fail(c, refused ? "the call is refused" : "the call is not refused");
   }
@@ -429,7 +433,7 @@ class Driver {
     if (error != cudaSuccess) fail(c, std::string("the call leaves an error behind: ") + cudaGetErrorString(error));
   }
 
-  bool fail_fast_;
+  bool fail_fast_, alone_;
   int devices_ = 0;
   u64 seed_ = 0;
   std::vector<std::vector<cudaStream_t>> streams_;  // of each device; the first is the NULL stream
@@ -478,7 +482,7 @@ int main(int argc, char** argv) {
   }
   const std::vector<Case> cases = read_cases(argv[1]);
   std::vector<std::unique_ptr<Driver>> drivers;
-  for (u64 t = 0; t < threads; ++t) drivers.push_back(std::make_unique<Driver>(fail_fast));
+  for (u64 t = 0; t < threads; ++t) drivers.push_back(std::make_unique<Driver>(fail_fast, threads == 1));
   std::vector<const Case*> on_device;
   u64 count = 0, failures = 0;
   for (const Case& c : cases) {

@@ -207,7 +207,10 @@ void run_until_done(Operation* operation) {
 // The host waits for `operation`, or for nothing.
 void wait(Operation* operation) {
   if (!operation) return;
-  if (!operation->done) run_until_done(operation);
+  if (!operation->done) {
+    ++calls().waits;
+    run_until_done(operation);
+  }
   acquire(&operation->finished);
 }
 
