@@ -66,6 +66,7 @@ def test_copy_of_shuffled_pages(against, pool, case, direction, threads, checksu
             ops.gather_pages(case.layout, case.block_ids, case.payload, checksums=sums, threads=threads)
 
         peers = {"torch indexing": lambda: torch.index_select(case.pages, 0, case.block_ids)}
+        assert torch.equal(peers["torch indexing"]().view(-1), case.payload)
     else:
         before = case.pages.clone()
         case.pages[case.block_ids] = 0
@@ -75,10 +76,15 @@ def test_copy_of_shuffled_pages(against, pool, case, direction, threads, checksu
 
         ours()
         assert torch.equal(case.pages, before)
-        del before
         pages = case.payload.view(-1, *case.pages.shape[1:])
         peers = {"torch indexing": lambda: case.pages.index_copy_(0, case.block_ids, pages)}
+        case.pages[case.block_ids] = 0
+        peers["torch indexing"]()
+        assert torch.equal(case.pages, before)
+        del before
     torch.set_num_threads(threads)
+    memcpy(case.other, case.payload, threads, pool)
+    assert torch.equal(case.other, case.payload)
     peers = {"memcpy": lambda: memcpy(case.other, case.payload, threads, pool), **peers}
     facts = {"page_bytes": case.layout.page_bytes, "direction": direction, "threads": threads, "checksum": checksum}
     against(ours, peers, 12, bytes=PAYLOAD_BYTES, **facts)

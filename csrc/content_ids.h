@@ -30,8 +30,6 @@ LMC_HOST_DEVICE void lane_block(u64 lanes[kLanesPerBlock], const ItemSpan& item,
   for (u32 k = 0; k < kLanesPerBlock; ++k) lanes[k] = words[2 * k] | static_cast<u64>(words[2 * k + 1]) << 32;
 }
 
-LMC_HOST_DEVICE u64 overwritten(u64 token_id, u64 lane_sum) { return kOverwritten | (token_id + lane_sum); }
-
 // --- Host only: items as they come from a caller.
 
 struct Item {

@@ -42,6 +42,8 @@ struct Divisor {
   }
 };
 
+enum class Mode { kPage, kToken };
+
 // One paged cache. Plane i begins at planes[i], page p of it at planes[i] + p * page_stride bytes, and unit x of a page
 // (x / run) * run_stride bytes plus x % run units behind that. `token` contiguous units of a page belong to one token,
 // and so on around: unit x belongs to slot (x / token) % page_tokens.
@@ -147,6 +149,13 @@ struct PagedCache {
   u64 token_bytes;  // 0: opaque
 
   u64 row_bytes() const { return page_bytes / page_tokens; }
+  u64 payload_bytes(Mode mode, const Chunk& chunk) const {
+    return planes.size() * chunk.count * (mode == Mode::kPage ? page_bytes : row_bytes());
+  }
+  // Whether the spans of a chunk may begin or end between the tokens of a page.
+  bool splits_pages(Mode mode, const Chunk& chunk) const {
+    return mode == Mode::kToken || chunk.tokens < chunk.count * page_tokens;
+  }
 
   // `plane_table`: where the addresses of the planes can be read by whoever uses the result.
   template <typename Index>

@@ -358,14 +358,11 @@ struct CopyCall {
   const std::vector<Chunk>& chunks;
   bool sums;
 
-  u64 bytes(const Chunk& chunk) const {
-    return cache.planes.size() * chunk.count * (mode == Mode::kPage ? cache.page_bytes : cache.row_bytes());
-  }
   // Whether every span of the call begins and ends at a lane of its payload.
   bool whole_lanes() const {
     u64 all = cache.run_bytes | cache.page_bytes;
     for (const Chunk& chunk : chunks)
-      if (mode == Mode::kToken || chunk.tokens < chunk.count * cache.page_tokens) all |= cache.token_bytes;
+      if (cache.splits_pages(mode, chunk)) all |= cache.token_bytes;
     return all % kLaneBytes == 0;
   }
 };
@@ -405,7 +402,8 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
       for (u64 done = 0; done < span.units;) {
         const u64 piece = std::min(kPrefetchBytes, span.units - done);
         const u64 then = done + piece;
-        const u8* ahead = kGather ? (then < span.units ? span.cache + then : next.cache) : payload + then;
+        const u8* following_span = next.cache ? next.cache : span.cache;
+        const u8* ahead = kGather ? (then < span.units ? span.cache + then : following_span) : payload + then;
         const u64 lane = (y + done) / kLaneBytes;
         u8 *at = payload + done, *cached = span.cache + done;
         if (stream)
@@ -438,7 +436,7 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
   std::vector<u64> ends;  // of the chunks, were their payloads one after another
   u64 total = 0;
   for (std::size_t c = 0; c < call.chunks.size(); ++c) {
-    const u64 bytes = call.bytes(call.chunks[c]);
+    const u64 bytes = call.cache.payload_bytes(call.mode, call.chunks[c]);
     ends.push_back(total += bytes);
     if (call.sums) sums[c] = checksum_length(bytes);
   }

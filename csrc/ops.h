@@ -22,8 +22,6 @@ struct TokenIds {
   }
 };
 
-enum class Mode { kPage, kToken };
-
 namespace cpu {
 
 // The instruction sets that hashing can use on this machine, the fastest first, which is used unless another is chosen.
@@ -36,8 +34,8 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
 // Throws std::invalid_argument for cuts that do not ascend strictly or exceed `count`.
 void check_cuts(const std::vector<u64>& cuts, u64 count);
 
-// keys: [cuts.size()][32] bytes. `cuts` have passed check_cuts. Throws
-// std::invalid_argument, with nothing written, if an id before the last cut is outside [0, 2^32).
+// keys: [cuts.size()][32] bytes. `cuts` have passed check_cuts. Throws std::invalid_argument, with nothing written, if
+// an id before the last cut is outside [0, 2^32).
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys);
 
 // Throws std::invalid_argument for a host id that is outside the cache and not -1, which stands for a page or slot that

@@ -231,10 +231,6 @@ struct Call {
   bool host_ids;
   const Launch& where;
 
-  u64 bytes(const Chunk& chunk) const {
-    return cache.planes.size() * chunk.count * (mode == Mode::kPage ? cache.page_bytes : cache.row_bytes());
-  }
-
   // The widest unit that divides every address, stride and length the call can meet.
   u32 unit() const {
     u64 all = cache.page_stride | cache.run_stride | cache.run_bytes;
@@ -242,8 +238,8 @@ struct Call {
     u64 most = cache.page_bytes;
     for (const Chunk& chunk : chunks) {
       all |= reinterpret_cast<u64>(chunk.payload);
-      most = std::max(most, bytes(chunk));
-      if (mode == Mode::kToken || chunk.tokens < chunk.count * cache.page_tokens) all |= cache.token_bytes;
+      most = std::max(most, cache.payload_bytes(mode, chunk));
+      if (cache.splits_pages(mode, chunk)) all |= cache.token_bytes;
     }
     if (all % 16 == 0 && most / 16 < (u64{1} << Divisor<u32>::kBits) - kTileLanes<16>) return 16;
     return all % 4 == 0 ? 4 : 1;
@@ -270,7 +266,7 @@ unsigned long long* run(const Call& call, bool is_gather, u64* checksums, bool i
   constexpr u64 tile_bytes = kTileLanes<kUnit> * kLaneBytes;
   u64 tiles = 0;
   for (Chunk chunk : call.chunks) {
-    const u64 bytes = call.bytes(chunk);
+    const u64 bytes = call.cache.payload_bytes(call.mode, chunk);
     tiles += (bytes + tile_bytes - 1) / tile_bytes;
     lengths.push_back(checksum_length(bytes));
     if (call.host_ids) {

@@ -102,10 +102,13 @@ class KVCache:
     def match(self, prompt: Prompt) -> int:
         """How many tokens of `prompt` could be restored now, up to all of them. Whoever needs logits computes the last
         one again. Nothing is reserved: a record may be gone when it is retrieved."""
-        records = self._records(prompt)
-        present = self.backend.contains([record.key for record in records])
-        chain = _chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
+        chain = self._present(self._records(prompt))
         return chain[-1].end if chain else 0
+
+    def _present(self, records: list[_Record]) -> list[_Record]:
+        """Those of a prompt's records that the store has and that cover its longest prefix."""
+        present = self.backend.contains([record.key for record in records])
+        return _chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
     def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None) -> Job[int]:
         """Scatters the KV of the first `hit` tokens (what `match` said; None: all that is there) into the pages.
@@ -115,11 +118,16 @@ class KVCache:
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
-        limit = self.match(prompt) if hit is None else count("hit", hit)
-        if limit > len(prompt):
-            raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
+        records = self._records(prompt)
+        if hit is None:
+            records = self._present(records)
+            limit = records[-1].end if records else 0
+        else:
+            limit = count("hit", hit)
+            if limit > len(prompt):
+                raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
+            records = _chain((r for r in records if r.end <= limit), self.chunk_tokens)
         pages = self._pages(block_ids, limit)
-        records = _chain((r for r in self._records(prompt) if r.end <= limit), self.chunk_tokens)
         return self._submit(self._loads, self._retrieve, records, pages)
 
     def _retrieve(self, records: list[_Record], pages: torch.Tensor) -> int:

@@ -19,7 +19,11 @@ from lmcache_mm.prompt import Item, checked_items, count
 
 # How many threads a copy on the CPU may use: one a core of the process, at most 8, for past that memory and not threads
 # set the pace. The environment variable LMCACHE_MM_THREADS overrides.
-THREADS = int(os.environ.get("LMCACHE_MM_THREADS", "0")) or min(8, len(os.sched_getaffinity(0)))
+THREADS = min(8, len(os.sched_getaffinity(0)))
+if setting := os.environ.get("LMCACHE_MM_THREADS"):
+    if not setting.isdecimal() or int(setting) == 0:
+        raise ValueError(f"LMCACHE_MM_THREADS: expected a number of threads of at least 1, got {setting!r}")
+    THREADS = int(setting)
 
 Ids = Any  # a sequence of integers, or a 1-D integer tensor
 
@@ -365,7 +369,7 @@ class _Chunks:
         if self.layout.device.type == "cuda":
             _C.cuda_gather(*arguments, self._host_ids, address, **_launch(self.layout.device), max_blocks=max_blocks)
         else:
-            _C.gather(*arguments, address, threads or THREADS)
+            _C.gather(*arguments, address, count("threads", threads) or THREADS)
         return out
 
     def scatter(
@@ -382,7 +386,7 @@ class _Chunks:
                 *arguments, self._host_ids, wanted, found, **_launch(self.layout.device), max_blocks=max_blocks
             )
         else:
-            _C.scatter(*arguments, wanted, found, threads or THREADS)
+            _C.scatter(*arguments, wanted, found, count("threads", threads) or THREADS)
         return matches
 
     @property
