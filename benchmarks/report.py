@@ -36,7 +36,7 @@ def keys(benchmarks: list[dict[str, Any]]) -> str:
             time = facts["peers_s"].get(peer)
             cells.append(f"{seconds(time)} ({time / median:.1f}×)" if time else "")
         rows.append(cells)
-    return table(["prefix keys, one core", "ours", "blake3 + numpy, same keys", "chained SHA-256, Python"], rows)
+    return table(["prefix keys, one core, warm caches", "ours", "blake3 + numpy, same keys", "chained SHA-256, Python"], rows)
 
 
 def copies(benchmarks: list[dict[str, Any]]) -> str:
@@ -51,7 +51,7 @@ def copies(benchmarks: list[dict[str, Any]]) -> str:
         row[facts["threads"], facts["checksum"]] = f"{share:.0%}"
         speeds.setdefault(facts["threads"], []).append(facts["bytes"] / facts["peers_s"]["memcpy"] / 1e9)
     columns = [(threads, checksum) for threads in sorted(speeds) for checksum in (False, True)]
-    headings = ["copy of shuffled pages"]
+    headings = ["copy of shuffled pages, speed as a share of memcpy's"]
     headings += [f"{t} thread{'s' * (t > 1)}{', checksum' * checksum}" for t, checksum in columns]
     memcpy = ["memcpy of the same bytes"]
     memcpy += [f"{sorted(speeds[threads])[len(speeds[threads]) // 2]:.1f} GB/s" for threads, _ in columns]
