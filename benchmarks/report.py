@@ -36,7 +36,8 @@ def keys(benchmarks: list[dict[str, Any]]) -> str:
             time = facts["peers_s"].get(peer)
             cells.append(f"{seconds(time)} ({time / median:.1f}×)" if time else "")
         rows.append(cells)
-    return table(["prefix keys, one core, warm caches", "ours", "blake3 + numpy, same keys", "chained SHA-256, Python"], rows)
+    headings = ["prefix keys, one core, warm caches", "ours", "blake3 + numpy, same keys", "chained SHA-256, Python"]
+    return table(headings, rows)
 
 
 def copies(benchmarks: list[dict[str, Any]]) -> str:
