@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -9,6 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+# Read when torch is loaded: its idle workers would spin for milliseconds on the cores that the next call needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from lmcache_mm import _C
