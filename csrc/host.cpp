@@ -280,11 +280,17 @@ namespace {
 
 // A copy that fills the caches with nothing: the destination is written past them. That pays for what does not fit into
 // them, and a plain copy of page after page would read every destination line before it writes it.
-constexpr u64 kStreamBytes = 4 << 20;
+#ifndef LMC_STREAM_BYTES
+#define LMC_STREAM_BYTES (4 << 20)
+#endif
+constexpr u64 kStreamBytes = LMC_STREAM_BYTES;
 // What is asked for ahead of the copy: the hardware's prefetcher stops at the end of a 4 KiB page.
 constexpr u64 kPrefetchBytes = 4096;
 // Threads are started for each call, none is kept: a process that forks keeps none either.
-constexpr u64 kThreadBytes = 4 << 20;  // the least that a thread is started for
+#ifndef LMC_THREAD_BYTES
+#define LMC_THREAD_BYTES (4 << 20)
+#endif
+constexpr u64 kThreadBytes = LMC_THREAD_BYTES;  // the least that a thread is started for
 
 #ifdef __SSE2__
 

@@ -91,6 +91,8 @@ def overwrite_case(name: str, ids: Sequence[int], items: Sequence[Item], small: 
     after = torch.where(before == torch.tensor(good, dtype=torch.int64), after, before)
     region = Region("token_ids", as_bytes(before), as_bytes(after))
     fields = {"count": u64s([len(ids)]), "items": packed_items(items)}
+    if good != list(ids):
+        fields["cpu_refused"] = b""
     return Case(f"overwrite {name}", "apply_mm_hashes_to_token_ids", fields, [region], small)
 
 
@@ -102,6 +104,8 @@ def keys_case(
     keys = as_bytes(good) + bytes(32 * (len(cuts) - len(good)))
     given = as_bytes(torch.tensor(ids, dtype=torch.int64 if wide else torch.int32))
     fields = {"count": u64s([len(ids)]), "wide": u64s([wide]), "items": packed_items(items), "root": ROOT}
+    if cuts and bad < max(cuts):
+        fields["cpu_refused"] = b""
     regions = [Region("token_ids", given, given), Region("keys", b"\xee" * len(keys), keys)]
     return Case(f"keys {name}", "prefix_keys", {**fields, "cuts": u64s(cuts)}, regions, small)
 
@@ -247,6 +251,9 @@ def copy_case(
         regions,
         small,
     )
+    ids_end = layout.num_pages * (layout.page_tokens if token_mode else 1)
+    if any(not -1 <= i < ids_end for ids in chunks.ids for i in ids):
+        case.fields["cpu_refused"] = b""
     if checksums:
         right = torch.tensor(sums, dtype=torch.int64)
         if gather:
