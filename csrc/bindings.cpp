@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "ops.h"
+#include "slab_table.h"
 
 namespace py = pybind11;
 using namespace lmc;
@@ -112,6 +113,67 @@ PYBIND11_MODULE(_C, m) {
         return static_cast<i64>(cpu::checksum(reinterpret_cast<const u8*>(payload), bytes));
       },
       py::arg("payload"), py::arg("bytes"));
+
+  m.def(
+      "checksum_part",
+      [](u64 part, u64 bytes, u64 offset, u64 payload_bytes) {
+        py::gil_scoped_release release;
+        return cpu::checksum_part(reinterpret_cast<const u8*>(part), bytes, offset, payload_bytes);
+      },
+      py::arg("part"), py::arg("bytes"), py::arg("offset"), py::arg("payload_bytes"));
+
+  m.def(
+      "copy",
+      [](u64 to, u64 from, u64 bytes, u32 threads) {
+        py::gil_scoped_release release;
+        return static_cast<i64>(
+            cpu::copy(reinterpret_cast<u8*>(to), reinterpret_cast<const u8*>(from), bytes, threads));
+      },
+      py::arg("to"), py::arg("source"), py::arg("bytes"), py::arg("threads"));
+
+  m.def(
+      "read_pages",
+      [](u64 address, u64 bytes) {
+        py::gil_scoped_release release;
+        constexpr u64 kPageBytes = 4096;
+        for (u64 at = 0; at < bytes; at += kPageBytes) *reinterpret_cast<const volatile u8*>(address + at);
+      },
+      py::arg("address"), py::arg("bytes"));
+
+  // Slots are given as lists; what was found of each comes back as one.
+  py::class_<SlabTable>(m, "SlabTable", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](u64 slots, u32 row) { return std::make_unique<SlabTable>(reinterpret_cast<void*>(slots), row); }),
+           py::arg("slots"), py::arg("row"))
+      .def("generation", &SlabTable::generation, py::arg("slot"))
+      .def("set_generation", &SlabTable::set_generation, py::arg("slot"), py::arg("generation"))
+      .def(
+          "touch",
+          [](SlabTable& table, const std::vector<std::pair<u32, u32>>& contents) {
+            std::vector<bool> current;
+            for (const auto& [slot, generation] : contents) current.push_back(table.touch(slot, generation));
+            return current;
+          },
+          py::arg("contents"))
+      .def(
+          "pin",
+          [](SlabTable& table, const std::vector<std::pair<u32, u32>>& contents) {
+            std::vector<bool> pinned;
+            for (const auto& [slot, generation] : contents) pinned.push_back(table.pin(slot, generation));
+            return pinned;
+          },
+          py::arg("contents"))
+      .def(
+          "unpin",
+          [](SlabTable& table, const std::vector<u32>& slots) {
+            for (const u32 slot : slots) table.unpin(slot);
+          },
+          py::arg("slots"))
+      .def("pinned", &SlabTable::pinned, py::arg("slot"))
+      .def("evict", &SlabTable::evict, py::arg("slot"))
+      .def("retire", &SlabTable::retire, py::arg("slot"))
+      .def("take_visited", &SlabTable::take_visited, py::arg("slot"))
+      .def("clear_row", &SlabTable::clear_row, py::arg("row"), py::arg("num_slots"),
+           py::call_guard<py::gil_scoped_release>());
 
 #ifdef LMCACHE_MM_CUDA
   // The workspace is a tensor of the caller's, so that it is freed in the order of the stream: `allocate(bytes)` makes

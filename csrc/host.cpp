@@ -257,11 +257,14 @@ void add_lanes(LaneSums& sums, const u8* payload, u64 bytes, u64 first) {
 
 }  // namespace
 
-u64 checksum(const u8* payload, u64 bytes) {
+
+u64 checksum_part(const u8* part, u64 bytes, u64 offset, u64 payload_bytes) {
   LaneSums sums;
-  add_lanes(sums, payload, bytes, 0);
-  return sums.total() + checksum_length(bytes);
+  add_lanes(sums, part, bytes, offset / kLaneBytes);
+  return sums.total() + (offset == 0 ? checksum_length(payload_bytes) : 0);
 }
+
+u64 checksum(const u8* payload, u64 bytes) { return checksum_part(payload, bytes, 0, bytes); }
 
 void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks) {
   const char* name = mode == Mode::kPage ? "block_ids" : "slots";
@@ -490,6 +493,15 @@ void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunk
   copy<false>({cache, mode, chunks, expected != nullptr}, threads, sums);
   if (expected)
     for (std::size_t c = 0; c < chunks.size(); ++c) matches[c] = sums[c] == expected[c];
+}
+
+u64 copy(u8* to, const u8* from, u64 bytes, u32 threads) {
+  // A gather of one page, whose only token it is.
+  const PagedCache cache{{const_cast<u8*>(from)}, 1, bytes, bytes, bytes, 0, 1, bytes};
+  const std::int32_t page = 0;
+  u64 sum = checksum_length(0);
+  if (bytes) gather(cache, Mode::kPage, {{&page, 1, 1, to, false}}, &sum, threads);
+  return sum;
 }
 
 }  // namespace lmc::cpu

@@ -52,6 +52,13 @@ void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunk
 
 u64 checksum(const u8* payload, u64 bytes);
 
+// The share that bytes [offset, offset + bytes) of a payload have in its checksum, the bytes being at `part` and the
+// offset a multiple of 16. The shares of all its parts add up to the checksum.
+u64 checksum_part(const u8* part, u64 bytes, u64 offset, u64 payload_bytes);
+
+// Copies bytes that are contiguous on both sides, as gather does; returns their checksum.
+u64 copy(u8* to, const u8* from, u64 bytes, u32 threads);
+
 }  // namespace cpu
 
 namespace cuda {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot, shm_directory
 
-__all__ = ["Store", "open_store"]
+__all__ = ["SlotStore", "Store", "open_store"]
 
 Buffer = bytes | bytearray | memoryview  # or anything else with the buffer protocol
 
@@ -59,21 +61,82 @@ class Store(Protocol):
     def close(self) -> None: ...
 
 
-def open_store(url: str) -> Store:
-    """Opens the store that `url` names; ValueError for what is no URL of a store.
+@runtime_checkable
+class SlotStore(Store, Protocol):
+    """A store whose slots can be read and written in place; see `ShmStore`."""
 
-    mem://?capacity=1GiB    one buffer in this process
+    def lend(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[Slot | None]: ...
+    def release(self, slots: Sequence[Slot]) -> None: ...
+    def discard(self, slot: Slot) -> None: ...
+    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]: ...
+    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None: ...
+    def abandon(self, slots: Sequence[Slot]) -> None: ...
+    def view(self, slot: Slot) -> Any: ...
+
+
+def open_store(url: str) -> Store:
+    """Opens the store that `url` names.
+
+    mem://?capacity=1GiB             one buffer in this process
+    shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
+    file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
+                                     (DIR is made, its parent is not)
+
+    shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
+    gone. Their capacity may be left out where there is a store already.
+
+    Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
+    opened (see `SlabStore.open`).
     """
-    parts = urlsplit(url)
-    if parts.scheme != "mem":
-        raise ValueError(f"store: expected a URL such as mem://?capacity=1GiB, got {url!r}")
-    if parts.netloc or parts.path:
+    scheme, _, _ = url.partition(":")
+    if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
+        raise ValueError(
+            f"store: expected a URL that begins with {', '.join(f'{s}://' for s in _OPENERS)}, got {url!r}"
+        )
+    return _OPENERS[scheme](url)
+
+
+def _open_mem(url: str) -> Store:
+    path, options = _split(url, ("capacity",))
+    if path:
         raise ValueError(f"store: mem:// takes no host and no path, got {url!r}")
+    return MemStore(parse_bytes("capacity", options.get("capacity"), url))
+
+
+def _open_slab(url: str) -> Store:
+    kind, directory = slab_directory(url)
+    _, options = _split(url, SLAB_OPTIONS)
+    sizes = {name: parse_bytes(name, options[name], url) for name in ("capacity", "quota") if name in options}
+    ttl = options.get("ttl", "0")
+    if not ttl.isascii() or not ttl.isdigit():
+        raise ValueError(f"store: ttl: expected seconds, got {ttl!r}")
+    return kind.open(directory, sizes.get("capacity"), sizes.get("quota", 0), float(ttl))
+
+
+def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
+    """The kind of slab that a shm: or file: URL names, and the directory that it lies in."""
+    path, _ = _split(url, SLAB_OPTIONS)
+    if url.startswith("shm:"):
+        if not path.startswith("/"):
+            raise ValueError(f"store: expected shm:///NAME, got {url!r}")
+        return ShmStore, shm_directory(path[1:])
+    if not path.startswith("/") or path == "/":
+        raise ValueError(f"store: expected file:///DIR, a directory of its own, got {url!r}")
+    return FileStore, Path(path)
+
+
+SLAB_OPTIONS = ("capacity", "quota", "ttl")
+_OPENERS: dict[str, Callable[[str], Store]] = {"mem": _open_mem, "shm": _open_slab, "file": _open_slab}
+
+
+def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """(host and path, options); ValueError for options that are not known."""
+    parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
-    capacity = parse_bytes("capacity", options.pop("capacity", None), url)
-    if options:
-        raise ValueError(f"store: unknown option {next(iter(options))!r} in {url!r}; mem:// takes capacity")
-    return MemStore(capacity)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"store: unknown option {name!r} in {url!r}; {parts.scheme}: takes {', '.join(known)}")
+    return parts.netloc + parts.path, options
 
 
 def parse_bytes(name: str, text: str | None, url: str) -> int:

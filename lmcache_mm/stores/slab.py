@@ -1,0 +1,915 @@
+"""shm: and file: stores: payloads in one preallocated file that all processes of a user share, without a daemon.
+
+In the store's directory: `slab`, the payloads; `index`, an LMDB environment (see slab_index.py); `table`, a header and
+the pins and generations of all slots (see csrc/slab_table.h); `lock`, of which every process that has the store open
+locks one byte, its row, for as long as it lives. A slot is allocated in one transaction, filled, and published in
+another; whoever dies in between leaves a slot that rests for a while and is free again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import re
+import shutil
+import stat
+import struct
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import lmdb
+import numpy as np
+from blake3 import blake3
+
+from lmcache_mm import _C, ops
+from lmcache_mm.stores.slab_index import NO_OWNER, Change, Index, Record, boot_clock
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores import Buffer
+
+T = TypeVar("T")
+
+LEAST_GRANULE_BYTES = 16 << 10
+MOST_GRANULES = 1 << 22  # a table of at most 64 MiB
+ROWS = 64
+SLOT_STATE_BYTES = 16
+PAGE_BYTES = 4096
+PIECE_BYTES = 4 << 20  # of one read or write on a disk
+IO_THREADS = 8
+CHECKPOINT_S = 60.0
+MAP_BYTES = 64 << 20
+
+_HEADER = struct.Struct("<8sIIQ16sQII")
+_MAGIC, _VERSION = b"lmcmm\0\r\n", 1
+_ROWS_AT = 128  # in the header: which rows have been taken and not given back, a byte each
+_OPENING = ROWS  # the byte of the lock file that is held while a store is opened or cleared
+_FLOCK = struct.Struct("@hhqqi4x")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in the slab: reserved to be filled, or lent to be read. Its bytes stay there until it is given back."""
+
+    key: bytes
+    start: int  # its first granule
+    generation: int
+    payload_bytes: int
+    checksum: int  # of a record that is lent
+    owner: bytes
+
+
+# Stores that this process has open, by directory, and the locks of all it ever had open: closing any descriptor of a
+# file ends all POSIX locks that the process holds on it.
+_open: dict[str, SlabStore] = {}
+_locks: dict[tuple[int, int], int] = {}
+_inherited: list[SlabStore] = []  # a parent's: kept, so that nothing of theirs is closed here
+_registry = threading.RLock()
+
+
+def _forget_inherited() -> None:
+    _inherited.extend(_open.values())
+    _open.clear()
+    _registry.release()
+
+
+os.register_at_fork(before=_registry.acquire, after_in_parent=_registry.release, after_in_child=_forget_inherited)
+
+
+def _boot_id() -> bytes:
+    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+class SlabStore:
+    """What shm: and file: stores have in common; see `Store` and `open`. One instance a process and directory, counted:
+    each open asks for one close."""
+
+    scheme: ClassVar[str]
+
+    @classmethod
+    def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
+        """Opens the store in `directory`, and makes it if there is none and `capacity` is given.
+
+        quota: most payload bytes of one owner. ttl_s: how long a record may be used. Both hold for what this process
+        puts and gets. Raises ValueError for another capacity than the store has or a store of another version,
+        PermissionError where directory or files are not the user's alone, RuntimeError for a store that is open in
+        another PID namespace or in 64 processes, OSError where there is no room.
+        """
+        path = os.path.realpath(directory)
+        with _registry:
+            store = _open.get(path)
+            if store is None:
+                store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
+            elif not store._fits(capacity) or (quota, ttl_s) != (store._quota, store._ttl_s):
+                raise ValueError(f"store: {path} is open in this process with other options")
+            store._opened += 1
+            return store
+
+    def __init__(self, directory: Path, capacity: int | None, quota: int, ttl_s: float) -> None:
+        self.directory = directory
+        self._quota, self._ttl_s = quota, ttl_s
+        self._pid = os.getpid()
+        self._opened = 0
+        names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors")
+        self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+        self._counts_lock = threading.Lock()
+        self._looked_for_dead = 0.0
+        self._unreturned: list[Slot] = []  # reserved slots that could not be given back
+        _own_directory(directory)
+        self._lock_fd = _lock_file(directory / "lock")
+        with _opening(self._lock_fd):
+            self._take_over(capacity)
+        self._open_slab()
+
+    # --- Opening and closing
+
+    def _take_over(self, capacity: int | None) -> None:
+        header = _read_header(self.directory)
+        if header is None:
+            if capacity is None:
+                raise ValueError(f"store: there is none in {self.directory}; capacity=8GiB, say, makes one")
+            header = self._make(capacity)
+        granule_bytes, granules, boot_id, pid_namespace = header
+        self.capacity = granules * granule_bytes
+        self._granules, self._granule_bytes = granules, granule_bytes
+        if not self._fits(capacity):
+            raise ValueError(
+                f"store: {self.directory} has capacity={self.capacity}, got {capacity}: open it with its own, or "
+                "remove it with `python -m lmcache_mm clear`"
+            )
+        used = [row for row in range(ROWS) if _locked(self._lock_fd, row)]
+        if used and pid_namespace != _pid_namespace():
+            raise RuntimeError(
+                f"store: {self.directory} is open in another PID namespace, which its index does not stand"
+            )
+        if (self.directory / "slab").stat().st_size != self.capacity:
+            raise ValueError(
+                f"store: {self.directory / 'slab'} does not have its {self.capacity} bytes; remove the store"
+            )
+        self._table_map = _map(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
+        slots = np.frombuffer(self._table_map, dtype=np.uint8)[PAGE_BYTES:]
+        restarted = boot_id != _boot_id()
+        if restarted:
+            slots[:] = 0
+            shift = self._restore_index()
+        if not used:  # nobody else has it open: whatever LMDB keeps of processes is of dead ones
+            (self.directory / "index" / "lock.mdb").unlink(missing_ok=True)
+        row = next((row for row in range(ROWS) if row not in used and _try_lock(self._lock_fd, row)), None)
+        if row is None:
+            raise RuntimeError(f"store: {self.directory} is open in {ROWS} processes, which is the most that it takes")
+        self._row = row
+        try:
+            self._env = _open_env(self.directory / "index", granules)
+            self._table = _C.SlabTable(slots.ctypes.data, row)
+            self._index = Index(self._env, self._table, granules, granule_bytes, self._quota, self._ttl_s)
+            self._index.make()
+            if restarted:
+                self._index.recover(shift)
+            self._bury([row])
+            self._table_map[_ROWS_AT + row] = 1
+            _write_header(self.directory, granule_bytes, granules)
+        except BaseException:
+            _unlock(self._lock_fd, row)
+            raise
+
+    def _fits(self, capacity: int | None) -> bool:
+        return capacity is None or _granules(capacity) == (self._granules, self._granule_bytes)
+
+    def _make(self, capacity: int) -> tuple[int, int, bytes, int]:
+        """Makes the files anew. The header comes last: without it there is no store."""
+        granules, granule_bytes = _granules(capacity)
+        if granules == 0:
+            raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
+        _remove_files(self.directory)
+        try:
+            _allocate(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
+            _allocate(self.directory / "slab", granules * granule_bytes)
+        except OSError as error:
+            _remove_files(self.directory)
+            free = shutil.disk_usage(self.directory).free
+            raise OSError(
+                error.errno,
+                f"no room for {capacity} bytes in {self.directory}, where {free} are free: {error.strerror}",
+            ) from None
+        (self.directory / "index").mkdir(mode=0o700)
+        _write_header(self.directory, granule_bytes, granules)
+        return granule_bytes, granules, _boot_id(), _pid_namespace()
+
+    def _restore_index(self) -> float:
+        """After a restart of the machine, when the index may be torn: what of it was saved. Returns by how much the
+        boot clock of now is ahead."""
+        shutil.rmtree(self.directory / "index")
+        (self.directory / "index").mkdir(mode=0o700)
+        return 0.0
+
+    def _open_slab(self) -> None:
+        raise NotImplementedError
+
+    def _close_slab(self) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """The last close of the process gives back everything: pins, reserved slots, its row."""
+        with _registry:
+            if self._opened == 0 or os.getpid() != self._pid:
+                return
+            self._opened -= 1
+            if self._opened:
+                return
+            del _open[str(self.directory)]
+            self._close_slab()
+            with suppress(lmdb.Error):
+                self._bury([self._row])
+            self._env.close()
+            _unlock(self._lock_fd, self._row)
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"store: opened in process {self._pid}, used in {os.getpid()}: open it again after a fork"
+            )
+        if not self._opened:
+            raise RuntimeError("store: it is closed")
+
+    # --- The dead
+
+    def _bury(self, rows: Sequence[int]) -> None:
+        """Takes back what the processes of these rows held; nobody may take one of the rows meanwhile."""
+        for row in rows:
+            self._table.clear_row(row, self._granules)
+        with self._index.change() as change:
+            change.bury(rows)
+        for row in rows:
+            self._table_map[_ROWS_AT + row] = 0
+
+    def _look_for_dead(self) -> None:
+        """Takes back what processes held that are no more."""
+        self._looked_for_dead = time.monotonic()
+        taken = [row for row in range(ROWS) if self._table_map[_ROWS_AT + row] and row != self._row]
+        dead = [row for row in taken if _try_lock(self._lock_fd, row)]
+        if not dead:
+            return
+        try:
+            self._bury(dead)
+            self._env.reader_check()
+        except lmdb.Error:
+            self._count("errors")
+        finally:
+            for row in dead:
+                _unlock(self._lock_fd, row)
+
+    # --- Records
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        self._check()
+        _check_keys(keys)
+        try:
+            places = self._index.places(keys)
+        except lmdb.Error:
+            self._count("errors")
+            return [False] * len(keys)
+        current = iter(self._table.touch([place for place in places if place]))
+        return [place is not None and next(current) for place in places]
+
+    def lend(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[Slot | None]:
+        """The records of `keys` that have these sizes, pinned: their bytes stay in place until `release`. What is lent
+        has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
+        self._check()
+        _check_keys(keys)
+        records: list[Record | None]
+        try:
+            records = self._index.find(keys)
+        except lmdb.Error:
+            self._count("errors")
+            records = [None] * len(keys)
+        wanted = [r if r and r.payload_bytes == size else None for r, size in zip(records, sizes, strict=True)]
+        pinned = iter(self._table.pin([(record.start, record.generation) for record in wanted if record]))
+        slots = [
+            Slot(key, record.start, record.generation, record.payload_bytes, record.checksum, record.owner)
+            if record and next(pinned)
+            else None
+            for key, record in zip(keys, wanted, strict=True)
+        ]
+        self._count("misses", slots.count(None))
+        return slots
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Gives lent slots back. Nothing may read them any more, transfers by a device included."""
+        self._check()
+        self._table.unpin([slot.start for slot in slots])
+
+    def discard(self, slot: Slot) -> None:
+        """Removes the record of a lent slot that did not have its checksum; counted. The slot stays lent."""
+        self._count("corrupt")
+
+        def work(change: Change) -> None:
+            record = change.get(slot.key)
+            if record and (record.start, record.generation) == (slot.start, slot.generation):
+                change.remove(slot.key, record)
+
+        self._change(work)
+
+    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+        """Places to write payloads to, None for keys that are there already and where there is no room (counted).
+        To be published or abandoned."""
+        self._check()
+        _check_keys(keys)
+        owner = _checked_owner(owner)
+        if time.monotonic() - self._looked_for_dead > 1:
+            self._look_for_dead()
+        given_back, self._unreturned = self._unreturned, []
+
+        def work(change: Change) -> list[Slot | None]:
+            change.reap()
+            for slot in given_back:
+                change.abandon(slot.start, self._row)
+            slots: list[Slot | None] = []
+            for key, size in zip(keys, sizes, strict=True):
+                place = None
+                if not change.get(key):
+                    place = change.reserve(size, owner, self._row)
+                    if place is None:
+                        change.dropped += 1
+                slots.append(None if place is None else Slot(key, *place, size, 0, owner))
+            return slots
+
+        slots = self._change(work, drops=len(keys))
+        if slots is None:
+            self._unreturned += given_back
+        return slots or [None] * len(keys)
+
+    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
+        """Makes reserved slots, filled with payloads of these checksums, visible to all processes."""
+        self._check()
+
+        def work(change: Change) -> int:
+            # Records come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
+            return sum(
+                change.publish(
+                    slot.key, slot.start, slot.generation, slot.payload_bytes, checksum, slot.owner, self._row
+                )
+                for slot, checksum in reversed(list(zip(slots, checksums, strict=True)))
+            )
+
+        published = self._change(work, drops=len(slots))
+        if published is None:
+            self._unreturned += slots
+        else:
+            self._count("puts", published)
+
+    def abandon(self, slots: Sequence[Slot]) -> None:
+        """Gives reserved slots back. Nothing may write to them any more."""
+        self._check()
+
+        def work(change: Change) -> bool:
+            for slot in slots:
+                change.abandon(slot.start, self._row)
+            return True
+
+        if not self._change(work):
+            self._unreturned += slots
+
+    def _change(self, work: Callable[[Change], T], drops: int = 0) -> T | None:
+        """work's result, in a transaction; None where the index cannot be written, `drops` puts being dropped then."""
+        try:
+            with self._index.change() as change:
+                result = work(change)
+        except lmdb.Error:
+            self._count("errors")
+            self._count("dropped_puts", drops)
+            return None
+        self._count("evictions", change.evictions)
+        self._count("dropped_puts", change.dropped)
+        return result
+
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[bool]:
+        arrays = [_bytes(buffer) for buffer in buffers]
+        slots = self.lend(keys, [array.nbytes for array in arrays])
+        lent = [(slot, array) for slot, array in zip(slots, arrays, strict=True) if slot]
+        try:
+            good = iter(self._read([slot for slot, _ in lent], [array for _, array in lent]))
+        finally:
+            self.release([slot for slot, _ in lent])
+        found = [slot is not None and next(good) for slot in slots]
+        self._count("hits", found.count(True))
+        return found
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+    ) -> None:
+        arrays = [_bytes(buffer) for buffer in buffers]
+        slots = self.reserve(keys, [array.nbytes for array in arrays], owner)
+        places = [i for i, slot in enumerate(slots) if slot]
+        reserved = [slot for slot in slots if slot]
+        if not reserved:
+            return
+        try:
+            sums = self._write(
+                reserved, [arrays[i] for i in places], None if checksums is None else [checksums[i] for i in places]
+            )
+        except OSError:
+            self._count("errors")
+            self._count("dropped_puts", len(reserved))
+            self.abandon(reserved)
+        else:
+            self.publish(reserved, sums)
+
+    def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
+        """Fills arrays from slots; which have their checksum. The others are discarded."""
+        raise NotImplementedError
+
+    def _write(
+        self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
+    ) -> Sequence[int]:
+        """Fills slots from arrays; their checksums, those given or else computed."""
+        raise NotImplementedError
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self._check()
+        _check_keys(keys)
+
+        def work(change: Change) -> None:
+            for key in keys:
+                if record := change.get(key):
+                    change.remove(key, record)
+
+        self._change(work)
+
+    def forget(self, owner: bytes) -> int:
+        """Removes all records of an owner (16 bytes); returns their number."""
+        self._check()
+        if not owner:
+            raise ValueError("owner: expected 16 bytes, got none")
+        checked = _checked_owner(owner)
+        return self._change(lambda change: change.forget(checked)) or 0
+
+    def clear(self) -> int:
+        """Removes all records; returns their number."""
+        self._check()
+
+        def work(change: Change) -> int:
+            records = change.records()
+            for key, record in records:
+                change.remove(key, record)
+            return len(records)
+
+        return self._change(work) or 0
+
+    def flush(self) -> None:
+        """Every put is visible when it returns."""
+        self._check()
+
+    def stats(self) -> Mapping[str, int]:
+        self._check()
+        processes = 1 + sum(_locked(self._lock_fd, row) for row in range(ROWS))
+        with self._counts_lock:
+            return {**self._counts, **self._index.sizes(), "processes": processes}
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._counts_lock:
+            self._counts[name] += by
+
+
+class ShmStore(SlabStore):
+    """shm: the slab is a file in memory, mapped by every process: slots are read and written in place."""
+
+    scheme = "shm"
+
+    def _open_slab(self) -> None:
+        self._slab = np.frombuffer(_map(self.directory / "slab", self.capacity), dtype=np.uint8)
+        self._closing, self._mapped = threading.Event(), threading.Event()
+        self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
+        self._mapper.start()
+
+    def _map_pages(self) -> None:
+        """Looks at every page once, in the background: a page that is first written to costs a fault of its own, one
+        that is first read is mapped with its neighbours (380 ms a GiB against 65, measured)."""
+        for begin in range(0, self.capacity, MAP_BYTES):
+            if self._closing.is_set():
+                return
+            piece = self._slab[begin : begin + MAP_BYTES]
+            _C.read_pages(piece.ctypes.data, piece.nbytes)
+        self._mapped.set()
+
+    def _close_slab(self) -> None:
+        self._closing.set()
+        self._mapper.join()
+        del self._slab  # unmapped when the last view is gone
+
+    def view(self, slot: Slot) -> np.ndarray:
+        """The bytes of a slot, uint8, in place: to be used only while it is lent or reserved."""
+        begin = slot.start * self._granule_bytes
+        view = self._slab[begin : begin + slot.payload_bytes]
+        if not self._mapped.is_set():
+            _C.read_pages(view.ctypes.data, view.nbytes)
+        return view
+
+    def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
+        good = []
+        for slot, array in zip(slots, arrays, strict=True):
+            good.append(_copy(array, self.view(slot)) == slot.checksum)
+            if not good[-1]:
+                self.discard(slot)
+        return good
+
+    def _write(
+        self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
+    ) -> Sequence[int]:
+        computed = [_copy(self.view(slot), array) for slot, array in zip(slots, arrays, strict=True)]
+        return computed if checksums is None else checksums
+
+
+class FileStore(SlabStore):
+    """file: the slab is a file on a disk, read and written past the page cache, in pieces, by several threads.
+
+    After a restart of the machine the index may be torn; what is used then is its last checkpoint. A payload that has
+    been overwritten since does not have its checksum, and is a miss.
+    """
+
+    scheme = "file"
+
+    def _open_slab(self) -> None:
+        path = self.directory / "slab"
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(path, flags | os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._fd = os.open(path, flags)
+            warnings.warn(f"{path}: no O_DIRECT on this file system, so its pages are cached twice", stacklevel=4)
+        self._pool = ThreadPoolExecutor(IO_THREADS, "lmcache_mm file")
+        self._bounce = threading.local()
+        self._saving = threading.Lock()
+        self._saved = time.monotonic()
+
+    def _close_slab(self) -> None:
+        self._pool.shutdown()
+        self._save_index()
+        os.close(self._fd)
+
+    def flush(self) -> None:
+        """Every put is visible when it returns, and outlives a power cut."""
+        self._check()
+        self._save_index()
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+    ) -> None:
+        super().put(keys, buffers, owner, checksums)
+        if time.monotonic() - self._saved > CHECKPOINT_S:
+            self._save_index()
+
+    def _save_index(self) -> None:
+        """Writes a checkpoint: a copy of the index, the clocks, and a digest of both."""
+        with self._saving:
+            self._saved = time.monotonic()
+            temporary = self.directory / f"checkpoint.{os.getpid()}"
+            try:
+                os.fdatasync(self._fd)
+                with open(
+                    os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "r+b"
+                ) as file:
+                    clocks = struct.pack("<dd", boot_clock(), time.time())
+                    self._env.copyfd(file.fileno(), compact=True)
+                    file.seek(0, os.SEEK_END)
+                    file.write(clocks)
+                    file.seek(0)
+                    file.write(blake3(file.read()).digest())
+                    file.flush()
+                    os.fsync(file.fileno())
+                temporary.replace(self.directory / "checkpoint")
+                _sync_directory(self.directory)
+            except (OSError, lmdb.Error):
+                self._count("errors")
+                temporary.unlink(missing_ok=True)
+
+    def _restore_index(self) -> float:
+        super()._restore_index()
+        try:
+            content = (self.directory / "checkpoint").read_bytes()
+        except FileNotFoundError:
+            return 0.0
+        body, digest = content[:-32], content[-32:]
+        if len(body) < 16 or blake3(body).digest() != digest:
+            return 0.0
+        boot_then: float
+        wall_then: float
+        boot_then, wall_then = struct.unpack("<dd", body[-16:])
+        (self.directory / "index" / "data.mdb").write_bytes(body[:-16])
+        return boot_clock() - max(0.0, time.time() - wall_then) - boot_then
+
+    def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
+        shares = self._in_pieces(self._read_piece, slots, arrays)
+        good = []
+        for slot, of_slot in zip(slots, shares, strict=True):
+            failed = any(share is None for share in of_slot)
+            good.append(not failed and _signed(sum(of_slot)) == slot.checksum)
+            if failed:
+                self._count("errors")
+            elif not good[-1]:
+                self.discard(slot)
+        return good
+
+    def _write(
+        self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
+    ) -> Sequence[int]:
+        shares = self._in_pieces(self._write_piece, slots, arrays)
+        if any(share is None for of_slot in shares for share in of_slot):
+            raise OSError(errno.EIO, "a write failed")
+        return [_signed(sum(of_slot)) for of_slot in shares] if checksums is None else checksums
+
+    def _in_pieces(
+        self, work: Callable[[Slot, np.ndarray, int], int | None], slots: Sequence[Slot], arrays: Sequence[np.ndarray]
+    ) -> list[list[Any]]:
+        """work(slot, piece of its array, where the piece begins) for all pieces; what it returned, of each slot."""
+        jobs = [
+            [
+                self._pool.submit(work, slot, array[begin : begin + PIECE_BYTES], begin)
+                for begin in range(0, max(1, slot.payload_bytes), PIECE_BYTES)
+            ]
+            for slot, array in zip(slots, arrays, strict=True)
+        ]
+        return [[job.result() for job in of_slot] for of_slot in jobs]
+
+    def _read_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
+        """The piece's share of the checksum; None if it could not be read."""
+        offset = slot.start * self._granule_bytes + begin
+        try:
+            for to, at, aligned in self._parts(piece):
+                _read_fully(self._fd, aligned, offset + at)
+                if to.ctypes.data != aligned.ctypes.data:
+                    to[:] = aligned[: to.nbytes]
+        except OSError:
+            return None
+        return _C.checksum_part(piece.ctypes.data, piece.nbytes, begin, slot.payload_bytes)
+
+    def _write_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
+        offset = slot.start * self._granule_bytes + begin
+        share = _C.checksum_part(piece.ctypes.data, piece.nbytes, begin, slot.payload_bytes)
+        try:
+            for source, at, aligned in self._parts(piece):
+                if source.ctypes.data != aligned.ctypes.data:
+                    aligned[: source.nbytes] = source
+                    aligned[source.nbytes :] = 0
+                _write_fully(self._fd, aligned, offset + at)
+        except OSError:
+            return None
+        return share
+
+    def _parts(self, piece: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """(part, where it begins, whole aligned pages to transfer it by): themselves where they are such pages."""
+        direct = piece.nbytes // PAGE_BYTES * PAGE_BYTES if piece.ctypes.data % PAGE_BYTES == 0 else 0
+        if direct:
+            yield piece[:direct], 0, piece[:direct]
+        if rest := piece.nbytes - direct:
+            if not hasattr(self._bounce, "pages"):
+                self._bounce.pages = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), dtype=np.uint8)
+            yield piece[direct:], direct, self._bounce.pages[: -(-rest // PAGE_BYTES) * PAGE_BYTES]
+
+
+# --- Files
+
+
+def _granules(capacity: int) -> tuple[int, int]:
+    granule_bytes = LEAST_GRANULE_BYTES
+    while capacity // granule_bytes > MOST_GRANULES:
+        granule_bytes *= 2
+    return capacity // granule_bytes, granule_bytes
+
+
+def _own_directory(path: Path) -> None:
+    """Makes the directory if there is none; PermissionError if anybody else could have a hand in it."""
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o700)
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "store: expected a directory", str(path))
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(
+            errno.EPERM,
+            f"store: expected a directory of user {os.geteuid()} with mode 0700, for whoever can read a "
+            f"store reads everybody's KV; it is of user {found.st_uid} with mode {found.st_mode & 0o777:04o}",
+            str(path),
+        )
+
+
+def _check_file(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "store: expected a file of the user's with mode 0600", str(path))
+
+
+def _lock_file(path: Path) -> int:
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if known := _locks.get((found.st_dev, found.st_ino)):
+            return known
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    found = os.fstat(fd)
+    _check_file(path, found)
+    return _locks.setdefault((found.st_dev, found.st_ino), fd)
+
+
+def _locked(fd: int, byte: int) -> bool:
+    """Whether another process holds the byte."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, request))[0] != fcntl.F_UNLCK)
+
+
+def _try_lock(fd: int, byte: int) -> bool:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def _unlock(fd: int, byte: int) -> None:
+    fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
+
+
+@contextmanager
+def _opening(fd: int) -> Iterator[None]:
+    """One process at a time opens, makes or removes a store."""
+    fcntl.lockf(fd, fcntl.LOCK_EX, 1, _OPENING)
+    try:
+        yield
+    finally:
+        _unlock(fd, _OPENING)
+
+
+def _allocate(path: Path, size: int) -> None:
+    """A new file with all its room: a write behind a full tmpfs's end would be SIGBUS."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    finally:
+        os.close(fd)
+
+
+def _map(path: Path, size: int) -> mmap.mmap:
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        _check_file(path, found)
+        if found.st_size != size:
+            raise ValueError(f"store: {path}: expected {size} bytes, got {found.st_size}; remove the store")
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
+
+
+def _read_header(directory: Path) -> tuple[int, int, bytes, int] | None:
+    """(granule bytes, granules, boot id, PID namespace); None if there is no store, or one that was never finished."""
+    try:
+        fd = os.open(directory / "table", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        _check_file(directory / "table", os.fstat(fd))
+        content = os.pread(fd, _HEADER.size, 0)
+    finally:
+        os.close(fd)
+    if len(content) < _HEADER.size or not any(content):
+        return None
+    magic, version, granule_bytes, granules, boot_id, pid_namespace, rows, _ = _HEADER.unpack(content)
+    if magic != _MAGIC:
+        raise ValueError(f"store: {directory / 'table'} is no table of a slab")
+    if version != _VERSION or rows != ROWS:
+        raise ValueError(f"store: {directory} is of version {version}, expected {_VERSION}; remove it")
+    return granule_bytes, granules, boot_id, pid_namespace
+
+
+def _write_header(directory: Path, granule_bytes: int, granules: int) -> None:
+    header = _HEADER.pack(_MAGIC, _VERSION, granule_bytes, granules, _boot_id(), _pid_namespace(), ROWS, 0)
+    fd = os.open(directory / "table", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.pwrite(fd, header, 0)
+    finally:
+        os.close(fd)
+
+
+def _open_env(path: Path, granules: int) -> lmdb.Environment:
+    env = lmdb.open(
+        str(path),
+        map_size=(64 << 20) + (granules << 10),
+        max_dbs=16,
+        max_readers=1024,
+        mode=0o600,
+        sync=False,
+        metasync=False,
+        readahead=False,
+        meminit=False,
+    )
+    if env.info()["last_pgno"] * env.stat()["psize"] > (path / "data.mdb").stat().st_size:
+        env.close()
+        raise ValueError(f"store: {path / 'data.mdb'} ends before its last page; remove the store")
+    return env
+
+
+def _remove_files(directory: Path) -> None:
+    """All of a store but its lock."""
+    for path in directory.glob("checkpoint*"):
+        path.unlink()
+    for name in ("table", "slab"):  # the header first
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / "index", ignore_errors=True)
+
+
+def remove(directory: Path) -> bool:
+    """Removes the store in `directory`; False, with nothing done, if a process has it open."""
+    _own_directory(directory)
+    with _registry:
+        if os.path.realpath(directory) in _open:
+            return False
+        fd = _lock_file(directory / "lock")
+        with _opening(fd):
+            if any(_locked(fd, row) for row in range(ROWS)):
+                return False
+            _remove_files(directory)
+    return True
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def shm_directory(name: str) -> Path:
+    """Where the store shm:///name of this user lies."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"store: expected a name of letters, digits, '.', '_' and '-', got {name!r}")
+    parent = Path(f"/dev/shm/lmcache_mm-{os.geteuid()}")
+    _own_directory(parent)
+    return parent / name
+
+
+# --- Bytes
+
+
+def _bytes(buffer: Buffer) -> np.ndarray:
+    return np.frombuffer(buffer, dtype=np.uint8)
+
+
+def _copy(to: np.ndarray, source: np.ndarray) -> int:
+    """Copies; returns the checksum."""
+    if not to.flags.writeable:
+        raise ValueError("buffer: expected a writable one")
+    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
+
+
+def _signed(total: int) -> int:
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _check_keys(keys: Sequence[bytes]) -> None:
+    for key in keys:
+        if not 32 <= len(key) <= 64:
+            raise ValueError(f"keys: expected 32 to 64 bytes, got {len(key)}")
+
+
+def _checked_owner(owner: bytes) -> bytes:
+    if owner and len(owner) != len(NO_OWNER):
+        raise ValueError(f"owner: expected {len(NO_OWNER)} bytes or none, got {len(owner)}")
+    return owner or NO_OWNER
+
+
+def _read_fully(fd: int, to: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < to.nbytes:
+        got = os.preadv(fd, [to[done:].data], offset + done)
+        if got == 0:
+            raise OSError(errno.EIO, "the slab ends early")
+        done += got
+
+
+def _write_fully(fd: int, source: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < source.nbytes:
+        done += os.pwritev(fd, [source[done:].data], offset + done)
