@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from itertools import takewhile
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
-from lmcache_mm.prompt import Namespace, Prompt, count
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.prompt import Namespace, Prompt, count, owner_of
+from lmcache_mm.stores import SlotStore, Store, open_store
 
 T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
+SLOTS_BYTES = 256 << 20  # of slots that are held at once
 GROUP_AND_RANK = bytes(4)  # u16 KV cache group, u16 rank
 
 
@@ -77,12 +80,16 @@ class KVCache:
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
         self._owns_store = isinstance(store, str)
         self.backend = open_store(store) if isinstance(store, str) else store
-        # One step's payloads, a direction each; both are touched by their one thread only.
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
-        self._staging_bytes = max(STAGING_BYTES, largest)
-        pinned = layout.device.type == "cuda"
-        self._load_staging = torch.empty(self._staging_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._store_staging = torch.empty(self._staging_bytes, dtype=torch.uint8, pin_memory=pinned)
+        capacity = self.backend.stats().get("capacity_bytes", largest)
+        if capacity < largest:
+            self._close_store()
+            raise ValueError(f"store: expected a capacity of at least a chunk's {largest} bytes, got {capacity}")
+        # Memory for one step's payloads, one a direction, each touched by its one thread only.
+        self._staging_bytes = 0
+        if not isinstance(self.backend, SlotStore):
+            self._staging_bytes = max(STAGING_BYTES, _whole_pages(largest))
+        self._load_staging, self._store_staging = (_staging(self._staging_bytes, layout.device) for _ in range(2))
         self._loads = ThreadPoolExecutor(1, "lmcache_mm load")
         self._stores = ThreadPoolExecutor(1, "lmcache_mm store")
 
@@ -90,7 +97,11 @@ class KVCache:
         """Finishes all jobs, then closes the store if this cache opened it."""
         self._loads.shutdown()
         self._stores.shutdown()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self._owns_store:
+            self._owns_store = False
             self.backend.close()
 
     def __enter__(self) -> KVCache:
@@ -132,19 +143,47 @@ class KVCache:
 
     def _retrieve(self, records: list[_Record], pages: torch.Tensor) -> int:
         restored = 0
-        for step in self._steps(records):
-            payloads = self._payloads(step, self._load_staging)
-            found = self.backend.get_into(
-                [record.key for record in step], [payload.numpy().data for payload in payloads]
-            )
-            whole = found.index(False) if False in found else len(step)  # how many from the first on
-            if whole:
-                ids = [self._pages_of(record, pages) for record in step[:whole]]
-                ops.scatter_pages(self.layout, ids, [payload.to(self.layout.device) for payload in payloads[:whole]])
-                restored = step[whole - 1].end
-            if whole < len(step):
+        lends = isinstance(self.backend, SlotStore)
+        for step in self._steps(records, SLOTS_BYTES if lends else self._staging_bytes):
+            good = self._load_slots(step, pages) if lends else self._load_staged(step, pages)
+            if good:
+                restored = step[good - 1].end
+            if good < len(step):
                 break
         return restored
+
+    def _load_slots(self, step: list[_Record], pages: torch.Tensor) -> int:
+        """Scatters records straight from the store's slots; how many, from the first on, were there and verified."""
+        store = cast(SlotStore, self.backend)
+        slots = store.lend([record.key for record in step], [self._payload_bytes(record) for record in step])
+        lent = [slot for slot in slots if slot]
+        try:
+            there = lent[: slots.index(None)] if None in slots else lent
+            if not there:
+                return 0
+            device = self.layout.device
+            matched = ops.scatter_pages(
+                self.layout,
+                [self._pages_of(record, pages) for record in step[: len(there)]],
+                [torch.from_numpy(store.view(slot)).to(device) for slot in there],
+                checksums=torch.tensor([slot.checksum for slot in there], device=device),
+            )
+            matches: list[bool] = cast(torch.Tensor, matched).tolist()
+            for slot, match in zip(there, matches, strict=True):
+                if not match:
+                    store.discard(slot)
+            return len(list(takewhile(bool, matches)))
+        finally:
+            store.release(lent)
+
+    def _load_staged(self, step: list[_Record], pages: torch.Tensor) -> int:
+        payloads = self._payloads(step, self._load_staging)
+        found = self.backend.get_into([record.key for record in step], [payload.numpy().data for payload in payloads])
+        whole = len(list(takewhile(bool, found)))
+        if whole:
+            ids = [self._pages_of(record, pages) for record in step[:whole]]
+            ops.scatter_pages(self.layout, ids, [payload.to(self.layout.device) for payload in payloads[:whole]])
+        return whole
 
     def store(self, prompt: Prompt, block_ids: ops.Ids) -> Job[int]:
         """Gathers the KV of `prompt` that the store lacks. The result: how many tokens were handed to the store.
@@ -153,30 +192,61 @@ class KVCache:
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         pages = self._pages(block_ids, len(prompt))
-        return self._submit(self._stores, self._store, self._records(prompt), pages)
+        return self._submit(self._stores, self._store, self._records(prompt), pages, owner_of(prompt.salt))
 
-    def _store(self, records: list[_Record], pages: torch.Tensor) -> int:
+    def forget(self, salt: str | bytes) -> int:
+        """Removes all records that were stored under a tenant's salt from the store; returns their number."""
+        if not salt:
+            raise ValueError("salt: expected one, got none")
+        return self.backend.forget(owner_of(salt))
+
+    def _store(self, records: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
         present = self.backend.contains([record.key for record in records])
         missing = [
             record
             for record, there in zip(records, present, strict=True)
             if not there and -1 not in self._pages_of(record, pages)
         ]
-        for step in self._steps(missing):
-            payloads = self._payloads(step, self._store_staging)
-            ids = [self._pages_of(record, pages) for record in step]
-            tokens = None if self.layout.opaque else [record.end - record.begin for record in step]
-            sums = torch.empty(len(step), dtype=torch.int64, device=self.layout.device)
-            gathered = payloads
-            if self.layout.device.type != "cpu":
-                gathered = [torch.empty_like(payload, device=self.layout.device) for payload in payloads]
-            ops.gather_pages(self.layout, ids, gathered, tokens=tokens, checksums=sums)
-            if gathered is not payloads:
-                for payload, source in zip(payloads, gathered, strict=True):
-                    payload.copy_(source)
-            keys = [record.key for record in step]
-            self.backend.put(keys, [payload.numpy().data for payload in payloads], checksums=sums.tolist())
+        lends = isinstance(self.backend, SlotStore)
+        for step in self._steps(missing, SLOTS_BYTES if lends else self._staging_bytes):
+            if lends:
+                self._store_slots(step, pages, owner)
+            else:
+                payloads = self._payloads(step, self._store_staging)
+                sums = self._gather(step, pages, payloads)
+                keys = [record.key for record in step]
+                self.backend.put(keys, [payload.numpy().data for payload in payloads], owner, sums)
         return sum(record.end - record.begin for record in missing)
+
+    def _store_slots(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> None:
+        """Gathers records straight into slots of the store."""
+        store = cast(SlotStore, self.backend)
+        slots = store.reserve([record.key for record in step], [self._payload_bytes(record) for record in step], owner)
+        reserved = [slot for slot in slots if slot]
+        try:
+            if reserved:
+                records = [record for record, slot in zip(step, slots, strict=True) if slot]
+                sums = self._gather(records, pages, [torch.from_numpy(store.view(slot)) for slot in reserved])
+        except BaseException:
+            store.abandon(reserved)
+            raise
+        if reserved:
+            store.publish(reserved, sums)
+
+    def _gather(self, records: list[_Record], pages: torch.Tensor, payloads: list[torch.Tensor]) -> list[int]:
+        """Fills host memory with the records' payloads; their checksums."""
+        device = self.layout.device
+        ids = [self._pages_of(record, pages) for record in records]
+        tokens = None if self.layout.opaque else [record.end - record.begin for record in records]
+        sums = torch.empty(len(records), dtype=torch.int64, device=device)
+        gathered = payloads
+        if device.type != "cpu":
+            gathered = [torch.empty_like(payload, device=device) for payload in payloads]
+        ops.gather_pages(self.layout, ids, gathered, tokens=tokens, checksums=sums)
+        if gathered is not payloads:
+            for payload, source in zip(payloads, gathered, strict=True):
+                payload.copy_(source)
+        return cast(list[int], sums.tolist())
 
     def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., int], *arguments: Any) -> Job[int]:
         """Runs `work` on a thread of `pool`; on CUDA on a stream of its own, behind what the caller's stream holds now,
@@ -229,23 +299,40 @@ class KVCache:
     def _payload_bytes(self, record: _Record) -> int:
         return self.layout.payload_bytes(-(-(record.end - record.begin) // self.layout.page_tokens))
 
-    def _steps(self, records: list[_Record]) -> Iterator[list[_Record]]:
-        """The records in steps that fit the staging memory."""
+    def _steps(self, records: list[_Record], step_bytes: int) -> Iterator[list[_Record]]:
+        """The records in steps of at most so many bytes, or of one record."""
         step: list[_Record] = []
-        room = self._staging_bytes
+        room = step_bytes
         for record in records:
-            size = self._payload_bytes(record)
-            if size > room:
+            size = _whole_pages(self._payload_bytes(record))
+            if step and size > room:
                 yield step
-                step, room = [], self._staging_bytes
+                step, room = [], step_bytes
             step.append(record)
             room -= size
         if step:
             yield step
 
     def _payloads(self, step: list[_Record], staging: torch.Tensor) -> list[torch.Tensor]:
-        sizes = [self._payload_bytes(record) for record in step]
-        return list(torch.split(staging[: sum(sizes)], sizes))
+        """Of each record its payload in staging memory, each beginning at a page, as disks like it."""
+        payloads = []
+        begin = 0
+        for record in step:
+            size = self._payload_bytes(record)
+            payloads.append(staging[begin : begin + size])
+            begin += _whole_pages(size)
+        return payloads
+
+
+def _whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _staging(size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [size] of host memory that begins at a page, pinned where pages are on a GPU."""
+    if device.type == "cuda" or size == 0:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 
 def _chain(records: Iterable[_Record], chunk_tokens: int) -> list[_Record]:

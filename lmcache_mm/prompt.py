@@ -12,6 +12,7 @@ import torch
 from blake3 import blake3
 
 NAMESPACE_CONTEXT = "lmcache_mm v1 namespace"
+OWNER_CONTEXT = "lmcache_mm v1 owner"
 REQUEST_FIELDS = ("salt", "lora", "prompt_embeds")
 NAMESPACE_FIELDS = (
     *("secret", "model", "weights", "quantisation", "rope", "hf_overrides", "dtype", "kv_dtype", "layout"),
@@ -121,6 +122,13 @@ class Namespace:
             if value is not None:
                 fields[name] = _field_value(name, value)
         return blake3(encode_fields(fields), derive_key_context=NAMESPACE_CONTEXT).digest()
+
+
+def owner_of(salt: str | bytes | None) -> bytes:
+    """The 16 bytes by which stores know a tenant, for quotas and for forgetting; none without a salt."""
+    if not salt:
+        return b""
+    return blake3(_field_value("salt", salt), derive_key_context=OWNER_CONTEXT).digest(length=16)
 
 
 def _field_value(name: str, value: Any) -> bytes:

@@ -1,12 +1,15 @@
 """What every store promises, and what mem:// does when it is full."""
 
+import os
+import uuid
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_mm import ops
-from lmcache_mm.stores import open_store
+from lmcache_mm.stores import open_store, slab, slab_directory
 
 
 def key(i):
@@ -17,8 +20,39 @@ def payload(i, size=100):
     return bytes((i + k) % 251 for k in range(size))
 
 
+OWNER, OTHER_OWNER = b"tenant-seven....", b"tenant-eight...."
+
+
+def new_store(scheme, folder, capacity="1MiB", options=""):
+    """(an open store of its own, a function that closes and removes it)"""
+    places = {
+        "mem": "mem://",
+        "shm": f"shm:///test-{uuid.uuid4().hex}",
+        "file": f"file://{folder}/{uuid.uuid4().hex}",
+    }
+    url = f"{places[scheme]}?capacity={capacity}{options}"
+    store = open_store(url)
+
+    def remove():
+        store.close()
+        if scheme != "mem":
+            directory = slab_directory(url)[1]
+            assert slab.remove(directory)
+            (directory / "lock").unlink()
+            directory.rmdir()
+
+    return store, remove
+
+
+@pytest.fixture(params=["mem", "shm", "file"])
+def store(request, tmp_path):
+    store, remove = new_store(request.param, tmp_path)
+    yield store
+    remove()
+
+
 @pytest.fixture
-def store():
+def mem():
     store = open_store("mem://?capacity=1KiB")
     yield store
     store.close()
@@ -29,12 +63,33 @@ def get(store, i, size=100):
     return bytes(buffer) if store.get_into([key(i)], [buffer]) == [True] else None
 
 
+# --- The contract
+
+
 def test_what_was_put_is_contained_and_read_back(store):
     store.put([key(1), key(2)], [payload(1), memoryview(payload(2, 7))])
     assert store.contains([key(1), key(3), key(2)]) == [True, False, True]
     assert get(store, 1) == payload(1)
     assert get(store, 2, 7) == payload(2, 7)
     assert get(store, 3) is None
+    stats = store.stats()
+    assert (stats["puts"], stats["hits"], stats["misses"], stats["records"]) == (2, 2, 1, 2)
+
+
+@pytest.mark.parametrize("misalignment", [0, 1, 16])
+@pytest.mark.parametrize("size", [1, 15, 4095, 4096, 4097, 16384, 100_003, 500_000])
+def test_payloads_of_any_size_at_any_address_are_read_back(store, size, misalignment):
+    memory = np.zeros(size + 8192, np.uint8)
+    begin = -memory.ctypes.data % 4096 + misalignment
+    buffer = memory[begin : begin + size]
+    buffer[:] = np.arange(size) % 251
+    store.put([key(1)], [buffer])
+    expected = buffer.copy()
+    memory[:] = 7
+    assert store.get_into([key(1)], [buffer]) == [True]
+    assert np.array_equal(buffer, expected)
+    buffer[:] = 7
+    assert (memory == 7).all()
 
 
 def test_a_record_of_another_length_is_a_miss_and_stays(store):
@@ -50,10 +105,20 @@ def test_a_key_that_is_there_keeps_its_record(store):
     assert get(store, 1) == payload(1)
 
 
+def test_one_key_twice_in_a_call_is_one_record(store):
+    store.put([key(1), key(1)], [payload(1), payload(1)])
+    assert store.stats()["records"] == 1
+    one, other = bytearray(100), bytearray(100)
+    assert store.get_into([key(1), key(1)], [one, other]) == [True, True]
+    assert one == other == payload(1)
+    store.delete([key(1), key(1)])
+    assert store.stats()["records"] == 0
+
+
 def test_empty_payloads_and_no_keys_are_valid(store):
     store.put([], [])
     store.put([key(1)], [b""])
-    assert store.contains([]) == []
+    assert store.contains([]) == store.get_into([], []) == []
     assert get(store, 1, 0) == b""
 
 
@@ -61,6 +126,8 @@ def test_deleted_records_are_gone_and_unknown_keys_are_ignored(store):
     store.put([key(1), key(2)], [payload(1), payload(2)])
     store.delete([key(1), key(9)])
     assert store.contains([key(1), key(2)]) == [False, True]
+    store.put([key(1)], [payload(5)])
+    assert get(store, 1) == payload(5)
     store.flush()
 
 
@@ -72,44 +139,103 @@ def test_a_wrong_checksum_is_never_read_back(store):
 
 
 def test_a_record_larger_than_the_store_is_dropped_and_counted(store):
-    store.put([key(1), key(2)], [payload(1, 2000), payload(2)])
+    store.put([key(1), key(2)], [bytes(2 << 20), payload(2)])
     assert store.contains([key(1), key(2)]) == [False, True]
     assert store.stats()["dropped_puts"] == 1
 
 
-def test_the_least_recently_used_record_goes_first_and_the_head_of_a_prefix_last(store):
+def test_a_full_store_evicts_and_goes_on(store):
+    for i in range(30):
+        store.put([key(i)], [payload(i, 100_000)])
+    there = store.contains([key(i) for i in range(30)])
+    assert 9 <= sum(there) <= 10
+    assert there[29]
+    assert store.stats()["evictions"] == 30 - sum(there)
+    for i in range(30):
+        assert get(store, i, 100_000) == (payload(i, 100_000) if there[i] else None)
+
+
+def test_an_owner_is_forgotten_alone(store):
+    store.put([key(1), key(2)], [payload(1), payload(2)], owner=OWNER)
+    store.put([key(3)], [payload(3)], owner=OTHER_OWNER)
+    store.put([key(4)], [payload(4)])
+    assert store.forget(OWNER) == 2
+    assert store.contains([key(i) for i in range(1, 5)]) == [False, False, True, True]
+    assert store.forget(OWNER) == 0
+
+
+def test_stats_tell_capacity_use_and_records(store):
+    store.put([key(1)], [payload(1, 5000)])
+    stats = store.stats()
+    assert stats["records"] == 1
+    assert 5000 <= stats["used_bytes"] <= 5064
+    assert stats["capacity_bytes"] == 1 << 20
+
+
+@pytest.mark.parametrize("scheme", ["mem", "shm", "file"])
+def test_any_sequence_of_calls_never_returns_a_wrong_payload(scheme, tmp_path):
+    calls = st.lists(st.tuples(st.sampled_from("pppgdf"), st.integers(0, 9), st.integers(0, 60_000)), max_size=60)
+
+    @settings(max_examples=40, deadline=None)
+    @given(calls)
+    def run(calls):
+        store, remove = new_store(scheme, tmp_path, capacity="128KiB")
+        sizes = {}
+        for call, i, size in calls:
+            if call == "p":
+                there = store.contains([key(i)])[0]
+                store.put([key(i)], [payload(i + size, size)], owner=OWNER if i % 2 else b"")
+                sizes[i] = sizes[i] if there else size
+            elif call == "d":
+                store.delete([key(i)])
+            elif call == "f":
+                store.forget(OWNER)
+                assert not any(store.contains([key(k) for k in range(1, 10, 2)]))
+            elif store.contains([key(i)])[0]:
+                assert get(store, i, sizes[i]) == payload(i + sizes[i], sizes[i])
+            stats = store.stats()
+            assert stats["used_bytes"] <= stats["capacity_bytes"] == 128 << 10
+        store.delete([key(i) for i in range(10)])
+        assert store.stats()["records"] == store.stats()["used_bytes"] == 0
+        store.put([key(99)], [bytes(128 << 10)])
+        assert store.contains([key(99)]) == [True]  # no room is lost
+        remove()
+
+    run()
+
+
+# --- mem:
+
+
+def test_the_least_recently_used_record_goes_first_and_the_head_of_a_prefix_last(mem):
     for i in range(8):
-        store.put([key(i)], [payload(i)])
-    assert store.stats()["used_bytes"] == 1024
-    get(store, 0)
-    store.put([key(8)], [payload(8)])
-    assert store.contains([key(0), key(1), key(2), key(8)]) == [True, False, True, True]
-    store.get_into([key(2), key(3)], [bytearray(100), bytearray(100)])
+        mem.put([key(i)], [payload(i)])
+    assert mem.stats()["used_bytes"] == 1024
+    get(mem, 0)
+    mem.put([key(8)], [payload(8)])
+    assert mem.contains([key(0), key(1), key(2), key(8)]) == [True, False, True, True]
+    mem.get_into([key(2), key(3)], [bytearray(100), bytearray(100)])
     for i in range(10, 16):
-        store.put([key(i)], [payload(i)])
-    store.put([key(16)], [payload(16)])
-    assert store.contains([key(2), key(3)]) == [True, False]
+        mem.put([key(i)], [payload(i)])
+    mem.put([key(16)], [payload(16)])
+    assert mem.contains([key(2), key(3)]) == [True, False]
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("pgd"), st.integers(0, 9), st.integers(0, 500)), max_size=60))
-def test_any_sequence_of_calls_never_returns_a_wrong_payload(calls):
+def test_the_gaps_of_mem_are_apart_and_join(calls):
     store = open_store("mem://?capacity=1KiB")
-    sizes = {}
     for call, i, size in calls:
         if call == "p":
-            there = store.contains([key(i)])[0]
             store.put([key(i)], [payload(i + size, size)])
-            sizes[i] = sizes[i] if there else size
         elif call == "d":
             store.delete([key(i)])
-        elif store.contains([key(i)])[0]:
-            assert get(store, i, sizes[i]) == payload(i + sizes[i], sizes[i])
-        stats = store.stats()
-        assert stats["used_bytes"] <= stats["capacity_bytes"] == 1024
         assert all(a[1] < b[0] for a, b in zip(store._gaps, store._gaps[1:], strict=False))
     store.delete([key(i) for i in range(10)])
     assert store._gaps == [(0, 1024)]
+
+
+# --- URLs
 
 
 @pytest.mark.parametrize(
@@ -123,12 +249,36 @@ def test_any_sequence_of_calls_never_returns_a_wrong_payload(calls):
         ("mem://?capacity=8", "capacity: expected at least 64 bytes, got 8"),
         ("mem://?capacity=1GiB&size=3", "unknown option 'size'"),
         ("mem://host?capacity=1GiB", "takes no host and no path"),
-        ("memory://?capacity=1GiB", "expected a URL such as mem://"),
-        ("/tmp/x", "expected a URL such as mem://"),
-        ("", "expected a URL such as mem://"),
+        ("memory://?capacity=1GiB", "expected a URL that begins with mem://"),
+        ("/tmp/x", "expected a URL that begins with mem://"),
+        ("", "expected a URL that begins with mem://"),
         ("mem://?capacity", "capacity"),
+        ("mem:1", "expected a URL that begins with mem://"),
+        ("shm:///none-such", "there is none in .*capacity=8GiB, say, makes one"),
+        ("shm:///small?capacity=100", "capacity: expected at least 16384 bytes, got 100"),
+        ("shm://host/name?capacity=1GiB", "expected shm:///NAME"),
+        ("shm:///?capacity=1GiB", "expected a name of letters"),
+        ("shm:///a/b?capacity=1GiB", "expected a name of letters"),
+        ("shm:///..?capacity=1GiB", "expected a name of letters"),
+        ("shm:///x?capacity=1GiB&ttl=soon", "ttl: expected seconds, got 'soon'"),
+        ("shm:///x?capacity=1GiB&quota=much", "quota: expected a size"),
+        ("file://dir?capacity=1GiB", "expected file:///DIR"),
+        ("file:///?capacity=1GiB", "expected file:///DIR"),
     ],
 )
 def test_urls_that_open_no_store_say_why(url, text):
     with pytest.raises(ValueError, match=text):
         open_store(url)
+
+
+def test_a_directory_without_a_parent_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        open_store(f"file://{tmp_path}/nowhere/store?capacity=1MiB")
+
+
+def test_no_room_is_an_error_that_says_so(tmp_path):
+    size = 1 << 50
+    with pytest.raises(OSError, match=rf"no room for {size} bytes in .*, where \d+ are free"):
+        open_store(f"file://{tmp_path}/large?capacity={size}")
+    assert not [path for path in (tmp_path / "large").iterdir() if path.name != "lock"]
+    assert os.listdir(tmp_path) == ["large"]

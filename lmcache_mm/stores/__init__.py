@@ -50,6 +50,10 @@ class Store(Protocol):
 
     def delete(self, keys: Sequence[bytes]) -> None: ...
 
+    def forget(self, owner: bytes) -> int:
+        """Removes all records of an owner; returns their number."""
+        ...
+
     def flush(self) -> None:
         """Returns when every put accepted before is visible to all readers."""
         ...

@@ -23,13 +23,14 @@ ALIGNMENT = 64  # a payload begins on a cache line
 @dataclass(frozen=True, slots=True)
 class _Record:
     begin: int
-    bytes: int
+    payload_bytes: int
     checksum: int
+    owner: bytes = b""
 
     @property
     def end(self) -> int:
         """Where the next record may begin."""
-        return self.begin + max(ALIGNMENT, -(-self.bytes // ALIGNMENT) * ALIGNMENT)
+        return self.begin + max(ALIGNMENT, -(-self.payload_bytes // ALIGNMENT) * ALIGNMENT)
 
 
 class MemStore:
@@ -58,10 +59,10 @@ class MemStore:
 
     def _get(self, key: bytes, out: torch.Tensor) -> bool:
         record = self._records.get(key)
-        if record is None or record.bytes != len(out):
+        if record is None or record.payload_bytes != len(out):
             self._counts["misses"] += 1
             return False
-        out.copy_(self._buffer[record.begin : record.begin + record.bytes])
+        out.copy_(self._buffer[record.begin : record.begin + record.payload_bytes])
         if checksum(out) != record.checksum:
             self._counts["corrupt"] += 1
             self._remove(key)
@@ -80,10 +81,10 @@ class MemStore:
             for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
                 payload = _bytes(buffer)
                 if key not in self._records:
-                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i])
+                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i], owner)
             self._touch(keys)
 
-    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int) -> None:
+    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int, owner: bytes) -> None:
         size = _Record(0, len(payload), 0).end
         if size > len(self._buffer):
             self._counts["dropped_puts"] += 1
@@ -95,7 +96,7 @@ class MemStore:
         if gap[1] - gap[0] > size:
             insort(self._gaps, (gap[0] + size, gap[1]))
         self._buffer[gap[0] : gap[0] + len(payload)] = payload
-        self._records[key] = _Record(gap[0], len(payload), payload_checksum)
+        self._records[key] = _Record(gap[0], len(payload), payload_checksum, owner)
         self._counts["puts"] += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
@@ -119,6 +120,13 @@ class MemStore:
             for key in keys:
                 if key in self._records:
                     self._remove(key)
+
+    def forget(self, owner: bytes) -> int:
+        with self._lock:
+            keys = [key for key, record in self._records.items() if owner and record.owner == owner]
+            for key in keys:
+                self._remove(key)
+            return len(keys)
 
     def flush(self) -> None:
         """Every put is visible when it returns."""

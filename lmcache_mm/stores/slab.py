@@ -128,6 +128,10 @@ class SlabStore:
         self._counts_lock = threading.Lock()
         self._looked_for_dead = 0.0
         self._unreturned: list[Slot] = []  # reserved slots that could not be given back
+        if capacity is not None and capacity < LEAST_GRANULE_BYTES:
+            raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
+        if capacity is None and not os.path.lexists(directory):
+            raise _no_store(directory)
         _own_directory(directory)
         self._lock_fd = _lock_file(directory / "lock")
         with _opening(self._lock_fd):
@@ -140,7 +144,7 @@ class SlabStore:
         header = _read_header(self.directory)
         if header is None:
             if capacity is None:
-                raise ValueError(f"store: there is none in {self.directory}; capacity=8GiB, say, makes one")
+                raise _no_store(self.directory)
             header = self._make(capacity)
         granule_bytes, granules, boot_id, pid_namespace = header
         self.capacity = granules * granule_bytes
@@ -191,8 +195,6 @@ class SlabStore:
     def _make(self, capacity: int) -> tuple[int, int, bytes, int]:
         """Makes the files anew. The header comes last: without it there is no store."""
         granules, granule_bytes = _granules(capacity)
-        if granules == 0:
-            raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         _remove_files(self.directory)
         try:
             _allocate(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
@@ -304,6 +306,7 @@ class SlabStore:
             for key, record in zip(keys, wanted, strict=True)
         ]
         self._count("misses", slots.count(None))
+        self._count("hits", len(slots) - slots.count(None))
         return slots
 
     def release(self, slots: Sequence[Slot]) -> None:
@@ -312,8 +315,10 @@ class SlabStore:
         self._table.unpin([slot.start for slot in slots])
 
     def discard(self, slot: Slot) -> None:
-        """Removes the record of a lent slot that did not have its checksum; counted. The slot stays lent."""
+        """Removes the record of a lent slot that did not have its checksum, which is no hit then. The slot stays
+        lent."""
         self._count("corrupt")
+        self._count("hits", -1)
 
         def work(change: Change) -> None:
             record = change.get(slot.key)
@@ -403,9 +408,7 @@ class SlabStore:
             good = iter(self._read([slot for slot, _ in lent], [array for _, array in lent]))
         finally:
             self.release([slot for slot, _ in lent])
-        found = [slot is not None and next(good) for slot in slots]
-        self._count("hits", found.count(True))
-        return found
+        return [slot is not None and next(good) for slot in slots]
 
     def put(
         self,
@@ -628,6 +631,7 @@ class FileStore(SlabStore):
             good.append(not failed and _signed(sum(of_slot)) == slot.checksum)
             if failed:
                 self._count("errors")
+                self._count("hits", -1)
             elif not good[-1]:
                 self.discard(slot)
         return good
@@ -697,6 +701,10 @@ def _granules(capacity: int) -> tuple[int, int]:
     while capacity // granule_bytes > MOST_GRANULES:
         granule_bytes *= 2
     return capacity // granule_bytes, granule_bytes
+
+
+def _no_store(directory: Path) -> ValueError:
+    return ValueError(f"store: there is none in {directory}; capacity=8GiB, say, makes one")
 
 
 def _own_directory(path: Path) -> None:
