@@ -142,8 +142,9 @@ PYBIND11_MODULE(_C, m) {
 
   // Slots are given as lists; what was found of each comes back as one.
   py::class_<SlabTable>(m, "SlabTable", py::metaclass((PyObject*)&PyType_Type))
-      .def(py::init([](u64 slots, u32 row) { return std::make_unique<SlabTable>(reinterpret_cast<void*>(slots), row); }),
-           py::arg("slots"), py::arg("row"))
+      .def(
+          py::init([](u64 slots, u32 row) { return std::make_unique<SlabTable>(reinterpret_cast<void*>(slots), row); }),
+          py::arg("slots"), py::arg("row"))
       .def("generation", &SlabTable::generation, py::arg("slot"))
       .def("set_generation", &SlabTable::set_generation, py::arg("slot"), py::arg("generation"))
       .def(

@@ -76,13 +76,28 @@ _inherited: list[SlabStore] = []  # a parent's: kept, so that nothing of theirs 
 _registry = threading.RLock()
 
 
-def _forget_inherited() -> None:
+def _before_fork() -> None:
+    _registry.acquire()
+    for store in _open.values():
+        store._index.pause()
+
+
+def _after_fork_in_parent() -> None:
+    for store in _open.values():
+        store._index.resume()
+    _registry.release()
+
+
+def _after_fork_in_child() -> None:
+    for store in _open.values():
+        store._index.resume()
+        store._env.close()  # the child's view of it: else lmdb takes it for open in this process
     _inherited.extend(_open.values())
     _open.clear()
     _registry.release()
 
 
-os.register_at_fork(before=_registry.acquire, after_in_parent=_registry.release, after_in_child=_forget_inherited)
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def _boot_id() -> bytes:
@@ -113,6 +128,8 @@ class SlabStore:
             store = _open.get(path)
             if store is None:
                 store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
+            elif not isinstance(store, cls):
+                raise ValueError(f"store: {path} is open in this process as {store.scheme}:")
             elif not store._fits(capacity) or (quota, ttl_s) != (store._quota, store._ttl_s):
                 raise ValueError(f"store: {path} is open in this process with other options")
             store._opened += 1
@@ -471,6 +488,7 @@ class SlabStore:
             records = change.records()
             for key, record in records:
                 change.remove(key, record)
+            change.reap()
             return len(records)
 
         return self._change(work) or 0
@@ -558,6 +576,7 @@ class FileStore(SlabStore):
                 raise
             self._fd = os.open(path, flags)
             warnings.warn(f"{path}: no O_DIRECT on this file system, so its pages are cached twice", stacklevel=4)
+        _check_file(path, os.fstat(self._fd))
         self._pool = ThreadPoolExecutor(IO_THREADS, "lmcache_mm file")
         self._bounce = threading.local()
         self._saving = threading.Lock()
@@ -595,7 +614,7 @@ class FileStore(SlabStore):
                     os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "r+b"
                 ) as file:
                     clocks = struct.pack("<dd", boot_clock(), time.time())
-                    self._env.copyfd(file.fileno(), compact=True)
+                    self._index.save(file.fileno())
                     file.seek(0, os.SEEK_END)
                     file.write(clocks)
                     file.seek(0)
@@ -731,6 +750,7 @@ def _check_file(path: Path, found: os.stat_result) -> None:
 def _lock_file(path: Path) -> int:
     with suppress(FileNotFoundError):
         found = os.lstat(path)
+        _check_file(path, found)
         if known := _locks.get((found.st_dev, found.st_ino)):
             return known
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

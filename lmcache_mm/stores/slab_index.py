@@ -8,6 +8,7 @@ crosses a segment's end, so that segments can be registered with a device one by
 from __future__ import annotations
 
 import struct
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,8 @@ class Index:
         self._env, self.table = env, table
         self._granules, self._granule_bytes = granules, granule_bytes
         self._quota, self._ttl_s = quota, ttl_s
+        # A fork must not happen within a transaction, whose other half the child would be: see `pause`.
+        self._reading, self._writing, self._saving = threading.Lock(), threading.Lock(), threading.Lock()
         names = ("records", "queue", "free", "sizes", "pending", "owners", "owned", "counters")
         self._db = {name: env.open_db(name.encode()) for name in names}
 
@@ -87,11 +90,11 @@ class Index:
         return list(map(found.get, keys))
 
     def _values(self, keys: Sequence[bytes]) -> Sequence[tuple[bytes, bytes]]:
-        with self._env.begin() as txn, txn.cursor(self._db["records"]) as cursor:
+        with self._reading, self._env.begin() as txn, txn.cursor(self._db["records"]) as cursor:
             return cursor.getmulti(keys)
 
     def sizes(self) -> dict[str, int]:
-        with self._env.begin() as txn:
+        with self._reading, self._env.begin() as txn:
             used = _COUNTERS.unpack(txn.get(_COUNTERS_KEY, default=bytes(_COUNTERS.size), db=self._db["counters"]))[2]
             free = sum(_EXTENT.unpack(key)[0] for key, _ in txn.cursor(self._db["sizes"]))
             return {
@@ -107,7 +110,7 @@ class Index:
     def change(self) -> Iterator[Change]:
         """One transaction; nothing has happened if its body raises. May raise lmdb.Error, as when there is no room
         for the index itself."""
-        with self._env.begin(write=True) as txn:
+        with self._writing, self._env.begin(write=True) as txn:
             change = Change(self, txn)
             yield change
             change.finish()
@@ -120,6 +123,20 @@ class Index:
             segment = SEGMENT_BYTES // self._granule_bytes
             for start in range(0, self._granules, segment):
                 change.add_extent(start, min(segment, self._granules - start))
+
+    def save(self, fd: int) -> None:
+        """Writes the index as it is now to a file."""
+        with self._saving:
+            self._env.copyfd(fd, compact=True)
+
+    def pause(self) -> None:
+        """Returns when no transaction is under way; none begins before `resume`."""
+        for lock in (self._writing, self._reading, self._saving):
+            lock.acquire()
+
+    def resume(self) -> None:
+        for lock in (self._saving, self._reading, self._writing):
+            lock.release()
 
     def recover(self, shift_s: float) -> None:
         """After a restart of the machine: every record gets its generation back and has been stored `shift_s` later by

@@ -1,0 +1,649 @@
+"""shm: and file: stores among processes, and in bad weather."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slab_processes
+from lmcache_mm.stores import slab, slab_index
+from lmcache_mm.stores.slab import FileStore, ShmStore
+from test_host_cuda import CXX, REPO, must_run, run
+from test_stores import OTHER_OWNER, OWNER, get, key, payload
+
+MIB = 1 << 20
+KINDS = [ShmStore, FileStore]
+SECONDS = float(os.environ.get("LMCACHE_MM_CRASH_TEST_S", "8"))
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.scheme)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Of a store; what is open of it at the end is closed."""
+    yield tmp_path / "store"
+    for store in list(slab._open.values()):
+        while store._opened:
+            store.close()
+
+
+@pytest.fixture
+def store(kind, directory):
+    return kind.open(directory, MIB)
+
+
+def python(code, *arguments):
+    """Runs code in another process; its output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+IN_ANOTHER = """
+import sys, pathlib
+sys.path.insert(0, sys.argv[3])
+from test_stores import *
+store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), None)
+"""
+
+
+HOLD = IN_ANOTHER + "print('held', flush=True); sys.stdin.read()"
+
+
+def in_another_process(store, code):
+    return python(IN_ANOTHER + code, type(store).__name__, store.directory, Path(__file__).parent)
+
+
+def no_room_is_lost(store):
+    """Nothing is left in the store, and nothing is missing."""
+    store.clear()
+    stats = store.stats()
+    assert (stats["records"], stats["used_bytes"], stats["pending"], stats["owners"]) == (0, 0, 0, 0)
+    return stats["free_bytes"] == stats["capacity_bytes"]
+
+
+# --- Processes
+
+
+def test_processes_see_each_others_records_at_once(store):
+    store.put([key(1)], [payload(1, 70_000)])
+    assert in_another_process(store, "print(get(store, 1, 70_000) == payload(1, 70_000))") == "True"
+    in_another_process(store, "store.put([key(2)], [payload(2)])")
+    assert get(store, 2) == payload(2)
+
+
+def test_records_outlive_the_processes(kind, directory):
+    with contextlib.closing(kind.open(directory, MIB)) as store:
+        store.put([key(1)], [payload(1)])
+    store = kind.open(directory, None)
+    assert get(store, 1) == payload(1)
+    assert store.stats()["hits"] == 1
+
+
+def test_one_directory_is_one_store_of_a_process_and_every_open_asks_for_a_close(kind, directory):
+    first, second = kind.open(directory, MIB), kind.open(directory / ".." / "store", MIB)
+    assert first is second
+    first.close()
+    second.put([key(1)], [payload(1)])
+    second.close()
+    with pytest.raises(RuntimeError, match="it is closed"):
+        first.contains([key(1)])
+    first.close()
+
+
+def test_another_capacity_or_other_options_are_refused(kind, directory):
+    store = kind.open(directory, MIB)
+    for capacity, quota in ((2 * MIB, 0), (MIB, 5)):
+        with pytest.raises(ValueError, match="open in this process with other options"):
+            kind.open(directory, capacity, quota)
+    store.close()
+    with pytest.raises(ValueError, match=f"has capacity={MIB}, got {2 * MIB}: open it with its own, or remove"):
+        kind.open(directory, 2 * MIB)
+    kind.open(directory, MIB)
+
+
+def test_a_store_is_not_carried_over_a_fork(store):
+    store.put([key(1)], [payload(1)])
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with pytest.raises(RuntimeError, match="open it again after a fork"):
+                store.contains([key(1)])
+            store.close()
+            again = type(store).open(store.directory, None)
+            assert again is not store
+            assert get(again, 1) == payload(1)
+            again.put([key(2)], [payload(2)])
+            again.close()
+            gc.collect()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert get(store, 2) == payload(2)
+    assert in_another_process(store, "print(store.stats()['processes'])") == "2"
+
+
+def test_at_most_64_processes_have_it_open(store):
+    fd = store._lock_fd
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, os, sys\nfd = os.open(sys.argv[1], os.O_RDWR)\n"
+            "[fcntl.lockf(fd, fcntl.LOCK_EX, 1, row) for row in range(64) if row != int(sys.argv[2])]\n"
+            "print('held', flush=True)\nsys.stdin.read()",
+            str(store.directory / "lock"),
+            str(store._row),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER, type(store).__name__, store.directory, Path(__file__).parent],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "is open in 64 processes, which is the most that it takes" in done.stderr
+    holder.communicate()
+    assert slab._locked(fd, (store._row + 1) % 64) is False
+
+
+# --- Pins, eviction, room
+
+
+def fill(store, first=100, size=100_000, count=12):
+    for i in range(first, first + count):
+        store.put([key(i)], [payload(i, size)])
+
+
+def test_what_is_lent_is_neither_evicted_nor_overwritten(kind, store):
+    store.put([key(1)], [payload(1, 100_000)])
+    (slot,) = store.lend([key(1)], [100_000])
+    fill(store, count=40)
+    assert get(store, 1, 100_000) == payload(1, 100_000)
+    store.delete([key(1)])
+    assert store.contains([key(1)]) == [False]
+    fill(store, first=200, count=40)
+    if kind is ShmStore:
+        assert bytes(store.view(slot)) == payload(1, 100_000)
+    assert store.stats()["pending"] == 1
+    store.release([slot])
+    store.put([key(2)], [payload(2)])
+    assert no_room_is_lost(store)
+
+
+def test_another_process_does_not_evict_what_is_lent_here(store):
+    store.put([key(1)], [payload(1, 100_000)])
+    (slot,) = store.lend([key(1)], [100_000])
+    in_another_process(store, "for i in range(100, 140): store.put([key(i)], [payload(i, 100_000)])")
+    assert get(store, 1, 100_000) == payload(1, 100_000)
+    store.release([slot])
+
+
+def test_a_store_whose_slots_are_all_held_drops_puts_and_recovers(store):
+    fill(store, count=9)
+    keys = [key(i) for i in range(100, 109)]
+    held = [slot for slot in store.lend(keys, [100_000] * 9) if slot]
+    store.put([key(1)], [payload(1, 500_000)])
+    assert store.contains([key(1)]) == [False]
+    assert store.stats()["dropped_puts"] == 1
+    store.release(held)
+    store.put([key(1)], [payload(1, 500_000)])
+    assert get(store, 1, 500_000) == payload(1, 500_000)
+
+
+def test_a_slot_that_was_lent_twice_is_held_until_both_are_released(store):
+    store.put([key(1)], [payload(1)])
+    slots = [store.lend([key(1)], [100])[0] for _ in range(2)]
+    store.release(slots[:1])
+    assert store._table.pinned(slots[0].start)
+    store.release(slots[1:])
+    assert not store._table.pinned(slots[0].start)
+    assert store.lend([key(1), key(2)], [99, 100]) == [None, None]
+    assert not store._table.pinned(slots[0].start)
+
+
+def test_records_that_are_asked_for_stay_and_the_head_of_a_prefix_goes_last(store):
+    fill(store, first=0, size=60_000, count=4)
+    prefix = [key(i) for i in range(10, 16)]
+    store.put(prefix, [payload(i, 60_000) for i in range(10, 16)])
+    for i in range(100, 130):
+        assert get(store, 0, 60_000) == payload(0, 60_000)
+        store.put([key(i)], [payload(i, 60_000)])
+        there = store.contains(prefix)
+        assert there == sorted(there, reverse=True)
+    assert get(store, 0, 60_000) == payload(0, 60_000)
+
+
+def test_two_writers_of_one_key_leave_one_record(store):
+    slots = [store.reserve([key(1)], [100])[0] for _ in range(2)]
+    for slot in slots:
+        store.publish([slot], store._write([slot], [np.frombuffer(payload(1), np.uint8)], None))
+    assert get(store, 1) == payload(1)
+    assert store.stats()["puts"] == store.stats()["records"] == 1
+    assert no_room_is_lost(store)
+
+
+def test_abandoned_slots_are_free_again(store):
+    store.abandon([slot for slot in store.reserve([key(1), key(2)], [300_000, 5]) if slot])
+    assert no_room_is_lost(store)
+    store.publish(store.reserve([key(3)], [10]), [0])
+    assert get(store, 3, 10) is None  # another checksum
+
+
+def test_slots_never_cross_the_end_of_a_segment(kind, directory, monkeypatch):
+    monkeypatch.setattr(slab_index, "SEGMENT_BYTES", 256 << 10)
+    store = kind.open(directory, MIB)
+    random.seed(5)
+    for i in range(300):
+        size = random.randrange(1, 256 << 10)
+        slots = store.reserve([key(i)], [size])
+        for slot in slots:
+            begin = slot.start * store._granule_bytes
+            assert begin // (256 << 10) == (begin + size - 1) // (256 << 10)
+        store.publish(slots, [0])
+    store.put([key(1000)], [bytes((256 << 10) + 1)])
+    assert store.contains([key(1000)]) == [False]
+    assert no_room_is_lost(store)
+
+
+def test_waste_is_at_most_a_tenth_on_a_mix_of_chunks_and_tails(directory):
+    """Qwen2-VL-2B: 7 MiB a chunk of 256 tokens, tails of whole pages of 16."""
+    page = 28 * 2 * 16 * 2 * 128 * 2
+    store = FileStore.open(directory, 1200 * MIB)
+    random.seed(2)
+    shares = []
+    for i in range(1500):
+        pages = 16 if random.random() < 0.6 else random.randrange(1, 16)
+        store.publish(store.reserve([key(i)], [pages * page]), [0])
+        store.contains([key(int(i * random.random() ** 0.5)) for _ in range(3)])
+        if i > 500:
+            stats = store.stats()
+            shares.append(stats["used_bytes"] / stats["capacity_bytes"])
+    assert store.stats()["evictions"] > 500
+    assert np.mean(shares) >= 0.9, np.mean(shares)
+
+
+# --- Owners
+
+
+def test_a_quota_evicts_the_owners_own_oldest_records(kind, directory):
+    store = kind.open(directory, MIB, quota=250_000)
+    store.put([key(9)], [payload(9, 100_000)], owner=OTHER_OWNER)
+    for i in range(5):
+        store.put([key(i)], [payload(i, 100_000)], owner=OWNER)
+    assert store.contains([key(i) for i in (0, 1, 2, 3, 4, 9)]) == [False, False, False, True, True, True]
+    store.put([key(5)], [payload(5, 250_001)], owner=OWNER)
+    assert store.contains([key(5), key(4)]) == [False, True]
+    store.put([key(6)], [payload(6, 300_000)])  # nobody's
+    assert store.contains([key(6)]) == [True]
+    assert no_room_is_lost(store)
+
+
+def test_records_past_their_time_are_gone_whatever_the_wall_clock_says(kind, directory, monkeypatch):
+    now = slab_index.boot_clock()
+    monkeypatch.setattr(slab_index, "boot_clock", lambda: now)
+    store = kind.open(directory, MIB, ttl_s=60)
+    store.put([key(1)], [payload(1)])
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    now += 59
+    assert get(store, 1) == payload(1)
+    now += 2
+    assert store.contains([key(1)]) == [False]
+    assert get(store, 1) is None
+    store.put([key(1)], [payload(2)])
+    assert get(store, 1) == payload(2)
+    assert store.stats()["records"] == 1
+
+
+# --- Death
+
+
+def test_what_a_dead_process_reserved_rests_and_what_it_pinned_is_free(kind, store, monkeypatch):
+    fill(store, first=0, count=2)
+    victim = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            IN_ANOTHER + "store.reserve([key(50)], [300_000]); store.lend([key(0)], [100_000])\n"
+            "print('held', flush=True); sys.stdin.read()",
+            type(store).__name__,
+            store.directory,
+            Path(__file__).parent,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert victim.stdout.readline() == b"held\n"
+    (start,) = [record.start for record in store._index.find([key(0)])]
+    assert store._table.pinned(start)
+    store._look_for_dead()
+    assert store._table.pinned(start)
+    victim.kill()
+    victim.wait()
+    store._look_for_dead()
+    assert not store._table.pinned(start)
+    store.clear()
+    store.put([key(60)], [payload(60)])
+    assert store.stats()["free_bytes"] < MIB - 300_000  # it rests
+    later = slab_index.boot_clock() + slab_index.QUARANTINE_S + 1
+    monkeypatch.setattr(slab_index, "boot_clock", lambda: later)
+    store.put([key(61)], [payload(61)])
+    assert no_room_is_lost(store)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.scheme)
+def test_processes_killed_at_any_moment_leave_nothing_wrong_and_nothing_behind(kind, directory, monkeypatch):
+    store = kind.open(directory, 2 * MIB)
+    command = [sys.executable, slab_processes.__file__, kind.scheme, directory, str(SECONDS), "4", "7"]
+    busy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while busy.poll() is None:
+        for i in random.sample(range(slab_processes.KEYS), 5):
+            buffer = np.zeros(slab_processes.size(i), np.uint8)
+            if store.get_into([key(i)], [buffer]) == [True]:
+                assert np.array_equal(buffer, slab_processes.payload(i))
+        time.sleep(0.01)
+    killed, begun, wrong = map(int, busy.stdout.read().split())
+    print(f"{killed} processes killed, {begun} of them at work")
+    assert wrong == 0
+    assert begun > killed / 2 > 20
+    store._look_for_dead()
+    later = slab_index.boot_clock() + slab_index.QUARANTINE_S + 1
+    monkeypatch.setattr(slab_index, "boot_clock", lambda: later)
+    store.put([key(1000)], [payload(1)])
+    store.put([key(1001)], [payload(1)])
+    assert store.stats()["corrupt"] == 0
+    assert store.stats()["processes"] == 1
+    assert no_room_is_lost(store)
+
+
+# --- Damage
+
+
+def overwrite(path, offset, content):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_a_flipped_bit_is_a_miss_and_counted(store):
+    store.put([key(1), key(2)], [payload(1, 50_000), payload(2, 50_000)])
+    (record,) = store._index.find([key(1)])
+    at = record.start * store._granule_bytes + 49_999
+    overwrite(store.directory / "slab", at, bytes([payload(1, 50_000)[-1] ^ 4]))
+    assert get(store, 1, 50_000) is None
+    assert get(store, 2, 50_000) == payload(2, 50_000)
+    stats = store.stats()
+    assert (stats["corrupt"], stats["hits"], stats["records"]) == (1, 1, 1)
+    assert no_room_is_lost(store)
+
+
+def restart_the_machine(directory):
+    """To the store it looks as if: the header is of another boot."""
+    overwrite(directory / "table", 24, os.urandom(16))
+
+
+def test_a_restart_of_the_machine_keeps_what_was_flushed_and_nothing_wrong(directory, monkeypatch):
+    store = FileStore.open(directory, MIB, ttl_s=100)
+    fill(store, first=0, count=5)
+    (slot,) = store.reserve([key(50)], [100_000])
+    store.flush()
+    # Data without index, and an index whose data is gone: records of a checkpoint are overwritten behind it.
+    fill(store, first=10, count=8)
+    overwritten = [not there for there in store.contains([key(i) for i in range(5)])]
+    assert any(overwritten)
+    monkeypatch.setattr(FileStore, "_save_index", lambda self: None)
+    store.close()
+    monkeypatch.undo()
+    overwrite(directory / "index" / "data.mdb", 8192, os.urandom(4096))
+    restart_the_machine(directory)
+    store = FileStore.open(directory, MIB, ttl_s=100)
+    assert store.contains([key(i) for i in range(5)]) == [True] * 5
+    for i in range(5):
+        assert get(store, i, 100_000) == (None if overwritten[i] else payload(i, 100_000))
+    assert store.contains([key(i) for i in range(10, 18)]) == [False] * 8
+    assert store.stats()["corrupt"] == sum(overwritten)
+    del slot
+    assert no_room_is_lost(store)
+
+
+def test_records_age_over_a_restart(directory, monkeypatch):
+    now = slab_index.boot_clock()
+    wall = time.time()
+    monkeypatch.setattr(slab_index, "boot_clock", lambda: now)
+    monkeypatch.setattr(slab, "boot_clock", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: wall)
+    for elapsed, there in ((50, True), (150, False), (-1000, True)):
+        store = FileStore.open(directory, MIB, ttl_s=100)
+        store.clear()
+        store.put([key(1)], [payload(1)])
+        store.close()
+        restart_the_machine(directory)
+        now = 5.0  # the new boot's clock
+        wall += elapsed
+        store = FileStore.open(directory, MIB, ttl_s=100)
+        assert store.contains([key(1)]) == [there]
+        store.close()
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "flipped", "foreign"])
+def test_after_a_restart_a_damaged_checkpoint_is_an_empty_store(damage, directory):
+    store = FileStore.open(directory, MIB)
+    fill(store, first=0, count=5)
+    store.close()
+    checkpoint = directory / "checkpoint"
+    content = checkpoint.read_bytes()
+    if damage == "missing":
+        checkpoint.unlink()
+    else:
+        changed = {"short": content[:-100], "flipped": content[:5000] + b"~" + content[5001:], "foreign": b"?" * 9}
+        checkpoint.write_bytes(changed[damage])
+    restart_the_machine(directory)
+    store = FileStore.open(directory, MIB)
+    assert store.stats()["records"] == 0
+    fill(store)
+    assert no_room_is_lost(store)
+
+
+def test_shared_memory_does_not_outlive_a_restart(directory):
+    store = ShmStore.open(directory, MIB)
+    fill(store)
+    store.close()
+    restart_the_machine(directory)
+    store = ShmStore.open(directory, MIB)
+    assert store.stats()["records"] == 0
+    assert no_room_is_lost(store)
+
+
+@pytest.mark.parametrize(
+    "damage, error, text",
+    [
+        (lambda d: os.truncate(d / "slab", MIB - 1), ValueError, "slab.* does not have its 1048576 bytes"),
+        (lambda d: os.truncate(d / "table", 5000), ValueError, "table: expected 5120 bytes, got 5000"),
+        (lambda d: os.truncate(d / "index" / "data.mdb", 3 * 4096), ValueError, "ends before its last page"),
+        (lambda d: overwrite(d / "table", 0, b"GIF89a.."), ValueError, "is no table of a slab"),
+        (lambda d: overwrite(d / "table", 8, struct.pack("<I", 7)), ValueError, "is of version 7, expected 1"),
+        (lambda d: os.chmod(d, 0o755), PermissionError, "expected a directory of user .* with mode 0700"),
+        (lambda d: os.chmod(d / "slab", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
+        (lambda d: os.chmod(d / "lock", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
+        (lambda d: (d / "slab").rename(d / "x") and (d / "slab").symlink_to(d / "x"), OSError, "symbolic link"),
+    ],
+    ids=["slab", "table", "index", "foreign", "version", "directory mode", "slab mode", "lock mode", "link"],
+)
+def test_what_is_damaged_or_not_the_users_alone_is_refused_with_a_reason(kind, directory, damage, error, text):
+    kind.open(directory, MIB).close()
+    damage(directory)
+    with pytest.raises(error, match=text):
+        kind.open(directory, MIB)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", [".", "table", "slab", "lock"])
+def test_another_users_files_are_refused(kind, directory, name):
+    kind.open(directory, MIB).close()
+    os.chown(directory / name, 4242, 4242)
+    with pytest.raises(PermissionError, match=r"expected a (file|directory) of"):
+        kind.open(directory, MIB)
+
+
+def test_a_store_that_is_open_in_another_pid_namespace_is_refused(kind, directory):
+    store = kind.open(directory, MIB)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, kind.__name__, directory, Path(__file__).parent],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    store.close()
+    overwrite(directory / "table", 40, struct.pack("<Q", 12345))
+    with pytest.raises(RuntimeError, match="open in another PID namespace"):
+        kind.open(directory, MIB)
+    holder.kill()
+    holder.communicate()
+    kind.open(directory, MIB)  # a container that is started again
+
+
+def test_a_store_whose_making_was_cut_short_is_made_anew(kind, directory, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(slab, "_write_header", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            kind.open(directory, MIB)
+    with pytest.raises(ValueError, match=r"there is none in .*; capacity=8GiB, say, makes one"):
+        kind.open(directory, None)
+    store = kind.open(directory, MIB)
+    fill(store)
+    assert no_room_is_lost(store)
+
+
+def test_a_store_is_removed_only_when_nobody_has_it_open(kind, directory):
+    store = kind.open(directory, MIB)
+    assert slab.remove(directory) is False
+    store.close()
+    assert slab.remove(directory) is True
+    assert os.listdir(directory) == ["lock"]
+    kind.open(directory, 2 * MIB)
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path):
+    """A tmpfs of 3 MiB."""
+    folder = tmp_path / "tmpfs"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    yield folder
+    for store in list(slab._open.values()):
+        while store._opened:
+            store.close()
+    gc.collect()
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_full_shared_memory_is_an_error_when_a_store_is_made_and_no_signal_later(small_tmpfs):
+    with pytest.raises(OSError, match="no room for 8388608 bytes"):
+        ShmStore.open(small_tmpfs / "large", 8 * MIB)
+    store = ShmStore.open(small_tmpfs / "store", 2 * MIB)
+    with open(small_tmpfs / "rest", "wb", buffering=0) as rest, contextlib.suppress(OSError):
+        while True:
+            rest.write(bytes(4096))
+    for i in range(3000):
+        store.put([key(i)], [payload(i, 50)])
+    stats = store.stats()
+    assert stats["dropped_puts"] > 0
+    assert stats["errors"] > 0
+    (small_tmpfs / "rest").unlink()
+    store.put([key(5000)], [payload(1)])
+    assert get(store, 5000) == payload(1)
+    store.clear()
+    store.put([key(1)], [payload(1, 1_900_000)])
+    assert get(store, 1, 1_900_000) == payload(1, 1_900_000)
+
+
+def test_a_file_system_without_o_direct_is_used_and_said_so_once(directory, monkeypatch):
+    opened = os.open
+
+    def refuse(path, flags, *rest, **more):
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return opened(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.warns(UserWarning, match="no O_DIRECT on this file system") as caught:
+        store = FileStore.open(directory, MIB)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.put([key(1)], [payload(1, 70_001)])
+        assert get(store, 1, 70_001) == payload(1, 70_001)
+
+
+@pytest.mark.parametrize("name", ["preadv", "pwritev"])
+def test_failing_disks_are_misses_and_dropped_puts(name, directory, monkeypatch):
+    store = FileStore.open(directory, MIB)
+    store.put([key(1)], [payload(1)])
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, name, fail)
+    assert get(store, 1) == (None if name == "preadv" else payload(1))
+    store.put([key(2)], [payload(2)])
+    monkeypatch.undo()
+    assert get(store, 1) == payload(1)
+    assert get(store, 2) == (None if name == "pwritev" else payload(2))
+    assert store.stats()["errors"] == 1
+    assert no_room_is_lost(store)
+
+
+# --- The shared atomics
+
+
+@pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no {CXX}")
+@pytest.mark.parametrize(
+    "original, replacement",
+    [
+        ("", ""),
+        ("if (state.pins.load() == 0) return true;", "return true;"),
+        ("if (count == 0) slots_[slot].pins.fetch_or(bit_);", ""),
+        ("if (slots_[slot].generation.load() != generation) return false;", ""),
+        ("--found->second == 0", "true"),
+    ],
+    ids=["as it is", "evict without a second look", "pin without a bit", "pin whatever is there", "unpin for others"],
+)
+def test_pins_and_evictions_that_meet_are_free_of_races(original, replacement, tmp_path):
+    source = (REPO / "csrc" / "slab_table.h").read_text()
+    assert original in source
+    (tmp_path / "slab_table.h").write_text(source.replace(original, replacement, 1) if original else source)
+    program = tmp_path / "driver"
+    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{tmp_path}"]
+    must_run([CXX, *flags, REPO / "tests" / "slab_table_driver.cpp", "-o", program])
+    runs = [run([program]) for _ in range(1 if not original else 5)]
+    failed = [done.returncode != 0 for done in runs]
+    assert any(failed) == bool(original), "\n".join(done.stdout for done in runs)
