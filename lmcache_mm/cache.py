@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
@@ -49,10 +49,10 @@ class _Record:
 class KVCache:
     """Reuse of the KV of `layout`'s pages across prompts, through a store.
 
-    layout: where the pages are. store: a URL (see `open_store`) or an open store, which stays the caller's to close.
-    namespace: everything beside prompt and layout that decides the KV bytes. chunk_tokens: the unit that is stored, a
-    multiple of layout.page_tokens. opaque_tails: also store partial pages of an opaque layout, whole, with whatever
-    their unused slots hold; without it hits end at whole pages there.
+    layout: where the pages are. store: a URL or a list of them (see `open_store`), or an open store, which stays the
+    caller's to close. namespace: everything beside prompt and layout that decides the KV bytes. chunk_tokens: the unit
+    that is stored, a multiple of layout.page_tokens. opaque_tails: also store partial pages of an opaque layout, whole,
+    with whatever their unused slots hold; without it hits end at whole pages there.
 
     Block ids are always those of the whole prompt: block_ids[i] is the page of tokens
     [i * page_tokens, (i + 1) * page_tokens). Methods may be called from several threads.
@@ -61,7 +61,7 @@ class KVCache:
     def __init__(
         self,
         layout: KVLayout,
-        store: str | Store,
+        store: str | Sequence[str] | Store,
         namespace: Namespace,
         chunk_tokens: int = 256,
         opaque_tails: bool = False,
@@ -78,8 +78,8 @@ class KVCache:
         self.chunk_tokens = chunk_tokens
         self._namespace = namespace.with_layout(layout.fingerprint(chunk_tokens))
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
-        self._owns_store = isinstance(store, str)
-        self.backend = open_store(store) if isinstance(store, str) else store
+        self._owns_store = isinstance(store, (str, Sequence))
+        self.backend = open_store(store) if isinstance(store, (str, Sequence)) else store
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         capacity = self.backend.stats().get("capacity_bytes", largest)
         if capacity < largest:
@@ -139,23 +139,23 @@ class KVCache:
                 raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
             records = _chain((r for r in records if r.end <= limit), self.chunk_tokens)
         pages = self._pages(block_ids, limit)
-        return self._submit(self._loads, self._retrieve, records, pages)
+        return self._submit(self._loads, self._retrieve, records, pages, owner_of(prompt.salt))
 
-    def _retrieve(self, records: list[_Record], pages: torch.Tensor) -> int:
+    def _retrieve(self, records: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
         restored = 0
         lends = isinstance(self.backend, SlotStore)
         for step in self._steps(records, SLOTS_BYTES if lends else self._staging_bytes):
-            good = self._load_slots(step, pages) if lends else self._load_staged(step, pages)
+            good = self._load_slots(step, pages, owner) if lends else self._load_staged(step, pages, owner)
             if good:
                 restored = step[good - 1].end
             if good < len(step):
                 break
         return restored
 
-    def _load_slots(self, step: list[_Record], pages: torch.Tensor) -> int:
+    def _load_slots(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
         """Scatters records straight from the store's slots; how many, from the first on, were there and verified."""
         store = cast(SlotStore, self.backend)
-        slots = store.lend([record.key for record in step], [self._payload_bytes(record) for record in step])
+        slots = store.lend([record.key for record in step], [self._payload_bytes(record) for record in step], owner)
         lent = [slot for slot in slots if slot]
         try:
             there = lent[: slots.index(None)] if None in slots else lent
@@ -176,9 +176,10 @@ class KVCache:
         finally:
             store.release(lent)
 
-    def _load_staged(self, step: list[_Record], pages: torch.Tensor) -> int:
+    def _load_staged(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
         payloads = self._payloads(step, self._load_staging)
-        found = self.backend.get_into([record.key for record in step], [payload.numpy().data for payload in payloads])
+        buffers = [payload.numpy().data for payload in payloads]
+        found = self.backend.get_into([record.key for record in step], buffers, owner)
         whole = len(list(takewhile(bool, found)))
         if whole:
             ids = [self._pages_of(record, pages) for record in step[:whole]]

@@ -166,7 +166,7 @@ def test_at_most_64_processes_have_it_open(store):
     )
     assert "is open in 64 processes, which is the most that it takes" in done.stderr
     holder.communicate()
-    assert slab._locked(fd, (store._row + 1) % 64) is False
+    assert slab.locked_by_another(fd, (store._row + 1) % 64) is False
 
 
 # --- Pins, eviction, room
@@ -529,7 +529,7 @@ def test_a_store_whose_making_was_cut_short_is_made_anew(kind, directory, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(slab, "_write_header", interrupted)
+        patch.setattr(slab, "write_header", interrupted)
         with pytest.raises(KeyboardInterrupt):
             kind.open(directory, MIB)
     with pytest.raises(ValueError, match=r"there is none in .*; capacity=8GiB, say, makes one"):

@@ -30,12 +30,15 @@ def new_store(scheme, folder, capacity="1MiB", options=""):
         "shm": f"shm:///test-{uuid.uuid4().hex}",
         "file": f"file://{folder}/{uuid.uuid4().hex}",
     }
-    url = f"{places[scheme]}?capacity={capacity}{options}"
-    store = open_store(url)
+    schemes = scheme.split(",")
+    urls = [f"{places[scheme]}?capacity={capacity}{options}" for scheme in schemes]
+    store = open_store(urls[0] if len(urls) == 1 else f"tiered:{','.join(urls)}")
 
     def remove():
         store.close()
-        if scheme != "mem":
+        for url in urls:
+            if url.startswith("mem:"):
+                continue
             directory = slab_directory(url)[1]
             assert slab.remove(directory)
             (directory / "lock").unlink()
@@ -44,8 +47,21 @@ def new_store(scheme, folder, capacity="1MiB", options=""):
     return store, remove
 
 
-@pytest.fixture(params=["mem", "shm", "file"])
+SINGLE = ["mem", "shm", "file"]
+TIERED = ["mem,mem", "mem,file", "shm,file", "mem,shm,file"]
+
+
+@pytest.fixture(params=[*SINGLE, *TIERED])
 def store(request, tmp_path):
+    """Any store."""
+    store, remove = new_store(request.param, tmp_path)
+    yield store
+    remove()
+
+
+@pytest.fixture(params=SINGLE)
+def single(request, tmp_path):
+    """Any store that is not of tiers."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
@@ -72,7 +88,14 @@ def test_what_was_put_is_contained_and_read_back(store):
     assert get(store, 1) == payload(1)
     assert get(store, 2, 7) == payload(2, 7)
     assert get(store, 3) is None
-    stats = store.stats()
+
+
+def test_stats_count_what_was_done(single):
+    single.put([key(1), key(2)], [payload(1), payload(2)])
+    get(single, 1)
+    get(single, 2)
+    get(single, 3)
+    stats = single.stats()
     assert (stats["puts"], stats["hits"], stats["misses"], stats["records"]) == (2, 2, 1, 2)
 
 
@@ -107,12 +130,11 @@ def test_a_key_that_is_there_keeps_its_record(store):
 
 def test_one_key_twice_in_a_call_is_one_record(store):
     store.put([key(1), key(1)], [payload(1), payload(1)])
-    assert store.stats()["records"] == 1
     one, other = bytearray(100), bytearray(100)
     assert store.get_into([key(1), key(1)], [one, other]) == [True, True]
     assert one == other == payload(1)
     store.delete([key(1), key(1)])
-    assert store.stats()["records"] == 0
+    assert store.contains([key(1)]) == [False]
 
 
 def test_empty_payloads_and_no_keys_are_valid(store):
@@ -131,20 +153,31 @@ def test_deleted_records_are_gone_and_unknown_keys_are_ignored(store):
     store.flush()
 
 
-def test_a_wrong_checksum_is_never_read_back(store):
+def test_keys_of_another_length_are_refused(store):
+    for call in (store.contains, store.delete):
+        with pytest.raises(ValueError, match="keys: expected 32 to 64 bytes, got 3"):
+            call([b"key"])
+    for call in (store.put, store.get_into):
+        with pytest.raises(ValueError, match="keys: expected 32 to 64 bytes, got 65"):
+            call([bytes(65)], [bytearray(5)])
+
+
+def test_a_wrong_checksum_is_never_read_back(single):
+    store = single
     store.put([key(1)], [payload(1)], checksums=[ops.checksum(np.frombuffer(payload(1), np.uint8)) ^ 1])
     assert get(store, 1) is None
     assert store.stats()["corrupt"] == 1
     assert store.contains([key(1)]) == [False]
 
 
-def test_a_record_larger_than_the_store_is_dropped_and_counted(store):
-    store.put([key(1), key(2)], [bytes(2 << 20), payload(2)])
-    assert store.contains([key(1), key(2)]) == [False, True]
-    assert store.stats()["dropped_puts"] == 1
+def test_a_record_larger_than_the_store_is_dropped_and_counted(single):
+    single.put([key(1), key(2)], [bytes(2 << 20), payload(2)])
+    assert single.contains([key(1), key(2)]) == [False, True]
+    assert single.stats()["dropped_puts"] == 1
 
 
-def test_a_full_store_evicts_and_goes_on(store):
+def test_a_full_store_evicts_and_goes_on(single):
+    store = single
     for i in range(30):
         store.put([key(i)], [payload(i, 100_000)])
     there = store.contains([key(i) for i in range(30)])
@@ -164,15 +197,15 @@ def test_an_owner_is_forgotten_alone(store):
     assert store.forget(OWNER) == 0
 
 
-def test_stats_tell_capacity_use_and_records(store):
-    store.put([key(1)], [payload(1, 5000)])
-    stats = store.stats()
+def test_stats_tell_capacity_use_and_records(single):
+    single.put([key(1)], [payload(1, 5000)])
+    stats = single.stats()
     assert stats["records"] == 1
     assert 5000 <= stats["used_bytes"] <= 5064
     assert stats["capacity_bytes"] == 1 << 20
 
 
-@pytest.mark.parametrize("scheme", ["mem", "shm", "file"])
+@pytest.mark.parametrize("scheme", SINGLE)
 def test_any_sequence_of_calls_never_returns_a_wrong_payload(scheme, tmp_path):
     calls = st.lists(st.tuples(st.sampled_from("pppgdf"), st.integers(0, 9), st.integers(0, 60_000)), max_size=60)
 
@@ -241,6 +274,8 @@ def test_the_gaps_of_mem_are_apart_and_join(calls):
 @pytest.mark.parametrize(
     "url, text",
     [
+        ("tiered:", "expected a URL that begins with mem://, .*got ''"),
+        ("tiered:mem://?capacity=1MiB,disk:///x", "expected a URL that begins with mem://, .*got 'disk:///x'"),
         ("mem://", "capacity is missing"),
         ("mem://?capacity=", "capacity: expected a size such as 512MiB or 8GiB, got ''"),
         ("mem://?capacity=0", "capacity: expected a size"),

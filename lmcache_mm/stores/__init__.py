@@ -8,7 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.stores.mem import MemStore
-from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot, shm_directory
+from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
+from lmcache_mm.stores.slab_files import shm_directory
+from lmcache_mm.stores.tiered import TieredSlotStore, TieredStore
 
 __all__ = ["SlotStore", "Store", "open_store"]
 
@@ -22,7 +24,7 @@ UNITS: dict[str, int] = {"": 1, "B": 1} | {
 
 
 class Store(Protocol):
-    """What every store does. Keys are bytes of 32 to 64. Methods may be called from any thread.
+    """What every store does. Keys are bytes of 32 to 64, else ValueError. Methods may be called from any thread.
 
     A store never returns a wrong payload: what does not have the key's length and checksum is a miss, and counted.
     A put that cannot be done (full, down, slow) is dropped and counted, never an exception.
@@ -32,9 +34,10 @@ class Store(Protocol):
         """Which records could be read now."""
         ...
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[bool]:
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
         """Fills each writable buffer with its key's payload. False: not there, or another length than the buffer's, or
-        damaged; the buffer then holds garbage."""
+        damaged; the buffer then holds garbage. `owner`: as of `put`, for a store that copies what it finds into a
+        faster one."""
         ...
 
     def put(
@@ -69,7 +72,7 @@ class Store(Protocol):
 class SlotStore(Store, Protocol):
     """A store whose slots can be read and written in place; see `ShmStore`."""
 
-    def lend(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[Slot | None]: ...
+    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]: ...
     def release(self, slots: Sequence[Slot]) -> None: ...
     def discard(self, slot: Slot) -> None: ...
     def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]: ...
@@ -78,13 +81,14 @@ class SlotStore(Store, Protocol):
     def view(self, slot: Slot) -> Any: ...
 
 
-def open_store(url: str) -> Store:
-    """Opens the store that `url` names.
+def open_store(url: str | Sequence[str]) -> Store:
+    """Opens the store that `url` names, or a list of URLs as tiers, the fastest first.
 
     mem://?capacity=1GiB             one buffer in this process
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
     file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
                                      (DIR is made, its parent is not)
+    tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
     shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
     gone. Their capacity may be left out where there is a store already.
@@ -92,12 +96,28 @@ def open_store(url: str) -> Store:
     Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
     opened (see `SlabStore.open`).
     """
+    if not isinstance(url, str):
+        return _open_tiers(list(url))
+    if url.startswith("tiered:"):
+        return _open_tiers(url.removeprefix("tiered:").split(","))
     scheme, _, _ = url.partition(":")
     if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
         raise ValueError(
             f"store: expected a URL that begins with {', '.join(f'{s}://' for s in _OPENERS)}, got {url!r}"
         )
     return _OPENERS[scheme](url)
+
+
+def _open_tiers(urls: Sequence[str]) -> Store:
+    stores: list[Store] = []
+    try:
+        for url in urls:
+            stores.append(open_store(url))
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
 
 
 def _open_mem(url: str) -> Store:

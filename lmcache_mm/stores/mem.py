@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lmcache_mm.ops import checksum
+from lmcache_mm.stores.slab import check_keys
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -48,10 +49,12 @@ class MemStore:
         self._lock = threading.Lock()
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        check_keys(keys)
         with self._lock:
             return [key in self._records for key in keys]
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[bool]:
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
+        check_keys(keys)
         with self._lock:
             found = [self._get(key, _bytes(buffer)) for key, buffer in zip(keys, buffers, strict=True)]
             self._touch(keys)
@@ -77,6 +80,7 @@ class MemStore:
         owner: bytes = b"",
         checksums: Sequence[int] | None = None,
     ) -> None:
+        check_keys(keys)
         with self._lock:
             for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
                 payload = _bytes(buffer)
@@ -116,6 +120,7 @@ class MemStore:
         insort(self._gaps, (begin, end))
 
     def delete(self, keys: Sequence[bytes]) -> None:
+        check_keys(keys)
         with self._lock:
             for key in keys:
                 if key in self._records:

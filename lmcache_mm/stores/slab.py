@@ -9,12 +9,9 @@ another; whoever dies in between leaves a slot that rests for a while and is fre
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
 import os
-import re
 import shutil
-import stat
 import struct
 import threading
 import time
@@ -22,7 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -32,6 +29,28 @@ import numpy as np
 from blake3 import blake3
 
 from lmcache_mm import _C, ops
+from lmcache_mm.stores.slab_files import (
+    LEAST_GRANULE_BYTES,
+    ROWS,
+    allocate,
+    boot_id,
+    check_file,
+    granules_of,
+    lock_file,
+    locked_by_another,
+    map_file,
+    no_store,
+    open_env,
+    opening,
+    own_directory,
+    pid_namespace,
+    read_header,
+    remove_files,
+    sync_directory,
+    try_lock,
+    unlock,
+    write_header,
+)
 from lmcache_mm.stores.slab_index import NO_OWNER, Change, Index, Record, boot_clock
 
 if TYPE_CHECKING:
@@ -39,9 +58,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LEAST_GRANULE_BYTES = 16 << 10
-MOST_GRANULES = 1 << 22  # a table of at most 64 MiB
-ROWS = 64
 SLOT_STATE_BYTES = 16
 PAGE_BYTES = 4096
 PIECE_BYTES = 4 << 20  # of one read or write on a disk
@@ -49,11 +65,7 @@ IO_THREADS = 8
 CHECKPOINT_S = 60.0
 MAP_BYTES = 64 << 20
 
-_HEADER = struct.Struct("<8sIIQ16sQII")
-_MAGIC, _VERSION = b"lmcmm\0\r\n", 1
 _ROWS_AT = 128  # in the header: which rows have been taken and not given back, a byte each
-_OPENING = ROWS  # the byte of the lock file that is held while a store is opened or cleared
-_FLOCK = struct.Struct("@hhqqi4x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +80,8 @@ class Slot:
     owner: bytes
 
 
-# Stores that this process has open, by directory, and the locks of all it ever had open: closing any descriptor of a
-# file ends all POSIX locks that the process holds on it.
+# Stores that this process has open, by directory.
 _open: dict[str, SlabStore] = {}
-_locks: dict[tuple[int, int], int] = {}
 _inherited: list[SlabStore] = []  # a parent's: kept, so that nothing of theirs is closed here
 _registry = threading.RLock()
 
@@ -98,14 +108,6 @@ def _after_fork_in_child() -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
-
-
-def _boot_id() -> bytes:
-    return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
-
-
-def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
 
 
 class SlabStore:
@@ -148,22 +150,22 @@ class SlabStore:
         if capacity is not None and capacity < LEAST_GRANULE_BYTES:
             raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         if capacity is None and not os.path.lexists(directory):
-            raise _no_store(directory)
-        _own_directory(directory)
-        self._lock_fd = _lock_file(directory / "lock")
-        with _opening(self._lock_fd):
+            raise no_store(directory)
+        own_directory(directory)
+        self._lock_fd = lock_file(directory / "lock")
+        with opening(self._lock_fd):
             self._take_over(capacity)
         self._open_slab()
 
     # --- Opening and closing
 
     def _take_over(self, capacity: int | None) -> None:
-        header = _read_header(self.directory)
+        header = read_header(self.directory)
         if header is None:
             if capacity is None:
-                raise _no_store(self.directory)
+                raise no_store(self.directory)
             header = self._make(capacity)
-        granule_bytes, granules, boot_id, pid_namespace = header
+        granule_bytes, granules, made_in_boot, made_in_namespace = header
         self.capacity = granules * granule_bytes
         self._granules, self._granule_bytes = granules, granule_bytes
         if not self._fits(capacity):
@@ -171,8 +173,8 @@ class SlabStore:
                 f"store: {self.directory} has capacity={self.capacity}, got {capacity}: open it with its own, or "
                 "remove it with `python -m lmcache_mm clear`"
             )
-        used = [row for row in range(ROWS) if _locked(self._lock_fd, row)]
-        if used and pid_namespace != _pid_namespace():
+        used = [row for row in range(ROWS) if locked_by_another(self._lock_fd, row)]
+        if used and made_in_namespace != pid_namespace():
             raise RuntimeError(
                 f"store: {self.directory} is open in another PID namespace, which its index does not stand"
             )
@@ -180,20 +182,20 @@ class SlabStore:
             raise ValueError(
                 f"store: {self.directory / 'slab'} does not have its {self.capacity} bytes; remove the store"
             )
-        self._table_map = _map(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
+        self._table_map = map_file(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
         slots = np.frombuffer(self._table_map, dtype=np.uint8)[PAGE_BYTES:]
-        restarted = boot_id != _boot_id()
+        restarted = made_in_boot != boot_id()
         if restarted:
             slots[:] = 0
             shift = self._restore_index()
         if not used:  # nobody else has it open: whatever LMDB keeps of processes is of dead ones
             (self.directory / "index" / "lock.mdb").unlink(missing_ok=True)
-        row = next((row for row in range(ROWS) if row not in used and _try_lock(self._lock_fd, row)), None)
+        row = next((row for row in range(ROWS) if row not in used and try_lock(self._lock_fd, row)), None)
         if row is None:
             raise RuntimeError(f"store: {self.directory} is open in {ROWS} processes, which is the most that it takes")
         self._row = row
         try:
-            self._env = _open_env(self.directory / "index", granules)
+            self._env = open_env(self.directory / "index", granules)
             self._table = _C.SlabTable(slots.ctypes.data, row)
             self._index = Index(self._env, self._table, granules, granule_bytes, self._quota, self._ttl_s)
             self._index.make()
@@ -201,31 +203,31 @@ class SlabStore:
                 self._index.recover(shift)
             self._bury([row])
             self._table_map[_ROWS_AT + row] = 1
-            _write_header(self.directory, granule_bytes, granules)
+            write_header(self.directory, granule_bytes, granules)
         except BaseException:
-            _unlock(self._lock_fd, row)
+            unlock(self._lock_fd, row)
             raise
 
     def _fits(self, capacity: int | None) -> bool:
-        return capacity is None or _granules(capacity) == (self._granules, self._granule_bytes)
+        return capacity is None or granules_of(capacity) == (self._granules, self._granule_bytes)
 
     def _make(self, capacity: int) -> tuple[int, int, bytes, int]:
         """Makes the files anew. The header comes last: without it there is no store."""
-        granules, granule_bytes = _granules(capacity)
-        _remove_files(self.directory)
+        granules, granule_bytes = granules_of(capacity)
+        remove_files(self.directory)
         try:
-            _allocate(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
-            _allocate(self.directory / "slab", granules * granule_bytes)
+            allocate(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
+            allocate(self.directory / "slab", granules * granule_bytes)
         except OSError as error:
-            _remove_files(self.directory)
+            remove_files(self.directory)
             free = shutil.disk_usage(self.directory).free
             raise OSError(
                 error.errno,
                 f"no room for {capacity} bytes in {self.directory}, where {free} are free: {error.strerror}",
             ) from None
         (self.directory / "index").mkdir(mode=0o700)
-        _write_header(self.directory, granule_bytes, granules)
-        return granule_bytes, granules, _boot_id(), _pid_namespace()
+        write_header(self.directory, granule_bytes, granules)
+        return granule_bytes, granules, boot_id(), pid_namespace()
 
     def _restore_index(self) -> float:
         """After a restart of the machine, when the index may be torn: what of it was saved. Returns by how much the
@@ -253,7 +255,7 @@ class SlabStore:
             with suppress(lmdb.Error):
                 self._bury([self._row])
             self._env.close()
-            _unlock(self._lock_fd, self._row)
+            unlock(self._lock_fd, self._row)
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
@@ -278,7 +280,7 @@ class SlabStore:
         """Takes back what processes held that are no more."""
         self._looked_for_dead = time.monotonic()
         taken = [row for row in range(ROWS) if self._table_map[_ROWS_AT + row] and row != self._row]
-        dead = [row for row in taken if _try_lock(self._lock_fd, row)]
+        dead = [row for row in taken if try_lock(self._lock_fd, row)]
         if not dead:
             return
         try:
@@ -288,13 +290,13 @@ class SlabStore:
             self._count("errors")
         finally:
             for row in dead:
-                _unlock(self._lock_fd, row)
+                unlock(self._lock_fd, row)
 
     # --- Records
 
     def contains(self, keys: Sequence[bytes]) -> list[bool]:
         self._check()
-        _check_keys(keys)
+        check_keys(keys)
         try:
             places = self._index.places(keys)
         except lmdb.Error:
@@ -303,11 +305,11 @@ class SlabStore:
         current = iter(self._table.touch([place for place in places if place]))
         return [place is not None and next(current) for place in places]
 
-    def lend(self, keys: Sequence[bytes], sizes: Sequence[int]) -> list[Slot | None]:
+    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
         """The records of `keys` that have these sizes, pinned: their bytes stay in place until `release`. What is lent
         has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
         self._check()
-        _check_keys(keys)
+        check_keys(keys)
         records: list[Record | None]
         try:
             records = self._index.find(keys)
@@ -348,7 +350,7 @@ class SlabStore:
         """Places to write payloads to, None for keys that are there already and where there is no room (counted).
         To be published or abandoned."""
         self._check()
-        _check_keys(keys)
+        check_keys(keys)
         owner = _checked_owner(owner)
         if time.monotonic() - self._looked_for_dead > 1:
             self._look_for_dead()
@@ -417,7 +419,7 @@ class SlabStore:
         self._count("dropped_puts", change.dropped)
         return result
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer]) -> list[bool]:
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
         arrays = [_bytes(buffer) for buffer in buffers]
         slots = self.lend(keys, [array.nbytes for array in arrays])
         lent = [(slot, array) for slot, array in zip(slots, arrays, strict=True) if slot]
@@ -463,7 +465,7 @@ class SlabStore:
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
-        _check_keys(keys)
+        check_keys(keys)
 
         def work(change: Change) -> None:
             for key in keys:
@@ -478,7 +480,10 @@ class SlabStore:
         if not owner:
             raise ValueError("owner: expected 16 bytes, got none")
         checked = _checked_owner(owner)
-        return self._change(lambda change: change.forget(checked)) or 0
+        removed = self._change(lambda change: change.forget(checked))
+        if removed is None:
+            raise RuntimeError(f"forget: the index in {self.directory} cannot be written")
+        return removed
 
     def clear(self) -> int:
         """Removes all records; returns their number."""
@@ -499,7 +504,7 @@ class SlabStore:
 
     def stats(self) -> Mapping[str, int]:
         self._check()
-        processes = 1 + sum(_locked(self._lock_fd, row) for row in range(ROWS))
+        processes = 1 + sum(locked_by_another(self._lock_fd, row) for row in range(ROWS))
         with self._counts_lock:
             return {**self._counts, **self._index.sizes(), "processes": processes}
 
@@ -514,7 +519,7 @@ class ShmStore(SlabStore):
     scheme = "shm"
 
     def _open_slab(self) -> None:
-        self._slab = np.frombuffer(_map(self.directory / "slab", self.capacity), dtype=np.uint8)
+        self._slab = np.frombuffer(map_file(self.directory / "slab", self.capacity), dtype=np.uint8)
         self._closing, self._mapped = threading.Event(), threading.Event()
         self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
         self._mapper.start()
@@ -576,7 +581,7 @@ class FileStore(SlabStore):
                 raise
             self._fd = os.open(path, flags)
             warnings.warn(f"{path}: no O_DIRECT on this file system, so its pages are cached twice", stacklevel=4)
-        _check_file(path, os.fstat(self._fd))
+        check_file(path, os.fstat(self._fd))
         self._pool = ThreadPoolExecutor(IO_THREADS, "lmcache_mm file")
         self._bounce = threading.local()
         self._saving = threading.Lock()
@@ -622,7 +627,7 @@ class FileStore(SlabStore):
                     file.flush()
                     os.fsync(file.fileno())
                 temporary.replace(self.directory / "checkpoint")
-                _sync_directory(self.directory)
+                sync_directory(self.directory)
             except (OSError, lmdb.Error):
                 self._count("errors")
                 temporary.unlink(missing_ok=True)
@@ -712,190 +717,18 @@ class FileStore(SlabStore):
             yield piece[direct:], direct, self._bounce.pages[: -(-rest // PAGE_BYTES) * PAGE_BYTES]
 
 
-# --- Files
-
-
-def _granules(capacity: int) -> tuple[int, int]:
-    granule_bytes = LEAST_GRANULE_BYTES
-    while capacity // granule_bytes > MOST_GRANULES:
-        granule_bytes *= 2
-    return capacity // granule_bytes, granule_bytes
-
-
-def _no_store(directory: Path) -> ValueError:
-    return ValueError(f"store: there is none in {directory}; capacity=8GiB, say, makes one")
-
-
-def _own_directory(path: Path) -> None:
-    """Makes the directory if there is none; PermissionError if anybody else could have a hand in it."""
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "store: expected a directory", str(path))
-    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(
-            errno.EPERM,
-            f"store: expected a directory of user {os.geteuid()} with mode 0700, for whoever can read a "
-            f"store reads everybody's KV; it is of user {found.st_uid} with mode {found.st_mode & 0o777:04o}",
-            str(path),
-        )
-
-
-def _check_file(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(errno.EPERM, "store: expected a file of the user's with mode 0600", str(path))
-
-
-def _lock_file(path: Path) -> int:
-    with suppress(FileNotFoundError):
-        found = os.lstat(path)
-        _check_file(path, found)
-        if known := _locks.get((found.st_dev, found.st_ino)):
-            return known
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    found = os.fstat(fd)
-    _check_file(path, found)
-    return _locks.setdefault((found.st_dev, found.st_ino), fd)
-
-
-def _locked(fd: int, byte: int) -> bool:
-    """Whether another process holds the byte."""
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, request))[0] != fcntl.F_UNLCK)
-
-
-def _try_lock(fd: int, byte: int) -> bool:
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            return False
-        raise
-    return True
-
-
-def _unlock(fd: int, byte: int) -> None:
-    fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
-
-
-@contextmanager
-def _opening(fd: int) -> Iterator[None]:
-    """One process at a time opens, makes or removes a store."""
-    fcntl.lockf(fd, fcntl.LOCK_EX, 1, _OPENING)
-    try:
-        yield
-    finally:
-        _unlock(fd, _OPENING)
-
-
-def _allocate(path: Path, size: int) -> None:
-    """A new file with all its room: a write behind a full tmpfs's end would be SIGBUS."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    finally:
-        os.close(fd)
-
-
-def _map(path: Path, size: int) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        found = os.fstat(fd)
-        _check_file(path, found)
-        if found.st_size != size:
-            raise ValueError(f"store: {path}: expected {size} bytes, got {found.st_size}; remove the store")
-        return mmap.mmap(fd, size)
-    finally:
-        os.close(fd)
-
-
-def _read_header(directory: Path) -> tuple[int, int, bytes, int] | None:
-    """(granule bytes, granules, boot id, PID namespace); None if there is no store, or one that was never finished."""
-    try:
-        fd = os.open(directory / "table", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        _check_file(directory / "table", os.fstat(fd))
-        content = os.pread(fd, _HEADER.size, 0)
-    finally:
-        os.close(fd)
-    if len(content) < _HEADER.size or not any(content):
-        return None
-    magic, version, granule_bytes, granules, boot_id, pid_namespace, rows, _ = _HEADER.unpack(content)
-    if magic != _MAGIC:
-        raise ValueError(f"store: {directory / 'table'} is no table of a slab")
-    if version != _VERSION or rows != ROWS:
-        raise ValueError(f"store: {directory} is of version {version}, expected {_VERSION}; remove it")
-    return granule_bytes, granules, boot_id, pid_namespace
-
-
-def _write_header(directory: Path, granule_bytes: int, granules: int) -> None:
-    header = _HEADER.pack(_MAGIC, _VERSION, granule_bytes, granules, _boot_id(), _pid_namespace(), ROWS, 0)
-    fd = os.open(directory / "table", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, header, 0)
-    finally:
-        os.close(fd)
-
-
-def _open_env(path: Path, granules: int) -> lmdb.Environment:
-    env = lmdb.open(
-        str(path),
-        map_size=(64 << 20) + (granules << 10),
-        max_dbs=16,
-        max_readers=1024,
-        mode=0o600,
-        sync=False,
-        metasync=False,
-        readahead=False,
-        meminit=False,
-    )
-    if env.info()["last_pgno"] * env.stat()["psize"] > (path / "data.mdb").stat().st_size:
-        env.close()
-        raise ValueError(f"store: {path / 'data.mdb'} ends before its last page; remove the store")
-    return env
-
-
-def _remove_files(directory: Path) -> None:
-    """All of a store but its lock."""
-    for path in directory.glob("checkpoint*"):
-        path.unlink()
-    for name in ("table", "slab"):  # the header first
-        (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / "index", ignore_errors=True)
-
-
 def remove(directory: Path) -> bool:
     """Removes the store in `directory`; False, with nothing done, if a process has it open."""
-    _own_directory(directory)
+    own_directory(directory)
     with _registry:
         if os.path.realpath(directory) in _open:
             return False
-        fd = _lock_file(directory / "lock")
-        with _opening(fd):
-            if any(_locked(fd, row) for row in range(ROWS)):
+        fd = lock_file(directory / "lock")
+        with opening(fd):
+            if any(locked_by_another(fd, row) for row in range(ROWS)):
                 return False
-            _remove_files(directory)
+            remove_files(directory)
     return True
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def shm_directory(name: str) -> Path:
-    """Where the store shm:///name of this user lies."""
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
-        raise ValueError(f"store: expected a name of letters, digits, '.', '_' and '-', got {name!r}")
-    parent = Path(f"/dev/shm/lmcache_mm-{os.geteuid()}")
-    _own_directory(parent)
-    return parent / name
 
 
 # --- Bytes
@@ -916,7 +749,8 @@ def _signed(total: int) -> int:
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def _check_keys(keys: Sequence[bytes]) -> None:
+def check_keys(keys: Sequence[bytes]) -> None:
+    """ValueError for keys of another length than 32 to 64 bytes."""
     for key in keys:
         if not 32 <= len(key) <= 64:
             raise ValueError(f"keys: expected 32 to 64 bytes, got {len(key)}")

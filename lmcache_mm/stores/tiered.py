@@ -1,0 +1,315 @@
+"""tiered: several stores as one, the fastest first: written downwards behind the caller's back, promoted on a hit."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from lmcache_mm import _C
+from lmcache_mm.stores.slab import Slot, check_keys
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores import Buffer, SlotStore, Store
+
+MOST_WAITING = 1 << 16  # records that wait to be written downwards
+MOST_COPIED_BYTES = 256 << 20  # of payloads that wait because the first tier did not take them
+BATCH_BYTES = 16 << 20
+PAUSE_S = 10.0  # how long a tier that failed is left alone
+
+logger = logging.getLogger("lmcache_mm")
+
+
+class _Waiting(NamedTuple):
+    key: bytes
+    payload_bytes: int
+    owner: bytes
+    payload: np.ndarray | None  # None: it is in the first tier
+
+
+class TieredStore:
+    """See `Store`; `tiers`: the stores, the fastest first, which are closed with it.
+
+    A put is in the first tier when it returns, and in the others some time later: what waits is bounded, and lost with
+    the process. `flush` and `close` wait for it. A hit in a slower tier is put into those before it. A tier that raises
+    is left alone for 10 s, as if it held nothing. stats() has the tiers' own as `tier0.hits` and so on.
+    """
+
+    def __init__(self, tiers: Sequence[Store]) -> None:
+        if not tiers:
+            raise ValueError("tiers: expected at least one store, got none")
+        self._tiers = list(tiers)
+        self._pid = os.getpid()
+        self._down_until = [0.0] * len(tiers)
+        self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "promoted", "dropped_puts", "errors"), 0))
+        self._state = threading.Condition()  # guards all below
+        self._waiting: deque[_Waiting] = deque()
+        self._copied_bytes = 0
+        self._writing = False
+        self._batches = 0  # that the writer has done with
+        self._closing = False
+        self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
+        self._writer.start()
+
+    def _ask(self, tier: int, otherwise: Any, method: str, *arguments: Any) -> Any:
+        """What the tier's method returns; `otherwise` if it raises, or has done so a short while ago."""
+        if time.monotonic() < self._down_until[tier]:
+            return otherwise
+        try:
+            return getattr(self._tiers[tier], method)(*arguments)
+        except Exception:
+            logger.warning("tier %d failed and is left alone for %g s", tier, PAUSE_S, exc_info=True)
+            self._down_until[tier] = time.monotonic() + PAUSE_S
+            self._count("errors")
+            return otherwise
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"store: opened in process {self._pid}, used in {os.getpid()}: open it again after a fork"
+            )
+        if self._closing:
+            raise RuntimeError("store: it is closed")
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._state:
+            self._counts[name] += by
+
+    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+        self._check()
+        check_keys(keys)
+        return self._contains(keys, range(len(self._tiers)))
+
+    def _contains(self, keys: Sequence[bytes], tiers: Sequence[int]) -> list[bool]:
+        found = [False] * len(keys)
+        for tier in tiers:
+            missing = [i for i, there in enumerate(found) if not there]
+            if missing:
+                there = self._ask(tier, [False] * len(missing), "contains", [keys[i] for i in missing])
+                for i, is_there in zip(missing, there, strict=True):
+                    found[i] = is_there
+        return found
+
+    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
+        self._check()
+        check_keys(keys)
+        found = [False] * len(keys)
+        for tier in range(len(self._tiers)):
+            missing = [i for i, there in enumerate(found) if not there]
+            if not missing:
+                break
+            wanted, into = [keys[i] for i in missing], [buffers[i] for i in missing]
+            there = self._ask(tier, [False] * len(missing), "get_into", wanted, into, owner)
+            hits = [i for i, is_there in zip(missing, there, strict=True) if is_there]
+            for i in hits:
+                found[i] = True
+            if hits and tier:
+                for above in range(tier):
+                    self._ask(above, None, "put", [keys[i] for i in hits], [buffers[i] for i in hits], owner)
+                self._count("promoted", len(hits))
+        self._count("hits", found.count(True))
+        self._count("misses", found.count(False))
+        return found
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+    ) -> None:
+        self._check()
+        check_keys(keys)
+        self._ask(0, None, "put", keys, buffers, owner, checksums)
+        taken = self._contains(keys, [0])
+        arrays = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
+        self._write_later(
+            _Waiting(key, array.nbytes, owner, None if there else array)
+            for key, array, there in zip(keys, arrays, taken, strict=True)
+        )
+
+    def _write_later(self, records: Iterable[_Waiting]) -> None:
+        if len(self._tiers) == 1:
+            return
+        for record in records:
+            with self._state:
+                copied = 0 if record.payload is None else record.payload_bytes
+                if len(self._waiting) >= MOST_WAITING or self._copied_bytes + copied > MOST_COPIED_BYTES:
+                    self._counts["dropped_puts"] += 1
+                    continue
+                self._copied_bytes += copied
+                kept = record if record.payload is None else record._replace(payload=record.payload.copy())
+                self._waiting.append(kept)
+                self._state.notify_all()
+
+    def _write_behind(self) -> None:
+        staging = np.frombuffer(mmap.mmap(-1, BATCH_BYTES), dtype=np.uint8)
+        while True:
+            with self._state:
+                self._writing = False
+                self._batches += 1
+                self._state.notify_all()
+                self._state.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                self._writing = True
+                batch = [self._waiting.popleft()]
+                room = BATCH_BYTES - batch[0].payload_bytes
+                while self._waiting and self._waiting[0].owner == batch[0].owner:
+                    room -= self._waiting[0].payload_bytes
+                    if room < 0:
+                        break
+                    batch.append(self._waiting.popleft())
+            if batch[0].payload_bytes > len(staging):
+                staging = np.frombuffer(mmap.mmap(-1, batch[0].payload_bytes), dtype=np.uint8)
+            self._write_down(batch, staging)
+            with self._state:
+                self._copied_bytes -= sum(record.payload_bytes for record in batch if record.payload is not None)
+
+    def _write_down(self, batch: list[_Waiting], staging: np.ndarray) -> None:
+        """Writes what waited to the tiers behind the first that lack it."""
+        keys = [record.key for record in batch]
+        lacking = {tier: self._contains(keys, [tier]) for tier in range(1, len(self._tiers))}
+        lacking = {tier: there for tier, there in lacking.items() if not all(there)}
+        if not lacking:
+            return
+        payloads: list[np.ndarray | None] = []
+        begin = 0
+        for record in batch:
+            payload = record.payload
+            if payload is None:
+                payload = staging[begin : begin + record.payload_bytes]
+                begin += record.payload_bytes
+                if not self._ask(0, [False], "get_into", [record.key], [payload])[0]:
+                    payload = None  # evicted meanwhile
+                    self._count("dropped_puts")
+            payloads.append(payload)
+        for tier, there in lacking.items():
+            down = [(k, p) for k, p, t in zip(keys, payloads, there, strict=True) if p is not None and not t]
+            failed = self._ask(tier, True, "put", [k for k, _ in down], [p for _, p in down], batch[0].owner)
+            if failed:  # a put returns None
+                self._count("dropped_puts", len(down))
+
+    def _settle(self, forgotten: Callable[[_Waiting], bool]) -> None:
+        """What waits and is forgotten does not come back: it is dropped, or has been written."""
+        with self._state:
+            for record in [record for record in self._waiting if forgotten(record)]:
+                self._waiting.remove(record)
+                self._copied_bytes -= 0 if record.payload is None else record.payload_bytes
+            batches = self._batches
+            self._state.wait_for(lambda: not self._writing or self._batches > batches)
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self._check()
+        check_keys(keys)
+        gone = set(keys)
+        self._settle(lambda record: record.key in gone)
+        for tier in range(len(self._tiers)):
+            self._ask(tier, None, "delete", keys)
+
+    def forget(self, owner: bytes) -> int:
+        self._check()
+        self._settle(lambda record: record.owner == owner)
+        removed = 0
+        failed = []
+        for tier, store in enumerate(self._tiers):
+            try:
+                removed = max(removed, store.forget(owner))
+            except Exception as error:
+                failed.append(f"tier {tier}: {error}")
+        if failed:
+            raise RuntimeError(f"forget: not everything could be removed: {'; '.join(failed)}")
+        return removed
+
+    def flush(self) -> None:
+        self._check()
+        with self._state:
+            self._state.wait_for(lambda: not self._waiting and not self._writing)
+        for tier in range(len(self._tiers)):
+            self._ask(tier, None, "flush")
+
+    def stats(self) -> Mapping[str, int]:
+        self._check()
+        with self._state:
+            out = {**self._counts, "waiting": len(self._waiting), "capacity_bytes": 0, "used_bytes": 0}
+        for tier in range(len(self._tiers)):
+            of_tier: Mapping[str, int] = self._ask(tier, {}, "stats")
+            out["capacity_bytes"] += of_tier.get("capacity_bytes", 0)
+            out["used_bytes"] += of_tier.get("used_bytes", 0)
+            out |= {f"tier{tier}.{name}": value for name, value in of_tier.items()}
+        return out
+
+    def close(self) -> None:
+        with self._state:
+            if self._closing or os.getpid() != self._pid:
+                return
+            self._closing = True
+            self._state.notify_all()
+        self._writer.join()
+        for tier in range(len(self._tiers)):
+            self._ask(tier, None, "close")
+
+
+class TieredSlotStore(TieredStore):
+    """Over a first tier whose slots can be used in place; see `SlotStore`. What is lent and found further down is read
+    into a slot of the first tier."""
+
+    def __init__(self, tiers: Sequence[Store]) -> None:
+        super().__init__(tiers)
+        self._first: SlotStore = tiers[0]  # type: ignore[assignment]
+
+    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+        self._check()
+        slots = self._first.lend(keys, sizes)
+        missing = [i for i, slot in enumerate(slots) if slot is None]
+        if missing:
+            self._promote([keys[i] for i in missing], [sizes[i] for i in missing], owner)
+            again = self._first.lend([keys[i] for i in missing], [sizes[i] for i in missing])
+            for i, slot in zip(missing, again, strict=True):
+                slots[i] = slot
+        self._count("misses", slots.count(None))
+        self._count("hits", len(slots) - slots.count(None))
+        return slots
+
+    def _promote(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes) -> None:
+        for tier in range(1, len(self._tiers)):
+            there = self._contains(keys, [tier])
+            wanted = [i for i, is_there in enumerate(there) if is_there]
+            if not wanted:
+                continue
+            reserved = self._first.reserve([keys[i] for i in wanted], [sizes[i] for i in wanted], owner)
+            slots = [slot for slot in reserved if slot]
+            views = [self.view(slot) for slot in slots]
+            found = self._ask(tier, [False] * len(slots), "get_into", [slot.key for slot in slots], views, owner)
+            good = [slot for slot, is_there in zip(slots, found, strict=True) if is_there]
+            self._first.abandon([slot for slot, is_there in zip(slots, found, strict=True) if not is_there])
+            self._first.publish(good, [_C.checksum(self.view(s).ctypes.data, s.payload_bytes) for s in good])
+            self._count("promoted", len(good))
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        self._first.release(slots)
+
+    def discard(self, slot: Slot) -> None:
+        self._first.discard(slot)
+
+    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+        self._check()
+        return self._first.reserve(keys, sizes, owner)
+
+    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
+        self._first.publish(slots, checksums)
+        self._write_later(_Waiting(slot.key, slot.payload_bytes, slot.owner, None) for slot in slots)
+
+    def abandon(self, slots: Sequence[Slot]) -> None:
+        self._first.abandon(slots)
+
+    def view(self, slot: Slot) -> np.ndarray:
+        view: np.ndarray = self._first.view(slot)
+        return view

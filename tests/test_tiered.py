@@ -1,0 +1,223 @@
+"""tiered: stores: written downwards, promoted upwards, one tier down."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from lmcache_mm.stores import SlotStore, open_store, tiered
+from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.tiered import TieredStore
+from test_stores import OWNER, get, key, new_store, payload
+
+
+class Gate(MemStore):
+    """A store whose puts wait while the gate is shut, and that fails while it is broken."""
+
+    def __init__(self, capacity=1 << 20):
+        super().__init__(capacity)
+        self.open = threading.Event()
+        self.open.set()
+        self.broken = False
+
+    def _look(self):
+        if self.broken:
+            raise ConnectionError("down")
+
+    def contains(self, keys):
+        self._look()
+        return super().contains(keys)
+
+    def get_into(self, keys, buffers, owner=b""):
+        self._look()
+        return super().get_into(keys, buffers, owner)
+
+    def put(self, *arguments):
+        self.open.wait(10)
+        self._look()
+        super().put(*arguments)
+
+    def forget(self, owner):
+        self._look()
+        return super().forget(owner)
+
+
+@pytest.fixture
+def tiers():
+    return [Gate(), Gate(4 << 20)]
+
+
+@pytest.fixture
+def store(tiers):
+    store = TieredStore(tiers)
+    yield store
+    for tier in tiers:
+        tier.open.set()
+    store.close()
+
+
+def test_a_put_returns_before_the_lower_tier_has_it(store, tiers):
+    tiers[1].open.clear()
+    store.put([key(1), key(2)], [payload(1), payload(2)])
+    assert get(store, 1) == payload(1)
+    assert store.stats()["tier1.records"] == 0
+    tiers[1].open.set()
+    store.flush()
+    assert tiers[1].contains([key(1), key(2)]) == [True, True]
+    assert get(tiers[1], 2) == payload(2)
+
+
+def test_a_hit_below_is_promoted_with_its_owner(store, tiers):
+    tiers[1].put([key(1)], [payload(1)])
+    buffer = bytearray(100)
+    assert store.contains([key(1)]) == [True]
+    assert store.get_into([key(1)], [buffer], OWNER) == [True]
+    assert buffer == payload(1)
+    assert get(tiers[0], 1) == payload(1)
+    assert store.stats()["promoted"] == 1
+    assert tiers[0].forget(OWNER) == 1
+
+
+def test_what_the_first_tier_evicted_is_found_below(store, tiers):
+    for i in range(25):
+        store.put([key(i)], [payload(i, 100_000)])
+        store.flush()
+    assert not all(tiers[0].contains([key(i) for i in range(25)]))
+    for i in range(25):
+        assert get(store, i, 100_000) == payload(i, 100_000)
+
+
+def test_what_is_too_large_for_the_first_tier_goes_below(store, tiers):
+    store.put([key(1)], [payload(1, 2 << 20)])
+    store.flush()
+    assert store.contains([key(1)]) == [True]
+    assert get(store, 1, 2 << 20) == payload(1, 2 << 20)
+
+
+@pytest.mark.parametrize("down", [0, 1])
+def test_a_tier_that_fails_is_left_alone_and_the_other_goes_on(store, tiers, down, monkeypatch, caplog):
+    store.put([key(1)], [payload(1)])
+    store.flush()
+    tiers[down].broken = True
+    assert get(store, 1) == payload(1) or down == 1
+    store.put([key(2)], [payload(2)])
+    store.flush()
+    assert get(store, 2) == payload(2)
+    assert get(store, 1) == payload(1)
+    assert 1 <= store.stats()["errors"] <= 2
+    assert len([r for r in caplog.records if "is left alone for 10 s" in r.message]) == store.stats()["errors"]
+    tiers[down].broken = False
+    now = tiered.time.monotonic()
+    monkeypatch.setattr(tiered.time, "monotonic", lambda: now + 11)
+    store.put([key(3)], [payload(3)])
+    store.flush()
+    assert get(tiers[0], 3) == get(tiers[1], 3) == payload(3)
+
+
+def test_what_waits_is_bounded_and_what_is_dropped_is_counted(store, tiers, monkeypatch):
+    monkeypatch.setattr(tiered, "MOST_WAITING", 4)
+    tiers[1].open.clear()
+    for i in range(10):
+        store.put([key(i)], [payload(i)])
+    stats = store.stats()
+    assert stats["waiting"] == 4
+    assert 5 <= stats["dropped_puts"] <= 6
+    tiers[1].open.set()
+    store.flush()
+    assert 4 <= tiers[1].stats()["records"] <= 5
+
+
+def test_copies_that_wait_are_bounded(store, tiers, monkeypatch):
+    monkeypatch.setattr(tiered, "MOST_COPIED_BYTES", 5 << 20)
+    tiers[1].open.clear()
+    for i in range(4):
+        store.put([key(i)], [payload(i, 2 << 20)])  # too large for the first
+    assert store.stats()["dropped_puts"] == 2
+    tiers[1].open.set()
+    store.flush()
+    store.put([key(5)], [payload(5, 2 << 20)])
+    store.flush()
+    assert store.contains([key(0), key(1), key(5)]) == [False, True, True]
+
+
+def test_what_is_forgotten_or_deleted_does_not_come_back(store, tiers):
+    tiers[1].open.clear()
+    store.put([key(1), key(2)], [payload(1), payload(2)], OWNER)
+    store.put([key(3)], [payload(3)], OWNER)
+    store.put([key(4)], [payload(4)])
+    threading.Timer(0.2, tiers[1].open.set).start()
+    assert store.forget(OWNER) == 3
+    store.delete([key(4)])
+    store.flush()
+    assert not any(store.contains([key(i) for i in range(1, 5)]))
+
+
+def test_forget_says_so_when_a_tier_could_not_be_asked(store, tiers):
+    store.put([key(1)], [payload(1)], OWNER)
+    store.flush()
+    tiers[1].broken = True
+    with pytest.raises(RuntimeError, match="forget: not everything could be removed: tier 1: down"):
+        store.forget(OWNER)
+    assert tiers[0].contains([key(1)]) == [False]
+
+
+def test_closing_writes_what_waits(tiers):
+    store = TieredStore(tiers)
+    tiers[1].open.clear()
+    store.put([key(1)], [payload(1)])
+    threading.Timer(0.2, tiers[1].open.set).start()
+    seen = []
+    tiers[1].close = lambda: seen.append(get(tiers[1], 1))
+    store.close()
+    assert seen == [payload(1)]
+    with pytest.raises(RuntimeError, match="it is closed"):
+        store.contains([key(1)])
+
+
+def test_slots_of_the_first_tier_are_lent_promoted_and_written_down(tmp_path):
+    store, remove = new_store("shm,file", tmp_path)
+    assert isinstance(store, SlotStore)
+    shm, file = store._tiers
+    slots = store.reserve([key(1), key(2)], [5000, 70_000], OWNER)
+    for i, slot in enumerate(slots, start=1):
+        store.view(slot)[:] = np.frombuffer(payload(i, slot.payload_bytes), np.uint8)
+    store.publish(slots, [0, 0])  # wrong checksums: never written down
+    store.flush()
+    assert file.contains([key(1), key(2)]) == [False, False]
+    store.delete([key(1), key(2)])
+    store.put([key(1), key(2)], [payload(1, 5000), payload(2, 70_000)], OWNER)
+    store.flush()
+    assert file.contains([key(1), key(2)]) == [True, True]
+    shm.delete([key(1)])
+    lent = store.lend([key(1), key(9), key(2)], [5000, 5000, 70_000], OWNER)
+    assert bytes(store.view(lent[0])) == payload(1, 5000)
+    assert lent[1] is None
+    assert bytes(store.view(lent[2])) == payload(2, 70_000)
+    assert store.stats()["promoted"] == 1
+    store.release([slot for slot in lent if slot])
+    assert shm.forget(OWNER) == 2
+    assert file.forget(OWNER) == 2
+    assert shm.stats()["pending"] == file.stats()["pending"] == 0
+    remove()
+
+
+def test_a_list_of_urls_is_tiers_and_one_that_does_not_open_leaves_none_open(tmp_path):
+    with pytest.raises(ValueError, match="there is none in"):
+        open_store([f"file://{tmp_path}/a?capacity=1MiB", f"file://{tmp_path}/b"])
+    store = open_store([f"file://{tmp_path}/a?capacity=1MiB", "mem://?capacity=1MiB"])
+    assert store.stats()["tier0.processes"] == 1
+    store.close()
+
+
+def test_tiers_are_not_carried_over_a_fork(store):
+    child = os.fork()
+    if child == 0:
+        try:
+            store.contains([key(1)])
+        except RuntimeError as error:
+            os._exit(0 if "open it again after a fork" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
