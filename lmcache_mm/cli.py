@@ -3,9 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
+from contextlib import closing
 
 from lmcache_mm import demo
+from lmcache_mm.stores import Store, open_store, slab, slab_directory
+
+# Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
+COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
+
+
+def stat(args: argparse.Namespace) -> int:
+    """Prints a store's own figures, a line each."""
+    store = _open(args.url)
+    if store is None:
+        return 2
+    with closing(store):
+        for name, value in store.stats().items():
+            if name.rpartition(".")[2] not in COUNTERS:
+                print(f"{name:16} {value}" + (f"  ({_readable(value)})" if name.endswith("_bytes") else ""))
+    return 0
+
+
+def clear(args: argparse.Namespace) -> int:
+    """Empties a store, and removes it if it is a slab that nobody has open."""
+    try:
+        kind, directory = slab_directory(args.url)
+        if not os.path.lexists(directory):
+            raise ValueError(f"store: there is none in {directory}")
+        if slab.remove(directory):
+            print(f"removed {directory}")
+            return 0
+        with closing(kind.open(directory, None)) as store:
+            print(f"{store.clear()} records removed; {directory} stays, for processes have it open")
+    except (ValueError, OSError, RuntimeError) as error:
+        return _complain(error)
+    return 0
+
+
+def _open(url: str) -> Store | None:
+    try:
+        return open_store(url)
+    except (ValueError, OSError, RuntimeError) as error:
+        _complain(error)
+        return None
+
+
+def _complain(error: Exception) -> int:
+    print(f"python -m lmcache_mm: {error}", file=sys.stderr)
+    return 2
+
+
+def _readable(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,5 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo_parser = commands.add_parser("demo", help=demo_help, formatter_class=argparse.RawDescriptionHelpFormatter)
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+    for name, run, text in (
+        ("stat", stat, "what a store holds"),
+        ("clear", clear, "remove everything from a store, and a shm: or file: store itself if no process has it open"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("url", metavar="URL", help="such as shm:///NAME or file:///DIR, capacity may be left out")
+        command.set_defaults(run=run)
     args = parser.parse_args(arguments)
     return int(args.run(args))

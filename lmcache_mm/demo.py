@@ -76,6 +76,7 @@ exit status: 0 all answers equal; 1 an answer with keys from content differs; 2 
 examples:
   python -m lmcache_mm demo
   python -m lmcache_mm demo --model Qwen/Qwen2-VL-2B-Instruct --device cuda --image cat.jpg dog.jpg
+  python -m lmcache_mm demo --store 'shm:///demo?capacity=1GiB'
   python -m lmcache_mm demo --random-weights qwen2-vl-2b --device cuda --json rows.json"""
 
 
@@ -116,6 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=_at_least(28), default=896, metavar="PIXELS", help=text)
     text = "length at which answers end at the latest (default: %(default)s)"
     add("--max-new-tokens", type=_at_least(1), default=16, metavar="N", help=text)
+    text = "keep KV in this store, such as shm:///demo?capacity=1GiB, and use what an earlier run left there; the rows "
+    text += "with raw token ids never do (default: a store of this run's own)"
+    add("--store", metavar="URL", help=text)
     add("--json", type=Path, metavar="FILE", help="write the rows to this file")
 
 
@@ -153,6 +157,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("loading the model", total=None)
         demo = _Demo(args, device, dtype, photographs)
+        if args.store:
+            demo.try_store()
         console.print(demo.headline(), highlight=False, markup=False)
         progress.update(task, total=1 + 2 * len(demo.queries), description="warm-up")
 
@@ -194,6 +200,7 @@ class _Demo:
 
         self.model, self.processor, self.model_name, self.weights = _load_model(args, device, dtype)
         self.max_new_tokens: int = args.max_new_tokens
+        self.store: str | None = args.store
         self.exact = device.type == "cpu" and dtype == torch.float32
         (first_name, first), (second_name, second), *others = photographs
         about_first, text_only = self._request(first, QUESTION), self._request(TEXT_ONLY)
@@ -235,14 +242,17 @@ class _Demo:
 
     def warm_up(self) -> None:
         """Asks about a grey image twice, so that lazy initialisation is over, with a store that no row sees."""
-        with self._open_cache([self.warm_up_request]) as cache:
+        with self._open_cache([self.warm_up_request], None) as cache:
             for _ in range(2):
                 self._ask("warm-up", self.warm_up_request, cache, True)
 
     def ask_all(self, by_content: bool, advance: Callable[[str], None]) -> tuple[list[Row], list[str]]:
-        """All rows with a store that is empty at first, and a sentence for each wrong answer."""
+        """All rows, with the user's store if keys are from content and else with one that is empty at first, and a
+        sentence for each wrong answer."""
         rows, mistakes = [], []
-        with self._open_cache([request for _, request in self.queries]) as cache:
+        # What raw token ids name is wrong in any store that others use.
+        store = self.store if by_content else None
+        with self._open_cache([request for _, request in self.queries], store) as cache:
             for query, request in self.queries:
                 advance(query if by_content else f"{query} (raw token ids)")
                 row, answer, expected = self._ask(query, request, cache, by_content)
@@ -251,14 +261,20 @@ class _Demo:
                     mistakes.append(f"{query}: answered {self._quote(answer)} instead of {self._quote(expected)}")
         return rows, mistakes
 
-    def _open_cache(self, requests: list[Request]) -> lmc.KVCache:
+    def try_store(self) -> None:
+        try:
+            self._open_cache([], self.store).close()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise _Misuse(f"--store: {error}") from error
+
+    def _open_cache(self, requests: list[Request], store: str | None) -> lmc.KVCache:
         kv_caches = self.loop.kv_caches
         # Room for all records: of each prompt the whole chunks, and those that end with its image and with itself.
         chunks = sum(-(-len(request.token_ids) // CHUNK_TOKENS) + 2 for request in requests)
         chunk_bytes = CHUNK_TOKENS // PAGE_TOKENS * sum(pages[0].nbytes for pages in kv_caches)
         return lmc.KVCache(
             lmc.KVLayout.from_tensors(kv_caches, page_tokens=PAGE_TOKENS, page_dim=0, token_dim=2),
-            store=f"mem://?capacity={2 + 2 * chunks * chunk_bytes // 2**20}MiB",
+            store=store or f"mem://?capacity={2 + 2 * chunks * chunk_bytes // 2**20}MiB",
             namespace=lmc.Namespace(model=self.model_name, weights=self.weights, dtype=self.loop.dtype),
             chunk_tokens=CHUNK_TOKENS,
         )

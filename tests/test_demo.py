@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import io
 import json
+import subprocess
 import sys
 
 import pytest
@@ -130,6 +131,21 @@ def test_images_of_ones_own_are_named_by_their_files(tmp_path, capsys):
     assert "b.jpg: the same text" in output
 
 
+def test_a_second_process_starts_warm_from_the_store_of_the_first(tmp_path):
+    command = [sys.executable, "-m", "lmcache_mm", "demo", "--image-size", "196", "--max-new-tokens", "2"]
+    store = f"file://{tmp_path}/store?capacity=64MiB"
+    hits = []
+    for run in ("first", "second"):
+        report = tmp_path / f"{run}.json"
+        subprocess.run([*command, "--store", store, "--json", report], check=True, capture_output=True, timeout=300)
+        rows = json.loads(report.read_text())
+        assert all(row["equal"] for row in rows["rows"])
+        assert rows["raw_id_rows"][0]["kv_hits"] == 0  # raw token ids never touch the store
+        hits.append([row["total_tokens"] - row["kv_hits"] for row in rows["rows"]])
+    assert hits[0][0] > 1
+    assert hits[1] == [1] * 8
+
+
 def test_the_exit_status_is_1_if_identifiers_do_not_tell_images_apart(monkeypatch, capsys):
     monkeypatch.setattr(demo, "_identifier", lambda image: "an image")
     assert run_demo("--image-size", 224) == 1
@@ -161,6 +177,8 @@ def test_wrong_usage_is_answered_by_status_2_and_what_was_expected(tmp_path, cap
         (["--image", no_image], "expected two files or more, got 1"),
         (["--image", no_image, no_image], "cannot read"),
         (["--image", tmp_path / "none.jpg", no_image], "none.jpg"),
+        (["--store", "nix"], "--store: store: expected a URL that begins with"),
+        (["--store", "mem://?capacity=64KiB"], "expected a capacity of at least a chunk's"),
         (["--device", "tpu"], "expected cpu, cuda or cuda:N, got tpu"),
         (["--model", tmp_path / "none"], "expected a directory or a hub id"),
         (["--model", no_model], "no model configuration"),

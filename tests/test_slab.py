@@ -64,6 +64,14 @@ store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), None)
 """
 
 
+LATE = """
+import sys, pathlib
+from lmcache_mm.stores import slab
+print("opening", flush=True)
+store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), 1 << 20)
+print("open", flush=True)
+sys.stdin.read()
+"""
 HOLD = IN_ANOTHER + "print('held', flush=True); sys.stdin.read()"
 
 
@@ -544,8 +552,24 @@ def test_a_store_is_removed_only_when_nobody_has_it_open(kind, directory):
     assert slab.remove(directory) is False
     store.close()
     assert slab.remove(directory) is True
-    assert os.listdir(directory) == ["lock"]
+    assert not directory.exists()
     kind.open(directory, 2 * MIB)
+
+
+def test_whoever_waited_for_a_store_that_is_removed_makes_it_anew(kind, directory):
+    kind.open(directory, MIB).close()
+    with slab.opening(directory):
+        late = subprocess.Popen(
+            [sys.executable, "-c", LATE, kind.__name__, directory], stdout=subprocess.PIPE, stdin=subprocess.PIPE
+        )
+        assert late.stdout.readline() == b"opening\n"
+        time.sleep(0.3)
+        slab.remove_files(directory)
+        (directory / "lock").unlink()
+        directory.rmdir()
+    assert late.stdout.readline() == b"open\n"
+    assert kind.open(directory, MIB).stats()["processes"] == 2
+    late.communicate()
 
 
 @pytest.fixture

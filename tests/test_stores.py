@@ -39,10 +39,7 @@ def new_store(scheme, folder, capacity="1MiB", options=""):
         for url in urls:
             if url.startswith("mem:"):
                 continue
-            directory = slab_directory(url)[1]
-            assert slab.remove(directory)
-            (directory / "lock").unlink()
-            directory.rmdir()
+            assert slab.remove(slab_directory(url)[1])
 
     return store, remove
 

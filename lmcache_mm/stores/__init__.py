@@ -139,6 +139,8 @@ def _open_slab(url: str) -> Store:
 
 def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
     """The kind of slab that a shm: or file: URL names, and the directory that it lies in."""
+    if not url.startswith(("shm://", "file://")):
+        raise ValueError(f"store: expected shm:///NAME or file:///DIR, got {url!r}")
     path, _ = _split(url, SLAB_OPTIONS)
     if url.startswith("shm:"):
         if not path.startswith("/"):

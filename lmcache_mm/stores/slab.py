@@ -36,13 +36,11 @@ from lmcache_mm.stores.slab_files import (
     boot_id,
     check_file,
     granules_of,
-    lock_file,
     locked_by_another,
     map_file,
     no_store,
     open_env,
     opening,
-    own_directory,
     pid_namespace,
     read_header,
     remove_files,
@@ -151,9 +149,7 @@ class SlabStore:
             raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         if capacity is None and not os.path.lexists(directory):
             raise no_store(directory)
-        own_directory(directory)
-        self._lock_fd = lock_file(directory / "lock")
-        with opening(self._lock_fd):
+        with opening(directory) as self._lock_fd:
             self._take_over(capacity)
         self._open_slab()
 
@@ -718,16 +714,17 @@ class FileStore(SlabStore):
 
 
 def remove(directory: Path) -> bool:
-    """Removes the store in `directory`; False, with nothing done, if a process has it open."""
-    own_directory(directory)
+    """Removes the store in `directory`, and that; False, with nothing done, if a process has it open."""
     with _registry:
         if os.path.realpath(directory) in _open:
             return False
-        fd = lock_file(directory / "lock")
-        with opening(fd):
+        with opening(directory) as fd:
             if any(locked_by_another(fd, row) for row in range(ROWS)):
                 return False
             remove_files(directory)
+            (directory / "lock").unlink()
+            with suppress(OSError):
+                directory.rmdir()  # stays if there is something else in it
     return True
 
 

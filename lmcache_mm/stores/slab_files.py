@@ -103,13 +103,25 @@ def unlock(fd: int, byte: int) -> None:
 
 
 @contextmanager
-def opening(fd: int) -> Iterator[None]:
-    """One process at a time opens, makes or removes a store."""
-    fcntl.lockf(fd, fcntl.LOCK_EX, 1, _OPENING)
+def opening(directory: Path) -> Iterator[int]:
+    """One process at a time opens, makes or removes the store in a directory, which is made; gives its lock file."""
+    while True:
+        own_directory(directory)
+        fd = lock_file(directory / "lock")
+        fcntl.lockf(fd, fcntl.LOCK_EX, 1, _OPENING)
+        try:
+            if _is_at(fd, directory / "lock"):  # else whoever had it before removed it
+                yield fd
+                return
+        finally:
+            unlock(fd, _OPENING)
+
+
+def _is_at(fd: int, path: Path) -> bool:
     try:
-        yield
-    finally:
-        unlock(fd, _OPENING)
+        return os.path.samestat(os.fstat(fd), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def allocate(path: Path, size: int) -> None:
