@@ -63,13 +63,40 @@ def copies(benchmarks: list[dict[str, Any]]) -> str:
 
 
 def cache(benchmarks: list[dict[str, Any]]) -> str:
+    cells: dict[str, list[str]] = {}
+    stores: list[str] = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "store" not in facts:
+            continue
+        if facts["store"] not in stores:
+            stores.append(facts["store"])
+        peer = facts.get("peers_s", {}).get("memcpy")
+        share = f" ({peer / median:.0%})" if peer else ""
+        cells.setdefault(one["name"].partition("[")[0].removeprefix("test_"), []).append(seconds(median) + share)
+    headings = ["KVCache, 4,096 tokens of Qwen2-VL-2B (speed as a share of memcpy's)"]
+    return table([*headings, *(f"{store}:" for store in stores)], [[name, *row] for name, row in cells.items()])
+
+
+def stores(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
         facts, median = one["extra_info"], one["stats"]["median"]
-        if one["name"] in ("test_match", "test_retrieve", "test_store"):
-            peer = facts.get("peers_s", {}).get("memcpy")
-            rows.append([one["name"].removeprefix("test_"), seconds(median), f"{peer / median:.0%}" if peer else ""])
-    return table(["KVCache, mem://, 4,096 tokens of Qwen2-VL-2B", "time", "share of one memcpy"], rows)
+        if "p99_s" in facts:
+            name = "shm: match of 128 keys" + (", another process writing" if facts["writer"] else "")
+            rows.append([name, seconds(median), f"p99 {seconds(facts['p99_s'])}"])
+        elif "disk" in facts:
+            share = facts["peers_s"]["plain O_DIRECT"] / median
+            rows.append([f"file: {facts['disk']}", speed(facts["bytes"] / median), f"{share:.0%} of plain O_DIRECT"])
+        elif "processes" in facts:
+            count = facts["processes"]
+            name = f"shm: {count} process{'es' * (count > 1)} reading at once"
+            rows.append([name, speed(facts["bytes"] / median), ""])
+    return table(["stores, records of 7 MiB", "median", ""], rows)
+
+
+def speed(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"
 
 
 def report(path: Path) -> str:
@@ -77,7 +104,7 @@ def report(path: Path) -> str:
     machine = results["machine_info"]["lmcache_mm"]
     place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
     heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache)]
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores)]
     gpu = "**GPU: not measured yet.**\n" if machine["gpu"] is None else ""
     return "\n".join(part for part in (heading, *parts, gpu) if part)
 
