@@ -235,6 +235,22 @@ PYBIND11_MODULE(_C, m) {
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("expected"),
       py::arg("matches"), py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
 
+  m.def(
+      "cuda_register_host",
+      [](int device, u64 address, u64 bytes, u64 piece_bytes) {
+        cuda::register_host(device, reinterpret_cast<void*>(address), bytes, piece_bytes);
+      },
+      py::arg("device"), py::arg("address"), py::arg("bytes"), py::arg("piece_bytes"),
+      py::call_guard<py::gil_scoped_release>());
+
+  m.def(
+      "cuda_unregister_host",
+      [](int device, u64 address, u64 bytes, u64 piece_bytes) {
+        cuda::unregister_host(device, reinterpret_cast<void*>(address), bytes, piece_bytes);
+      },
+      py::arg("device"), py::arg("address"), py::arg("bytes"), py::arg("piece_bytes"),
+      py::call_guard<py::gil_scoped_release>());
+
   m.def("cuda_devices", [] {
     std::string why;
     const int count = cuda::device_count(why);

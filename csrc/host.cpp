@@ -257,7 +257,6 @@ void add_lanes(LaneSums& sums, const u8* payload, u64 bytes, u64 first) {
 
 }  // namespace
 
-
 u64 checksum_part(const u8* part, u64 bytes, u64 offset, u64 payload_bytes) {
   LaneSums sums;
   add_lanes(sums, part, bytes, offset / kLaneBytes);

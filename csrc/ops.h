@@ -93,6 +93,12 @@ void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks
 void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, const u64* expected,
              bool* matches, const Launch& launch);
 
+// Pins host memory for transfers of all devices, in pieces, none of which is longer than `piece_bytes`: drivers refuse
+// very long ones, and a transfer must not cross the end of one. Throws std::runtime_error, with nothing pinned, if a
+// piece cannot be. Unregister what was registered before it is unmapped, and when no transfer uses it.
+void register_host(int device, void* address, u64 bytes, u64 piece_bytes);
+void unregister_host(int device, void* address, u64 bytes, u64 piece_bytes);
+
 // How many GPUs there are; 0, with `why` set, when there is no driver or it is too old for this build.
 int device_count(std::string& why);
 

@@ -89,6 +89,8 @@ class KVCache:
         self._staging_bytes = 0
         if not isinstance(self.backend, SlotStore):
             self._staging_bytes = max(STAGING_BYTES, _whole_pages(largest))
+        elif layout.device.type == "cuda":
+            self.backend.register(layout.device.index)
         self._load_staging, self._store_staging = (_staging(self._staging_bytes, layout.device) for _ in range(2))
         self._loads = ThreadPoolExecutor(1, "lmcache_mm load")
         self._stores = ThreadPoolExecutor(1, "lmcache_mm store")

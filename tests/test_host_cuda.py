@@ -433,7 +433,7 @@ class Builds:
         return self._program("driver", sanitizer, [HOST_CUDA / "driver.cpp", *kernels])
 
     def selftest(self, sanitizer: str) -> Path:
-        return self._program("selftest", sanitizer, [HOST_CUDA / "selftest.cu"])
+        return self._program("selftest", sanitizer, [HOST_CUDA / "selftest.cu", REPO / "csrc" / "host_memory.cu"])
 
     def mutants(self, sanitizer: str) -> Path:
         csrc = self.folder / "mutants"
@@ -503,6 +503,7 @@ RIGHT = [
     *(
         "host_function_runs_in_its_place",
         "registered_memory_is_pinned",
+        "host_memory_is_registered_in_pieces",
         "errors_are_those_of_cuda",
         "vote",
         "add_to_same_word",

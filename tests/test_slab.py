@@ -293,6 +293,29 @@ def test_waste_is_at_most_a_tenth_on_a_mix_of_chunks_and_tails(directory):
     assert np.mean(shares) >= 0.9, np.mean(shares)
 
 
+def test_the_slab_is_registered_once_in_pieces_of_a_segment(directory, monkeypatch):
+    """With a stand-in for the driver: what a GPU makes of it has not been seen."""
+    calls = []
+
+    def registered(device, address, size, piece):
+        calls.append((device, address, size, piece))
+        if len(calls) == 1:
+            raise RuntimeError("register_host: cudaErrorMemoryAllocation: out of memory")
+
+    monkeypatch.setattr(slab._C, "cuda_register_host", registered, raising=False)
+    monkeypatch.setattr(slab._C, "cuda_unregister_host", lambda *call: calls.append(call), raising=False)
+    store = ShmStore.open(directory, MIB)
+    with pytest.warns(UserWarning, match="cannot be pinned, transfers are slower: register_host: .*out of memory"):
+        store.register(3)
+    store.register(3)
+    store.register(3)
+    store.close()
+    assert len(calls) == 3
+    assert calls[0] == calls[1] == calls[2]
+    assert calls[1][0] == 3
+    assert calls[1][2:] == (MIB, 1 << 30)
+
+
 # --- Owners
 
 

@@ -43,13 +43,14 @@ from lmcache_mm.stores.slab_files import (
     opening,
     pid_namespace,
     read_header,
+    registering,
     remove_files,
     sync_directory,
     try_lock,
     unlock,
     write_header,
 )
-from lmcache_mm.stores.slab_index import NO_OWNER, Change, Index, Record, boot_clock
+from lmcache_mm.stores.slab_index import NO_OWNER, SEGMENT_BYTES, Change, Index, Record, boot_clock
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -516,6 +517,7 @@ class ShmStore(SlabStore):
 
     def _open_slab(self) -> None:
         self._slab = np.frombuffer(map_file(self.directory / "slab", self.capacity), dtype=np.uint8)
+        self._registered_on: int | None = None
         self._closing, self._mapped = threading.Event(), threading.Event()
         self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
         self._mapper.start()
@@ -533,7 +535,26 @@ class ShmStore(SlabStore):
     def _close_slab(self) -> None:
         self._closing.set()
         self._mapper.join()
+        if self._registered_on is not None:
+            with suppress(RuntimeError):  # the device is gone, and with it what it had pinned
+                _C.cuda_unregister_host(self._registered_on, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
         del self._slab  # unmapped when the last view is gone
+
+    def register(self, device: int) -> None:
+        """Pins the slab for transfers to and from GPUs, until the store is closed; once a process, however often it is
+        asked for. Takes long, some seconds for tens of GiB. Warns where it cannot be done: transfers are slower then.
+        """
+        self._check()
+        if self._registered_on is not None:
+            return
+        with registering(self._lock_fd):  # drivers run out of memory when processes pin at once
+            try:
+                _C.cuda_register_host(device, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
+                self._registered_on = device
+            except RuntimeError as error:
+                warnings.warn(
+                    f"{self.directory}: its memory cannot be pinned, transfers are slower: {error}", stacklevel=2
+                )
 
     def view(self, slot: Slot) -> np.ndarray:
         """The bytes of a slot, uint8, in place: to be used only while it is lent or reserved."""

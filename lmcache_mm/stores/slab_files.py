@@ -23,6 +23,7 @@ ROWS = 64  # processes that may have a store open
 _HEADER = struct.Struct("<8sIIQ16sQII")
 _MAGIC, _VERSION = b"lmcmm\0\r\n", 1
 _OPENING = ROWS  # the byte of the lock file that is held while a store is opened or removed
+_REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
 _FLOCK = struct.Struct("@hhqqi4x")
 
 # The locks of all stores that this process ever had open: closing any descriptor of a file would end all POSIX locks
@@ -115,6 +116,16 @@ def opening(directory: Path) -> Iterator[int]:
                 return
         finally:
             unlock(fd, _OPENING)
+
+
+@contextmanager
+def registering(fd: int) -> Iterator[None]:
+    """One process at a time registers the slab with a GPU."""
+    fcntl.lockf(fd, fcntl.LOCK_EX, 1, _REGISTERING)
+    try:
+        yield
+    finally:
+        unlock(fd, _REGISTERING)
 
 
 def _is_at(fd: int, path: Path) -> bool:

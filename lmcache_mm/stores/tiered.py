@@ -310,6 +310,9 @@ class TieredSlotStore(TieredStore):
     def abandon(self, slots: Sequence[Slot]) -> None:
         self._first.abandon(slots)
 
+    def register(self, device: int) -> None:
+        self._first.register(device)
+
     def view(self, slot: Slot) -> np.ndarray:
         view: np.ndarray = self._first.view(slot)
         return view

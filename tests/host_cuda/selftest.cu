@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "ops.h"
 
 using namespace lmc;
 
@@ -266,6 +267,32 @@ void registered_memory_is_pinned() {
   expect(cudaGetLastError() == cudaErrorHostMemoryAlreadyRegistered && cudaPeekAtLastError() == cudaSuccess);
 }
 
+void host_memory_is_registered_in_pieces() {
+  std::vector<u32> words(100, 9);
+  lmc::cuda::register_host(1, words.data(), 400, 160);
+  expect(cudaHostRegister(words.data() + 99, 4, 0) == cudaErrorHostMemoryAlreadyRegistered);
+  for (const int first : {0, 40, 80}) expect(cudaHostUnregister(words.data() + first) == cudaSuccess);
+  expect(cudaHostUnregister(words.data() + 1) == cudaErrorHostMemoryNotRegistered);
+
+  lmc::cuda::register_host(0, words.data(), 400, 160);
+  lmc::cuda::unregister_host(1, words.data(), 400, 160);
+  check(cudaHostRegister(words.data() + 80, 4, cudaHostRegisterDefault));  // in the way of the last piece
+  cudaGetLastError();
+  bool thrown = false;
+  try {
+    lmc::cuda::register_host(0, words.data(), 400, 160);
+  } catch (const std::runtime_error& error) {
+    thrown = std::string(error.what()).find("register_host: cudaErrorHostMemoryAlreadyRegistered") == 0;
+  }
+  expect(thrown);
+  expect(cudaGetLastError() == cudaSuccess);
+  expect(cudaHostUnregister(words.data()) == cudaErrorHostMemoryNotRegistered);
+  expect(cudaHostUnregister(words.data() + 80) == cudaSuccess);
+  int device = -1;
+  check(cudaGetDevice(&device));
+  expect(device == 0);
+}
+
 void errors_are_those_of_cuda() {
   u32* out = on_device<u32>(1);
   const auto launched = [&](u32 blocks, u32 threads, u32 shared_bytes, cudaStream_t stream) {
@@ -314,6 +341,7 @@ int main(int, char** argv) {
       {"event_means_its_last_record", event_means_its_last_record},
       {"host_function_runs_in_its_place", host_function_runs_in_its_place},
       {"registered_memory_is_pinned", registered_memory_is_pinned},
+      {"host_memory_is_registered_in_pieces", host_memory_is_registered_in_pieces},
       {"errors_are_those_of_cuda", errors_are_those_of_cuda},
       {"vote",
        [=] {
