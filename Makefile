@@ -1,6 +1,7 @@
 # Everything from a bare checkout: python3 (3.11 or newer), a C++17 compiler and make are enough; nvcc is used if found.
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
+#   make soak     the crash test of the shared stores, for $(SECONDS_EACH) s each
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
@@ -12,15 +13,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 export LMCACHE_MM_CUDA ?= AUTO
 
+SECONDS_EACH ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test soak bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m lmcache_mm demo $(ARGS)
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/built
+	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k killed -s $(ARGS)
 
 bench: $(VENV)/built
 	$(BIN)/python benchmarks/machine_code.py
