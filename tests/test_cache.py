@@ -1,15 +1,18 @@
-"""KVCache over mem://: what is hit, what is restored, and that nothing is restored wrongly."""
+"""KVCache over stores of this host: what is hit, what is restored, and that nothing is restored wrongly."""
 
 import threading
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmcache_mm as lmc
+from lmcache_mm import ops
 from lmcache_mm.stores import open_store
+from test_stores import new_store
 
 PAGE, CHUNK = 4, 16
 NAMESPACE = lmc.Namespace(model="m", dtype="float32")
@@ -72,11 +75,17 @@ def retrieved(engine, p, value=1.0, hit=None):
     return got
 
 
-@pytest.fixture
-def engine():
-    engine = Engine()
+@pytest.fixture(params=["mem", "shm", "file", "shm,file"])
+def engine(request, tmp_path):
+    store, remove = new_store(request.param, tmp_path, capacity="4MiB")
+    engine = Engine(store=store)
     yield engine
     engine.cache.close()
+    remove()
+
+
+def keys_of(engine, p):
+    return [record.key for record in engine.cache._records(p)]
 
 
 def test_the_same_prompt_is_hit_whole_and_restored(engine):
@@ -197,41 +206,97 @@ def test_opaque_tails_are_stored_whole_on_request():
 def test_a_damaged_record_ends_the_restored_prefix_before_it(engine):
     p = prompt()
     stored(engine, p)
-    keys = list(engine.cache.backend._records)
-    record = engine.cache.backend._records[
-        keys[-3]
-    ]  # the least recently used is last of the prompt, the first is newest
-    engine.cache.backend._buffer[record.begin + 5] ^= 0x10
+    engine.cache.backend.flush()
+    third = keys_of(engine, p)[2:3]
+    payload = bytearray(engine.layout.payload_bytes(CHUNK // PAGE))
+    assert engine.cache.backend.get_into(third, [payload]) == [True]
+    before = engine.cache.backend.stats()
+    engine.cache.backend.delete(third)
+    right = ops.checksum(np.frombuffer(payload, np.uint8))
+    payload[5] ^= 0x10
+    engine.cache.backend.put(third, [payload], checksums=[right])
+    engine.cache.backend.flush()
     ids = engine.block_ids(len(p), seed=2)
     got = engine.cache.retrieve(p, ids).wait()
     assert got == 32
     assert engine.restored(len(p), ids, 1.0) == 32
-    assert engine.cache.backend.stats()["corrupt"] == 1
     assert engine.cache.match(p) == 32
+    after = engine.cache.backend.stats()
+    corrupt = [name for name in after if name.endswith("corrupt")]
+    assert corrupt
+    assert sum(after[name] - before[name] for name in corrupt) >= 1
 
 
 def test_a_record_gone_between_match_and_retrieve_is_no_exception(engine):
     p = prompt()
     stored(engine, p)
     hit = engine.cache.match(p)
-    engine.cache.backend.delete(list(engine.cache.backend._records)[:2])
+    engine.cache.backend.delete(keys_of(engine, p)[-2:])
     assert retrieved(engine, p, hit=hit) in (64, 70)
 
 
-def test_prompts_larger_than_the_staging_memory_go_in_steps(monkeypatch):
-    monkeypatch.setattr("lmcache_mm.cache.STAGING_BYTES", 1)
-    engine = Engine()
-    p = prompt()
-    assert stored(engine, p) > 0
-    assert retrieved(engine, p) == 83
+def test_what_one_tenant_stored_is_forgotten_everywhere(engine):
+    ours, theirs = prompt(salt="ours"), prompt(salt="theirs")
+    for p in (ours, theirs):
+        stored(engine, p)
+        assert retrieved(engine, p) == len(p)
+    assert engine.cache.forget("ours") == len(keys_of(engine, ours))
+    assert engine.cache.match(ours) == 0
+    assert retrieved(engine, theirs) == len(theirs)
+    with pytest.raises(ValueError, match="salt: expected one"):
+        engine.cache.forget("")
+
+
+def test_what_lies_in_a_slower_tier_is_restored_from_it_and_forgotten_in_both(tmp_path):
+    store, remove = new_store("shm,file", tmp_path)
+    engine = Engine(store=store)
+    p = prompt(salt="s")
+    stored(engine, p)
+    store.flush()
+    store._tiers[0].clear()
+    assert engine.cache.match(p) == len(p)
+    assert retrieved(engine, p) == len(p)
+    assert store.stats()["promoted"] == len(keys_of(engine, p)) - 1  # the tail at the image is within a whole chunk
+    assert retrieved(engine, p) == len(p)
+    assert engine.cache.forget("s") == len(keys_of(engine, p))
+    assert [tier.stats()["records"] for tier in store._tiers] == [0, 0]
     engine.cache.close()
+    remove()
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_what_is_restored_is_always_what_the_same_prompt_computed(data):
+def test_a_store_smaller_than_a_chunk_is_refused():
+    with pytest.raises(ValueError, match="store: expected a capacity of at least a chunk's 768 bytes, got 640"):
+        Engine(store="mem://?capacity=640")
+
+
+def test_prompts_larger_than_the_memory_of_a_step_go_in_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr("lmcache_mm.cache.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.cache.SLOTS_BYTES", 1)
+    for scheme in ("mem", "shm"):
+        store, remove = new_store(scheme, tmp_path)
+        engine = Engine(store=store)
+        p = prompt()
+        assert stored(engine, p) > 0
+        assert retrieved(engine, p) == 83
+        engine.cache.close()
+        remove()
+
+
+@pytest.mark.parametrize("scheme, capacity", [("mem", "20KiB"), ("shm", "320KiB"), ("mem,file", "320KiB")])
+def test_what_is_restored_is_always_what_the_same_prompt_computed(scheme, capacity, tmp_path):
+    @settings(max_examples=40, deadline=None)
+    @given(st.data())
+    def run(data):
+        store, remove = new_store(scheme, tmp_path, capacity)
+        check_restored(data, store)
+        remove()
+
+    run()
+
+
+def check_restored(data, store):
     """Random prompts that share prefixes and images, in a store that evicts; each KV value names its prefix."""
-    engine = Engine(store="mem://?capacity=20KiB", pages=40)
+    engine = Engine(store=store, pages=40)
     values: dict[tuple, float] = {}
 
     def value_at(p, position):
