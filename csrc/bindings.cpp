@@ -106,6 +106,23 @@ PYBIND11_MODULE(_C, m) {
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"),
       py::arg("threads"));
 
+  py::class_<cpu::RunningKeys>(m, "RunningKeys", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](const py::iterable& items, const std::string& root) {
+             return std::make_unique<cpu::RunningKeys>(ItemTable(to_items(items)),
+                                                       reinterpret_cast<const u8*>(root.data()));
+           }),
+           py::arg("items"), py::arg("root"))
+      .def_property_readonly("tokens", &cpu::RunningKeys::tokens)
+      .def(
+          "extend",
+          [](cpu::RunningKeys& running, u64 token_ids, u64 count, bool wide, u64 cuts, u64 num_cuts, u64 keys) {
+            const u64* first = reinterpret_cast<const u64*>(cuts);
+            running.extend({reinterpret_cast<const void*>(token_ids), count, wide}, {first, first + num_cuts},
+                           reinterpret_cast<u8*>(keys));
+          },
+          py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("cuts"), py::arg("num_cuts"),
+          py::arg("keys"));
+
   m.def(
       "checksum",
       [](u64 payload, u64 bytes) {

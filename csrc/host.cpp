@@ -47,7 +47,9 @@ void check_token_ids(TokenIds token_ids, u64 end) {
 // Hands out content ids in ascending windows; keeps only the items that a window can meet.
 class ContentIds {
  public:
-  ContentIds(TokenIds token_ids, const ItemTable& items) : token_ids_(token_ids), items_(items) {}
+  // token_ids[0] is position `base` of the prompt.
+  ContentIds(TokenIds token_ids, const ItemTable& items, u64 base = 0)
+      : token_ids_(token_ids), items_(items), base_(base) {}
 
   // ids[0, count) = the content ids of positions [first, first + count). False if a token id is outside [0, 2^32); the
   // ids are worthless then.
@@ -60,10 +62,10 @@ class ContentIds {
         active_.end());
     u64 all = 0;
     if (token_ids_.wide) {
-      const u64* from = static_cast<const u64*>(token_ids_.data) + first;
+      const u64* from = static_cast<const u64*>(token_ids_.data) + (first - base_);
       for (u64 i = 0; i < count; ++i) all |= ids[i] = from[i];
     } else {
-      const std::int32_t* from = static_cast<const std::int32_t*>(token_ids_.data) + first;
+      const std::int32_t* from = static_cast<const std::int32_t*>(token_ids_.data) + (first - base_);
       for (u64 i = 0; i < count; ++i) all |= ids[i] = static_cast<u64>(static_cast<i64>(from[i]));
     }
     for (const ItemSpan* item : active_) {
@@ -79,6 +81,7 @@ class ContentIds {
  private:
   TokenIds token_ids_;
   const ItemTable& items_;
+  u64 base_;
   std::size_t next_ = 0;
   std::vector<const ItemSpan*> active_;
 };
@@ -236,6 +239,82 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
     hash.compress(batch, lanes);
   }
   if (!folds.empty()) std::memcpy(keys, folds.data(), 32 * folds.size());
+}
+
+RunningKeys::RunningKeys(const ItemTable& items, const u8 root[32]) : items_(items) { std::memcpy(root_, root, 32); }
+
+// The key of the first `cut` tokens, whose last leaf begins at `leaf`; leaf_cv is its chaining value if it is full.
+void RunningKeys::put_key(u64 cut, const u64* leaf, const u32* leaf_cv, u8* key) const {
+  u32 block[blake3::kBlockWords];
+  u32* x = block;  // H, and behind it T
+  const u64 ids = cut - leaves_ * kLeafIds;
+  const u32 root_flag = subtrees_.empty() ? blake3::kRoot : 0;
+  if (leaf_cv && ids == kLeafIds && !root_flag) {
+    blake3::copy_cv(x, leaf_cv);
+  } else {
+    const blake3::Node node =
+        blake3::leaf_node(root_, blake3::kKeyedHash, {reinterpret_cast<const char*>(leaf), 8 * ids}, leaves_);
+    blake3::compress_cv(x, node.cv, node.block, node.counter, node.block_bytes, node.flags | root_flag);
+  }
+  for (std::size_t i = subtrees_.size(); i > 0; --i)
+    blake3::parent_cv(x, subtrees_[i - 1].data(), x, root_, blake3::kKeyedHash | (i == 1 ? blake3::kRoot : 0));
+  blake3::copy_cv(block + blake3::kKeyWords, items_.chain[items_.begun_before(cut)].data());
+  u32 out[blake3::kKeyWords];
+  blake3::compress_cv(out, root_, block, 0, blake3::kBlockBytes,
+                      blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);
+  std::memcpy(key, out, 32);
+}
+
+void RunningKeys::push_leaf(const u32* cv) {
+  ChainingValue x;
+  blake3::copy_cv(x.data(), cv);
+  for (u64 merged = ++leaves_; merged % 2 == 0; merged /= 2) {
+    blake3::parent_cv(x.data(), subtrees_.back().data(), x.data(), root_, blake3::kKeyedHash);
+    subtrees_.pop_back();
+  }
+  subtrees_.push_back(x);
+}
+
+void RunningKeys::extend(TokenIds token_ids, const std::vector<u64>& cuts, u8* keys) {
+  const u64 end = tokens_ + token_ids.count;
+  check_cuts(cuts, end);
+  if (!cuts.empty() && cuts.front() < tokens_)
+    throw std::invalid_argument("cuts: expected at least the " + std::to_string(tokens_) +
+                                " tokens that there were, got " + std::to_string(cuts.front()));
+  check_token_ids(token_ids, token_ids.count);
+  const HashMany& hash = hash_many();
+  ContentIds content(token_ids, items_, tokens_);
+  alignas(64) u64 ids[kMaxLanes * kLeafIds];
+  u32 cvs[kMaxLanes][blake3::kKeyWords];
+  std::size_t cut = 0;
+  const auto put_keys = [&](u64 until, const u64* leaf, const u32* leaf_cv) {
+    for (; cut < cuts.size() && cuts[cut] <= until; ++cut) put_key(cuts[cut], leaf, leaf_cv, keys + 32 * cut);
+  };
+  put_keys(tokens_, last_, nullptr);
+  while (tokens_ < end) {
+    u64 here = tokens_ - leaves_ * kLeafIds;  // ids of the last leaf
+    if (here == kLeafIds) {
+      hash.leaves(last_, 1, root_, blake3::kKeyedHash, leaves_, nullptr, cvs);
+      push_leaf(cvs[0]);
+      here = 0;
+    }
+    // Whole leaves that are not the last, several at once.
+    const u64 whole = here ? 0 : std::min<u64>(hash.lanes, (end - tokens_ - 1) / kLeafIds);
+    if (whole) {
+      content.read(tokens_, whole * kLeafIds, ids);
+      hash.leaves(ids, static_cast<u32>(whole), root_, blake3::kKeyedHash, leaves_, nullptr, cvs);
+      for (u64 i = 0; i < whole; ++i) {
+        tokens_ += kLeafIds;
+        put_keys(tokens_, ids + i * kLeafIds, cvs[i]);
+        push_leaf(cvs[i]);
+      }
+      continue;
+    }
+    const u64 more = std::min(kLeafIds - here, end - tokens_);
+    content.read(tokens_, more, last_ + here);
+    tokens_ += more;
+    put_keys(tokens_, last_, nullptr);
+  }
 }
 
 namespace {

@@ -38,6 +38,34 @@ void check_cuts(const std::vector<u64>& cuts, u64 count);
 // an id before the last cut is outside [0, 2^32).
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys);
 
+// The prefix keys of a prompt that grows, without starting over: what it keeps is the last leaf's content ids and one
+// chaining value for each level of the tree. One thread at a time.
+class RunningKeys {
+ public:
+  RunningKeys(const ItemTable& items, const u8 root[32]);
+
+  u64 tokens() const { return tokens_; }
+
+  // Appends tokens; keys: [cuts.size()][32] bytes, as prefix_keys gives for the whole prompt. `cuts` ascend strictly,
+  // from the number of tokens before the call to that after it. Throws std::invalid_argument, with nothing appended and
+  // nothing written, for other cuts or if an id is outside [0, 2^32).
+  void extend(TokenIds token_ids, const std::vector<u64>& cuts, u8* keys);
+
+ private:
+  static constexpr u64 kLeafIds = blake3::kLeafBytes / 8;
+  using ChainingValue = std::array<u32, blake3::kKeyWords>;
+
+  void put_key(u64 cut, const u64* leaf, const u32* leaf_cv, u8* key) const;
+  void push_leaf(const u32* cv);
+
+  ItemTable items_;
+  u32 root_[blake3::kKeyWords];
+  u64 tokens_ = 0;
+  u64 leaves_ = 0;                       // in subtrees_, all but the last
+  std::vector<ChainingValue> subtrees_;  // of complete subtrees, the largest first
+  u64 last_[kLeafIds];                   // the content ids behind them: 1 to 128 once there are tokens
+};
+
 // Throws std::invalid_argument for a host id that is outside the cache and not -1, which stands for a page or slot that
 // is not there.
 void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks);

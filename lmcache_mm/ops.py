@@ -1,4 +1,4 @@
-"""The operations on tensors: content ids, prefix keys, gathering and scattering of paged KV.
+"""The operations on tensors: content ids, prefix keys (of a growing prompt too), gathering and scattering of paged KV.
 
 Tensors are torch tensors or anything with DLPack (numpy, cupy); lists of integers stand for host ids. What a call is
 given and finds wrong is a TypeError or ValueError that names the argument, and nothing has been written then.
@@ -159,10 +159,7 @@ def prefix_keys(
     device = tensor.device
     _check_device("token_ids", device)
     plain_items = _plain(checked_items(items))
-    if not isinstance(root, bytes):
-        raise TypeError(f"root: expected bytes, got {type(root).__name__}")
-    if len(root) != 32:
-        raise ValueError(f"root: expected 32 bytes, got {len(root)}")
+    _checked_root(root)
     ends = ids_tensor("cuts", cuts)
     if ends.dtype != torch.int64:
         ends = ends.to(torch.int64)
@@ -178,6 +175,48 @@ def prefix_keys(
     else:
         _C.prefix_keys(*plain, ends.data_ptr(), num_cuts, keys.data_ptr())
     return keys
+
+
+class RunningKeys:
+    """The prefix keys of a prompt that grows: `extend` gives what `prefix_keys` gives for all tokens so far, at the
+    cost of the new ones. On the host; one thread at a time.
+
+    items: all of the prompt's, those behind its present end too. root: 32 bytes, see `Namespace.root`.
+    """
+
+    def __init__(self, items: Sequence[Item], root: bytes) -> None:
+        self._running = _C.RunningKeys(_plain(checked_items(items)), _checked_root(root))
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it has seen."""
+        return self._running.tokens
+
+    def extend(self, token_ids: Ids, cuts: Sequence[int] = ()) -> torch.Tensor:
+        """Appends tokens; returns the keys at `cuts`: uint8 [len(cuts), 32].
+
+        token_ids: as of `prefix_keys`, on the host, the new ones only. cuts: counted from the prompt's begin, strictly
+        ascending, from the number of tokens before the call to that after it.
+        Raises TypeError or ValueError as `prefix_keys` does; nothing is appended then.
+        """
+        tensor = ids_tensor("token_ids", token_ids)
+        ends = ids_tensor("cuts", cuts).to(torch.int64)
+        for name, given in (("token_ids", tensor), ("cuts", ends)):
+            if given.device.type != "cpu":
+                raise ValueError(f"{name}: expected host integers, got a tensor on {given.device}")
+        keys = torch.empty((len(ends), 32), dtype=torch.uint8)
+        self._running.extend(
+            tensor.data_ptr(), len(tensor), tensor.dtype == torch.int64, ends.data_ptr(), len(ends), keys.data_ptr()
+        )
+        return keys
+
+
+def _checked_root(root: bytes) -> bytes:
+    if not isinstance(root, bytes):
+        raise TypeError(f"root: expected bytes, got {type(root).__name__}")
+    if len(root) != 32:
+        raise ValueError(f"root: expected 32 bytes, got {len(root)}")
+    return root
 
 
 def gather_pages(

@@ -112,6 +112,57 @@ def test_keys_and_content_ids_equal_the_reference(prompt):
     assert torch.equal(overwrite(ids, items), want)
 
 
+@settings(max_examples=150, deadline=None)
+@given(prompts(), st.data())
+def test_a_growing_prompt_has_the_keys_of_starting_over(prompt, data):
+    ids, items, cuts = prompt
+    ends = sorted(data.draw(st.lists(st.one_of(st.integers(0, len(ids)), st.sampled_from(EDGES)), max_size=6)))
+    ends = [end for end in ends if end <= len(ids)] + [len(ids)]
+    expected = reference.prefix_keys(ids, items, ROOT, cuts)
+    for simd in lmc._C.simd_variants():
+        lmc._C.use_simd(simd)
+        running = lmc.ops.RunningKeys(items, ROOT)
+        keys = []
+        for end in ends:
+            now = [cut for cut in cuts[len(keys) :] if cut <= end]
+            got = running.extend(ids[running.tokens : end], now)
+            assert running.tokens == end
+            keys += zip(now, got, strict=True)
+        assert [cut for cut, _ in keys] == list(cuts)
+        for (_, key), want in zip(keys, expected, strict=True):
+            assert torch.equal(key, want)
+    lmc._C.use_simd(lmc._C.simd_variants()[0])
+
+
+def test_a_growing_prompt_refuses_what_it_cannot_take_and_goes_on():
+    running = lmc.ops.RunningKeys([lmc.Item("a", 3, 700)], ROOT)
+    running.extend(range(600), [5, 600])
+    for ids, cuts, text in [
+        ([1, -1], [602], r"token_ids\[1\]: expected a token id"),
+        ([1], [599], "cuts: expected at least the 600 tokens that there were, got 599"),
+        ([1], [602], "cuts: expected at most the prompt's 601 tokens"),
+        ([1], [601, 601], "cuts: expected strictly ascending"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            running.extend(ids, cuts)
+    assert running.tokens == 600
+    keys = running.extend(range(600, 900), [600, 900])
+    assert torch.equal(keys, reference.prefix_keys(list(range(900)), [lmc.Item("a", 3, 700)], ROOT, [600, 900]))
+    with pytest.raises(ValueError, match="root: expected 32 bytes"):
+        lmc.ops.RunningKeys([], b"")
+    with pytest.raises(TypeError, match=r"items\[0\]: expected lmcache_mm.Item"):
+        lmc.ops.RunningKeys(["a"], ROOT)
+
+
+def test_a_million_tokens_one_chunk_at_a_time_have_the_keys_of_starting_over():
+    ids = torch.randint(0, 1 << 32, (1 << 20,), generator=torch.Generator().manual_seed(3))
+    items = [lmc.Item("a", 1000, 500_000), lmc.Item("b", 700_000, 9)]
+    running = lmc.ops.RunningKeys(items, ROOT)
+    ends = range(256, len(ids) + 1, 256)
+    keys = torch.cat([running.extend(ids[end - 256 : end], [end]) for end in ends])
+    assert torch.equal(keys, lmc.ops.prefix_keys(ids, items, ROOT, ends))
+
+
 @settings(max_examples=60, deadline=None)
 @given(prompts(), st.randoms())
 def test_keys_depend_on_nothing_behind_the_cut_and_not_on_the_order_of_items(prompt, random):
