@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
-from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Namespace, Prompt, count, owner_of
-from lmcache_mm.stores import SlotStore, Store, open_store
+from lmcache_mm.stores import Store, open_store
+from lmcache_mm.transfer import Chunk, Job, Transfer
 
-T = TypeVar("T")
-STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
-SLOTS_BYTES = 256 << 20  # of slots that are held at once
 GROUP_AND_RANK = bytes(4)  # u16 KV cache group, u16 rank
-
-
-class Job(Generic[T]):
-    """A retrieve or store under way. Pages it reads or writes must be left alone until it is done; on CUDA it begins
-    behind the work that the caller's current stream held when it was asked for."""
-
-    def __init__(self, future: Future[T]) -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def wait(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if it is not there after `timeout_s` seconds."""
-        return self._future.result(timeout_s)
 
 
 @dataclass(frozen=True)
@@ -85,20 +64,11 @@ class KVCache:
         if capacity < largest:
             self._close_store()
             raise ValueError(f"store: expected a capacity of at least a chunk's {largest} bytes, got {capacity}")
-        # Memory for one step's payloads, one a direction, each touched by its one thread only.
-        self._staging_bytes = 0
-        if not isinstance(self.backend, SlotStore):
-            self._staging_bytes = max(STAGING_BYTES, _whole_pages(largest))
-        elif layout.device.type == "cuda":
-            self.backend.register(layout.device.index)
-        self._load_staging, self._store_staging = (_staging(self._staging_bytes, layout.device) for _ in range(2))
-        self._loads = ThreadPoolExecutor(1, "lmcache_mm load")
-        self._stores = ThreadPoolExecutor(1, "lmcache_mm store")
+        self._transfer = Transfer(layout, self.backend, largest)
 
     def close(self) -> None:
         """Finishes all jobs, then closes the store if this cache opened it."""
-        self._loads.shutdown()
-        self._stores.shutdown()
+        self._transfer.close()
         self._close_store()
 
     def _close_store(self) -> None:
@@ -140,53 +110,9 @@ class KVCache:
             if limit > len(prompt):
                 raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
             records = _chain((r for r in records if r.end <= limit), self.chunk_tokens)
-        pages = self._pages(block_ids, limit)
-        return self._submit(self._loads, self._retrieve, records, pages, owner_of(prompt.salt))
-
-    def _retrieve(self, records: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
-        restored = 0
-        lends = isinstance(self.backend, SlotStore)
-        for step in self._steps(records, SLOTS_BYTES if lends else self._staging_bytes):
-            good = self._load_slots(step, pages, owner) if lends else self._load_staged(step, pages, owner)
-            if good:
-                restored = step[good - 1].end
-            if good < len(step):
-                break
-        return restored
-
-    def _load_slots(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
-        """Scatters records straight from the store's slots; how many, from the first on, were there and verified."""
-        store = cast(SlotStore, self.backend)
-        slots = store.lend([record.key for record in step], [self._payload_bytes(record) for record in step], owner)
-        lent = [slot for slot in slots if slot]
-        try:
-            there = lent[: slots.index(None)] if None in slots else lent
-            if not there:
-                return 0
-            device = self.layout.device
-            matched = ops.scatter_pages(
-                self.layout,
-                [self._pages_of(record, pages) for record in step[: len(there)]],
-                [torch.from_numpy(store.view(slot)).to(device) for slot in there],
-                checksums=torch.tensor([slot.checksum for slot in there], device=device),
-            )
-            matches: list[bool] = cast(torch.Tensor, matched).tolist()
-            for slot, match in zip(there, matches, strict=True):
-                if not match:
-                    store.discard(slot)
-            return len(list(takewhile(bool, matches)))
-        finally:
-            store.release(lent)
-
-    def _load_staged(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
-        payloads = self._payloads(step, self._load_staging)
-        buffers = [payload.numpy().data for payload in payloads]
-        found = self.backend.get_into([record.key for record in step], buffers, owner)
-        whole = len(list(takewhile(bool, found)))
-        if whole:
-            ids = [self._pages_of(record, pages) for record in step[:whole]]
-            ops.scatter_pages(self.layout, ids, [payload.to(self.layout.device) for payload in payloads[:whole]])
-        return whole
+        chunks = self._chunks(records, self._pages(block_ids, limit))
+        job = self._transfer.load(chunks, owner_of(prompt.salt))
+        return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
 
     def store(self, prompt: Prompt, block_ids: ops.Ids) -> Job[int]:
         """Gathers the KV of `prompt` that the store lacks. The result: how many tokens were handed to the store.
@@ -195,79 +121,13 @@ class KVCache:
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         pages = self._pages(block_ids, len(prompt))
-        return self._submit(self._stores, self._store, self._records(prompt), pages, owner_of(prompt.salt))
+        return self._transfer.store(self._chunks(self._records(prompt), pages), owner_of(prompt.salt))
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store; returns their number."""
         if not salt:
             raise ValueError("salt: expected one, got none")
         return self.backend.forget(owner_of(salt))
-
-    def _store(self, records: list[_Record], pages: torch.Tensor, owner: bytes) -> int:
-        present = self.backend.contains([record.key for record in records])
-        missing = [
-            record
-            for record, there in zip(records, present, strict=True)
-            if not there and -1 not in self._pages_of(record, pages)
-        ]
-        lends = isinstance(self.backend, SlotStore)
-        for step in self._steps(missing, SLOTS_BYTES if lends else self._staging_bytes):
-            if lends:
-                self._store_slots(step, pages, owner)
-            else:
-                payloads = self._payloads(step, self._store_staging)
-                sums = self._gather(step, pages, payloads)
-                keys = [record.key for record in step]
-                self.backend.put(keys, [payload.numpy().data for payload in payloads], owner, sums)
-        return sum(record.end - record.begin for record in missing)
-
-    def _store_slots(self, step: list[_Record], pages: torch.Tensor, owner: bytes) -> None:
-        """Gathers records straight into slots of the store."""
-        store = cast(SlotStore, self.backend)
-        slots = store.reserve([record.key for record in step], [self._payload_bytes(record) for record in step], owner)
-        reserved = [slot for slot in slots if slot]
-        try:
-            if reserved:
-                records = [record for record, slot in zip(step, slots, strict=True) if slot]
-                sums = self._gather(records, pages, [torch.from_numpy(store.view(slot)) for slot in reserved])
-        except BaseException:
-            store.abandon(reserved)
-            raise
-        if reserved:
-            store.publish(reserved, sums)
-
-    def _gather(self, records: list[_Record], pages: torch.Tensor, payloads: list[torch.Tensor]) -> list[int]:
-        """Fills host memory with the records' payloads; their checksums."""
-        device = self.layout.device
-        ids = [self._pages_of(record, pages) for record in records]
-        tokens = None if self.layout.opaque else [record.end - record.begin for record in records]
-        sums = torch.empty(len(records), dtype=torch.int64, device=device)
-        gathered = payloads
-        if device.type != "cpu":
-            gathered = [torch.empty_like(payload, device=device) for payload in payloads]
-        ops.gather_pages(self.layout, ids, gathered, tokens=tokens, checksums=sums)
-        if gathered is not payloads:
-            for payload, source in zip(payloads, gathered, strict=True):
-                payload.copy_(source)
-        return cast(list[int], sums.tolist())
-
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., int], *arguments: Any) -> Job[int]:
-        """Runs `work` on a thread of `pool`; on CUDA on a stream of its own, behind what the caller's stream holds now,
-        and finished on the device when the job is."""
-        device = self.layout.device
-        if device.type == "cpu":
-            return Job(pool.submit(work, *arguments))
-        before = torch.cuda.current_stream(device).record_event()
-
-        def on_own_stream() -> int:
-            stream = torch.cuda.Stream(device)
-            stream.wait_event(before)
-            with torch.cuda.stream(stream):
-                result = work(*arguments)
-            stream.synchronize()
-            return result
-
-        return Job(pool.submit(on_own_stream))
 
     def _records(self, prompt: Prompt) -> list[_Record]:
         if not isinstance(prompt, Prompt):
@@ -295,47 +155,9 @@ class KVCache:
             )
         return pages
 
-    def _pages_of(self, record: _Record, pages: torch.Tensor) -> torch.Tensor:
+    def _chunks(self, records: list[_Record], pages: torch.Tensor) -> list[Chunk]:
         size = self.layout.page_tokens
-        return pages[record.begin // size : -(-record.end // size)]
-
-    def _payload_bytes(self, record: _Record) -> int:
-        return self.layout.payload_bytes(-(-(record.end - record.begin) // self.layout.page_tokens))
-
-    def _steps(self, records: list[_Record], step_bytes: int) -> Iterator[list[_Record]]:
-        """The records in steps of at most so many bytes, or of one record."""
-        step: list[_Record] = []
-        room = step_bytes
-        for record in records:
-            size = _whole_pages(self._payload_bytes(record))
-            if step and size > room:
-                yield step
-                step, room = [], step_bytes
-            step.append(record)
-            room -= size
-        if step:
-            yield step
-
-    def _payloads(self, step: list[_Record], staging: torch.Tensor) -> list[torch.Tensor]:
-        """Of each record its payload in staging memory, each beginning at a page, as disks like it."""
-        payloads = []
-        begin = 0
-        for record in step:
-            size = self._payload_bytes(record)
-            payloads.append(staging[begin : begin + size])
-            begin += _whole_pages(size)
-        return payloads
-
-
-def _whole_pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _staging(size: int, device: torch.device) -> torch.Tensor:
-    """uint8 [size] of host memory that begins at a page, pinned where pages are on a GPU."""
-    if device.type == "cuda" or size == 0:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        return [Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin) for r in records]
 
 
 def _chain(records: Iterable[_Record], chunk_tokens: int) -> list[_Record]:

@@ -270,8 +270,8 @@ def test_a_store_smaller_than_a_chunk_is_refused():
 
 
 def test_prompts_larger_than_the_memory_of_a_step_go_in_steps(monkeypatch, tmp_path):
-    monkeypatch.setattr("lmcache_mm.cache.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.cache.SLOTS_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     for scheme in ("mem", "shm"):
         store, remove = new_store(scheme, tmp_path)
         engine = Engine(store=store)
