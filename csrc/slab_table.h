@@ -43,7 +43,7 @@ class SlabTable {
     std::lock_guard<std::mutex> lock(mutex_);
     std::uint32_t& count = counts_[slot];
     if (count == 0) slots_[slot].pins.fetch_or(bit_);
-    if (touch(slot, generation)) {
+    if (slots_[slot].generation.load() == generation) {
       ++count;
       return true;
     }

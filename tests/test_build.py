@@ -1,5 +1,6 @@
 """What the build promises: nothing but the C++ runtime needed at load time, clear errors where there is no GPU."""
 
+import ast
 import ctypes
 import inspect
 import re
@@ -60,14 +61,25 @@ def test_the_stub_of_the_module_agrees_with_it(tmp_path):
 
 def test_the_parameters_in_the_stub_are_those_of_the_module():
     """pybind11 shows no signature that stubtest could read: its docstrings do."""
-    stub = (ROOT / "lmcache_mm" / "_C.pyi").read_text()
-    functions = {name: f.__doc__ for name, f in vars(_C).items() if not name.startswith("_") and callable(f)}
-    for name, doc in {**functions, "__init__": _C.PagedCache.__init__.__doc__}.items():
-        if name == "PagedCache":
-            continue
-        got = re.findall(r"(\w+): ", doc.splitlines()[0].split("->")[0])
-        want = re.findall(r"(\w+): ", stub.split(f"def {name}(")[1].split(") ->")[0])
-        assert [p for p in got if p != "self"] == want, name
+    told: dict[str, list[str]] = {}
+    for node in ast.parse((ROOT / "lmcache_mm" / "_C.pyi").read_text()).body:
+        functions = [node] if isinstance(node, ast.FunctionDef) else []
+        if isinstance(node, ast.ClassDef):
+            functions = [f for f in node.body if isinstance(f, ast.FunctionDef) and not f.decorator_list]
+        prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+        told |= {f"{prefix}{f.name}": [a.arg for a in f.args.args if a.arg != "self"] for f in functions}
+    found: dict[str, list[str]] = {}
+    for name, thing in vars(_C).items():
+        methods = {name: thing}
+        if isinstance(thing, type):
+            methods = {f"{name}.{m}": f for m, f in vars(thing).items() if not m.startswith("_") or m == "__init__"}
+        for full_name, function in methods.items():
+            if not name.startswith("_") and callable(function):
+                signature = function.__doc__.splitlines()[0].split("->")[0]
+                found[full_name] = [p for p in re.findall(r"(\w+): ", signature) if p != "self"]
+    if not CUDA_BUILD:
+        told = {name: parameters for name, parameters in told.items() if not name.startswith("cuda_")}
+    assert found == told
 
 
 def test_public_names_have_docstrings():

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import uuid
 import warnings
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 
 import slab_processes
+from lmcache_mm.cli import main
 from lmcache_mm.stores import slab, slab_index
 from lmcache_mm.stores.slab import FileStore, ShmStore
 from test_host_cuda import CXX, REPO, must_run, run
@@ -71,6 +73,11 @@ print("opening", flush=True)
 store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), 1 << 20)
 print("open", flush=True)
 sys.stdin.read()
+"""
+READ_FOR_EVER = """
+txn = store._index._env.begin()
+print('reading', flush=True)
+import time; time.sleep(60)
 """
 HOLD = IN_ANOTHER + "print('held', flush=True); sys.stdin.read()"
 
@@ -327,6 +334,9 @@ def test_a_quota_evicts_the_owners_own_oldest_records(kind, directory):
     assert store.contains([key(i) for i in (0, 1, 2, 3, 4, 9)]) == [False, False, False, True, True, True]
     store.put([key(5)], [payload(5, 250_001)], owner=OWNER)
     assert store.contains([key(5), key(4)]) == [False, True]
+    many = [key(i) for i in range(20, 25)]
+    store.put(many, [payload(7, 100_000)] * 5, owner=OWNER)  # in one call
+    assert sum(store.contains(many)) <= 2
     store.put([key(6)], [payload(6, 300_000)])  # nobody's
     assert store.contains([key(6)]) == [True]
     assert no_room_is_lost(store)
@@ -409,7 +419,130 @@ def test_processes_killed_at_any_moment_leave_nothing_wrong_and_nothing_behind(k
     assert no_room_is_lost(store)
 
 
+def test_readers_that_died_do_not_keep_the_index_from_being_written(kind, directory):
+    """Whoever takes a dead process's row at once sees to its readers too."""
+    kind.open(directory, MIB).close()
+    killed = subprocess.Popen(
+        [sys.executable, "-c", IN_ANOTHER + READ_FOR_EVER, kind.__name__, directory, Path(__file__).parent],
+        stdout=subprocess.PIPE,
+    )
+    assert killed.stdout.readline() == b"reading\n"
+    killed.kill()
+    killed.wait()
+    store = kind.open(directory, MIB)
+    for i in range(3000):
+        store.put([key(i)], [payload(i)])
+        store.delete([key(i)])
+    stats = store.stats()
+    assert (stats["errors"], stats["dropped_puts"], stats["puts"]) == (0, 0, 3000)
+
+
+@pytest.mark.parametrize("url", ["shm", "file", "tiered"])
+def test_a_process_that_ends_without_closing_ends_well(url, directory, tmp_path):
+    places = {"shm": f"shm:///test-{uuid.uuid4().hex}?capacity=256MiB", "file": f"file://{directory}?capacity=16MiB"}
+    places["tiered"] = f"tiered:{places['shm']},{places['file']}"
+    code = """
+import sys
+from lmcache_mm.stores import open_store
+store = open_store(sys.argv[1])
+for i in range(20):
+    store.put([i.to_bytes(36, "little")], [bytes(500_000)])
+"""
+    for _ in range(2):
+        python(code, places[url])
+    if url != "shm":
+        store = FileStore.open(directory, None)
+        assert store.stats()["processes"] == 1
+        assert (directory / "checkpoint").exists()
+    main(["clear", places["shm"].partition("?")[0]])
+
+
+def test_two_threads_do_not_bury_a_row_that_a_new_process_took(store, monkeypatch):
+    """The second one finds that the first is at it."""
+    calls = []
+
+    def bury(rows):
+        calls.append(rows)
+        store._look_for_dead()
+
+    monkeypatch.setattr(store, "_bury", bury)
+    dead = (store._row + 1) % 64
+    store._table_map[slab._ROWS_AT + dead] = 1
+    store._look_for_dead()
+    assert calls == [[dead]]
+    monkeypatch.undo()
+    store._look_for_dead()
+    assert store._table_map[slab._ROWS_AT + dead] == 0
+
+
 # --- Damage
+
+
+def test_a_directory_that_holds_other_things_is_left_alone(kind, directory):
+    directory.mkdir(mode=0o700)
+    (directory / "index").mkdir()
+    (directory / "index" / "precious").write_text("x")
+    (directory / "checkpoint.pt").write_text("y")
+    for refused in (lambda: kind.open(directory, MIB), lambda: slab.remove(directory)):
+        with pytest.raises(ValueError, match=r"expected a directory of its own, .* also holds 'checkpoint.pt'"):
+            refused()
+    assert sorted(path.name for path in directory.rglob("*")) == ["checkpoint.pt", "index", "precious"]
+
+
+def test_one_store_under_two_names_is_refused_and_the_first_lives_on(kind, directory, tmp_path):
+    store = kind.open(directory, MIB)
+    store.put([key(1)], [payload(1)])
+    other = tmp_path / "other"
+    directory.rename(other)
+    with pytest.raises(ValueError, match="is open in this process under another name"):
+        kind.open(other, MIB)
+    assert slab.remove(other) is False
+    assert slab.locked_by_another(store._lock_fd, store._row) is False
+    assert python(IN_ANOTHER + "print(store.stats()['processes'])", kind.__name__, other, Path(__file__).parent) == "2"
+    other.rename(directory)
+    assert get(store, 1) == payload(1)
+
+
+def test_an_index_that_lmdb_cannot_read_is_an_error_that_says_so(kind, directory):
+    kind.open(directory, MIB).close()
+    overwrite(directory / "index" / "data.mdb", 0, os.urandom(8192))
+    with pytest.raises(RuntimeError, match=r"the index in .* cannot be opened: .*; remove it"):
+        kind.open(directory, MIB)
+    assert slab.remove(directory) is True
+
+
+def test_an_open_that_fails_late_leaves_nothing_open(kind, directory, monkeypatch):
+    def fail(self):
+        raise OSError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "_open_slab", fail)
+        with pytest.raises(OSError, match="no"):
+            kind.open(directory, MIB)
+    assert in_another_process(kind.open(directory, MIB), "print(store.stats()['processes'])") == "2"
+
+
+def test_a_put_that_raises_gives_its_slots_back(store, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write", out_of_memory)
+        with pytest.raises(MemoryError):
+            store.put([key(1)], [payload(1)])
+    assert no_room_is_lost(store)
+
+
+def test_a_put_that_cannot_fit_does_not_evict_everything_first(kind, directory):
+    store = kind.open(directory, 64 * MIB)
+    for i in range(315):
+        store.put([key(i)], [bytes(200_000)])
+    held = [slot for slot in store.lend([key(i) for i in range(0, 315, 8)], [200_000] * 40) if slot]
+    store.put([key(1000)], [bytes(3 << 20)])
+    assert store.contains([key(1000)]) == [False]
+    assert store.stats()["dropped_puts"] == 1
+    assert store.stats()["records"] > 100
+    store.release(held)
 
 
 def overwrite(path, offset, content):
@@ -457,6 +590,34 @@ def test_a_restart_of_the_machine_keeps_what_was_flushed_and_nothing_wrong(direc
     assert store.stats()["corrupt"] == sum(overwritten)
     del slot
     assert no_room_is_lost(store)
+
+
+def test_what_was_forgotten_or_cleared_does_not_come_back_with_a_restart(directory, monkeypatch):
+    store = FileStore.open(directory, MIB)
+    store.put([key(1)], [payload(1)], owner=OWNER)
+    store.put([key(2)], [payload(2)])
+    store.flush()
+    store.forget(OWNER)
+    monkeypatch.setattr(FileStore, "_save_index", lambda self: True)
+    store.close()
+    restart_the_machine(directory)
+    store = FileStore.open(directory, MIB)
+    assert store.contains([key(1), key(2)]) == [False, True]
+    monkeypatch.setattr(FileStore, "_save_index", lambda self: False)
+    with pytest.raises(RuntimeError, match=r"forget: the checkpoint in .* cannot be written"):
+        store.forget(OWNER)
+    with pytest.raises(RuntimeError, match=r"clear: the checkpoint in .* cannot be written"):
+        store.clear()
+
+
+def test_a_kill_in_the_middle_of_a_recovery_is_recovered_from(directory):
+    store = FileStore.open(directory, MIB)
+    store.put([key(1)], [payload(1)])
+    store.close()
+    restart_the_machine(directory)
+    shutil.rmtree(directory / "index")
+    store = FileStore.open(directory, MIB)
+    assert get(store, 1) == payload(1)
 
 
 def test_records_age_over_a_restart(directory, monkeypatch):
@@ -518,7 +679,7 @@ def test_shared_memory_does_not_outlive_a_restart(directory):
         (lambda d: os.chmod(d, 0o755), PermissionError, "expected a directory of user .* with mode 0700"),
         (lambda d: os.chmod(d / "slab", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
         (lambda d: os.chmod(d / "lock", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
-        (lambda d: (d / "slab").rename(d / "x") and (d / "slab").symlink_to(d / "x"), OSError, "symbolic link"),
+        (lambda d: (d / "slab").symlink_to((d / "slab").rename(d.parent / "x")), OSError, "symbolic link"),
     ],
     ids=["slab", "table", "index", "foreign", "version", "directory mode", "slab mode", "lock mode", "link"],
 )
@@ -679,7 +840,7 @@ def test_failing_disks_are_misses_and_dropped_puts(name, directory, monkeypatch)
         ("", ""),
         ("if (state.pins.load() == 0) return true;", "return true;"),
         ("if (count == 0) slots_[slot].pins.fetch_or(bit_);", ""),
-        ("if (slots_[slot].generation.load() != generation) return false;", ""),
+        ("if (slots_[slot].generation.load() == generation) {", "{"),
         ("--found->second == 0", "true"),
     ],
     ids=["as it is", "evict without a second look", "pin without a bit", "pin whatever is there", "unpin for others"],

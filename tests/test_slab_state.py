@@ -37,6 +37,7 @@ class SlabMachine(RuleBasedStateMachine):
         self.lent: list = []
         self.reserved: list = []
         self.version = 0
+        self.forgotten: set[int] = set()  # reserved slots that are refused when they are published
 
     def there(self, i: int) -> bool:
         return self.store.contains([key(i)])[0]
@@ -77,6 +78,7 @@ class SlabMachine(RuleBasedStateMachine):
         assert self.store.forget(owner) == there
         for i in gone:
             del self.stored[i]
+        self.forgotten |= {id(slot) for _, slot, _, theirs in self.reserved if theirs == owner}
 
     @rule(i=IDS)
     def lend(self, i: int) -> None:
@@ -108,9 +110,13 @@ class SlabMachine(RuleBasedStateMachine):
             return
         array = np.frombuffer(content, np.uint8)
         self.store._write([slot], [array], None)
-        if not self.there(i):
-            self.stored[i] = (content, owner)
+        there = self.there(i)
         self.store.publish([slot], [ops.checksum(array.copy())])
+        if id(slot) in self.forgotten:
+            assert self.there(i) == there
+            return
+        if not there:
+            self.stored[i] = (content, owner)
         assert self.there(i)
 
     @rule()
@@ -134,7 +140,7 @@ class SlabMachine(RuleBasedStateMachine):
             records = change.records()
             for _, record in records:
                 granules += range(record.start, record.start + change._granules_of(record.payload_bytes))
-            for start, (count, _, _) in change._pending():
+            for start, count, _, _ in change._pending():
                 granules += range(start, start + count)
             free = [
                 (int.from_bytes(start, "big"), int.from_bytes(count, "big"))
@@ -146,7 +152,8 @@ class SlabMachine(RuleBasedStateMachine):
             assert sorted(granules) == list(range(GRANULES))
             assert change._used == sum(record.payload_bytes for _, record in records)
             for owner in (b"a" * 16, b"b" * 16):
-                assert change._used_by(owner) == sum(r.payload_bytes for _, r in records if r.owner == owner)
+                pending = sum(slot.payload_bytes for _, slot, _, theirs in self.reserved if theirs == owner)
+                assert change._used_by(owner) == pending + sum(r.payload_bytes for _, r in records if r.owner == owner)
 
     def teardown(self) -> None:
         if hasattr(self, "store"):

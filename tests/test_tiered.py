@@ -8,7 +8,7 @@ import threading
 import numpy as np
 import pytest
 
-from lmcache_mm.stores import SlotStore, open_store, tiered
+from lmcache_mm.stores import SlotStore, open_store, slab, slab_index, tiered
 from lmcache_mm.stores.mem import MemStore
 from lmcache_mm.stores.tiered import TieredStore
 from test_stores import OWNER, get, key, new_store, payload
@@ -27,13 +27,13 @@ class Gate(MemStore):
         if self.broken:
             raise ConnectionError("down")
 
-    def contains(self, keys):
+    def contains(self, *arguments):
         self._look()
-        return super().contains(keys)
+        return super().contains(*arguments)
 
-    def get_into(self, keys, buffers, owner=b""):
+    def get_into(self, *arguments):
         self._look()
-        return super().get_into(keys, buffers, owner)
+        return super().get_into(*arguments)
 
     def put(self, *arguments):
         self.open.wait(10)
@@ -164,6 +164,118 @@ def test_forget_says_so_when_a_tier_could_not_be_asked(store, tiers):
     assert tiers[0].contains([key(1)]) == [False]
 
 
+def test_what_is_promoted_while_it_is_forgotten_does_not_come_back(store, tiers, monkeypatch):
+    tiers[1].put([key(1)], [payload(1)], OWNER)
+    read = tiers[1].get_into
+
+    def read_and_forget(*arguments):
+        found = read(*arguments)
+        store.forget(OWNER)
+        return found
+
+    monkeypatch.setattr(tiers[1], "get_into", read_and_forget)
+    assert store.get_into([key(1)], [bytearray(100)], OWNER) == [True]
+    assert store.contains([key(1)]) == [False]
+
+
+def test_slots_promoted_while_they_are_forgotten_do_not_come_back(tmp_path, monkeypatch):
+    store, remove = new_store("shm,file", tmp_path)
+    file = store._tiers[1]
+    file.put([key(1)], [payload(1)], OWNER)
+    read = file.get_into
+
+    def read_and_forget(*arguments):
+        found = read(*arguments)
+        store.forget(OWNER)
+        return found
+
+    monkeypatch.setattr(file, "get_into", read_and_forget)
+    assert store.lend([key(1)], [100], OWNER) == [None]
+    assert store.contains([key(1)]) == [False]
+    monkeypatch.undo()
+    slots = store.reserve([key(2)], [100], OWNER)  # and what is under way when its owner is forgotten
+    store.forget(OWNER)
+    store.publish(slots, [0])
+    assert store.contains([key(2)]) == [False]
+    assert store._tiers[0].stats()["free_bytes"] == 1 << 20
+    remove()
+
+
+def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path):
+    store, remove = new_store("shm,file", tmp_path)
+    file = store._tiers[1]
+    moments = store._moments()
+    file.forget(OWNER)  # by whomever
+    store._write_later([tiered._Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store.flush()
+    assert file.contains([key(1)]) == [False]
+    remove()
+
+
+def test_a_promoted_record_keeps_its_age(tmp_path, monkeypatch):
+    now = 1000.0
+    for module in (slab, slab_index):
+        monkeypatch.setattr(module, "boot_clock", lambda: now)
+    store, remove = new_store("shm,file", tmp_path, options="&ttl=60")
+    shm, file = store._tiers
+    for i, promote in (
+        (1, lambda: store.get_into([key(1)], [bytearray(100)])),
+        (2, lambda: store.lend([key(2)], [100])),
+    ):
+        file.put([key(i)], [payload(i)])
+        now += 59
+        promote()
+        assert shm.contains([key(i)]) == [True]
+        now += 2
+        assert store.contains([key(i)]) == [False]
+    remove()
+
+
+def test_looking_after_tiers_does_not_count_as_being_asked_for(tmp_path):
+    store, remove = new_store("shm,file", tmp_path)
+    store.put([key(i) for i in range(5)], [payload(i) for i in range(5)])
+    store.flush()
+    shm = store._tiers[0]
+    starts = [record.start for record in shm._index.find([key(i) for i in range(5)])]
+    assert not any(shm._table.take_visited(start) for start in starts)
+    store.contains([key(3)])
+    assert [shm._table.take_visited(start) for start in starts] == [False, False, False, True, False]
+    remove()
+
+
+def test_a_batch_that_fails_does_not_end_the_writing(store, tiers, monkeypatch):
+    def out_of_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_write_down", out_of_memory)
+        store.put([key(1)], [payload(1)])
+        store.flush()
+    assert store.stats()["dropped_puts"] == 1
+    store.put([key(2)], [payload(2)])
+    store.flush()
+    assert tiers[1].contains([key(1), key(2)]) == [False, True]
+    assert store.forget(OWNER) == 0
+
+
+def test_a_tier_that_is_down_is_closed_too(tiers):
+    store = TieredStore(tiers)
+    tiers[1].broken = True
+    store.contains([key(1)])
+    closed = []
+    tiers[1].close = lambda: closed.append(1)
+    store.close()
+    assert closed == [1]
+
+
+def test_misuse_is_the_callers_and_takes_no_tier_down(store):
+    with pytest.raises(ValueError, match="owner: expected 16 bytes or none, got 3"):
+        store.put([key(1)], [payload(1)], b"abc")
+    with pytest.raises(ValueError, match=r"buffers\[0\]: expected a writable one"):
+        store.get_into([key(1)], [bytes(100)])
+    assert store.stats()["errors"] == 0
+
+
 def test_closing_writes_what_waits(tiers):
     store = TieredStore(tiers)
     tiers[1].open.clear()
@@ -215,9 +327,13 @@ def test_a_list_of_urls_is_tiers_and_one_that_does_not_open_leaves_none_open(tmp
 def test_tiers_are_not_carried_over_a_fork(store):
     child = os.fork()
     if child == 0:
-        try:
-            store.contains([key(1)])
-        except RuntimeError as error:
-            os._exit(0 if "open it again after a fork" in str(error) else 2)
-        os._exit(1)
+        status = 0
+        for call in (store.contains, store._tiers[0].contains):
+            try:
+                call([key(1)])
+                status = 1
+            except RuntimeError as error:
+                status |= 2 * ("open it again after a fork" not in str(error))
+        store.close()  # nothing, at once
+        os._exit(status)
     assert os.waitpid(child, 0)[1] == 0

@@ -30,11 +30,13 @@ class Store(Protocol):
     A put that cannot be done (full, down, slow) is dropped and counted, never an exception.
     """
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which records could be read now."""
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
+        """Which records could be read now. `peek`: this does not count as being asked for, which eviction looks at."""
         ...
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
         """Fills each writable buffer with its key's payload. False: not there, or another length than the buffer's, or
         damaged; the buffer then holds garbage. `owner`: as of `put`, for a store that copies what it finds into a
         faster one."""
@@ -46,9 +48,22 @@ class Store(Protocol):
         buffers: Sequence[Buffer],
         owner: bytes = b"",
         checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
     ) -> None:
         """Stores payloads, copied before it returns. A key that is there keeps its record. `owner`: 16 bytes that name
-        a tenant, or empty. `checksums`: the payloads' (see `ops.checksum`) where the caller has them."""
+        a tenant, or empty. `checksums`: the payloads' (see `ops.checksum`) where the caller has them.
+
+        For payloads that come from another store: `as_of`, what `moment` said before they were read there, lest what
+        was forgotten meanwhile come back; `age_s`, for how long they have been stored."""
+        ...
+
+    def moment(self) -> int:
+        """A number for `as_of`: it grows whenever an owner is forgotten."""
+        ...
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        """For how many seconds the records have been stored; 0 for what is not there."""
         ...
 
     def delete(self, keys: Sequence[bytes]) -> None: ...
@@ -72,10 +87,19 @@ class Store(Protocol):
 class SlotStore(Store, Protocol):
     """A store whose slots can be read and written in place; see `ShmStore`."""
 
-    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]: ...
+    def lend(
+        self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
+    ) -> list[Slot | None]: ...
     def release(self, slots: Sequence[Slot]) -> None: ...
     def discard(self, slot: Slot) -> None: ...
-    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]: ...
+    def reserve(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        owner: bytes = b"",
+        as_of: int | None = None,
+        age_s: float = 0.0,
+    ) -> list[Slot | None]: ...
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None: ...
     def abandon(self, slots: Sequence[Slot]) -> None: ...
     def view(self, slot: Slot) -> Any: ...

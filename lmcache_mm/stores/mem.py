@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from lmcache_mm.ops import checksum
-from lmcache_mm.stores.slab import check_keys
+from lmcache_mm.stores.slab import check_keys, checked_owner, writable
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -27,6 +29,7 @@ class _Record:
     payload_bytes: int
     checksum: int
     owner: bytes = b""
+    stored_at: float = 0.0  # by time.monotonic()
 
     @property
     def end(self) -> int:
@@ -47,17 +50,29 @@ class MemStore:
             dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions"), 0)
         )
         self._lock = threading.Lock()
+        self._forgotten: dict[bytes, int] = {}
+        self._pid = os.getpid()
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"store: opened in process {self._pid}: open it again after a fork")
+
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
+        self._check()
         check_keys(keys)
         with self._lock:
             return [key in self._records for key in keys]
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
+        self._check()
         check_keys(keys)
+        arrays = writable(buffers)
         with self._lock:
-            found = [self._get(key, _bytes(buffer)) for key, buffer in zip(keys, buffers, strict=True)]
-            self._touch(keys)
+            found = [self._get(key, torch.from_numpy(array)) for key, array in zip(keys, arrays, strict=True)]
+            if not peek:
+                self._touch(keys)
         return found
 
     def _get(self, key: bytes, out: torch.Tensor) -> bool:
@@ -79,16 +94,22 @@ class MemStore:
         buffers: Sequence[Buffer],
         owner: bytes = b"",
         checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
     ) -> None:
+        self._check()
         check_keys(keys)
+        checked_owner(owner)
         with self._lock:
+            if as_of is not None and self._forgotten.get(owner, 0) > as_of:
+                return
             for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
                 payload = _bytes(buffer)
                 if key not in self._records:
-                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i], owner)
+                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i], owner, age_s)
             self._touch(keys)
 
-    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int, owner: bytes) -> None:
+    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int, owner: bytes, age_s: float) -> None:
         size = _Record(0, len(payload), 0).end
         if size > len(self._buffer):
             self._counts["dropped_puts"] += 1
@@ -100,7 +121,7 @@ class MemStore:
         if gap[1] - gap[0] > size:
             insort(self._gaps, (gap[0] + size, gap[1]))
         self._buffer[gap[0] : gap[0] + len(payload)] = payload
-        self._records[key] = _Record(gap[0], len(payload), payload_checksum, owner)
+        self._records[key] = _Record(gap[0], len(payload), payload_checksum, owner, time.monotonic() - age_s)
         self._counts["puts"] += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
@@ -119,7 +140,16 @@ class MemStore:
             begin = self._gaps.pop(i - 1)[0]
         insort(self._gaps, (begin, end))
 
+    def moment(self) -> int:
+        return len(self._forgotten) and max(self._forgotten.values())
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        now = time.monotonic()
+        with self._lock:
+            return [now - self._records[key].stored_at if key in self._records else 0.0 for key in keys]
+
     def delete(self, keys: Sequence[bytes]) -> None:
+        self._check()
         check_keys(keys)
         with self._lock:
             for key in keys:
@@ -127,7 +157,9 @@ class MemStore:
                     self._remove(key)
 
     def forget(self, owner: bytes) -> int:
+        self._check()
         with self._lock:
+            self._forgotten[owner] = 1 + max(self._forgotten.values(), default=0)
             keys = [key for key, record in self._records.items() if owner and record.owner == owner]
             for key in keys:
                 self._remove(key)
@@ -137,12 +169,15 @@ class MemStore:
         """Every put is visible when it returns."""
 
     def stats(self) -> Mapping[str, int]:
+        self._check()
         with self._lock:
             used = len(self._buffer) - sum(end - begin for begin, end in self._gaps)
             sizes = {"capacity_bytes": len(self._buffer), "used_bytes": used, "records": len(self._records)}
             return {**self._counts, **sizes}
 
     def close(self) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             self._records.clear()
             self._gaps = []

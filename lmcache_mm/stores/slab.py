@@ -8,6 +8,7 @@ another; whoever dies in between leaves a slot that rests for a while and is fre
 
 from __future__ import annotations
 
+import atexit
 import errno
 import mmap
 import os
@@ -18,7 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from lmcache_mm.stores.slab_files import (
     read_header,
     registering,
     remove_files,
+    saving,
     sync_directory,
     try_lock,
     unlock,
@@ -77,6 +79,8 @@ class Slot:
     payload_bytes: int
     checksum: int  # of a record that is lent
     owner: bytes
+    as_of: int = 0  # of one that is reserved, see `Store.put`
+    age_s: float = 0.0
 
 
 # Stores that this process has open, by directory.
@@ -109,6 +113,14 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
+@atexit.register
+def _close_all() -> None:
+    """Threads that come back from C++ while the interpreter ends would end the process."""
+    for store in list(_open.values()):
+        store._opened = 1
+        store.close()
+
+
 class SlabStore:
     """What shm: and file: stores have in common; see `Store` and `open`. One instance a process and directory, counted:
     each open asks for one close."""
@@ -128,7 +140,10 @@ class SlabStore:
         with _registry:
             store = _open.get(path)
             if store is None:
-                store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
+                try:
+                    store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
+                except lmdb.Error as error:
+                    raise RuntimeError(f"store: the index in {path} cannot be opened: {error}; remove it") from error
             elif not isinstance(store, cls):
                 raise ValueError(f"store: {path} is open in this process as {store.scheme}:")
             elif not store._fits(capacity) or (quota, ttl_s) != (store._quota, store._ttl_s):
@@ -144,6 +159,7 @@ class SlabStore:
         names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors")
         self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._counts_lock = threading.Lock()
+        self._burying = threading.Lock()
         self._looked_for_dead = 0.0
         self._unreturned: list[Slot] = []  # reserved slots that could not be given back
         if capacity is not None and capacity < LEAST_GRANULE_BYTES:
@@ -151,8 +167,14 @@ class SlabStore:
         if capacity is None and not os.path.lexists(directory):
             raise no_store(directory)
         with opening(directory) as self._lock_fd:
+            if any(store._lock_fd == self._lock_fd for store in _open.values()):
+                raise ValueError(f"store: {directory} is open in this process under another name")
             self._take_over(capacity)
-        self._open_slab()
+        try:
+            self._open_slab()
+        except BaseException:
+            self._leave()
+            raise
 
     # --- Opening and closing
 
@@ -171,6 +193,10 @@ class SlabStore:
                 "remove it with `python -m lmcache_mm clear`"
             )
         used = [row for row in range(ROWS) if locked_by_another(self._lock_fd, row)]
+        if used and made_in_boot != boot_id():
+            raise RuntimeError(
+                f"store: {self.directory} is open on another machine, whose shared memory is not this one's"
+            )
         if used and made_in_namespace != pid_namespace():
             raise RuntimeError(
                 f"store: {self.directory} is open in another PID namespace, which its index does not stand"
@@ -193,6 +219,7 @@ class SlabStore:
         self._row = row
         try:
             self._env = open_env(self.directory / "index", granules)
+            self._env.reader_check()  # what dead readers keep of the index is not free for anybody
             self._table = _C.SlabTable(slots.ctypes.data, row)
             self._index = Index(self._env, self._table, granules, granule_bytes, self._quota, self._ttl_s)
             self._index.make()
@@ -202,6 +229,8 @@ class SlabStore:
             self._table_map[_ROWS_AT + row] = 1
             write_header(self.directory, granule_bytes, granules)
         except BaseException:
+            if hasattr(self, "_env"):
+                self._env.close()
             unlock(self._lock_fd, row)
             raise
 
@@ -229,8 +258,8 @@ class SlabStore:
     def _restore_index(self) -> float:
         """After a restart of the machine, when the index may be torn: what of it was saved. Returns by how much the
         boot clock of now is ahead."""
-        shutil.rmtree(self.directory / "index")
-        (self.directory / "index").mkdir(mode=0o700)
+        shutil.rmtree(self.directory / "index", ignore_errors=True)
+        (self.directory / "index").mkdir(mode=0o700, exist_ok=True)
         return 0.0
 
     def _open_slab(self) -> None:
@@ -249,10 +278,13 @@ class SlabStore:
                 return
             del _open[str(self.directory)]
             self._close_slab()
-            with suppress(lmdb.Error):
-                self._bury([self._row])
-            self._env.close()
-            unlock(self._lock_fd, self._row)
+            self._leave()
+
+    def _leave(self) -> None:
+        with suppress(lmdb.Error):
+            self._bury([self._row])
+        self._env.close()
+        unlock(self._lock_fd, self._row)
 
     def _check(self) -> None:
         if os.getpid() != self._pid:
@@ -275,23 +307,28 @@ class SlabStore:
 
     def _look_for_dead(self) -> None:
         """Takes back what processes held that are no more."""
-        self._looked_for_dead = time.monotonic()
-        taken = [row for row in range(ROWS) if self._table_map[_ROWS_AT + row] and row != self._row]
-        dead = [row for row in taken if try_lock(self._lock_fd, row)]
-        if not dead:
+        # One thread at a time: to a second one the rows that the first has locked look free too.
+        if not self._burying.acquire(blocking=False):
             return
         try:
-            self._bury(dead)
+            self._looked_for_dead = time.monotonic()
             self._env.reader_check()
+            taken = [row for row in range(ROWS) if self._table_map[_ROWS_AT + row] and row != self._row]
+            dead = [row for row in taken if try_lock(self._lock_fd, row)]
+            try:
+                if dead:
+                    self._bury(dead)
+            finally:
+                for row in dead:
+                    unlock(self._lock_fd, row)
         except lmdb.Error:
             self._count("errors")
         finally:
-            for row in dead:
-                unlock(self._lock_fd, row)
+            self._burying.release()
 
     # --- Records
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
         check_keys(keys)
         try:
@@ -299,10 +336,16 @@ class SlabStore:
         except lmdb.Error:
             self._count("errors")
             return [False] * len(keys)
-        current = iter(self._table.touch([place for place in places if place]))
+        there = [place for place in places if place]
+        if peek:
+            current = iter([self._table.generation(start) == generation for start, generation in there])
+        else:
+            current = iter(self._table.touch(there))
         return [place is not None and next(current) for place in places]
 
-    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+    def lend(
+        self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
+    ) -> list[Slot | None]:
         """The records of `keys` that have these sizes, pinned: their bytes stay in place until `release`. What is lent
         has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
         self._check()
@@ -321,6 +364,8 @@ class SlabStore:
             else None
             for key, record in zip(keys, wanted, strict=True)
         ]
+        if not peek:
+            self._table.touch([(slot.start, slot.generation) for slot in slots if slot])
         self._count("misses", slots.count(None))
         self._count("hits", len(slots) - slots.count(None))
         return slots
@@ -343,15 +388,23 @@ class SlabStore:
 
         self._change(work)
 
-    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+    def reserve(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        owner: bytes = b"",
+        as_of: int | None = None,
+        age_s: float = 0.0,
+    ) -> list[Slot | None]:
         """Places to write payloads to, None for keys that are there already and where there is no room (counted).
-        To be published or abandoned."""
+        To be published or abandoned. `as_of`, `age_s`: see `Store.put`."""
         self._check()
         check_keys(keys)
-        owner = _checked_owner(owner)
+        owner = checked_owner(owner)
         if time.monotonic() - self._looked_for_dead > 1:
             self._look_for_dead()
-        given_back, self._unreturned = self._unreturned, []
+        with self._counts_lock:
+            given_back, self._unreturned = self._unreturned, []
 
         def work(change: Change) -> list[Slot | None]:
             change.reap()
@@ -364,13 +417,15 @@ class SlabStore:
                     place = change.reserve(size, owner, self._row)
                     if place is None:
                         change.dropped += 1
-                slots.append(None if place is None else Slot(key, *place, size, 0, owner))
+                moment = change.moment() if as_of is None else as_of
+                slots.append(None if place is None else Slot(key, *place, size, 0, owner, moment, age_s))
             return slots
 
         slots = self._change(work, drops=len(keys))
         if slots is None:
-            self._unreturned += given_back
-        return slots or [None] * len(keys)
+            self._return_later(given_back)
+            return [None] * len(keys)
+        return slots
 
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
         """Makes reserved slots, filled with payloads of these checksums, visible to all processes."""
@@ -380,14 +435,16 @@ class SlabStore:
             # Records come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
             return sum(
                 change.publish(
-                    slot.key, slot.start, slot.generation, slot.payload_bytes, checksum, slot.owner, self._row
+                    *(slot.key, slot.start, slot.generation, slot.payload_bytes, checksum, slot.owner, self._row),
+                    slot.as_of,
+                    slot.age_s,
                 )
                 for slot, checksum in reversed(list(zip(slots, checksums, strict=True)))
             )
 
         published = self._change(work, drops=len(slots))
         if published is None:
-            self._unreturned += slots
+            self._return_later(slots)
         else:
             self._count("puts", published)
 
@@ -401,6 +458,10 @@ class SlabStore:
             return True
 
         if not self._change(work):
+            self._return_later(slots)
+
+    def _return_later(self, slots: Sequence[Slot]) -> None:
+        with self._counts_lock:
             self._unreturned += slots
 
     def _change(self, work: Callable[[Change], T], drops: int = 0) -> T | None:
@@ -408,7 +469,9 @@ class SlabStore:
         try:
             with self._index.change() as change:
                 result = work(change)
-        except lmdb.Error:
+        except lmdb.Error as error:
+            if isinstance(error, lmdb.MapFullError):
+                self._env.reader_check()  # for the next one
             self._count("errors")
             self._count("dropped_puts", drops)
             return None
@@ -416,9 +479,11 @@ class SlabStore:
         self._count("dropped_puts", change.dropped)
         return result
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
-        arrays = [_bytes(buffer) for buffer in buffers]
-        slots = self.lend(keys, [array.nbytes for array in arrays])
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
+        arrays = writable(buffers)
+        slots = self.lend(keys, [array.nbytes for array in arrays], owner, peek)
         lent = [(slot, array) for slot, array in zip(slots, arrays, strict=True) if slot]
         try:
             good = iter(self._read([slot for slot, _ in lent], [array for _, array in lent]))
@@ -432,21 +497,24 @@ class SlabStore:
         buffers: Sequence[Buffer],
         owner: bytes = b"",
         checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
     ) -> None:
         arrays = [_bytes(buffer) for buffer in buffers]
-        slots = self.reserve(keys, [array.nbytes for array in arrays], owner)
+        slots = self.reserve(keys, [array.nbytes for array in arrays], owner, as_of, age_s)
         places = [i for i, slot in enumerate(slots) if slot]
         reserved = [slot for slot in slots if slot]
         if not reserved:
             return
+        given = None if checksums is None else [checksums[i] for i in places]
         try:
-            sums = self._write(
-                reserved, [arrays[i] for i in places], None if checksums is None else [checksums[i] for i in places]
-            )
-        except OSError:
+            sums = self._write(reserved, [arrays[i] for i in places], given)
+        except BaseException as error:
             self._count("errors")
             self._count("dropped_puts", len(reserved))
             self.abandon(reserved)
+            if not isinstance(error, OSError):
+                raise
         else:
             self.publish(reserved, sums)
 
@@ -476,11 +544,27 @@ class SlabStore:
         self._check()
         if not owner:
             raise ValueError("owner: expected 16 bytes, got none")
-        checked = _checked_owner(owner)
+        checked = checked_owner(owner)
         removed = self._change(lambda change: change.forget(checked))
         if removed is None:
             raise RuntimeError(f"forget: the index in {self.directory} cannot be written")
         return removed
+
+    def moment(self) -> int:
+        self._check()
+        try:
+            return self._index.moment()
+        except lmdb.Error:
+            self._count("errors")
+            return 0
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        self._check()
+        try:
+            return self._index.ages(keys)
+        except lmdb.Error:
+            self._count("errors")
+            return [0.0] * len(keys)
 
     def clear(self) -> int:
         """Removes all records; returns their number."""
@@ -493,7 +577,10 @@ class SlabStore:
             change.reap()
             return len(records)
 
-        return self._change(work) or 0
+        removed = self._change(work)
+        if removed is None:
+            raise RuntimeError(f"clear: the index in {self.directory} cannot be written")
+        return removed
 
     def flush(self) -> None:
         """Every put is visible when it returns."""
@@ -614,27 +701,32 @@ class FileStore(SlabStore):
         self._check()
         self._save_index()
 
-    def put(
-        self,
-        keys: Sequence[bytes],
-        buffers: Sequence[Buffer],
-        owner: bytes = b"",
-        checksums: Sequence[int] | None = None,
-    ) -> None:
-        super().put(keys, buffers, owner, checksums)
+    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
+        super().publish(slots, checksums)
         if time.monotonic() - self._saved > CHECKPOINT_S:
             self._save_index()
 
-    def _save_index(self) -> None:
+    def forget(self, owner: bytes) -> int:
+        removed = super().forget(owner)
+        if not self._save_index():  # a restart would bring them back
+            raise RuntimeError(f"forget: the checkpoint in {self.directory} cannot be written")
+        return removed
+
+    def clear(self) -> int:
+        removed = super().clear()
+        if not self._save_index():
+            raise RuntimeError(f"clear: the checkpoint in {self.directory} cannot be written")
+        return removed
+
+    def _save_index(self) -> bool:
         """Writes a checkpoint: a copy of the index, the clocks, and a digest of both."""
-        with self._saving:
-            self._saved = time.monotonic()
-            temporary = self.directory / f"checkpoint.{os.getpid()}"
-            try:
+        self._saved = time.monotonic()
+        temporary = self.directory / f"checkpoint.{os.getpid()}"
+        try:
+            with self._saving, saving(self._lock_fd):
                 os.fdatasync(self._fd)
-                with open(
-                    os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "r+b"
-                ) as file:
+                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                with open(os.open(temporary, flags, 0o600), "r+b") as file:
                     clocks = struct.pack("<dd", boot_clock(), time.time())
                     self._index.save(file.fileno())
                     file.seek(0, os.SEEK_END)
@@ -645,9 +737,12 @@ class FileStore(SlabStore):
                     os.fsync(file.fileno())
                 temporary.replace(self.directory / "checkpoint")
                 sync_directory(self.directory)
-            except (OSError, lmdb.Error):
-                self._count("errors")
+        except (OSError, lmdb.Error):
+            self._count("errors")
+            with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            return False
+        return True
 
     def _restore_index(self) -> float:
         super()._restore_index()
@@ -696,6 +791,7 @@ class FileStore(SlabStore):
             ]
             for slot, array in zip(slots, arrays, strict=True)
         ]
+        wait([job for of_slot in jobs for job in of_slot])  # nothing touches the slots any more, whatever comes
         return [[job.result() for job in of_slot] for of_slot in jobs]
 
     def _read_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
@@ -740,12 +836,13 @@ def remove(directory: Path) -> bool:
         if os.path.realpath(directory) in _open:
             return False
         with opening(directory) as fd:
+            if any(store._lock_fd == fd for store in _open.values()):
+                return False
             if any(locked_by_another(fd, row) for row in range(ROWS)):
                 return False
             remove_files(directory)
             (directory / "lock").unlink()
-            with suppress(OSError):
-                directory.rmdir()  # stays if there is something else in it
+            directory.rmdir()
     return True
 
 
@@ -756,10 +853,17 @@ def _bytes(buffer: Buffer) -> np.ndarray:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
+def writable(buffers: Sequence[Buffer]) -> list[np.ndarray]:
+    """The buffers' bytes, uint8; ValueError for one that cannot be written to."""
+    arrays = [_bytes(buffer) for buffer in buffers]
+    for i, array in enumerate(arrays):
+        if not array.flags.writeable:
+            raise ValueError(f"buffers[{i}]: expected a writable one")
+    return arrays
+
+
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
     """Copies; returns the checksum."""
-    if not to.flags.writeable:
-        raise ValueError("buffer: expected a writable one")
     return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
 
 
@@ -774,7 +878,7 @@ def check_keys(keys: Sequence[bytes]) -> None:
             raise ValueError(f"keys: expected 32 to 64 bytes, got {len(key)}")
 
 
-def _checked_owner(owner: bytes) -> bytes:
+def checked_owner(owner: bytes) -> bytes:
     if owner and len(owner) != len(NO_OWNER):
         raise ValueError(f"owner: expected {len(NO_OWNER)} bytes or none, got {len(owner)}")
     return owner or NO_OWNER

@@ -10,6 +10,7 @@ import re
 import shutil
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,8 @@ _HEADER = struct.Struct("<8sIIQ16sQII")
 _MAGIC, _VERSION = b"lmcmm\0\r\n", 1
 _OPENING = ROWS  # the byte of the lock file that is held while a store is opened or removed
 _REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
+_SAVING = ROWS + 2  # and while a process writes a checkpoint
+_OWN_NAMES = re.compile(r"lock|table|slab|index|checkpoint(\.\d+)?")
 _FLOCK = struct.Struct("@hhqqi4x")
 
 # The locks of all stores that this process ever had open: closing any descriptor of a file would end all POSIX locks
@@ -103,13 +106,27 @@ def unlock(fd: int, byte: int) -> None:
     fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
 
 
+def _lock(fd: int, byte: int) -> None:
+    """Waits for the byte."""
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX, 1, byte)
+            return
+        except OSError as error:
+            # Threads of two processes that wait for bytes of each other look like a circle, which the threads are not.
+            if error.errno != errno.EDEADLK:
+                raise
+            time.sleep(0.01)
+
+
 @contextmanager
 def opening(directory: Path) -> Iterator[int]:
     """One process at a time opens, makes or removes the store in a directory, which is made; gives its lock file."""
     while True:
         own_directory(directory)
+        check_contents(directory)
         fd = lock_file(directory / "lock")
-        fcntl.lockf(fd, fcntl.LOCK_EX, 1, _OPENING)
+        _lock(fd, _OPENING)
         try:
             if _is_at(fd, directory / "lock"):  # else whoever had it before removed it
                 yield fd
@@ -121,11 +138,21 @@ def opening(directory: Path) -> Iterator[int]:
 @contextmanager
 def registering(fd: int) -> Iterator[None]:
     """One process at a time registers the slab with a GPU."""
-    fcntl.lockf(fd, fcntl.LOCK_EX, 1, _REGISTERING)
+    _lock(fd, _REGISTERING)
     try:
         yield
     finally:
         unlock(fd, _REGISTERING)
+
+
+@contextmanager
+def saving(fd: int) -> Iterator[None]:
+    """One process at a time writes a checkpoint, so that the last one is the newest."""
+    _lock(fd, _SAVING)
+    try:
+        yield
+    finally:
+        unlock(fd, _SAVING)
 
 
 def _is_at(fd: int, path: Path) -> bool:
@@ -182,6 +209,7 @@ def write_header(directory: Path, granule_bytes: int, granules: int) -> None:
     fd = os.open(directory / "table", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.pwrite(fd, header, 0)
+        os.fsync(fd)  # what is made once has to be there after a power cut
     finally:
         os.close(fd)
 
@@ -202,6 +230,13 @@ def open_env(path: Path, granules: int) -> lmdb.Environment:
         env.close()
         raise ValueError(f"store: {path / 'data.mdb'} ends before its last page; remove the store")
     return env
+
+
+def check_contents(directory: Path) -> None:
+    """ValueError if something lies in the directory that is no part of a store: it would be in the way, or worse."""
+    others = [name for name in os.listdir(directory) if not _OWN_NAMES.fullmatch(name)]
+    if others:
+        raise ValueError(f"store: expected a directory of its own, {directory} also holds {others[0]!r}")
 
 
 def remove_files(directory: Path) -> None:

@@ -20,12 +20,13 @@ from lmcache_mm._C import SlabTable
 
 SEGMENT_BYTES = 1 << 30
 QUARANTINE_S = 10.0  # a dead process's transfers into its unpublished slots may trail
+MOST_EVICTED = 8  # times what is needed; what does not fit then would not be worth it
 NOBODY = 0xFFFFFFFF
 NO_OWNER = bytes(16)
 
 _RECORD = struct.Struct("<IIQqQd16s")
 _PLACE = struct.Struct("<II")  # what a record begins with
-_PENDING = struct.Struct("<IId")
+_PENDING = struct.Struct("<IIdQ16s")  # granules, row, when it is free, payload bytes, owner
 _EXTENT = struct.Struct(">II")  # (granules, start): in the order of size
 _START = struct.Struct(">I")
 _SEQUENCE = struct.Struct(">Q")
@@ -72,7 +73,7 @@ class Index:
         self._quota, self._ttl_s = quota, ttl_s
         # A fork must not happen within a transaction, whose other half the child would be: see `pause`.
         self._reading, self._writing, self._saving = threading.Lock(), threading.Lock(), threading.Lock()
-        names = ("records", "queue", "free", "sizes", "pending", "owners", "owned", "counters")
+        names = ("records", "queue", "free", "sizes", "pending", "owners", "owned", "forgotten", "counters")
         self._db = {name: env.open_db(name.encode()) for name in names}
 
     def find(self, keys: Sequence[bytes]) -> list[Record | None]:
@@ -92,6 +93,17 @@ class Index:
     def _values(self, keys: Sequence[bytes]) -> Sequence[tuple[bytes, bytes]]:
         with self._reading, self._env.begin() as txn, txn.cursor(self._db["records"]) as cursor:
             return cursor.getmulti(keys)
+
+    def moment(self) -> int:
+        with self._reading, self._env.begin() as txn:
+            stored = txn.get(_COUNTERS_KEY, db=self._db["counters"])
+            moment: int = _COUNTERS.unpack(stored)[1] if stored else 0
+            return moment
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        """Seconds since the records were stored; 0 for what is not there."""
+        now = boot_clock()
+        return [now - record.stored_at if record else 0.0 for record in self.find(keys)]
 
     def sizes(self) -> dict[str, int]:
         with self._reading, self._env.begin() as txn:
@@ -181,48 +193,76 @@ class Change:
             return None
         if owner != NO_OWNER and self._index._quota and not self._make_room_of(owner, size):
             return None
+        patience = MOST_EVICTED * granules
         while (start := self._take_extent(granules)) is None:
-            if not self._evict_next():
+            freed = self._evict_next() if patience > 0 else 0
+            patience -= freed
+            if not freed:
                 return None
-        self._txn.put(_START.pack(start), _PENDING.pack(granules, row, 0.0), db=self._db["pending"])
+        self._txn.put(_START.pack(start), _PENDING.pack(granules, row, 0.0, size, owner), db=self._db["pending"])
+        self._add_used(owner, size)
         return start, self._table.generation(start)
 
+    def moment(self) -> int:
+        """A number that grows with every record that is published and every owner that is forgotten."""
+        return int(self._sequence)
+
     def publish(
-        self, key: bytes, start: int, generation: int, size: int, checksum: int, owner: bytes, row: int
+        self,
+        key: bytes,
+        start: int,
+        generation: int,
+        size: int,
+        checksum: int,
+        owner: bytes,
+        row: int,
+        as_of: int,
+        age_s: float,
     ) -> bool:
-        """Makes a reserved slot a record. False if the key has one by now, or the slot was taken back."""
-        granules = self._pending_of(start, row)
-        if granules is None:
+        """Makes a reserved slot a record. False if the key has one by now, the slot was taken back, or the owner was
+        forgotten after the moment `as_of`."""
+        if self._pending_of(start, row) is None:
             return False
-        if self.get(key):
+        if self.get(key) or self._forgotten(owner) > as_of:
             self.abandon(start, row)
             return False
         self._txn.delete(_START.pack(start), db=self._db["pending"])
+        self._table.take_visited(start)  # of what was there before
         sequence = self._sequence
         self._sequence += 1
-        value = _RECORD.pack(start, generation, size, checksum, sequence, self._now, owner)
+        value = _RECORD.pack(start, generation, size, checksum, sequence, self._now - age_s, owner)
         self._txn.put(key, value, db=self._db["records"])
         self._txn.put(_SEQUENCE.pack(sequence), key, db=self._db["queue"])
         self._used += size
         if owner != NO_OWNER:
             self._txn.put(owner + _SEQUENCE.pack(sequence), key, db=self._db["owned"])
-            self._add_used(owner, size)
         return True
 
     def abandon(self, start: int, row: int) -> None:
         """Gives a reserved slot back that nothing writes into any more."""
         granules = self._pending_of(start, row)
         if granules is not None:
+            self._discharge(start)
             self._txn.delete(_START.pack(start), db=self._db["pending"])
             self._table.retire(start)
             self.add_extent(start, granules)
+
+    def _discharge(self, start: int) -> None:
+        """A pending slot no longer counts as its owner's."""
+        value = self._txn.get(_START.pack(start), db=self._db["pending"])
+        assert value is not None
+        *_, size, owner = _PENDING.unpack(value)
+        self._add_used(owner, -size)
+
+    def _forgotten(self, owner: bytes) -> int:
+        return int.from_bytes(self._txn.get(owner, default=b"", db=self._db["forgotten"]), "little")
 
     def _pending_of(self, start: int, row: int) -> int | None:
         value = self._txn.get(_START.pack(start), db=self._db["pending"])
         if value is None:
             return None
-        granules, owner, _ = _PENDING.unpack(value)
-        return granules if owner == row else None
+        granules, its_row, *_ = _PENDING.unpack(value)
+        return granules if its_row == row else None
 
     def remove(self, key: bytes, record: Record) -> None:
         """The key is gone at once, its slot as soon as nobody has it pinned."""
@@ -231,13 +271,15 @@ class Change:
         self._unlist(key, record)
         granules = self._granules_of(record.payload_bytes)
         if self._table.pinned(record.start):
-            value = _PENDING.pack(granules, NOBODY, self._now)
+            value = _PENDING.pack(granules, NOBODY, self._now, 0, NO_OWNER)
             self._txn.put(_START.pack(record.start), value, db=self._db["pending"])
         else:
             self.add_extent(record.start, granules)
 
     def forget(self, owner: bytes) -> int:
-        """Removes all records of an owner; returns their number."""
+        """Removes all records of an owner, and what is under way of it when it arrives; returns their number."""
+        self._sequence += 1
+        self._txn.put(owner, self._sequence.to_bytes(8, "little"), db=self._db["forgotten"])
         keys = list(self._owned(owner))
         for key, record in keys:
             self.remove(key, record)
@@ -264,16 +306,16 @@ class Change:
         self._used -= record.payload_bytes
         if record.owner != NO_OWNER:
             self._txn.delete(record.owner + sequence, db=self._db["owned"])
-            self._add_used(record.owner, -record.payload_bytes)
+        self._add_used(record.owner, -record.payload_bytes)
 
     def _used_by(self, owner: bytes) -> int:
         return int.from_bytes(self._txn.get(owner, default=b"", db=self._db["owners"]), "little")
 
     def _add_used(self, owner: bytes, size: int) -> None:
+        if owner == NO_OWNER:
+            return
         used = self._used_by(owner) + size
-        with self._txn.cursor(self._db["owned"]) as cursor:
-            any_left = cursor.set_range(owner) and cursor.key()[: len(owner)] == owner
-        if any_left:
+        if used:
             self._txn.put(owner, used.to_bytes(8, "little"), db=self._db["owners"])
         else:
             self._txn.delete(owner, db=self._db["owners"])
@@ -288,9 +330,10 @@ class Change:
         self.evictions += 1
         return True
 
-    def _evict_next(self) -> bool:
-        """SIEVE: from the hand on towards newer records, the first that nobody asked for since the hand was there last.
+    def _evict_next(self) -> int:
+        """Evicts one record; how many granules it had, 0 if there is none that can go.
 
+        SIEVE: from the hand on towards newer records, the first that nobody asked for since the hand was there last.
         Source: Zhang et al., "SIEVE is Simpler than LRU", NSDI 2024.
         """
         laps = 0
@@ -300,13 +343,13 @@ class Change:
                 if not found:
                     laps += 1
                     if laps > 2 or not cursor.first():
-                        return False
+                        return 0
                 sequence, key = map(bytes, cursor.item())
                 record = _unpack(self._txn.get(key, db=self._db["records"]))
                 spared = self._table.take_visited(record.start) and record.stored_at >= self._expired_before
                 if not spared and self._evict(key, record):
                     self._hand = _SEQUENCE.unpack(sequence)[0] + 1
-                    return True
+                    return self._granules_of(record.payload_bytes)
                 found = cursor.next()
 
     def _make_room_of(self, owner: bytes, size: int) -> bool:
@@ -369,24 +412,27 @@ class Change:
     def bury(self, rows: Iterable[int]) -> None:
         """The unpublished slots of dead processes are free after a while."""
         rows = set(rows)
-        for start, (granules, row, _) in self._pending():
+        for start, granules, row, _ in self._pending():
             if row in rows:
-                value = _PENDING.pack(granules, NOBODY, self._now + QUARANTINE_S)
+                self._discharge(start)
+                value = _PENDING.pack(granules, NOBODY, self._now + QUARANTINE_S, 0, NO_OWNER)
                 self._txn.put(_START.pack(start), value, db=self._db["pending"])
 
     def reap(self) -> None:
         """Frees what waited long enough and is not pinned."""
-        for start, (granules, row, free_at) in self._pending():
+        for start, granules, row, free_at in self._pending():
             if row == NOBODY and free_at <= self._now and not self._table.pinned(start):
                 self._txn.delete(_START.pack(start), db=self._db["pending"])
                 self.add_extent(start, granules)
 
-    def _pending(self) -> list[tuple[int, tuple[int, int, float]]]:
+    def _pending(self) -> list[tuple[int, int, int, float]]:
+        """(start, granules, row, when it is free)"""
         with self._txn.cursor(self._db["pending"]) as cursor:
-            return [(_START.unpack(key)[0], _PENDING.unpack(value)) for key, value in cursor]
+            return [(_START.unpack(key)[0], *_PENDING.unpack(value)[:3]) for key, value in cursor]
 
     def restart(self, shift_s: float) -> None:
-        for start, (granules, _, _) in self._pending():
+        for start, granules, _, _ in self._pending():
+            self._discharge(start)
             self._txn.delete(_START.pack(start), db=self._db["pending"])
             self.add_extent(start, granules)
         for key, record in self.records():

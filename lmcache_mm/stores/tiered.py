@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import mmap
 import os
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.stores.slab import Slot, check_keys
+from lmcache_mm.stores.slab import Slot, check_keys, checked_owner, writable
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer, SlotStore, Store
@@ -32,6 +34,17 @@ class _Waiting(NamedTuple):
     payload_bytes: int
     owner: bytes
     payload: np.ndarray | None  # None: it is in the first tier
+    as_of: tuple[int, ...]  # of each tier, when it began to wait
+
+
+_open: weakref.WeakSet[TieredStore] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from C++ while the interpreter ends would end the process."""
+    for store in list(_open):
+        store.close()
 
 
 class TieredStore:
@@ -57,6 +70,7 @@ class TieredStore:
         self._closing = False
         self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
         self._writer.start()
+        _open.add(self)
 
     def _ask(self, tier: int, otherwise: Any, method: str, *arguments: Any) -> Any:
         """What the tier's method returns; `otherwise` if it raises, or has done so a short while ago."""
@@ -82,37 +96,49 @@ class TieredStore:
         with self._state:
             self._counts[name] += by
 
-    def contains(self, keys: Sequence[bytes]) -> list[bool]:
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
         check_keys(keys)
-        return self._contains(keys, range(len(self._tiers)))
+        return self._contains(keys, range(len(self._tiers)), peek)
 
-    def _contains(self, keys: Sequence[bytes], tiers: Sequence[int]) -> list[bool]:
+    def _contains(self, keys: Sequence[bytes], tiers: Sequence[int], peek: bool) -> list[bool]:
         found = [False] * len(keys)
         for tier in tiers:
             missing = [i for i, there in enumerate(found) if not there]
             if missing:
-                there = self._ask(tier, [False] * len(missing), "contains", [keys[i] for i in missing])
+                there = self._ask(tier, [False] * len(missing), "contains", [keys[i] for i in missing], peek)
                 for i, is_there in zip(missing, there, strict=True):
                     found[i] = is_there
         return found
 
-    def get_into(self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"") -> list[bool]:
+    def _moments(self) -> tuple[int, ...]:
+        return tuple(self._ask(tier, 0, "moment") for tier in range(len(self._tiers)))
+
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
         self._check()
         check_keys(keys)
+        checked_owner(owner)
+        writable(buffers)
         found = [False] * len(keys)
+        moments: tuple[int, ...] = ()
         for tier in range(len(self._tiers)):
             missing = [i for i, there in enumerate(found) if not there]
             if not missing:
                 break
+            if tier == 1:
+                moments = self._moments()  # before anything is read that would be put further up
             wanted, into = [keys[i] for i in missing], [buffers[i] for i in missing]
-            there = self._ask(tier, [False] * len(missing), "get_into", wanted, into, owner)
+            there = self._ask(tier, [False] * len(missing), "get_into", wanted, into, owner, peek)
             hits = [i for i, is_there in zip(missing, there, strict=True) if is_there]
             for i in hits:
                 found[i] = True
             if hits and tier:
+                up_keys, up_buffers = [keys[i] for i in hits], [buffers[i] for i in hits]
+                age_s = max(self._ask(tier, [0.0], "ages", up_keys))
                 for above in range(tier):
-                    self._ask(above, None, "put", [keys[i] for i in hits], [buffers[i] for i in hits], owner)
+                    self._ask(above, None, "put", up_keys, up_buffers, owner, None, moments[above], age_s)
                 self._count("promoted", len(hits))
         self._count("hits", found.count(True))
         self._count("misses", found.count(False))
@@ -124,14 +150,18 @@ class TieredStore:
         buffers: Sequence[Buffer],
         owner: bytes = b"",
         checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
     ) -> None:
         self._check()
         check_keys(keys)
-        self._ask(0, None, "put", keys, buffers, owner, checksums)
-        taken = self._contains(keys, [0])
+        checked_owner(owner)
+        moments = self._moments()
+        self._ask(0, None, "put", keys, buffers, owner, checksums, as_of, age_s)
+        taken = self._contains(keys, [0], peek=True)
         arrays = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
         self._write_later(
-            _Waiting(key, array.nbytes, owner, None if there else array)
+            _Waiting(key, array.nbytes, owner, None if there else array, moments)
             for key, array, there in zip(keys, arrays, taken, strict=True)
         )
 
@@ -162,21 +192,25 @@ class TieredStore:
                 self._writing = True
                 batch = [self._waiting.popleft()]
                 room = BATCH_BYTES - batch[0].payload_bytes
-                while self._waiting and self._waiting[0].owner == batch[0].owner:
+                while self._waiting and self._waiting[0][2::2] == batch[0][2::2]:  # owner and as_of
                     room -= self._waiting[0].payload_bytes
                     if room < 0:
                         break
                     batch.append(self._waiting.popleft())
-            if batch[0].payload_bytes > len(staging):
-                staging = np.frombuffer(mmap.mmap(-1, batch[0].payload_bytes), dtype=np.uint8)
-            self._write_down(batch, staging)
+            try:
+                if batch[0].payload_bytes > len(staging):
+                    staging = np.frombuffer(mmap.mmap(-1, batch[0].payload_bytes), dtype=np.uint8)
+                self._write_down(batch, staging)
+            except Exception:  # out of memory, say: the next batch may fit
+                logger.warning("%d records are not written downwards", len(batch), exc_info=True)
+                self._count("dropped_puts", len(batch))
             with self._state:
                 self._copied_bytes -= sum(record.payload_bytes for record in batch if record.payload is not None)
 
     def _write_down(self, batch: list[_Waiting], staging: np.ndarray) -> None:
         """Writes what waited to the tiers behind the first that lack it."""
         keys = [record.key for record in batch]
-        lacking = {tier: self._contains(keys, [tier]) for tier in range(1, len(self._tiers))}
+        lacking = {tier: self._contains(keys, [tier], peek=True) for tier in range(1, len(self._tiers))}
         lacking = {tier: there for tier, there in lacking.items() if not all(there)}
         if not lacking:
             return
@@ -187,13 +221,15 @@ class TieredStore:
             if payload is None:
                 payload = staging[begin : begin + record.payload_bytes]
                 begin += record.payload_bytes
-                if not self._ask(0, [False], "get_into", [record.key], [payload])[0]:
+                if not self._ask(0, [False], "get_into", [record.key], [payload], b"", True)[0]:
                     payload = None  # evicted meanwhile
                     self._count("dropped_puts")
             payloads.append(payload)
         for tier, there in lacking.items():
             down = [(k, p) for k, p, t in zip(keys, payloads, there, strict=True) if p is not None and not t]
-            failed = self._ask(tier, True, "put", [k for k, _ in down], [p for _, p in down], batch[0].owner)
+            down_keys, down_payloads = [k for k, _ in down], [p for _, p in down]
+            as_of = batch[0].as_of[tier]
+            failed = self._ask(tier, True, "put", down_keys, down_payloads, batch[0].owner, None, as_of)
             if failed:  # a put returns None
                 self._count("dropped_puts", len(down))
 
@@ -213,6 +249,13 @@ class TieredStore:
         self._settle(lambda record: record.key in gone)
         for tier in range(len(self._tiers)):
             self._ask(tier, None, "delete", keys)
+
+    def moment(self) -> int:
+        return self._moments()[0]
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        of_tiers = [self._ask(tier, [0.0] * len(keys), "ages", keys) for tier in range(len(self._tiers))]
+        return [max(ages) for ages in zip(*of_tiers, strict=True)]
 
     def forget(self, owner: bytes) -> int:
         self._check()
@@ -247,14 +290,19 @@ class TieredStore:
         return out
 
     def close(self) -> None:
+        if os.getpid() != self._pid:
+            return
         with self._state:
-            if self._closing or os.getpid() != self._pid:
+            if self._closing:
                 return
             self._closing = True
             self._state.notify_all()
         self._writer.join()
-        for tier in range(len(self._tiers)):
-            self._ask(tier, None, "close")
+        for tier, store in enumerate(self._tiers):
+            try:
+                store.close()
+            except Exception:
+                logger.warning("tier %d cannot be closed", tier, exc_info=True)
 
 
 class TieredSlotStore(TieredStore):
@@ -265,29 +313,34 @@ class TieredSlotStore(TieredStore):
         super().__init__(tiers)
         self._first: SlotStore = tiers[0]  # type: ignore[assignment]
 
-    def lend(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+    def lend(
+        self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
+    ) -> list[Slot | None]:
         self._check()
-        slots = self._first.lend(keys, sizes)
+        slots = self._first.lend(keys, sizes, owner, peek)
         missing = [i for i, slot in enumerate(slots) if slot is None]
         if missing:
-            self._promote([keys[i] for i in missing], [sizes[i] for i in missing], owner)
-            again = self._first.lend([keys[i] for i in missing], [sizes[i] for i in missing])
-            for i, slot in zip(missing, again, strict=True):
+            wanted, wanted_sizes = [keys[i] for i in missing], [sizes[i] for i in missing]
+            self._promote(wanted, wanted_sizes, owner, peek)
+            for i, slot in zip(missing, self._first.lend(wanted, wanted_sizes, owner, peek), strict=True):
                 slots[i] = slot
         self._count("misses", slots.count(None))
         self._count("hits", len(slots) - slots.count(None))
         return slots
 
-    def _promote(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes) -> None:
+    def _promote(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes, peek: bool) -> None:
+        moment = self._first.moment()  # before anything is read
         for tier in range(1, len(self._tiers)):
-            there = self._contains(keys, [tier])
+            there = self._contains(keys, [tier], peek)
             wanted = [i for i, is_there in enumerate(there) if is_there]
             if not wanted:
                 continue
-            reserved = self._first.reserve([keys[i] for i in wanted], [sizes[i] for i in wanted], owner)
+            age_s = max(self._ask(tier, [0.0], "ages", [keys[i] for i in wanted]))
+            reserved = self._first.reserve([keys[i] for i in wanted], [sizes[i] for i in wanted], owner, moment, age_s)
             slots = [slot for slot in reserved if slot]
             views = [self.view(slot) for slot in slots]
-            found = self._ask(tier, [False] * len(slots), "get_into", [slot.key for slot in slots], views, owner)
+            slot_keys = [slot.key for slot in slots]
+            found = self._ask(tier, [False] * len(slots), "get_into", slot_keys, views, owner, peek)
             good = [slot for slot, is_there in zip(slots, found, strict=True) if is_there]
             self._first.abandon([slot for slot, is_there in zip(slots, found, strict=True) if not is_there])
             self._first.publish(good, [_C.checksum(self.view(s).ctypes.data, s.payload_bytes) for s in good])
@@ -299,13 +352,21 @@ class TieredSlotStore(TieredStore):
     def discard(self, slot: Slot) -> None:
         self._first.discard(slot)
 
-    def reserve(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"") -> list[Slot | None]:
+    def reserve(
+        self,
+        keys: Sequence[bytes],
+        sizes: Sequence[int],
+        owner: bytes = b"",
+        as_of: int | None = None,
+        age_s: float = 0.0,
+    ) -> list[Slot | None]:
         self._check()
-        return self._first.reserve(keys, sizes, owner)
+        return self._first.reserve(keys, sizes, owner, as_of, age_s)
 
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
+        moments = self._moments()
         self._first.publish(slots, checksums)
-        self._write_later(_Waiting(slot.key, slot.payload_bytes, slot.owner, None) for slot in slots)
+        self._write_later(_Waiting(slot.key, slot.payload_bytes, slot.owner, None, moments) for slot in slots)
 
     def abandon(self, slots: Sequence[Slot]) -> None:
         self._first.abandon(slots)
