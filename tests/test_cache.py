@@ -300,7 +300,7 @@ def check_restored(data, store):
     values: dict[tuple, float] = {}
 
     def value_at(p, position):
-        items = tuple((i.identifier, i.offset, i.length) for i in p.items if i.offset <= position)
+        items = tuple(sorted((i.offset, i.length, i.identifier) for i in p.items if i.offset <= position))
         return values.setdefault((*p.token_ids[: position + 1].tolist(), items, p.salt), float(len(values) + 1))
 
     for step in range(data.draw(st.integers(2, 8))):

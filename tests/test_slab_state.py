@@ -37,7 +37,7 @@ class SlabMachine(RuleBasedStateMachine):
         self.lent: list = []
         self.reserved: list = []
         self.version = 0
-        self.forgotten: set[int] = set()  # reserved slots that are refused when they are published
+        self.forgotten: dict[int, object] = {}  # reserved slots that are refused when they are published
 
     def there(self, i: int) -> bool:
         return self.store.contains([key(i)])[0]
@@ -78,7 +78,7 @@ class SlabMachine(RuleBasedStateMachine):
         assert self.store.forget(owner) == there
         for i in gone:
             del self.stored[i]
-        self.forgotten |= {id(slot) for _, slot, _, theirs in self.reserved if theirs == owner}
+        self.forgotten |= {id(slot): slot for _, slot, _, theirs in self.reserved if theirs == owner}
 
     @rule(i=IDS)
     def lend(self, i: int) -> None:
