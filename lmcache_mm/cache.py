@@ -17,7 +17,7 @@ GROUP_AND_RANK = bytes(4)  # u16 KV cache group, u16 rank
 
 
 @dataclass(frozen=True)
-class _Record:
+class Record:
     """The KV of tokens [begin, end) of a prompt, under the key of its first `end` tokens."""
 
     begin: int
@@ -88,10 +88,10 @@ class KVCache:
         chain = self._present(self._records(prompt))
         return chain[-1].end if chain else 0
 
-    def _present(self, records: list[_Record]) -> list[_Record]:
+    def _present(self, records: list[Record]) -> list[Record]:
         """Those of a prompt's records that the store has and that cover its longest prefix."""
         present = self.backend.contains([record.key for record in records])
-        return _chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
+        return chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
     def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None) -> Job[int]:
         """Scatters the KV of the first `hit` tokens (what `match` said; None: all that is there) into the pages.
@@ -109,7 +109,7 @@ class KVCache:
             limit = count("hit", hit)
             if limit > len(prompt):
                 raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
-            records = _chain((r for r in records if r.end <= limit), self.chunk_tokens)
+            records = chain((r for r in records if r.end <= limit), self.chunk_tokens)
         chunks = self._chunks(records, self._pages(block_ids, limit))
         job = self._transfer.load(chunks, owner_of(prompt.salt))
         return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
@@ -129,7 +129,7 @@ class KVCache:
             raise ValueError("salt: expected one, got none")
         return self.backend.forget(owner_of(salt))
 
-    def _records(self, prompt: Prompt) -> list[_Record]:
+    def _records(self, prompt: Prompt) -> list[Record]:
         if not isinstance(prompt, Prompt):
             raise TypeError(f"prompt: expected lmcache_mm.Prompt, got {type(prompt).__name__}")
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)
@@ -137,7 +137,7 @@ class KVCache:
         keys = ops.prefix_keys(prompt.token_ids, prompt.items, root, ends).numpy()
         size = self.chunk_tokens
         return [
-            _Record((end - 1) // size * size, end, key.tobytes() + GROUP_AND_RANK)
+            Record((end - 1) // size * size, end, key.tobytes() + GROUP_AND_RANK)
             for end, key in zip(ends, keys, strict=True)
         ]
 
@@ -155,15 +155,15 @@ class KVCache:
             )
         return pages
 
-    def _chunks(self, records: list[_Record], pages: torch.Tensor) -> list[Chunk]:
+    def _chunks(self, records: list[Record], pages: torch.Tensor) -> list[Chunk]:
         size = self.layout.page_tokens
         return [Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin) for r in records]
 
 
-def _chain(records: Iterable[_Record], chunk_tokens: int) -> list[_Record]:
+def chain(records: Iterable[Record], chunk_tokens: int) -> list[Record]:
     """Those of `records` (ascending by end) that cover the longest prefix together: whole chunks, then one tail."""
-    chunks: list[_Record] = []
-    tail: list[_Record] = []
+    chunks: list[Record] = []
+    tail: list[Record] = []
     for record in records:
         if record.begin != (chunks[-1].end if chunks else 0):
             continue

@@ -130,25 +130,7 @@ class KVLayout:
 
     def fingerprint(self, chunk_tokens: int, mode: str = "page") -> bytes:
         """32 bytes, equal for caches whose payloads of `chunk_tokens` tokens mean the same. `mode`: page or token."""
-        if mode not in ("page", "token"):
-            raise ValueError(f"mode: expected 'page' or 'token', got {mode!r}")
-        fields = {
-            "mode": mode,
-            "chunk_tokens": chunk_tokens,
-            "page_tokens": self.page_tokens,
-            "payload": PAYLOAD_VERSION,
-            "groups": 1,
-            "0.spec": self.spec,
-            "0.layers": "\n".join(self.layers),
-            "0.planes": len(self.planes),
-            "0.page_bytes": self.page_bytes,
-            "0.runs": self.runs,
-            "0.run_bytes": self.run_bytes,
-        }
-        if self.opaque and self.device.type == "cpu":
-            fields["isa"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        encoded = encode_fields({name: str(value).encode() for name, value in fields.items()})
-        return blake3(encoded, derive_key_context=FINGERPRINT_CONTEXT).digest()
+        return fingerprint_of_groups([self], chunk_tokens, mode)
 
     @classmethod
     def from_tensors(
@@ -213,6 +195,32 @@ class KVLayout:
             layers=tuple(layers),
             tensors=tuple(tensors.values()),
         )
+
+
+def fingerprint_of_groups(layouts: Sequence[KVLayout], chunk_tokens: int, mode: str = "page") -> bytes:
+    """The fingerprint of several KV cache groups, whose layers keep their KV in pages of their own."""
+    if mode not in ("page", "token"):
+        raise ValueError(f"mode: expected 'page' or 'token', got {mode!r}")
+    fields: dict[str, Any] = {
+        "mode": mode,
+        "chunk_tokens": chunk_tokens,
+        "page_tokens": layouts[0].page_tokens,
+        "payload": PAYLOAD_VERSION,
+        "groups": len(layouts),
+    }
+    for g, layout in enumerate(layouts):
+        fields |= {
+            f"{g}.spec": layout.spec,
+            f"{g}.layers": "\n".join(layout.layers),
+            f"{g}.planes": len(layout.planes),
+            f"{g}.page_bytes": layout.page_bytes,
+            f"{g}.runs": layout.runs,
+            f"{g}.run_bytes": layout.run_bytes,
+        }
+        if layout.opaque and layout.device.type == "cpu":
+            fields["isa"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    encoded = encode_fields({name: str(value).encode() for name, value in fields.items()})
+    return blake3(encoded, derive_key_context=FINGERPRINT_CONTEXT).digest()
 
 
 class _PageView:

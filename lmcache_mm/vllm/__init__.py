@@ -1,0 +1,1 @@
+"""vLLM's connector: see connector.py."""

@@ -1,0 +1,178 @@
+"""What decides the KV bytes of a vLLM request beside its token ids: model, weights, adapters, and items by content."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from blake3 import blake3
+
+from lmcache_mm.prompt import Namespace
+
+ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
+FILES_CONTEXT = "lmcache_mm v1 vllm files"
+MOST_IDENTIFIERS = 1 << 17
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+SECRET_BYTES = 16
+
+_digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
+
+
+class Unknown(Exception):
+    """Something that decides the KV bytes has no digest: what depends on it is not cached."""
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """A digest of names and contents; contents are read again when a file's inode, size or time changes."""
+    hasher = blake3(derive_key_context=FILES_CONTEXT)
+    for path in sorted(paths):
+        found = path.stat()
+        state = (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if state not in _digests:
+            _digests[state] = blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
+        name = path.name.encode()
+        hasher.update(len(name).to_bytes(4, "little") + name + _digests[state])
+    return hasher.hexdigest()
+
+
+def secret() -> bytes | None:
+    """The deployment's secret: the content of the file LMCACHE_MM_SECRET_FILE (mode 0600), or LMCACHE_MM_SECRET."""
+    value = os.environb.get(b"LMCACHE_MM_SECRET")
+    if name := os.environ.get("LMCACHE_MM_SECRET_FILE"):
+        path = Path(name)
+        if path.stat().st_mode & 0o077:
+            raise PermissionError(f"LMCACHE_MM_SECRET_FILE: expected mode 0600 of {path}")
+        value = path.read_bytes().strip()
+    if value is not None and len(value) < SECRET_BYTES:
+        raise ValueError(f"LMCACHE_MM_SECRET: expected at least {SECRET_BYTES} bytes, got {len(value)}")
+    return value
+
+
+def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> Namespace:
+    """The namespace of an engine, but for its layout. `config`: VllmConfig. `weights`: what the user says they are."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    text_config = model.hf_text_config
+    rope = {
+        name: getattr(text_config, name, None)
+        for name in ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
+    }
+    overrides = model.hf_overrides
+    speculative = config.speculative_config
+    return Namespace(
+        secret=secret(),
+        model=str(model.model),
+        weights=weights or _weights(config),
+        quantisation=None if model.quantization is None else str(model.quantization),
+        rope=json.dumps(rope, sort_keys=True, default=str),
+        hf_overrides=json.dumps(overrides, sort_keys=True, default=str) if overrides else None,
+        dtype=model.dtype,
+        kv_dtype=f"{cache.cache_dtype} {' '.join(sorted(set(kv_dtypes)))}",
+        tp=parallel.tensor_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+        speculative=None if speculative is None else f"{speculative.method} {speculative.model}",
+    )
+
+
+def _weights(config: Any) -> str:
+    model = config.model_config
+    if config.load_config.load_format == "dummy":
+        return f"dummy {model.seed}"
+    folder = Path(model.model)
+    if folder.is_dir():
+        files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)]
+        if files:
+            return digest_of_files([*files, *folder.glob("config.json")])
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    raise ValueError(
+        f"LMCacheMMConnector: the weights of {model.model!r} can be told neither by files nor by a commit; say what "
+        'they are with "weights" in kv_connector_extra_config, another word for other weights'
+    )
+
+
+def digest_of_lora(request: Any) -> str | None:
+    """A digest of the adapter's files; None without one. Names and ids of adapters may be used again."""
+    if request is None:
+        return None
+    folder = Path(request.lora_path)
+    files = [p for p in folder.glob("*") if p.is_file()] if request.lora_path and folder.is_dir() else []
+    if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
+        raise Unknown(f"the adapter {request.lora_name!r} is in no local directory")
+    return digest_of_files(path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".json"))
+
+
+def digest_of_data(modality: str, data: Any) -> str:
+    """A digest of an item's processed data: modality, then of each field its name, dtypes, shapes and bytes."""
+    hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)
+
+    def add(tag: str, content: bytes | np.ndarray) -> None:
+        hasher.update(f"{tag} {len(content)} ".encode())
+        hasher.update(content)
+
+    def add_value(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            if value.is_meta:
+                raise Unknown("an item's data is not there")
+            add("tensor", f"{value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            add("bytes", flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        elif isinstance(value, np.ndarray):
+            add_value(torch.from_numpy(np.ascontiguousarray(value)))
+        elif isinstance(value, (list, tuple)):
+            add("list", str(len(value)).encode())
+            for part in value:
+                add_value(part)
+        elif isinstance(value, (bool, int, float, str)):
+            add(type(value).__name__, repr(value).encode())
+        else:
+            raise Unknown(f"an item's data has a {type(value).__name__}")
+
+    add("modality", modality.encode())
+    if not data:
+        raise Unknown("an item comes without data")
+    for name in sorted(data):
+        if name == "address":  # vLLM's shared-memory cache: the bytes are elsewhere
+            raise Unknown("an item's data lies in another process")
+        add("field", name.encode())
+        add_value(data[name].data)
+    return hasher.hexdigest()
+
+
+class Identifiers:
+    """Which content every identifier stood for. vLLM's own caches go by identifiers, which clients may choose: one that
+    has stood for two contents is worth nothing, for the KV of a request with it may be either's."""
+
+    def __init__(self) -> None:
+        self._digests: OrderedDict[str, str | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def agree(self, identifier: str, digest: str) -> bool:
+        with self._lock:
+            known = self._digests.setdefault(identifier, digest)
+            self._digests.move_to_end(identifier)
+            if known != digest:
+                self._digests[identifier] = None
+            if len(self._digests) > MOST_IDENTIFIERS:
+                self._digests.popitem(last=False)
+            return known == digest
+
+
+def digest_of_embeds(embeds: Any, is_token: Any) -> str | None:
+    """A digest of prompt embeddings and of which positions they are for; None without any."""
+    if embeds is None:
+        return None
+    hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)
+    for value in (embeds, is_token):
+        tensor = torch.as_tensor([] if value is None else value)
+        hasher.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.numel():
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()

@@ -1,0 +1,42 @@
+"""RequestTracker: what one request's tokens are called, over all its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lmcache_mm.cache import Record
+from lmcache_mm.ops import RunningKeys
+from lmcache_mm.prompt import Item
+
+
+class RequestTracker:
+    """The records of a request's tokens so far, ascending by their ends. Keys are extended by what is new, whatever
+    happens to the request: prefill in chunks, decode, preemption.
+
+    items: of the whole prompt. root: of its namespace. prompt_tokens: where the prompt ends. whole: ends that are no
+    multiple of chunk_tokens are rounded down to a multiple of it.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], root: bytes, owner: bytes, prompt_tokens: int, chunk_tokens: int, whole: int
+    ) -> None:
+        self.owner = owner
+        self.stored_tokens = 0  # up to here records were handed to the store, or came from it
+        self._running = RunningKeys(items, root)
+        self._chunk_tokens = chunk_tokens
+        end_of_items = min(prompt_tokens, max((item.offset + item.length for item in items), default=0))
+        self._ends = {end // whole * whole for end in (prompt_tokens, end_of_items)} - {0}
+        self._records: list[Record] = []
+
+    def records(self, token_ids: Sequence[int], until: int) -> list[Record]:
+        """Those of the first `until` tokens. token_ids: all of the request's, at least so many."""
+        seen = self._running.tokens
+        if until > seen:
+            size = self._chunk_tokens
+            multiples = range((seen // size + 1) * size, until + 1, size)
+            cuts = sorted({*multiples, *(end for end in self._ends if seen < end <= until)})
+            keys = self._running.extend(list(token_ids[seen:until]), cuts).numpy()
+            self._records += [
+                Record((cut - 1) // size * size, cut, key.tobytes()) for cut, key in zip(cuts, keys, strict=True)
+            ]
+        return [record for record in self._records if record.end <= until]
