@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import lcm
@@ -167,10 +167,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Options, in kv_connector_extra_config:
 
     store: a URL that every process of the engine can open, or a list of them (see `open_store`). chunk_tokens: the unit
-    that is stored (256; rounded up to whole pages). load: "async" (default) or "sync". identifiers: "verify" (default)
-    names items by their processed data, "trust" by vLLM's identifiers, which clients may choose where a gateway lets
-    them. opaque_tails: partial pages are stored too, whole. store_generated: so are generated tokens. weights: what the
-    weights are, where neither files nor a commit tell.
+    that is stored (256; rounded up to whole pages). load: "async" (default), or "sync", whose hits end before the end
+    of the first item. identifiers: "verify" (default) names items by their processed data, "trust" by vLLM's
+    identifiers, which clients may choose where a gateway lets them. opaque_tails: partial pages are stored too, whole.
+    store_generated: so are generated tokens. weights: what the weights are, where neither files nor a commit tell.
 
     A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}.
     """
@@ -428,8 +428,12 @@ class Scheduler:
         tracker = ours.tracker
         assert tracker is not None
         asynchronous = self._options.load == "async"
-        # A synchronous load leaves a token to be computed in the same step.
-        limit = request.num_tokens if asynchronous else request.num_tokens - 1
+        limit = request.num_tokens
+        if not asynchronous:
+            # A token is left to be computed in the same step. And vLLM sends no data of items that lie wholly within
+            # what is loaded to its workers, which then could not compute them if the load failed.
+            ends = [f.mm_position.offset + f.mm_position.length for f in request.mm_features]
+            limit = min([request.num_tokens, *ends]) - 1
         ours.hit = self._longest(tracker.records(request.all_token_ids, limit))
         ours.local_tokens = local_tokens
         hit = ours.hit[-1].end if ours.hit else 0
@@ -558,11 +562,8 @@ class Worker:
         if self._store is not None:
             self._store.close()
 
-    def _submit(
-        self, owner: bytes, records: Sequence[RecordPages], submit: Callable[[Transfer, list[Chunk]], Job[int]]
-    ) -> list[tuple[int, Job[int]]]:
-        """(how many chunks, job) of every group."""
-        jobs = []
+    def _chunks(self, records: Sequence[RecordPages]) -> Iterator[tuple[Transfer, list[Chunk]]]:
+        """Of every group that has some of the records, in its layout."""
         for g, transfer in enumerate(self._transfers):
             chunks = []
             for one in records:
@@ -571,13 +572,12 @@ class Worker:
                     pages[pages == NULL_BLOCK] = -1
                     chunks.append(Chunk(record_key(one.key, g, self._rank), pages, one.tokens))
             if chunks:
-                jobs.append((len(chunks), submit(transfer, chunks)))
-        return jobs
+                yield transfer, chunks
 
     def load(self, loads: list[Load]) -> None:
         self._failed_now = set()
         for load in loads:
-            jobs = self._submit(load.owner, load.records, lambda t, chunks, owner=load.owner: t.load(chunks, owner))
+            jobs = [(len(chunks), transfer.load(chunks, load.owner)) for transfer, chunks in self._chunks(load.records)]
             if load.asynchronous:
                 self._loading[load.request_id] = (load, jobs)
             elif not self._succeeded(load, jobs):
@@ -600,9 +600,9 @@ class Worker:
         for save in saves:
             if save.request_id in self._failed_now:
                 continue
-            jobs = self._submit(save.owner, save.records, lambda t, chunks, owner=save.owner: t.store(chunks, owner))
+            jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
             try:
-                self.stats.add(stored_tokens=max(job.wait() for _, job in jobs))
+                self.stats.add(stored_tokens=max(job.wait() for job in jobs))
             except Exception:
                 logger.exception("%s: a store failed", NAME)
                 self.stats.add(failed_stores=1)

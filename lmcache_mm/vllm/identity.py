@@ -113,7 +113,7 @@ def digest_of_data(modality: str, data: Any) -> str:
     """A digest of an item's processed data: modality, then of each field its name, dtypes, shapes and bytes."""
     hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)
 
-    def add(tag: str, content: bytes | np.ndarray) -> None:
+    def add(tag: str, content: bytes | memoryview) -> None:
         hasher.update(f"{tag} {len(content)} ".encode())
         hasher.update(content)
 
@@ -123,7 +123,7 @@ def digest_of_data(modality: str, data: Any) -> str:
                 raise Unknown("an item's data is not there")
             add("tensor", f"{value.dtype} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            add("bytes", flat.view(torch.uint8).numpy() if flat.numel() else b"")
+            add("bytes", flat.view(torch.uint8).numpy().data if flat.numel() else b"")
         elif isinstance(value, np.ndarray):
             add_value(torch.from_numpy(np.ascontiguousarray(value)))
         elif isinstance(value, (list, tuple)):
@@ -174,5 +174,5 @@ def digest_of_embeds(embeds: Any, is_token: Any) -> str | None:
         tensor = torch.as_tensor([] if value is None else value)
         hasher.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
         if tensor.numel():
-            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()

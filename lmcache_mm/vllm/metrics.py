@@ -32,11 +32,12 @@ class Stats(KVConnectorStats):
 
     def take(self) -> Stats | None:
         with self._lock:
-            taken, self.data = self.data, {}
+            taken = dict(self.data)
+            self.data.clear()
         return Stats(data=taken) if any(taken.values()) else None
 
     def reset(self) -> None:
-        self.data = {}
+        self.data.clear()
 
     def aggregate(self, other: KVConnectorStats) -> Stats:
         self.add(**other.data)
