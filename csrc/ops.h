@@ -24,6 +24,9 @@ struct TokenIds {
 
 namespace cpu {
 
+constexpr u64 kLeafIds = blake3::kLeafBytes / 8;
+using ChainingValue = std::array<u32, blake3::kKeyWords>;
+
 // The instruction sets that hashing can use on this machine, the fastest first, which is used unless another is chosen.
 std::vector<std::string> simd_variants();
 void use_simd(const std::string& name);
@@ -52,9 +55,6 @@ class RunningKeys {
   void extend(TokenIds token_ids, const std::vector<u64>& cuts, u8* keys);
 
  private:
-  static constexpr u64 kLeafIds = blake3::kLeafBytes / 8;
-  using ChainingValue = std::array<u32, blake3::kKeyWords>;
-
   void put_key(u64 cut, const u64* leaf, const u32* leaf_cv, u8* key) const;
   void push_leaf(const u32* cv);
 

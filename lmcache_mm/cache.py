@@ -13,8 +13,6 @@ from lmcache_mm.prompt import Namespace, Prompt, count, owner_of
 from lmcache_mm.stores import Store, open_store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 
-GROUP_AND_RANK = bytes(4)  # u16 KV cache group, u16 rank
-
 
 @dataclass(frozen=True)
 class Record:
@@ -23,6 +21,11 @@ class Record:
     begin: int
     end: int
     key: bytes
+
+
+def record_key(prefix_key: bytes, group: int = 0, rank: int = 0) -> bytes:
+    """What a store sees: prefix key, u16 KV cache group, u16 rank."""
+    return prefix_key + group.to_bytes(2, "little") + rank.to_bytes(2, "little")
 
 
 class KVCache:
@@ -57,8 +60,8 @@ class KVCache:
         self.chunk_tokens = chunk_tokens
         self._namespace = namespace.with_layout(layout.fingerprint(chunk_tokens))
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
-        self._owns_store = isinstance(store, (str, Sequence))
-        self.backend = open_store(store) if isinstance(store, (str, Sequence)) else store
+        self._owns_store = isinstance(store, Sequence)
+        self.backend = open_store(store) if isinstance(store, Sequence) else store
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         capacity = self.backend.stats().get("capacity_bytes", largest)
         if capacity < largest:
@@ -137,7 +140,7 @@ class KVCache:
         keys = ops.prefix_keys(prompt.token_ids, prompt.items, root, ends).numpy()
         size = self.chunk_tokens
         return [
-            Record((end - 1) // size * size, end, key.tobytes() + GROUP_AND_RANK)
+            Record((end - 1) // size * size, end, record_key(key.tobytes()))
             for end, key in zip(ends, keys, strict=True)
         ]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 from lmcache_mm import demo
-from lmcache_mm.stores import Store, open_store, slab, slab_directory
+from lmcache_mm.stores import open_store, slab, slab_directory
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
@@ -17,10 +17,7 @@ COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "e
 
 def stat(args: argparse.Namespace) -> int:
     """Prints a store's own figures, a line each."""
-    store = _open(args.url)
-    if store is None:
-        return 2
-    with closing(store):
+    with closing(open_store(args.url)) as store:
         for name, value in store.stats().items():
             if name.rpartition(".")[2] not in COUNTERS:
                 print(f"{name:16} {value}" + (f"  ({_readable(value)})" if name.endswith("_bytes") else ""))
@@ -29,31 +26,28 @@ def stat(args: argparse.Namespace) -> int:
 
 def clear(args: argparse.Namespace) -> int:
     """Empties a store, and removes it if it is a slab that nobody has open."""
-    try:
-        kind, directory = slab_directory(args.url)
-        if not os.path.lexists(directory):
-            raise ValueError(f"store: there is none in {directory}")
-        if slab.remove(directory):
-            print(f"removed {directory}")
-            return 0
-        with closing(kind.open(directory, None)) as store:
-            print(f"{store.clear()} records removed; {directory} stays, for processes have it open")
-    except (ValueError, OSError, RuntimeError) as error:
-        return _complain(error)
+    kind, directory = slab_directory(args.url)
+    if not os.path.lexists(directory):
+        raise ValueError(f"store: there is none in {directory}")
+    if slab.remove(directory):
+        print(f"removed {directory}")
+        return 0
+    with closing(kind.open(directory, None)) as store:
+        print(f"{store.clear()} records removed; {directory} stays, for processes have it open")
     return 0
 
 
-def _open(url: str) -> Store | None:
-    try:
-        return open_store(url)
-    except (ValueError, OSError, RuntimeError) as error:
-        _complain(error)
-        return None
+def _on_store(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """The command, with one sentence and status 2 for a store that is none or cannot be opened."""
 
+    def checked(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f"python -m lmcache_mm: {error}", file=sys.stderr)
+            return 2
 
-def _complain(error: Exception) -> int:
-    print(f"python -m lmcache_mm: {error}", file=sys.stderr)
-    return 2
+    return checked
 
 
 def _readable(size: float) -> str:
@@ -78,6 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("url", metavar="URL", help="such as shm:///NAME or file:///DIR, capacity may be left out")
-        command.set_defaults(run=run)
+        command.set_defaults(run=_on_store(run))
     args = parser.parse_args(arguments)
     return int(args.run(args))

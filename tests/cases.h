@@ -95,6 +95,24 @@ struct Case {
   }
 };
 
+// What a gather or scatter is called with. address(number): where a region is.
+struct CopyArguments {
+  PagedCache cache;
+  Mode mode;
+  std::vector<Chunk> chunks;
+
+  template <typename Address>
+  CopyArguments(const Case& c, const Address& address) {
+    const std::vector<u64> layout = c.numbers("layout"), numbers = c.numbers("chunks");
+    cache = {{}, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
+    for (const u64 offset : c.numbers("planes")) cache.planes.push_back(address(0) + offset);
+    mode = c.number("token_mode") ? Mode::kToken : Mode::kPage;
+    for (std::size_t i = 0; i + 4 < numbers.size(); i += 5)
+      chunks.push_back(
+          {address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]), numbers[i + 1] != 0});
+  }
+};
+
 inline std::vector<Case> read_cases(const char* path) {
   std::ifstream file(path, std::ios::binary);
   if (!file) die(std::string("cannot read ") + path);

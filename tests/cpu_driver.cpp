@@ -49,20 +49,13 @@ class Placed {
 };
 
 void copy(const Case& c, const std::vector<std::unique_ptr<Placed>>& regions, u32 threads) {
-  const std::vector<u64> layout = c.numbers("layout"), planes = c.numbers("planes"), numbers = c.numbers("chunks");
   const auto address = [&](u64 number) { return regions.at(number)->at(); };
-  PagedCache cache{{}, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
-  for (const u64 offset : planes) cache.planes.push_back(address(0) + offset);
-  std::vector<Chunk> chunks;
-  for (std::size_t i = 0; i + 4 < numbers.size(); i += 5)
-    chunks.push_back(
-        {address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]), numbers[i + 1] != 0});
+  const CopyArguments copy(c, address);
   const auto optional = [&](const char* field) { return c.has(field) ? address(c.number(field)) : nullptr; };
-  const Mode mode = c.number("token_mode") ? Mode::kToken : Mode::kPage;
   if (c.op == "gather") {
-    cpu::gather(cache, mode, chunks, reinterpret_cast<u64*>(optional("checksums")), threads);
+    cpu::gather(copy.cache, copy.mode, copy.chunks, reinterpret_cast<u64*>(optional("checksums")), threads);
   } else {
-    cpu::scatter(cache, mode, chunks, reinterpret_cast<const u64*>(optional("expected")),
+    cpu::scatter(copy.cache, copy.mode, copy.chunks, reinterpret_cast<const u64*>(optional("expected")),
                  reinterpret_cast<bool*>(optional("matches")), threads);
   }
 }

@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from lmcache_mm.ops import checksum
-from lmcache_mm.stores.slab import check_keys, checked_owner, writable
+from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -54,8 +53,7 @@ class MemStore:
         self._pid = os.getpid()
 
     def _check(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(f"store: opened in process {self._pid}: open it again after a fork")
+        check_process(self._pid)
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
@@ -185,5 +183,5 @@ class MemStore:
 
 
 def _bytes(buffer: Buffer) -> torch.Tensor:
-    view = np.frombuffer(buffer, dtype=np.uint8)
+    view = bytes_of(buffer)
     return torch.from_numpy(view if view.flags.writeable else view.copy())

@@ -30,13 +30,17 @@ import numpy as np
 from blake3 import blake3
 
 from lmcache_mm import _C, ops
+from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
 from lmcache_mm.stores.slab_files import (
     LEAST_GRANULE_BYTES,
+    REGISTERING,
     ROWS,
+    SAVING,
     allocate,
     boot_id,
     check_file,
     granules_of,
+    holding,
     locked_by_another,
     map_file,
     no_store,
@@ -44,15 +48,13 @@ from lmcache_mm.stores.slab_files import (
     opening,
     pid_namespace,
     read_header,
-    registering,
     remove_files,
-    saving,
     sync_directory,
     try_lock,
     unlock,
     write_header,
 )
-from lmcache_mm.stores.slab_index import NO_OWNER, SEGMENT_BYTES, Change, Index, Record, boot_clock
+from lmcache_mm.stores.slab_index import SEGMENT_BYTES, Change, Index, boot_clock
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -287,10 +289,7 @@ class SlabStore:
         unlock(self._lock_fd, self._row)
 
     def _check(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"store: opened in process {self._pid}, used in {os.getpid()}: open it again after a fork"
-            )
+        check_process(self._pid)
         if not self._opened:
             raise RuntimeError("store: it is closed")
 
@@ -331,17 +330,21 @@ class SlabStore:
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
         check_keys(keys)
-        try:
-            places = self._index.places(keys)
-        except lmdb.Error:
-            self._count("errors")
-            return [False] * len(keys)
+        places = self._read_index(self._index.places, keys) or [None] * len(keys)
         there = [place for place in places if place]
         if peek:
             current = iter([self._table.generation(start) == generation for start, generation in there])
         else:
             current = iter(self._table.touch(there))
         return [place is not None and next(current) for place in places]
+
+    def _read_index(self, look: Callable[..., T], *arguments: Any) -> T | None:
+        """What `look` finds in the index; None, counted, where it cannot be read."""
+        try:
+            return look(*arguments)
+        except lmdb.Error:
+            self._count("errors")
+            return None
 
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
@@ -350,12 +353,7 @@ class SlabStore:
         has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
         self._check()
         check_keys(keys)
-        records: list[Record | None]
-        try:
-            records = self._index.find(keys)
-        except lmdb.Error:
-            self._count("errors")
-            records = [None] * len(keys)
+        records = self._read_index(self._index.find, keys) or [None] * len(keys)
         wanted = [r if r and r.payload_bytes == size else None for r, size in zip(records, sizes, strict=True)]
         pinned = iter(self._table.pin([(record.start, record.generation) for record in wanted if record]))
         slots = [
@@ -500,7 +498,7 @@ class SlabStore:
         as_of: int | None = None,
         age_s: float = 0.0,
     ) -> None:
-        arrays = [_bytes(buffer) for buffer in buffers]
+        arrays = [bytes_of(buffer) for buffer in buffers]
         slots = self.reserve(keys, [array.nbytes for array in arrays], owner, as_of, age_s)
         places = [i for i, slot in enumerate(slots) if slot]
         reserved = [slot for slot in slots if slot]
@@ -552,19 +550,11 @@ class SlabStore:
 
     def moment(self) -> int:
         self._check()
-        try:
-            return self._index.moment()
-        except lmdb.Error:
-            self._count("errors")
-            return 0
+        return self._read_index(self._index.moment) or 0
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         self._check()
-        try:
-            return self._index.ages(keys)
-        except lmdb.Error:
-            self._count("errors")
-            return [0.0] * len(keys)
+        return self._read_index(self._index.ages, keys) or [0.0] * len(keys)
 
     def clear(self) -> int:
         """Removes all records; returns their number."""
@@ -634,7 +624,7 @@ class ShmStore(SlabStore):
         self._check()
         if self._registered_on is not None:
             return
-        with registering(self._lock_fd):  # drivers run out of memory when processes pin at once
+        with holding(self._lock_fd, REGISTERING):  # drivers run out of memory when processes pin at once
             try:
                 _C.cuda_register_host(device, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
                 self._registered_on = device
@@ -723,7 +713,7 @@ class FileStore(SlabStore):
         self._saved = time.monotonic()
         temporary = self.directory / f"checkpoint.{os.getpid()}"
         try:
-            with self._saving, saving(self._lock_fd):
+            with self._saving, holding(self._lock_fd, SAVING):
                 os.fdatasync(self._fd)
                 flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
                 with open(os.open(temporary, flags, 0o600), "r+b") as file:
@@ -849,19 +839,6 @@ def remove(directory: Path) -> bool:
 # --- Bytes
 
 
-def _bytes(buffer: Buffer) -> np.ndarray:
-    return np.frombuffer(buffer, dtype=np.uint8)
-
-
-def writable(buffers: Sequence[Buffer]) -> list[np.ndarray]:
-    """The buffers' bytes, uint8; ValueError for one that cannot be written to."""
-    arrays = [_bytes(buffer) for buffer in buffers]
-    for i, array in enumerate(arrays):
-        if not array.flags.writeable:
-            raise ValueError(f"buffers[{i}]: expected a writable one")
-    return arrays
-
-
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
     """Copies; returns the checksum."""
     return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
@@ -869,19 +846,6 @@ def _copy(to: np.ndarray, source: np.ndarray) -> int:
 
 def _signed(total: int) -> int:
     return (total + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def check_keys(keys: Sequence[bytes]) -> None:
-    """ValueError for keys of another length than 32 to 64 bytes."""
-    for key in keys:
-        if not 32 <= len(key) <= 64:
-            raise ValueError(f"keys: expected 32 to 64 bytes, got {len(key)}")
-
-
-def checked_owner(owner: bytes) -> bytes:
-    if owner and len(owner) != len(NO_OWNER):
-        raise ValueError(f"owner: expected {len(NO_OWNER)} bytes or none, got {len(owner)}")
-    return owner or NO_OWNER
 
 
 def _read_fully(fd: int, to: np.ndarray, offset: int) -> None:

@@ -24,8 +24,8 @@ ROWS = 64  # processes that may have a store open
 _HEADER = struct.Struct("<8sIIQ16sQII")
 _MAGIC, _VERSION = b"lmcmm\0\r\n", 1
 _OPENING = ROWS  # the byte of the lock file that is held while a store is opened or removed
-_REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
-_SAVING = ROWS + 2  # and while a process writes a checkpoint
+REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
+SAVING = ROWS + 2  # and while a process writes a checkpoint, so that the last one is the newest
 _OWN_NAMES = re.compile(r"lock|table|slab|index|checkpoint(\.\d+)?")
 _FLOCK = struct.Struct("@hhqqi4x")
 
@@ -106,17 +106,22 @@ def unlock(fd: int, byte: int) -> None:
     fcntl.lockf(fd, fcntl.LOCK_UN, 1, byte)
 
 
-def _lock(fd: int, byte: int) -> None:
-    """Waits for the byte."""
+@contextmanager
+def holding(fd: int, byte: int) -> Iterator[None]:
+    """Waits for the byte, and holds it."""
     while True:
         try:
             fcntl.lockf(fd, fcntl.LOCK_EX, 1, byte)
-            return
+            break
         except OSError as error:
             # Threads of two processes that wait for bytes of each other look like a circle, which the threads are not.
             if error.errno != errno.EDEADLK:
                 raise
             time.sleep(0.01)
+    try:
+        yield
+    finally:
+        unlock(fd, byte)
 
 
 @contextmanager
@@ -126,33 +131,10 @@ def opening(directory: Path) -> Iterator[int]:
         own_directory(directory)
         check_contents(directory)
         fd = lock_file(directory / "lock")
-        _lock(fd, _OPENING)
-        try:
+        with holding(fd, _OPENING):
             if _is_at(fd, directory / "lock"):  # else whoever had it before removed it
                 yield fd
                 return
-        finally:
-            unlock(fd, _OPENING)
-
-
-@contextmanager
-def registering(fd: int) -> Iterator[None]:
-    """One process at a time registers the slab with a GPU."""
-    _lock(fd, _REGISTERING)
-    try:
-        yield
-    finally:
-        unlock(fd, _REGISTERING)
-
-
-@contextmanager
-def saving(fd: int) -> Iterator[None]:
-    """One process at a time writes a checkpoint, so that the last one is the newest."""
-    _lock(fd, _SAVING)
-    try:
-        yield
-    finally:
-        unlock(fd, _SAVING)
 
 
 def _is_at(fd: int, path: Path) -> bool:

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import lmdb
 
 from lmcache_mm._C import SlabTable
+from lmcache_mm.stores.arguments import NO_OWNER
 
 SEGMENT_BYTES = 1 << 30
 QUARANTINE_S = 10.0  # a dead process's transfers into its unpublished slots may trail
 MOST_EVICTED = 8  # times what is needed; what does not fit then would not be worth it
 NOBODY = 0xFFFFFFFF
-NO_OWNER = bytes(16)
 
 _RECORD = struct.Struct("<IIQqQd16s")
 _PLACE = struct.Struct("<II")  # what a record begins with

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.stores.slab import Slot, check_keys, checked_owner, writable
+from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.slab import Slot
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer, SlotStore, Store
@@ -85,10 +86,7 @@ class TieredStore:
             return otherwise
 
     def _check(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError(
-                f"store: opened in process {self._pid}, used in {os.getpid()}: open it again after a fork"
-            )
+        check_process(self._pid)
         if self._closing:
             raise RuntimeError("store: it is closed")
 
@@ -159,7 +157,7 @@ class TieredStore:
         moments = self._moments()
         self._ask(0, None, "put", keys, buffers, owner, checksums, as_of, age_s)
         taken = self._contains(keys, [0], peek=True)
-        arrays = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
+        arrays = [bytes_of(buffer) for buffer in buffers]
         self._write_later(
             _Waiting(key, array.nbytes, owner, None if there else array, moments)
             for key, array, there in zip(keys, arrays, taken, strict=True)

@@ -33,7 +33,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from lmcache_mm.cache import Record, chain
+from lmcache_mm.cache import Record, chain, record_key
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
 from lmcache_mm.prompt import Item, Namespace, owner_of
 from lmcache_mm.stores import Store, open_store
@@ -186,15 +186,24 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         chunk_tokens = -(-options.chunk_tokens // unit) * unit
         if len(groups) > 1 and options.load == "sync":
             raise ValueError(f"{NAME}: load=sync is not supported with several KV cache groups; leave it out")
-        self._scheduler: Scheduler | None = None
-        self._worker: Worker | None = None
+        self._side: Scheduler | Worker
         if role == KVConnectorRole.SCHEDULER:
             if vllm_config.kv_transfer_config.kv_load_failure_policy != "recompute":
                 logger.info("%s: requests whose load fails are computed (kv_load_failure_policy=recompute)", NAME)
                 vllm_config.kv_transfer_config.kv_load_failure_policy = "recompute"
-            self._scheduler = Scheduler(vllm_config, options, groups, chunk_tokens, 1 if options.opaque_tails else unit)
+            self._side = Scheduler(vllm_config, options, groups, chunk_tokens, 1 if options.opaque_tails else unit)
         else:
-            self._worker = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config.num_blocks)
+            self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config.num_blocks)
+
+    @property
+    def _scheduler(self) -> Scheduler:
+        assert isinstance(self._side, Scheduler)
+        return self._side
+
+    @property
+    def _worker(self) -> Worker:
+        assert isinstance(self._side, Worker)
+        return self._side
 
     # --- In the scheduler
 
@@ -204,30 +213,24 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        assert self._scheduler is not None
         self._scheduler.set_layouts(
             [one.fingerprint for _, one in sorted(metadata.items()) if isinstance(one, Handshake)]
         )
 
     def on_new_request(self, request: Request) -> None:
-        assert self._scheduler is not None
         self._scheduler.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
-        assert self._scheduler is not None
         return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        assert self._scheduler is not None
         if num_external_tokens:
             self._scheduler.plan_load(request, blocks.get_block_ids())
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Metadata:
-        assert self._scheduler is not None
         return self._scheduler.plan_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        assert self._scheduler is not None
         self._scheduler.take_failures(
             connector_output.failed_recving or set(), connector_output.invalid_block_ids or set()
         )
@@ -238,26 +241,22 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        assert self._scheduler is not None
         self._scheduler.drop(request)
         return False, None
 
     def reset_cache(self) -> bool:
-        assert self._scheduler is not None
         self._scheduler.reset()
         return True
 
     # --- In a worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        assert self._worker is not None
         self._worker.register(kv_caches)
 
-    def get_handshake_metadata(self) -> Handshake | None:
-        return None if self._worker is None else Handshake(self._worker.fingerprint)
+    def get_handshake_metadata(self) -> Handshake:
+        return Handshake(self._worker.fingerprint)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        assert self._worker is not None
         self._worker.load(self._step().loads)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -267,7 +266,6 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         """All layers are stored at once, in wait_for_save."""
 
     def wait_for_save(self) -> None:
-        assert self._worker is not None
         self._worker.save(self._step().saves)
 
     def _step(self) -> Metadata:
@@ -276,17 +274,15 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         return metadata
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        assert self._worker is not None
         return self._worker.results()
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return set() if self._worker is None else self._worker.take_bad_blocks()
+        return self._worker.take_bad_blocks()
 
     # --- In both
 
     def get_kv_connector_stats(self) -> Stats | None:
-        side = self._scheduler or self._worker
-        return None if side is None else side.stats.take()
+        return self._side.stats.take()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> Stats:
@@ -299,14 +295,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         return PromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
-        for side in (self._scheduler, self._worker):
-            if side is not None:
-                side.close()
-
-
-def record_key(key: bytes, group: int, rank: int) -> bytes:
-    """What a store sees: prefix key, u16 KV cache group, u16 rank."""
-    return key + group.to_bytes(2, "little") + rank.to_bytes(2, "little")
+        self._side.close()
 
 
 @dataclass
@@ -499,7 +488,7 @@ class Scheduler:
             until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
             if not self._options.store_generated:
                 until = min(until, request.num_prompt_tokens)
-            records = [r for r in tracker.records(request.all_token_ids, until) if r.end > tracker.stored_tokens]
+            records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
             block_ids = blocks.get_block_ids(request_id)
             if not records or block_ids is None:
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from lmcache_mm.cache import Record
@@ -28,8 +29,9 @@ class RequestTracker:
         self._ends = {end // whole * whole for end in (prompt_tokens, end_of_items)} - {0}
         self._records: list[Record] = []
 
-    def records(self, token_ids: Sequence[int], until: int) -> list[Record]:
-        """Those of the first `until` tokens. token_ids: all of the request's, at least so many."""
+    def records(self, token_ids: Sequence[int], until: int, after: int = 0) -> list[Record]:
+        """Those that end within the first `until` tokens, and behind the first `after`. token_ids: all of the
+        request's, at least so many."""
         seen = self._running.tokens
         if until > seen:
             size = self._chunk_tokens
@@ -39,4 +41,5 @@ class RequestTracker:
             self._records += [
                 Record((cut - 1) // size * size, cut, key.tobytes()) for cut, key in zip(cuts, keys, strict=True)
             ]
-        return [record for record in self._records if record.end <= until]
+        first, end = (bisect_right(self._records, tokens, key=lambda record: record.end) for tokens in (after, until))
+        return self._records[first:end]

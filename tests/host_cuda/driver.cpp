@@ -164,22 +164,14 @@ class Run {
 
   template <typename Address>
   void copy(const Address& address) {
-    const std::vector<u64> layout = case_.numbers("layout"), planes = case_.numbers("planes");
-    const std::vector<u64> numbers = case_.numbers("chunks");
-    PagedCache cache{{}, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
-    for (const u64 offset : planes) cache.planes.push_back(address(0) + offset);
-    std::vector<Chunk> chunks;
-    for (std::size_t i = 0; i + 4 < numbers.size(); i += 5)
-      chunks.push_back(
-          {address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]), numbers[i + 1] != 0});
+    const CopyArguments copy(case_, address);
     const auto optional = [&](const char* field) { return case_.has(field) ? address(case_.number(field)) : nullptr; };
     const bool host_ids = case_.number("host_ids") != 0;
-    const Mode mode = case_.number("token_mode") ? Mode::kToken : Mode::kPage;
-    const cuda::Launch where = launch(cuda::copy_workspace_bytes(cache, chunks, host_ids));
+    const cuda::Launch where = launch(cuda::copy_workspace_bytes(copy.cache, copy.chunks, host_ids));
     if (case_.op == "gather")
-      cuda::gather(cache, mode, chunks, host_ids, reinterpret_cast<u64*>(optional("checksums")), where);
+      cuda::gather(copy.cache, copy.mode, copy.chunks, host_ids, reinterpret_cast<u64*>(optional("checksums")), where);
     else
-      cuda::scatter(cache, mode, chunks, host_ids, reinterpret_cast<const u64*>(optional("expected")),
+      cuda::scatter(copy.cache, copy.mode, copy.chunks, host_ids, reinterpret_cast<const u64*>(optional("expected")),
                     reinterpret_cast<bool*>(optional("matches")), where);
   }
 

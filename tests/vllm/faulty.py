@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
 from lmcache_mm.vllm.connector import LMCacheMMConnector
 
 gate = threading.Event()
@@ -76,7 +78,7 @@ class _Faulty(LMCacheMMConnector):
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        if self._scheduler is not None and type(self).make is LyingStore:
+        if role == KVConnectorRole.SCHEDULER and type(self).make is LyingStore:
             self._scheduler._store = LyingStore(self._scheduler._store)
 
 
