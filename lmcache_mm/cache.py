@@ -96,11 +96,12 @@ class KVCache:
         present = self.backend.contains([record.key for record in records])
         return chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
-    def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None) -> Job[int]:
+    def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None, by_layer: bool = False) -> Job[int]:
         """Scatters the KV of the first `hit` tokens (what `match` said; None: all that is there) into the pages.
 
         Pages of block id -1 are left out. The result: how many tokens, from the first on, were restored and verified,
         at most `hit`; what is missing or damaged is no exception. Pages behind them hold garbage until computed.
+        by_layer: one layer after the other (`Job.layer_ready`), and all of `hit` or nothing.
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
@@ -114,7 +115,7 @@ class KVCache:
                 raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
             records = chain((r for r in records if r.end <= limit), self.chunk_tokens)
         chunks = self._chunks(records, self._pages(block_ids, limit))
-        job = self._transfer.load(chunks, owner_of(prompt.salt))
+        job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
         return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
 
     def store(self, prompt: Prompt, block_ids: ops.Ids) -> Job[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -51,7 +51,8 @@ class KVLayout:
 
     A payload of page mode is [plane][page][page byte], one of token mode [plane][token][row byte], row_bytes a row.
     All sizes and strides are in bytes. `device` says where the planes are. `spec` says what the bytes mean (dtype, and
-    which dimensions in which order) and `layers` names the layers; both enter the fingerprint only.
+    which dimensions in which order) and `layers` names the layers; both enter the fingerprint only. `planes_until`: of
+    each layer how many planes, from the first on, hold it and those before it.
 
     The layout keeps no copy: the cache must outlive it and every operation on it. `from_tensors` holds references.
     """
@@ -68,6 +69,7 @@ class KVLayout:
     spec: str = ""
     layers: tuple[str, ...] = ()
     tensors: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+    planes_until: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes"):
@@ -173,13 +175,13 @@ class KVLayout:
         view = _PageView(first, page_tokens, page_dim, token_dim, opaque)
         layers: list[str] = []
         planes: list[int] = []
-        seen: set[int] = set()
+        ends: dict[int, int] = {}  # of the layer at an address
         for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen and tensor.numel():
+            if tensor.data_ptr() in ends and tensor.numel():
                 continue
-            seen.add(tensor.data_ptr())
             layers.append(name)
             planes.extend(tensor.data_ptr() + offset for offset in view.plane_offsets())
+            ends[tensor.data_ptr()] = len(planes)
         joined = _joined_planes(planes, view)
         return cls(
             planes=tuple(planes[::joined]),
@@ -194,6 +196,7 @@ class KVLayout:
             spec=view.spec,
             layers=tuple(layers),
             tensors=tuple(tensors.values()),
+            planes_until={name: -(-ends[tensor.data_ptr()] // joined) for name, tensor in tensors.items()},
         )
 
 

@@ -7,7 +7,7 @@ given and finds wrong is a TypeError or ValueError that names the argument, and 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -308,6 +308,11 @@ def checksum(payload: Any) -> int:
     if tensor.device.type != "cpu":
         raise ValueError(f"payload: expected a tensor on cpu, got one on {tensor.device}")
     return _C.checksum(tensor.data_ptr(), tensor.numel())
+
+
+def checksum_of_parts(parts: Iterable[int]) -> int:
+    """The checksum of a payload from the unsigned ones of all its parts (`_C.checksum_part`)."""
+    return (sum(parts) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class _Chunks:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import mmap
+import queue
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
-from lmcache_mm import ops
+from lmcache_mm import _C, ops
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
 
@@ -18,25 +25,140 @@ S = TypeVar("S")
 T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
+LANE_BYTES = 16  # of the checksum
+EXIT_S = 5.0  # how long a store may hang when the interpreter ends
+
+
+class Abandoned(RuntimeError):
+    """The job was given up before it had done with its pages."""
+
+
+class _Lane:
+    """A thread that does one piece of work after the other. Not one of an executor's, which the interpreter would wait
+    for, whatever they wait for."""
+
+    def __init__(self, name: str) -> None:
+        self.progress = 0.0  # when a job, or a step of one, last began or ended
+        self._busy = 0
+        self._lock = threading.Lock()
+        self._works: queue.SimpleQueue[tuple[_Work, Callable[[_Work], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, run: Callable[[_Work], Any]) -> _Work:
+        work = _Work(self)
+        with self._lock:
+            if not self._busy:
+                self.progress = time.monotonic()
+            self._busy += 1
+        self._works.put((work, run))
+        return work
+
+    def _run(self) -> None:
+        while (item := self._works.get()) is not None:
+            work, run = item
+            work.advance()
+            try:
+                if work.abandoned:
+                    raise Abandoned
+                result = run(work)
+                if work.abandoned:
+                    raise Abandoned
+            except BaseException as error:
+                work.future.set_exception(error)
+            else:
+                work.future.set_result(result)
+            work.advance(left_pages=True)
+            with self._lock:
+                self._busy -= 1
+
+    def close(self, patience_s: float | None) -> None:
+        self._works.put(None)
+        self._thread.join(patience_s)
+
+
+class _Work:
+    """A job as its thread and those who wait for it share it."""
+
+    def __init__(self, lane: _Lane) -> None:
+        self.future: Future[Any] = Future()
+        self.abandoned = False
+        self.left_pages = False
+        self.planes_ready = 0
+        self._lane = lane
+        self._pages = threading.Lock()
+        self._changed = threading.Condition()
+
+    def advance(self, planes: int = 0, left_pages: bool = False) -> None:
+        """Says that there is progress: `planes` leading planes are as they will be; the pages are left alone."""
+        self._lane.progress = time.monotonic()
+        with self._changed:
+            self.planes_ready = max(planes, self.planes_ready)
+            self.left_pages |= left_pages
+            self._changed.notify_all()
+
+    @contextmanager
+    def pages(self) -> Iterator[None]:
+        """Pages are read or written in here only."""
+        with self._pages:
+            if self.abandoned:
+                raise Abandoned
+            yield
+        self.advance()
+
+    def abandon(self) -> bool:
+        """Whether the pages will not be touched any more."""
+        if not self._pages.acquire(blocking=False):
+            return self.left_pages
+        self.abandoned = True
+        self._pages.release()
+        return True
+
+    def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
+        """True once `reached`; False if the lane has not moved for `patience_s` seconds, be it with an earlier job, and
+        this one is abandoned."""
+        with self._changed:
+            while not reached():
+                stalled_s = time.monotonic() - self._lane.progress
+                if stalled_s < patience_s:
+                    self._changed.wait(patience_s - stalled_s)
+                elif self.abandon():
+                    return reached()
+                else:
+                    self._changed.wait(patience_s)
+            return True
 
 
 class Job(Generic[T]):
-    """A retrieve or store under way. Pages it reads or writes must be left alone until it is done; on CUDA it begins
+    """A retrieve or store under way. Pages it reads or writes must be left alone until `pages_free`; on CUDA it begins
     behind the work that the caller's current stream held when it was asked for."""
 
-    def __init__(self, future: Future[Any], result_of: Callable[[Any], T] = lambda result: result) -> None:
-        self._future, self._result_of = future, result_of
+    def __init__(self, work: _Work, layout: KVLayout, result_of: Callable[[Any], T] = lambda result: result) -> None:
+        self._work, self._layout, self._result_of = work, layout, result_of
 
     def done(self) -> bool:
-        return self._future.done()
+        return self._work.future.done()
 
     def wait(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if it is not there after `timeout_s` seconds."""
-        return self._result_of(self._future.result(timeout_s))
+        """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will."""
+        return self._result_of(self._work.future.result(timeout_s))
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
-        return Job(self._future, lambda result: result_of(self._result_of(result)))
+        return Job(self._work, self._layout, lambda result: result_of(self._result_of(result)))
+
+    def pages_free(self, patience_s: float) -> bool:
+        """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
+        progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too."""
+        return self._work.wait_for(lambda: self._work.left_pages, patience_s)
+
+    def layer_ready(self, layer: str, patience_s: float) -> bool:
+        """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended.
+        False: as of `pages_free`. ValueError for a layer that the layout does not name."""
+        if layer not in self._layout.planes_until:
+            raise ValueError(f"layer: expected one of {', '.join(self._layout.planes_until)}, got {layer!r}")
+        planes = self._layout.planes_until[layer]
+        return self._work.wait_for(lambda: self._work.planes_ready >= planes or self._work.left_pages, patience_s)
 
 
 class Chunk(NamedTuple):
@@ -60,68 +182,77 @@ class Transfer:
         self._load_staging, self._store_staging = (_staging(staging_bytes, layout.device) for _ in range(2))
         if isinstance(store, SlotStore) and layout.device.type == "cuda":
             store.register(layout.device.index)
-        self._loads = ThreadPoolExecutor(1, "lmcache_mm load")
-        self._stores = ThreadPoolExecutor(1, "lmcache_mm store")
+        self._loads, self._stores = _Lane("lmcache_mm load"), _Lane("lmcache_mm store")
+        _open.add(self)
 
-    def close(self) -> None:
-        """Finishes all jobs."""
-        self._loads.shutdown()
-        self._stores.shutdown()
+    def close(self, patience_s: float | None = None) -> None:
+        """Finishes all jobs; with a patience, those that end within it."""
+        for lane in (self._loads, self._stores):
+            lane.close(patience_s)
 
-    def load(self, chunks: Sequence[Chunk], owner: bytes) -> Job[int]:
+    def load(self, chunks: Sequence[Chunk], owner: bytes, by_layer: bool = False) -> Job[int]:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
-        were restored and verified. `owner`: as of Store.get_into."""
-        return self._submit(self._loads, self._load, chunks, owner)
+        were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
+        wait by `Job.layer_ready`; then it is all chunks or none."""
+        return self._submit(self._loads, self._load, chunks, owner, by_layer)
 
     def store(self, chunks: Sequence[Chunk], owner: bytes) -> Job[int]:
         """Gathers the chunks that the store lacks and that have all their pages. The result: how many tokens were
         handed to the store. `owner`: as of Store.put."""
         return self._submit(self._stores, self._put, chunks, owner)
 
-    def _submit(self, pool: ThreadPoolExecutor, work: Callable[..., int], *arguments: Any) -> Job[int]:
-        """Runs `work` on a thread of `pool`; on CUDA on a stream of its own, behind what the caller's stream holds now,
-        and finished on the device when the job is."""
+    def _submit(self, lane: _Lane, run: Callable[..., int], *arguments: Any) -> Job[int]:
+        """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
-            return Job(pool.submit(work, *arguments))
+            return Job(lane.submit(lambda work: run(work, *arguments)), self.layout)
         before = torch.cuda.current_stream(device).record_event()
 
-        def on_own_stream() -> int:
+        def on_own_stream(work: _Work) -> int:
             stream = torch.cuda.Stream(device)
             stream.wait_event(before)
             with torch.cuda.stream(stream):
-                result = work(*arguments)
-            stream.synchronize()
-            return result
+                return run(work, *arguments)
 
-        return Job(pool.submit(on_own_stream))
+        return Job(lane.submit(on_own_stream), self.layout)
 
-    def _load(self, chunks: Sequence[Chunk], owner: bytes) -> int:
+    @contextmanager
+    def _pages(self, work: _Work) -> Iterator[None]:
+        """Pages are read or written in here only; the device is done with them at the end."""
+        with work.pages():
+            try:
+                yield
+            finally:
+                if self.layout.device.type != "cpu":
+                    torch.cuda.current_stream(self.layout.device).synchronize()
+
+    def _load(self, work: _Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
         loaded = 0
-        for step in self._steps(chunks):
-            good = self._load_slots(step, owner) if self._in_place else self._load_staged(step, owner)
+        steps = [list(chunks)] if by_layer and self._in_place and chunks else list(self._steps(chunks))
+        for step in steps:
+            load = self._load_slots if self._in_place else self._load_staged
+            good = load(work, step, owner, by_layer)
             loaded += good
             if good < len(step):
-                break
+                return 0 if by_layer else loaded
         return loaded
 
-    def _load_slots(self, step: list[Chunk], owner: bytes) -> int:
+    def _load_slots(self, work: _Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
         """Scatters straight from the store's slots."""
         store = cast(SlotStore, self._store)
         slots = store.lend([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
         lent = [slot for slot in slots if slot]
         try:
             there = lent[: slots.index(None)] if None in slots else lent
-            if not there:
+            if not there or (by_layer and len(there) < len(step)):
                 return 0
-            device = self.layout.device
-            matched = ops.scatter_pages(
-                self.layout,
-                [chunk.pages for chunk in step[: len(there)]],
-                [torch.from_numpy(store.view(slot)).to(device) for slot in there],
-                checksums=torch.tensor([slot.checksum for slot in there], device=device),
-            )
-            matches: list[bool] = cast(torch.Tensor, matched).tolist()
+            views = [torch.from_numpy(store.view(slot)) for slot in there]
+            expected = [slot.checksum for slot in there]
+            if by_layer:
+                found = self._scatter_layers(work, step, views)
+                matches = [a == b for a, b in zip(found, expected, strict=True)]
+            else:
+                matches = self._scatter(work, step[: len(there)], views, expected)
             for slot, match in zip(there, matches, strict=True):
                 if not match:
                     store.discard(slot)
@@ -129,45 +260,80 @@ class Transfer:
         finally:
             store.release(lent)
 
-    def _load_staged(self, step: list[Chunk], owner: bytes) -> int:
+    def _scatter(
+        self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None
+    ) -> list[bool]:
+        """Whether each payload has its checksum; without any, they have been verified."""
+        device = self.layout.device
+        on_device = [payload.to(device) for payload in payloads]
+        sums = None if checksums is None else torch.tensor(checksums, device=device)
+        pages = [chunk.pages for chunk in chunks]
+        with self._pages(work):
+            matched = ops.scatter_pages(self.layout, pages, on_device, checksums=sums)
+        return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
+
+    def _scatter_layers(self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
+        """Scatters layer after layer; the payloads' checksums."""
+        begin = 0
+        parts_of: list[list[int]] = [[] for _ in chunks]
+        for end in sorted({*self.layout.planes_until.values(), len(self.layout.planes)}):
+            planes = replace(self.layout, planes=self.layout.planes[begin:end])
+            pages = [chunk.pages for chunk in chunks]
+            plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
+            layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
+            with self._pages(work):
+                ops.scatter_pages(planes, pages, [part.to(self.layout.device) for part in layer])
+            work.advance(planes=end)
+            for i, (payload, size) in enumerate(zip(payloads, plane_bytes, strict=True)):
+                # Parts of a checksum begin at whole lanes.
+                first, last = begin * size // LANE_BYTES * LANE_BYTES, end * size // LANE_BYTES * LANE_BYTES
+                last = len(payload) if end == len(self.layout.planes) else last
+                if last > first:
+                    parts_of[i].append(_C.checksum_part(payload.data_ptr() + first, last - first, first, len(payload)))
+            begin = end
+        return [ops.checksum_of_parts(parts) for parts in parts_of]
+
+    def _load_staged(self, work: _Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
         found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
         whole = len(list(takewhile(bool, found)))
-        if whole:
-            on_device = [payload.to(self.layout.device) for payload in payloads[:whole]]
-            ops.scatter_pages(self.layout, [chunk.pages for chunk in step[:whole]], on_device)
+        if by_layer and whole == len(step):
+            self._scatter_layers(work, step, payloads)
+        elif whole and not by_layer:
+            self._scatter(work, step[:whole], payloads[:whole], None)
         return whole
 
-    def _put(self, chunks: Sequence[Chunk], owner: bytes) -> int:
+    def _put(self, work: _Work, chunks: Sequence[Chunk], owner: bytes) -> int:
         present = self._store.contains([chunk.key for chunk in chunks])
         missing = [c for c, there in zip(chunks, present, strict=True) if not there and -1 not in c.pages]
-        for step in self._steps(missing):
-            if self._in_place:
-                self._store_slots(step, owner)
-            else:
-                payloads = self._payloads(step, self._store_staging)
-                sums = self._gather(step, payloads)
-                buffers = [payload.numpy().data for payload in payloads]
-                self._store.put([chunk.key for chunk in step], buffers, owner, sums)
+        steps = list(self._steps(missing))
+        for i, step in enumerate(steps, 1):
+            store = self._store_slots if self._in_place else self._store_staged
+            store(work, step, owner, i == len(steps))
         return sum(chunk.tokens for chunk in missing)
 
-    def _store_slots(self, step: list[Chunk], owner: bytes) -> None:
+    def _store_slots(self, work: _Work, step: list[Chunk], owner: bytes, last: bool) -> None:
         """Gathers straight into slots of the store."""
         store = cast(SlotStore, self._store)
         slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
         reserved = [slot for slot in slots if slot]
-        if not reserved:
-            return
         try:
             chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
-            sums = self._gather(chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
+            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
         except BaseException:
             store.abandon(reserved)
             raise
+        work.advance(left_pages=last)
         store.publish(reserved, sums)
 
-    def _gather(self, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
+    def _store_staged(self, work: _Work, step: list[Chunk], owner: bytes, last: bool) -> None:
+        payloads = self._payloads(step, self._store_staging)
+        sums = self._gather(work, step, payloads)
+        work.advance(left_pages=last)
+        self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
+
+    def _gather(self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
         """Fills host memory with the chunks' payloads; their checksums."""
         device = self.layout.device
         tokens = None if self.layout.opaque else [chunk.tokens for chunk in chunks]
@@ -175,7 +341,9 @@ class Transfer:
         gathered = payloads
         if device.type != "cpu":
             gathered = [torch.empty_like(payload, device=device) for payload in payloads]
-        ops.gather_pages(self.layout, [chunk.pages for chunk in chunks], gathered, tokens=tokens, checksums=sums)
+        pages = [chunk.pages for chunk in chunks]
+        with self._pages(work):
+            ops.gather_pages(self.layout, pages, gathered, tokens=tokens, checksums=sums)
         if gathered is not payloads:
             for payload, source in zip(payloads, gathered, strict=True):
                 payload.copy_(source)
@@ -218,3 +386,13 @@ def _staging(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" or size == 0:
         return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+
+
+_open: weakref.WeakSet[Transfer] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from C++ while the interpreter ends would end the process."""
+    for transfer in list(_open):
+        transfer.close(EXIT_S)

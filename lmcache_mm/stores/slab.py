@@ -754,7 +754,7 @@ class FileStore(SlabStore):
         good = []
         for slot, of_slot in zip(slots, shares, strict=True):
             failed = any(share is None for share in of_slot)
-            good.append(not failed and _signed(sum(of_slot)) == slot.checksum)
+            good.append(not failed and ops.checksum_of_parts(of_slot) == slot.checksum)
             if failed:
                 self._count("errors")
                 self._count("hits", -1)
@@ -768,7 +768,7 @@ class FileStore(SlabStore):
         shares = self._in_pieces(self._write_piece, slots, arrays)
         if any(share is None for of_slot in shares for share in of_slot):
             raise OSError(errno.EIO, "a write failed")
-        return [_signed(sum(of_slot)) for of_slot in shares] if checksums is None else checksums
+        return [ops.checksum_of_parts(of_slot) for of_slot in shares] if checksums is None else checksums
 
     def _in_pieces(
         self, work: Callable[[Slot, np.ndarray, int], int | None], slots: Sequence[Slot], arrays: Sequence[np.ndarray]
@@ -842,10 +842,6 @@ def remove(directory: Path) -> bool:
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
     """Copies; returns the checksum."""
     return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
-
-
-def _signed(total: int) -> int:
-    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _read_fully(fd: int, to: np.ndarray, offset: int) -> None:

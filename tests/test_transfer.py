@@ -1,0 +1,288 @@
+"""Jobs: given up when a store hangs, loads layer by layer, and pages that are left alone from a moment on."""
+
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+import lmcache_mm as lmc
+from lmcache_mm.transfer import Abandoned, Chunk, Transfer
+from test_stores import new_store
+
+PAGES, PAGE_TOKENS, PATIENCE_S = 12, 4, 0.1
+KEY = bytes(range(32))
+
+
+class Gate:
+    """A store whose methods wait while the gate is shut; with `slots`, also in place."""
+
+    def __init__(self, store, shut=()):
+        self.store, self.shut = store, set(shut)
+        self.open = threading.Event()
+        self.reached = threading.Event()
+
+    def __getattr__(self, name):
+        method = getattr(self.store, name)
+        if name not in self.shut:
+            return method
+
+        def gated(*arguments, **more):
+            self.reached.set()
+            assert self.open.wait(30)
+            return method(*arguments, **more)
+
+        return gated
+
+
+def layers(count=3, row=5, seed=0):
+    """One tensor a layer, of odd sizes, so that layers of a payload begin anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, PAGES, PAGE_TOKENS, row)
+    return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+
+
+def layout_of(kv):
+    named = {f"layer{i}": layer for i, layer in enumerate(kv)}
+    return lmc.KVLayout.from_tensors(named, page_tokens=PAGE_TOKENS, page_dim=0, token_dim=1)
+
+
+def chunks_of(*page_lists):
+    return [
+        Chunk(KEY[i:] + KEY[:i], torch.tensor(pages), len(pages) * PAGE_TOKENS) for i, pages in enumerate(page_lists)
+    ]
+
+
+@pytest.fixture(params=["mem", "shm"])
+def store(request, tmp_path):
+    opened, remove = new_store(request.param, tmp_path, capacity="4MiB")
+    yield opened
+    opened.close()
+    remove()
+
+
+@pytest.fixture
+def make(store):
+    """Transfers over the store, of which some methods hang until the gate opens."""
+    made = []
+
+    def transfer(kv, *shut):
+        gate = Gate(store, shut)
+        made.append((gate, Transfer(layout_of(kv), gate, 1 << 16)))
+        return gate, made[-1][1]
+
+    yield transfer
+    for gate, transfer in made:
+        gate.open.set()
+        transfer.close()
+
+
+def test_a_load_by_layers_fills_them_in_order_and_is_verified(make):
+    kv = layers()
+    chunks = chunks_of([3, 1, 7], [0, 11])
+    _, transfer = make(kv)
+    transfer.store(chunks, b"").wait()
+    want = kv.clone()
+    for pages in ([3, 1, 7], [0, 11]):
+        kv[:, pages] = 0
+    job = transfer.load(chunks, b"", by_layer=True)
+    for i in range(len(kv)):
+        assert job.layer_ready(f"layer{i}", 10)
+        assert torch.equal(kv[i], want[i])
+    assert job.wait() == 2
+    with pytest.raises(ValueError, match="layer: expected one of layer0, layer1, layer2, got 'other'"):
+        job.layer_ready("other", 1)
+
+
+def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
+    """Else nothing would overlap."""
+    kv = layers()
+    chunks = chunks_of([3, 1, 7])
+    _, transfer = make(kv)
+    transfer.store(chunks, b"").wait()
+    want = kv.clone()
+    kv.zero_()
+    scattered, go_on = [], threading.Event()
+    scatter = lmc.ops.scatter_pages
+
+    def slow(layout, *arguments, **more):
+        if scattered:
+            assert go_on.wait(30)
+        scattered.append(layout.planes)
+        return scatter(layout, *arguments, **more)
+
+    monkeypatch.setattr("lmcache_mm.transfer.ops.scatter_pages", slow)
+    job = transfer.load(chunks, b"", by_layer=True)
+    assert job.layer_ready("layer0", 10)
+    assert len(scattered) == 1
+    assert torch.equal(kv[0, [3, 1, 7]], want[0, [3, 1, 7]])
+    assert not kv[1:].any()
+    go_on.set()
+    assert job.wait() == 1
+    assert len(scattered) == 3
+
+
+@pytest.mark.parametrize("layer", range(3))
+def test_a_load_by_layers_of_a_damaged_record_loads_nothing(tmp_path, layer):
+    store, remove = new_store("shm", tmp_path, capacity="4MiB")
+    kv = layers()
+    transfer = Transfer(layout_of(kv), store, 1 << 16)
+    chunks = chunks_of([3, 1, 7])
+    transfer.store(chunks, b"").wait()
+    (slot,) = store.lend([chunks[0].key], [3 * 60])
+    store.view(slot)[layer * 60 + 7] ^= 1
+    store.release([slot])
+    assert transfer.load(chunks, b"", by_layer=True).wait() == 0
+    assert store.contains([chunks[0].key]) == [False]
+    transfer.close()
+    store.close()
+    remove()
+
+
+def test_a_load_by_layers_takes_all_chunks_or_none(make):
+    kv = layers()
+    _, transfer = make(kv)
+    there, missing = chunks_of([3], [4])
+    transfer.store([there], b"").wait()
+    kv.zero_()
+    job = transfer.load([there, missing], b"", by_layer=True)
+    assert job.wait() == 0
+    assert not kv.any()
+    assert job.layer_ready("layer2", 1)  # it ended
+
+
+def test_layers_that_share_pages_or_bytes_are_ready_with_them():
+    pages = torch.zeros(PAGES, 2, PAGE_TOKENS, 5)
+    joined = lmc.KVLayout.from_tensors(
+        {"a": pages[:, 0], "b": pages[:, 1], "again": pages[:, 0]}, page_tokens=4, page_dim=0, token_dim=1
+    )
+    assert (len(joined.planes), joined.planes_until) == (1, {"a": 1, "b": 1, "again": 1})
+    kv = torch.zeros(3, 2, PAGES, PAGE_TOKENS, 5)  # K and V apart
+    apart = lmc.KVLayout.from_tensors(
+        {f"layer{i}": x for i, x in enumerate(kv)}, page_tokens=4, page_dim=1, token_dim=2
+    )
+    assert (len(apart.planes), apart.planes_until) == (6, {"layer0": 2, "layer1": 4, "layer2": 6})
+
+
+def hangs(store, direction):
+    """The method that hangs before pages are touched."""
+    in_place = hasattr(store, "lend")
+    return {"load": "lend" if in_place else "get_into", "store": "reserve" if in_place else "contains"}[direction]
+
+
+@pytest.mark.parametrize("direction", ["load", "store"])
+def test_a_job_whose_store_hangs_is_abandoned_and_never_touches_its_pages(make, store, direction, monkeypatch):
+    kv = layers()
+    chunks = chunks_of([3, 1, 7])
+    if direction == "load":
+        make(kv)[1].store(chunks, b"").wait()
+    gate, transfer = make(kv, hangs(store, direction))
+    job = getattr(transfer, direction)(chunks, b"")
+    assert gate.reached.wait(10)
+    assert not job.pages_free(PATIENCE_S)
+    touched = []
+    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", lambda *_, **__: touched.append(1))
+    monkeypatch.setattr("lmcache_mm.transfer.ops.scatter_pages", lambda *_, **__: touched.append(1))
+    gate.open.set()
+    with pytest.raises(Abandoned):
+        job.wait(10)
+    assert not touched
+    assert store.stats()["records"] == (direction == "load")
+
+
+def test_what_comes_behind_a_job_that_hangs_is_given_up_at_once(make, store):
+    kv = layers()
+    chunks = chunks_of([3, 1, 7])
+    gate, transfer = make(kv, hangs(store, "load"))
+    first = transfer.load(chunks, b"")
+    assert gate.reached.wait(10)
+    assert not first.pages_free(PATIENCE_S)
+    transfer._loads.progress -= 1000
+    begun = time.monotonic()
+    second = transfer.load(chunks, b"")
+    assert not second.pages_free(60)
+    assert time.monotonic() - begun < 30
+    gate.open.set()
+    for job in (first, second):
+        with pytest.raises(Abandoned):
+            job.wait(10)
+    third = transfer.load(chunks, b"")  # the store is back
+    assert third.pages_free(10)
+    assert third.wait() == 0
+
+
+def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, store):
+    kv = layers()
+    want = kv.clone()
+    chunks = chunks_of([3, 1, 7])
+    gate, transfer = make(kv, "publish" if hasattr(store, "lend") else "put")
+    job = transfer.store(chunks, b"")
+    assert job.pages_free(10)
+    assert not job.done()
+    kv.zero_()  # the pages are somebody else's by now
+    gate.open.set()
+    assert job.wait(10) == 12
+    assert transfer.load(chunks, b"").wait() == 1
+    assert torch.equal(kv[:, [3, 1, 7]], want[:, [3, 1, 7]])
+
+
+def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
+    """Patience is with a store that does not move, however long the whole takes."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+    kv = layers()
+    chunks = chunks_of(*([page] for page in range(10)))
+    _, transfer = make(kv)
+    transfer.store(chunks, b"").wait()
+    slow = Gate(store)
+    read = getattr(store, hangs(store, "load"))
+
+    def slowly(*arguments, **more):
+        time.sleep(PATIENCE_S / 2)
+        return read(*arguments, **more)
+
+    setattr(slow, hangs(store, "load"), slowly)
+    other = Transfer(replace(layout_of(kv)), slow, 1)
+    job = other.load(chunks, b"")
+    assert job.pages_free(PATIENCE_S * 4)
+    assert job.wait() == 10
+    other.close()
+
+
+def test_an_error_of_the_store_is_the_jobs(make, store, monkeypatch):
+    kv = layers()
+    gate, transfer = make(kv)
+
+    def fails(*_, **__):
+        raise ConnectionError("down")
+
+    setattr(gate, hangs(store, "load"), fails)
+    job = transfer.load(chunks_of([1]), b"")
+    with pytest.raises(ConnectionError, match="down"):
+        job.wait(10)
+    assert job.pages_free(1)
+
+
+def test_a_transfer_closes_in_time_over_a_store_that_hangs(make, store):
+    gate, transfer = make(layers(), hangs(store, "load"))
+    transfer.load(chunks_of([1]), b"")
+    assert gate.reached.wait(10)
+    begun = time.monotonic()
+    transfer.close(PATIENCE_S)
+    assert time.monotonic() - begun < 5
+
+
+def test_a_cache_retrieves_layer_by_layer(tmp_path):
+    kv = torch.rand(3, PAGES, PAGE_TOKENS, 6)
+    prompt = lmc.Prompt(list(range(21)))
+    pages = list(range(6))
+    with lmc.KVCache(layout_of(kv), "mem://?capacity=1MiB", lmc.Namespace(model="m"), 8) as cache:
+        cache.store(prompt, pages).wait()
+        want = kv.clone()
+        kv.zero_()
+        job = cache.retrieve(prompt, pages, by_layer=True)
+        assert job.layer_ready("layer1", 10)
+        assert torch.equal(kv[:2, :5], want[:2, :5])
+        assert job.wait() == 21
+        assert cache.retrieve(prompt, pages, 16, by_layer=True).wait() == 16
