@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import mmap
-import queue
-import threading
-import time
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import takewhile
@@ -18,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 
 from lmcache_mm import _C, ops
+from lmcache_mm.lane import Lane, Work
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
 
@@ -26,114 +21,13 @@ T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
 LANE_BYTES = 16  # of the checksum
-EXIT_S = 5.0  # how long a store may hang when the interpreter ends
-
-
-class Abandoned(RuntimeError):
-    """The job was given up before it had done with its pages."""
-
-
-class _Lane:
-    """A thread that does one piece of work after the other. Not one of an executor's, which the interpreter would wait
-    for, whatever they wait for."""
-
-    def __init__(self, name: str) -> None:
-        self.progress = 0.0  # when a job, or a step of one, last began or ended
-        self._busy = 0
-        self._lock = threading.Lock()
-        self._works: queue.SimpleQueue[tuple[_Work, Callable[[_Work], Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, run: Callable[[_Work], Any]) -> _Work:
-        work = _Work(self)
-        with self._lock:
-            if not self._busy:
-                self.progress = time.monotonic()
-            self._busy += 1
-        self._works.put((work, run))
-        return work
-
-    def _run(self) -> None:
-        while (item := self._works.get()) is not None:
-            work, run = item
-            work.advance()
-            try:
-                if work.abandoned:
-                    raise Abandoned
-                result = run(work)
-                if work.abandoned:
-                    raise Abandoned
-            except BaseException as error:
-                work.future.set_exception(error)
-            else:
-                work.future.set_result(result)
-            work.advance(left_pages=True)
-            with self._lock:
-                self._busy -= 1
-
-    def close(self, patience_s: float | None) -> None:
-        self._works.put(None)
-        self._thread.join(patience_s)
-
-
-class _Work:
-    """A job as its thread and those who wait for it share it."""
-
-    def __init__(self, lane: _Lane) -> None:
-        self.future: Future[Any] = Future()
-        self.abandoned = False
-        self.left_pages = False
-        self.planes_ready = 0
-        self._lane = lane
-        self._pages = threading.Lock()
-        self._changed = threading.Condition()
-
-    def advance(self, planes: int = 0, left_pages: bool = False) -> None:
-        """Says that there is progress: `planes` leading planes are as they will be; the pages are left alone."""
-        self._lane.progress = time.monotonic()
-        with self._changed:
-            self.planes_ready = max(planes, self.planes_ready)
-            self.left_pages |= left_pages
-            self._changed.notify_all()
-
-    @contextmanager
-    def pages(self) -> Iterator[None]:
-        """Pages are read or written in here only."""
-        with self._pages:
-            if self.abandoned:
-                raise Abandoned
-            yield
-        self.advance()
-
-    def abandon(self) -> bool:
-        """Whether the pages will not be touched any more."""
-        if not self._pages.acquire(blocking=False):
-            return self.left_pages
-        self.abandoned = True
-        self._pages.release()
-        return True
-
-    def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
-        """True once `reached`; False if the lane has not moved for `patience_s` seconds, be it with an earlier job, and
-        this one is abandoned."""
-        with self._changed:
-            while not reached():
-                stalled_s = time.monotonic() - self._lane.progress
-                if stalled_s < patience_s:
-                    self._changed.wait(patience_s - stalled_s)
-                elif self.abandon():
-                    return reached()
-                else:
-                    self._changed.wait(patience_s)
-            return True
 
 
 class Job(Generic[T]):
     """A retrieve or store under way. Pages it reads or writes must be left alone until `pages_free`; on CUDA it begins
     behind the work that the caller's current stream held when it was asked for."""
 
-    def __init__(self, work: _Work, layout: KVLayout, result_of: Callable[[Any], T] = lambda result: result) -> None:
+    def __init__(self, work: Work, layout: KVLayout, result_of: Callable[[Any], T] = lambda result: result) -> None:
         self._work, self._layout, self._result_of = work, layout, result_of
 
     def done(self) -> bool:
@@ -146,6 +40,10 @@ class Job(Generic[T]):
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
         return Job(self._work, self._layout, lambda result: result_of(self._result_of(result)))
+
+    def give_up(self, patience_s: float) -> bool:
+        """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
+        return self._work.give_up(patience_s)
 
     def pages_free(self, patience_s: float) -> bool:
         """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
@@ -182,8 +80,7 @@ class Transfer:
         self._load_staging, self._store_staging = (_staging(staging_bytes, layout.device) for _ in range(2))
         if isinstance(store, SlotStore) and layout.device.type == "cuda":
             store.register(layout.device.index)
-        self._loads, self._stores = _Lane("lmcache_mm load"), _Lane("lmcache_mm store")
-        _open.add(self)
+        self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
 
     def close(self, patience_s: float | None = None) -> None:
         """Finishes all jobs; with a patience, those that end within it."""
@@ -201,14 +98,14 @@ class Transfer:
         handed to the store. `owner`: as of Store.put."""
         return self._submit(self._stores, self._put, chunks, owner)
 
-    def _submit(self, lane: _Lane, run: Callable[..., int], *arguments: Any) -> Job[int]:
+    def _submit(self, lane: Lane, run: Callable[..., int], *arguments: Any) -> Job[int]:
         """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
             return Job(lane.submit(lambda work: run(work, *arguments)), self.layout)
         before = torch.cuda.current_stream(device).record_event()
 
-        def on_own_stream(work: _Work) -> int:
+        def on_own_stream(work: Work) -> int:
             stream = torch.cuda.Stream(device)
             stream.wait_event(before)
             with torch.cuda.stream(stream):
@@ -217,7 +114,7 @@ class Transfer:
         return Job(lane.submit(on_own_stream), self.layout)
 
     @contextmanager
-    def _pages(self, work: _Work) -> Iterator[None]:
+    def _pages(self, work: Work) -> Iterator[None]:
         """Pages are read or written in here only; the device is done with them at the end."""
         with work.pages():
             try:
@@ -226,7 +123,7 @@ class Transfer:
                 if self.layout.device.type != "cpu":
                     torch.cuda.current_stream(self.layout.device).synchronize()
 
-    def _load(self, work: _Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
         loaded = 0
         steps = [list(chunks)] if by_layer and self._in_place and chunks else list(self._steps(chunks))
         for step in steps:
@@ -237,7 +134,7 @@ class Transfer:
                 return 0 if by_layer else loaded
         return loaded
 
-    def _load_slots(self, work: _Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
         """Scatters straight from the store's slots."""
         store = cast(SlotStore, self._store)
         slots = store.lend([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
@@ -261,7 +158,7 @@ class Transfer:
             store.release(lent)
 
     def _scatter(
-        self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None
+        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None
     ) -> list[bool]:
         """Whether each payload has its checksum; without any, they have been verified."""
         device = self.layout.device
@@ -272,7 +169,7 @@ class Transfer:
             matched = ops.scatter_pages(self.layout, pages, on_device, checksums=sums)
         return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
 
-    def _scatter_layers(self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
+    def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
         """Scatters layer after layer; the payloads' checksums."""
         begin = 0
         parts_of: list[list[int]] = [[] for _ in chunks]
@@ -293,7 +190,7 @@ class Transfer:
             begin = end
         return [ops.checksum_of_parts(parts) for parts in parts_of]
 
-    def _load_staged(self, work: _Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
         found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
@@ -304,7 +201,7 @@ class Transfer:
             self._scatter(work, step[:whole], payloads[:whole], None)
         return whole
 
-    def _put(self, work: _Work, chunks: Sequence[Chunk], owner: bytes) -> int:
+    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes) -> int:
         present = self._store.contains([chunk.key for chunk in chunks])
         missing = [c for c, there in zip(chunks, present, strict=True) if not there and -1 not in c.pages]
         steps = list(self._steps(missing))
@@ -313,7 +210,7 @@ class Transfer:
             store(work, step, owner, i == len(steps))
         return sum(chunk.tokens for chunk in missing)
 
-    def _store_slots(self, work: _Work, step: list[Chunk], owner: bytes, last: bool) -> None:
+    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> None:
         """Gathers straight into slots of the store."""
         store = cast(SlotStore, self._store)
         slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
@@ -327,13 +224,13 @@ class Transfer:
         work.advance(left_pages=last)
         store.publish(reserved, sums)
 
-    def _store_staged(self, work: _Work, step: list[Chunk], owner: bytes, last: bool) -> None:
+    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> None:
         payloads = self._payloads(step, self._store_staging)
         sums = self._gather(work, step, payloads)
         work.advance(left_pages=last)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
 
-    def _gather(self, work: _Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
+    def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
         """Fills host memory with the chunks' payloads; their checksums."""
         device = self.layout.device
         tokens = None if self.layout.opaque else [chunk.tokens for chunk in chunks]
@@ -386,13 +283,3 @@ def _staging(size: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" or size == 0:
         return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
-
-
-_open: weakref.WeakSet[Transfer] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """A thread that comes back from C++ while the interpreter ends would end the process."""
-    for transfer in list(_open):
-        transfer.close(EXIT_S)

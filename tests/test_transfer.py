@@ -1,5 +1,6 @@
 """Jobs: given up when a store hangs, loads layer by layer, and pages that are left alone from a moment on."""
 
+import gc
 import threading
 import time
 from dataclasses import replace
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from lmcache_mm.transfer import Abandoned, Chunk, Transfer
+from lmcache_mm.lane import Abandoned, Lane
+from lmcache_mm.transfer import Chunk, Transfer
 from test_stores import new_store
 
 PAGES, PAGE_TOKENS, PATIENCE_S = 12, 4, 0.1
@@ -271,6 +273,21 @@ def test_a_transfer_closes_in_time_over_a_store_that_hangs(make, store):
     begun = time.monotonic()
     transfer.close(PATIENCE_S)
     assert time.monotonic() - begun < 5
+
+
+def test_a_lane_that_is_gone_or_closed_leaves_no_thread():
+    gone, closed = Lane("gone"), Lane("closed")
+    assert gone.submit(lambda _: 1).future.result(10) == 1
+    assert closed.submit(lambda _: 2).future.result(10) == 2
+    closed.close()
+    threads = [gone._thread, closed._thread]
+    del gone
+    gc.collect()
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()
+    with pytest.raises(RuntimeError, match="closed: it is closed"):
+        closed.submit(lambda _: 3)
 
 
 def test_a_cache_retrieves_layer_by_layer(tmp_path):

@@ -1,0 +1,147 @@
+"""Lanes: threads for work that may hang, and what those who wait for it can do about that."""
+
+from __future__ import annotations
+
+import atexit
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+EXIT_S = 5.0  # how long work may hang when the interpreter ends
+
+
+class Abandoned(RuntimeError):
+    """The work was given up before it had done with its pages."""
+
+
+class Lane:
+    """A thread that does one piece of work after the other, until the lane is closed or gone. Not one of an executor's,
+    which the interpreter would wait for, whatever they wait for."""
+
+    def __init__(self, name: str) -> None:
+        self.progress = 0.0  # when a piece of work, or a step of one, last began or ended
+        self._unfinished = 0
+        self._closed = False
+        self._lock = threading.Lock()
+        self._queue: _Queue = queue.SimpleQueue()
+        self._thread = threading.Thread(target=_work_off, args=(self._queue,), name=name, daemon=True)
+        self._thread.start()
+        weakref.finalize(self, self._queue.put, None)
+        _open.add(self)
+
+    def submit(self, run: Callable[[Work], Any]) -> Work:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self._thread.name}: it is closed")
+            if not self._unfinished:
+                self.progress = time.monotonic()
+            self._unfinished += 1
+            work = Work(self)
+            self._queue.put((work, run))
+        return work
+
+    def stalled_s(self) -> float:
+        """For how long there has been work and nothing has moved."""
+        with self._lock:
+            return time.monotonic() - self.progress if self._unfinished else 0.0
+
+    def close(self, patience_s: float | None = None) -> None:
+        """Finishes what was submitted; with a patience, what ends within it."""
+        with self._lock:
+            self._closed = True
+        self._queue.put(None)
+        self._thread.join(patience_s)
+
+    def _finished(self) -> None:
+        with self._lock:
+            self._unfinished -= 1
+
+
+_Queue = queue.SimpleQueue["tuple[Work, Callable[[Work], Any]] | None"]
+_open: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+
+def _work_off(works: _Queue) -> None:
+    while (item := works.get()) is not None:
+        item[0].do(item[1])
+        del item  # it holds the lane
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that comes back from C++ while the interpreter ends would end the process."""
+    for lane in list(_open):
+        lane.close(EXIT_S)
+
+
+class Work:
+    """Something to be done, as its thread and those who wait for it share it."""
+
+    def __init__(self, lane: Lane) -> None:
+        self.future: Future[Any] = Future()
+        self.abandoned = False
+        self.left_pages = False
+        self.planes_ready = 0
+        self._lane = lane
+        self._pages = threading.Lock()
+        self._changed = threading.Condition()
+
+    def do(self, run: Callable[[Work], Any]) -> None:
+        self.advance()
+        try:
+            if self.abandoned:
+                raise Abandoned
+            result = run(self)
+            if self.abandoned:
+                raise Abandoned
+        except BaseException as error:
+            self.advance()
+            self.future.set_exception(error)
+        else:
+            self.advance()
+            self.future.set_result(result)
+        self._lane._finished()
+        self.advance(left_pages=True)
+
+    def advance(self, planes: int = 0, left_pages: bool = False) -> None:
+        """Says that there is progress: `planes` leading planes are as they will be; the pages are left alone."""
+        self._lane.progress = time.monotonic()
+        with self._changed:
+            self.planes_ready = max(planes, self.planes_ready)
+            self.left_pages |= left_pages
+            self._changed.notify_all()
+
+    @contextmanager
+    def pages(self) -> Iterator[None]:
+        """Pages are read or written in here only."""
+        with self._pages:
+            if self.abandoned:
+                raise Abandoned
+            yield
+        self.advance()
+
+    def abandon(self) -> bool:
+        """Whether the pages will not be touched any more."""
+        if not self._pages.acquire(blocking=False):
+            return self.left_pages
+        self.abandoned = True
+        self._pages.release()
+        return True
+
+    def give_up(self, patience_s: float) -> bool:
+        """Whether it is abandoned, for the lane has not moved for `patience_s` seconds, be it with earlier work."""
+        return self._lane.stalled_s() >= patience_s and self.abandon()
+
+    def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
+        """True once `reached`; False if it was given up."""
+        with self._changed:
+            while not reached():
+                if self.give_up(patience_s):
+                    return reached()
+                self._changed.wait(max(patience_s - self._lane.stalled_s(), patience_s / 16))
+            return True
