@@ -185,6 +185,29 @@ def test_a_full_store_evicts_and_goes_on(single):
         assert get(store, i, 100_000) == (payload(i, 100_000) if there[i] else None)
 
 
+def test_what_is_held_is_not_evicted_until_it_is_given_back(store):
+    store.put([key(1)], [payload(1, 200_000)])
+    store.flush()
+    for release in [store.hold([key(1), key(2)]) for _ in range(2)]:
+        store.put([key(3)], [payload(3, 900_000)])  # room for one of the two
+        store.flush()
+        assert store.contains([key(1), key(3)]) == [True, False]
+        release()
+    store.put([key(3)], [payload(3, 900_000)])
+    store.flush()
+    assert store.contains([key(1), key(3)]) == [False, True]
+
+
+def test_what_is_held_can_be_deleted(store):
+    store.put([key(1)], [payload(1)])
+    release = store.hold([key(1)])
+    store.delete([key(1)])
+    assert store.contains([key(1)]) == [False]
+    release()
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+
+
 def test_an_owner_is_forgotten_alone(store):
     store.put([key(1), key(2)], [payload(1), payload(2)], owner=OWNER)
     store.put([key(3)], [payload(3)], owner=OTHER_OWNER)

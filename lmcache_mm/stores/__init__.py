@@ -42,6 +42,11 @@ class Store(Protocol):
         faster one."""
         ...
 
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        """Keeps the records that are there from being evicted, not from being deleted, until the function that it
+        returns is called, once. Without transfers; where others decide what is evicted it does nothing."""
+        ...
+
     def put(
         self,
         keys: Sequence[bytes],

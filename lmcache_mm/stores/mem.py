@@ -7,7 +7,7 @@ import threading
 import time
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +44,7 @@ class MemStore:
             raise ValueError(f"capacity: expected at least {ALIGNMENT} bytes, got {capacity}")
         self._buffer = torch.empty(capacity // ALIGNMENT * ALIGNMENT, dtype=torch.uint8)
         self._records: OrderedDict[bytes, _Record] = OrderedDict()  # the next to be evicted first
+        self._held: Counter[bytes] = Counter()
         self._gaps = [(0, len(self._buffer))]  # free (begin, end), ascending, never adjacent
         self._counts: Counter[str] = Counter(
             dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions"), 0)
@@ -60,6 +61,19 @@ class MemStore:
         check_keys(keys)
         with self._lock:
             return [key in self._records for key in keys]
+
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        self._check()
+        check_keys(keys)
+
+        def add(by: int) -> None:
+            with self._lock:
+                for key in keys:
+                    self._held[key] += by
+                self._held = +self._held
+
+        add(1)
+        return lambda: add(-1)
 
     def get_into(
         self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
@@ -113,7 +127,11 @@ class MemStore:
             self._counts["dropped_puts"] += 1
             return
         while (gap := next((gap for gap in self._gaps if gap[1] - gap[0] >= size), None)) is None:
-            self._remove(next(iter(self._records)))
+            oldest = next((key for key in self._records if key not in self._held), None)
+            if oldest is None:
+                self._counts["dropped_puts"] += 1
+                return
+            self._remove(oldest)
             self._counts["evictions"] += 1
         self._gaps.remove(gap)
         if gap[1] - gap[0] > size:

@@ -368,6 +368,14 @@ class SlabStore:
         self._count("hits", len(slots) - slots.count(None))
         return slots
 
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        self._check()
+        check_keys(keys)
+        records = [record for record in self._read_index(self._index.find, keys) or () if record]
+        pinned = self._table.pin([(record.start, record.generation) for record in records])
+        starts = [record.start for record, held in zip(records, pinned, strict=True) if held]
+        return lambda: self._table.unpin(starts)
+
     def release(self, slots: Sequence[Slot]) -> None:
         """Gives lent slots back. Nothing may read them any more, transfers by a device included."""
         self._check()

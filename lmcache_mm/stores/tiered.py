@@ -142,6 +142,17 @@ class TieredStore:
         self._count("misses", found.count(False))
         return found
 
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        self._check()
+        releases = [self._ask(tier, None, "hold", keys) for tier in range(len(self._tiers))]
+
+        def release() -> None:
+            for release_of_tier in releases:
+                if release_of_tier:
+                    release_of_tier()
+
+        return release
+
     def put(
         self,
         keys: Sequence[bytes],
