@@ -50,12 +50,13 @@ class Lane:
         with self._lock:
             return time.monotonic() - self.progress if self._unfinished else 0.0
 
-    def close(self, patience_s: float | None = None) -> None:
-        """Finishes what was submitted; with a patience, what ends within it."""
+    def close(self, patience_s: float | None = None) -> bool:
+        """Finishes what was submitted; with a patience, what ends within it. Whether that is all."""
         with self._lock:
             self._closed = True
         self._queue.put(None)
         self._thread.join(patience_s)
+        return not self._thread.is_alive()
 
     def _finished(self) -> None:
         with self._lock:

@@ -82,10 +82,9 @@ class Transfer:
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
 
-    def close(self, patience_s: float | None = None) -> None:
-        """Finishes all jobs; with a patience, those that end within it."""
-        for lane in (self._loads, self._stores):
-            lane.close(patience_s)
+    def close(self, patience_s: float | None = None) -> bool:
+        """Finishes all jobs; with a patience, those that end within it. Whether these are all."""
+        return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
 
     def load(self, chunks: Sequence[Chunk], owner: bytes, by_layer: bool = False) -> Job[int]:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,

@@ -6,13 +6,14 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from lmcache_mm.vllm.api import KVConnectorPromMetrics, KVConnectorStats
 
 COUNTERS = {
     "queried_tokens": "Tokens of requests that the store was asked for.",
     "hit_tokens": "Tokens that the store had beyond vLLM's own prefix cache.",
     "loaded_tokens": "Tokens whose KV was loaded and verified.",
     "stored_tokens": "Tokens whose KV was handed to the store.",
+    "failed_lookups": "Requests that were computed because the store failed or took too long to tell what it has.",
     "failed_loads": "Requests whose load failed and that were computed instead.",
     "failed_stores": "Stores that failed.",
 }

@@ -1,0 +1,77 @@
+"""vLLM as this package sees it: its names come from here only, and what differs between its versions is known here."""
+
+from __future__ import annotations
+
+import os
+
+import vllm
+
+SUPPORTED = "0.32"
+
+
+def check_version(version: str) -> None:
+    """RuntimeError for a vLLM that the connector was not tested with, whose hooks may mean something else."""
+    if version.startswith(f"{SUPPORTED}.") or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
+        return
+    raise RuntimeError(
+        f"LMCacheMMConnector supports vLLM {SUPPORTED}, and this is {version}. LMCACHE_MM_ANY_VLLM=1 tries it all the "
+        "same: its hooks may mean something else by now, and answers be wrong"
+    )
+
+
+check_version(vllm.__version__)
+
+from vllm.config import VllmConfig, get_current_vllm_config_or_none  # noqa: E402
+from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockStored, KVCacheEvent  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+    SupportsHMA,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats  # noqa: E402
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks  # noqa: E402
+from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    KVCacheConfig,
+    KVCacheSpecKind,
+    get_kv_cache_spec_kind,
+    get_kv_cache_spec_sliding_window,
+    group_kernel_blocks,
+)
+from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
+from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
+from vllm.v1.request import Request  # noqa: E402
+
+__all__ = [
+    "MEDIUM_CPU",
+    "MEDIUM_STORAGE",
+    "BlockStored",
+    "CacheHitSource",
+    "KVCacheBlocks",
+    "KVCacheConfig",
+    "KVCacheEvent",
+    "KVCacheSpecKind",
+    "KVConnectorBase_V1",
+    "KVConnectorFactory",
+    "KVConnectorHandshakeMetadata",
+    "KVConnectorMetadata",
+    "KVConnectorOutput",
+    "KVConnectorPromMetrics",
+    "KVConnectorRole",
+    "KVConnectorStats",
+    "KVConnectorTransferResults",
+    "KVConnectorWorkerMetadata",
+    "Request",
+    "SchedulerOutput",
+    "SupportsHMA",
+    "VllmConfig",
+    "get_current_vllm_config_or_none",
+    "get_kv_cache_spec_kind",
+    "get_kv_cache_spec_sliding_window",
+    "group_kernel_blocks",
+]

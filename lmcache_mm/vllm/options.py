@@ -1,0 +1,89 @@
+"""What the connector is asked for, and what kind of KV cache the engine has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lmcache_mm.vllm.api import (
+    KVCacheConfig,
+    KVCacheSpecKind,
+    VllmConfig,
+    get_kv_cache_spec_kind,
+    get_kv_cache_spec_sliding_window,
+)
+
+NAME = "LMCacheMMConnector"
+CHOICES = {"load": ("async", "sync", "layers"), "identifiers": ("verify", "trust")}
+KINDS = {
+    KVCacheSpecKind.FULL_ATTENTION,
+    KVCacheSpecKind.MLA_ATTENTION,
+    KVCacheSpecKind.SLIDING_WINDOW,
+    KVCacheSpecKind.SLIDING_WINDOW_MLA,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """kv_connector_extra_config, checked: see LMCacheMMConnector."""
+
+    store: str | list[str]
+    chunk_tokens: int = 256
+    load: str = "async"
+    identifiers: str = "verify"
+    opaque_tails: bool = False
+    store_generated: bool = False
+    weights: str | None = None
+    timeout_s: float = 5.0
+
+    @classmethod
+    def of(cls, extra: dict[str, Any]) -> Options:
+        known = [field.name for field in fields(cls)]
+        for name in extra:
+            if name not in known:
+                raise ValueError(f"{NAME}: unknown option {name!r}; expected some of {', '.join(known)}")
+        if "store" not in extra:
+            raise ValueError(f'{NAME}: "store" is missing, such as "shm:///vllm?capacity=32GiB"')
+        for name, allowed in CHOICES.items():
+            if extra.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{NAME}: {name}: expected {' or '.join(allowed)}, got {extra[name]!r}")
+        for name in ("opaque_tails", "store_generated"):
+            if not isinstance(extra.get(name, False), bool):
+                raise ValueError(f"{NAME}: {name}: expected true or false, got {extra[name]!r}")
+        for name, kinds in (("chunk_tokens", int), ("timeout_s", (int, float))):
+            value = extra.get(name, 1)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{NAME}: {name}: expected a number above 0, got {value!r}")
+        options = cls(**extra)
+        urls = options.store if isinstance(options.store, list) else [options.store]
+        if any(url.startswith(("mem:", "tiered:mem:")) for url in urls):
+            raise ValueError(f"{NAME}: store: mem: is one process's alone, and vLLM has several")
+        return options
+
+
+@dataclass
+class Group:
+    """One KV cache group: layers that share a block table."""
+
+    layers: list[str]
+    page_tokens: int
+    window: int | None  # of sliding-window attention
+    kv_dtypes: list[str]
+
+
+def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]:
+    """The engine's groups; ValueError for what cannot be cached."""
+    parallel = config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            raise ValueError(f"{NAME}: {name} > 1 is not supported: ranks would hold parts of pages")
+    groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        kind = get_kv_cache_spec_kind(spec)
+        if kind not in KINDS:
+            raise ValueError(f"{NAME}: layers of kind {kind.value!r} are not supported ({group.layer_names[0]}, …)")
+        specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
+        dtypes = [str(one.dtype).removeprefix("torch.") for one in specs]
+        groups.append(Group(list(group.layer_names), spec.block_size, get_kv_cache_spec_sliding_window(spec), dtypes))
+    return groups

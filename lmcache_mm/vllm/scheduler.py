@@ -1,0 +1,373 @@
+"""The connector's side in the scheduler: what the store has of a request, and what each step loads and stores."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+
+from lmcache_mm.cache import Record, chain, record_key
+from lmcache_mm.lane import Lane, Work
+from lmcache_mm.prompt import Item, Namespace, owner_of
+from lmcache_mm.stores import Store, open_store
+from lmcache_mm.vllm import identity
+from lmcache_mm.vllm.api import (
+    MEDIUM_CPU,
+    MEDIUM_STORAGE,
+    BlockStored,
+    KVCacheEvent,
+    KVConnectorOutput,
+    Request,
+    SchedulerOutput,
+    VllmConfig,
+)
+from lmcache_mm.vllm.messages import NULL_BLOCK, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.metrics import Stats
+from lmcache_mm.vllm.options import NAME, Group, Options
+from lmcache_mm.vllm.request_tracker import RequestTracker
+
+AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
+
+logger = logging.getLogger("vllm.lmcache_mm")
+
+
+class _Identity(NamedTuple):
+    """What decides a request's KV beside its token ids and the engine."""
+
+    items: list[Item]
+    salt: str | None
+    lora: str | None
+    prompt_embeds: str | None
+
+
+@dataclass
+class _Request:
+    request: Request
+    loads: bool
+    saves: bool
+    identity: Work | None = None  # its _Identity under way
+    tracker: RequestTracker | None = None  # without identity either: it is not cached
+    asked_at: float = 0.0  # when it was matched first
+    counted: bool = False
+    lookup: Work | None = None  # its next hit under way
+    hit: list[Record] = field(default_factory=list)
+    local_tokens: int = 0  # when it was matched last
+
+
+class Scheduler:
+    """See the module. unit: tokens that are whole pages in all groups."""
+
+    def __init__(self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, unit: int) -> None:
+        self.stats = Stats()
+        self._config, self._options, self._groups = config, options, groups
+        self._chunk_tokens, self._unit = chunk_tokens, unit
+        self._store: Store = open_store(options.store)
+        self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
+        self._layouts: dict[int, bytes] = {}  # of ranks
+        self._namespace: Namespace | None = None
+        self._identifiers = identity.Identifiers()
+        self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
+        self._requests: dict[str, _Request] = {}
+        self._failed: set[str] = set()  # requests that are matched no more
+        self._planned: list[Load] = []  # for the next step
+        self._loading: dict[str, tuple[Load, Callable[[], None]]] = {}  # not ended, and what gives its records free
+        self._saving = 0  # saves that workers have not told about
+        self._saves_until = 0.0
+        events = config.kv_events_config
+        self._tells = events is not None and events.enable_kv_cache_events
+        self._untold: dict[bytes, tuple[int, BlockStored]] = {}  # how many ranks have not stored it
+        self._events: list[KVCacheEvent] = []
+
+    def learn_layouts(self, fingerprints: dict[int, bytes]) -> None:
+        """Of ranks, as they tell. Inside MultiConnector a handshake may be another connector's, so that workers tell
+        again in their first step."""
+        if self._layouts | fingerprints != self._layouts:
+            self._layouts |= fingerprints
+            if len(self._layouts) == self._ranks:
+                self._make_namespace(self._options.weights)
+
+    def _make_namespace(self, weights: str | None) -> None:
+        dtypes = [dtype for group in self._groups for dtype in group.kv_dtypes]
+        namespace = identity.namespace_of(self._config, dtypes, weights)
+        layouts = [self._layouts[rank] for rank in sorted(self._layouts)]
+        self._namespace = namespace.with_layout(layouts[0] if len(layouts) == 1 else blake3(b"".join(layouts)).digest())
+
+    def reset(self) -> None:
+        """What was stored before is never matched again by this engine: its weights may be others now."""
+        if self._namespace:
+            self._make_namespace(f"after a reset {uuid.uuid4().hex}")
+        for ours in self._requests.values():
+            ours.tracker = ours.identity = ours.lookup = None
+
+    def take_stats(self) -> Stats | None:
+        return self.stats.take()
+
+    def close(self) -> None:
+        for lane in (self._identifying, self._lookups):
+            lane.close(self._options.timeout_s)
+        for _, release in self._loading.values():
+            release()
+        self._store.close()
+
+    # --- Requests
+
+    def add(self, request: Request) -> None:
+        wishes = (request.kv_transfer_params or {}).get("lmcache_mm", {})
+        ours = _Request(request, bool(wishes.get("load", True)), bool(wishes.get("store", True)))
+        self._requests[request.request_id] = ours
+        if ours.loads or ours.saves:
+            ours.identity = self._identifying.submit(lambda _: self._identify(request))
+
+    def _identify(self, request: Request) -> _Identity | None:
+        """None if what decides its KV is not known. Runs beside the scheduler."""
+        try:
+            items = []
+            for feature in request.mm_features:
+                name = feature.identifier
+                if self._options.identifiers == "verify":
+                    name = identity.digest_of_data(feature.modality, feature.data)
+                    if not self._identifiers.agree(feature.identifier, name):
+                        raise identity.Unknown(f"the identifier {feature.identifier!r} stood for other data before")
+                position = feature.mm_position
+                items.append(Item(name, position.offset, position.length, feature.modality))
+            lora = identity.digest_of_lora(request.lora_request)
+            embeds = identity.digest_of_embeds(request.prompt_embeds, getattr(request, "prompt_is_token_ids", None))
+        except (identity.Unknown, OSError) as error:
+            logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
+            return None
+        return _Identity(items, request.cache_salt or None, lora, embeds)
+
+    def _tracker(self, ours: _Request) -> RequestTracker | None:
+        """None if the request is not cached, or not known yet."""
+        if ours.identity is not None and ours.identity.future.done() and self._namespace is not None:
+            known: _Identity | None = ours.identity.future.result()
+            ours.identity = None
+            if known is not None:
+                ours.tracker = RequestTracker(
+                    known.items,
+                    self._namespace.root(known.salt, known.lora, known.prompt_embeds),
+                    owner_of(known.salt),
+                    ours.request.num_prompt_tokens,
+                    self._chunk_tokens,
+                    1 if self._options.opaque_tails else self._unit,
+                )
+        return ours.tracker
+
+    def drop(self, request: Request) -> None:
+        """A load that is under way stays: until workers report it vLLM keeps the pages."""
+        ours = self._requests.pop(request.request_id, None)
+        if ours and ours.identity:
+            ours.identity.abandon()
+        self._failed.discard(request.request_id)
+
+    # --- Matching
+
+    def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
+        """How many tokens behind the first `local_tokens` could be loaded, None if that is not known yet, and whether
+        in the background."""
+        ours = self._requests.get(request.request_id)
+        if ours is None or not ours.loads or request.request_id in self._failed:
+            return 0, False
+        ours.asked_at = ours.asked_at or time.monotonic()
+        if ours.identity is not None and not ours.identity.future.done():
+            return self._later(ours, self._identifying)
+        tracker = self._tracker(ours)
+        if tracker is None:
+            return 0, False
+        if ours.lookup is None:
+            records = self._loadable(request, tracker)
+            ours.lookup = self._lookups.submit(lambda _: self._longest(records))
+        wait([ours.lookup.future], AT_ONCE_S)
+        if not ours.lookup.future.done():
+            return self._later(ours, self._lookups)
+        ours.hit, ours.lookup, ours.local_tokens = self._result(ours.lookup), None, local_tokens
+        if not ours.counted:
+            ours.counted = True
+            self.stats.add(queried_tokens=request.num_tokens)
+        new = (ours.hit[-1].end if ours.hit else 0) - local_tokens
+        return max(0, new), new > 0 and self._options.load == "async"
+
+    def _result(self, lookup: Work) -> list[Record]:
+        """Nothing if the store failed."""
+        try:
+            found: list[Record] = lookup.future.result()
+        except Exception:
+            logger.exception("%s: a store could not be asked", NAME)
+            self.stats.add(failed_lookups=1)
+            return []
+        return found
+
+    def _later(self, ours: _Request, lane: Lane) -> tuple[int | None, bool]:
+        """Ask again, unless the request has waited for too long, or waits for what does not move."""
+        timeout_s = self._options.timeout_s
+        if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
+            return None, False
+        ours.loads = False
+        ours.lookup = None
+        self.stats.add(failed_lookups=1)
+        return 0, False
+
+    def _loadable(self, request: Request, tracker: RequestTracker) -> list[Record]:
+        """The request's records that a hit may end with."""
+        limit = request.num_tokens
+        if self._options.load != "async":
+            # A token is left to be computed in the same step. And vLLM sends no data of items that lie wholly within
+            # what is loaded to its workers, which then could not compute them if the load failed.
+            ends = [f.mm_position.offset + f.mm_position.length for f in request.mm_features]
+            limit = min([request.num_tokens, *ends]) - 1
+        records = tracker.records(request.all_token_ids, limit)
+        if self._options.load == "layers":
+            # A layer's pages are written whole, when the step's new tokens are in them already.
+            records = [record for record in records if record.end % self._unit == 0]
+        return records
+
+    def _longest(self, records: list[Record]) -> list[Record]:
+        """Those of `records` that cover the longest prefix whose KV is there, as far as each group needs it."""
+        present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
+        groups = set(range(len(self._groups)))
+        there = {r.end: groups - {g for g, _ in self._places() if not next(present)} for r in records}
+        full = {g for g, group in enumerate(self._groups) if group.window is None}
+        whole = full or groups  # without full attention, every record of every group
+        found = chain((r for r in records if whole <= there[r.end]), self._chunk_tokens)
+        while found:
+            hit = found[-1].end
+            if all(
+                g in there[r.end]
+                for g, group in enumerate(self._groups)
+                for r in found
+                if g in full or group.window is None or r.end > hit - group.window
+            ):
+                return found
+            found = chain(found[:-1], self._chunk_tokens)
+        return []
+
+    def _places(self) -> list[tuple[int, int]]:
+        return [(g, rank) for g in range(len(self._groups)) for rank in range(self._ranks)]
+
+    def _keys(self, record: Record) -> list[bytes]:
+        return [record_key(record.key, g, rank) for g, rank in self._places()]
+
+    # --- Steps
+
+    def plan_load(self, request: Request, block_ids: tuple[list[int], ...]) -> None:
+        """Of what was matched last. The records stay in the store until workers report it."""
+        ours = self._requests[request.request_id]
+        assert ours.tracker is not None
+        records = [record for record in ours.hit if record.end > ours.local_tokens]
+        load = Load(request.request_id, ours.tracker.owner, self._pages(records, block_ids, ours.local_tokens))
+        release = self._store.hold([key for record in records for key in self._keys(record)])
+        self._planned.append(load)
+        self._loading[request.request_id] = (load, release)
+        ours.tracker.stored_tokens = max(ours.tracker.stored_tokens, ours.hit[-1].end)
+        self.stats.add(hit_tokens=ours.hit[-1].end - ours.local_tokens)
+
+    def _pages(self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0) -> list[RecordPages]:
+        """The records of every group, less pages that are null or wholly before token `first`, and records without a
+        page."""
+        out = []
+        for g, group in enumerate(self._groups):
+            size = group.page_tokens
+            for record in records:
+                numbers = range(record.begin // size, -(-record.end // size))
+                pages = [block_ids[g][i] if i >= first // size else NULL_BLOCK for i in numbers]
+                if any(page != NULL_BLOCK for page in pages):
+                    out.append(RecordPages(g, record.key, pages, record.end - record.begin))
+        return out
+
+    def plan_step(self, step: SchedulerOutput) -> Metadata:
+        metadata = Metadata(loads=self._planned)
+        self._planned = []
+        blocks = step.kv_connector_block_state
+        for request_id, scheduled in step.num_scheduled_tokens.items():
+            ours = self._requests.get(request_id)
+            tracker = self._tracker(ours) if ours and ours.saves else None
+            if ours is None or tracker is None:
+                continue
+            request = ours.request
+            drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
+            until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
+            if not self._options.store_generated:
+                until = min(until, request.num_prompt_tokens)
+            records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
+            block_ids = blocks.get_block_ids(request_id)
+            if not records or block_ids is None:
+                continue
+            whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
+            if whole:
+                metadata.saves.append(Save(request_id, tracker.owner, whole))
+                if self._tells:
+                    self._will_tell(request, tracker, records)
+            tracker.stored_tokens = records[-1].end
+        if metadata.saves:
+            self._saving += len(metadata.saves) * self._ranks
+            self._saves_until = time.monotonic() + 2 * self._options.timeout_s
+        return metadata
+
+    def saves_are_under_way(self) -> bool:
+        """Whether it pays to make another step, so that workers can tell what they have stored."""
+        return self._saving > 0 and time.monotonic() < self._saves_until
+
+    def take_output(self, output: KVConnectorOutput) -> None:
+        """Requests whose load failed are computed, and never matched again: a store that claims and does not deliver
+        would be asked for ever. What the step of a failed load stored is garbage, which the workers left out."""
+        failed = set(output.failed_recving or ())
+        ended = failed | set(output.finished_recving or ())
+        told = output.kv_connector_worker_meta
+        if isinstance(told, WorkerMetadata):
+            self.learn_layouts(told.fingerprints)
+            bad_pages = output.invalid_block_ids or set()
+            for request_id in told.loaded:
+                load, _ = self._loading[request_id]
+                if not bad_pages.isdisjoint(page for one in load.records for page in one.pages):
+                    failed.add(request_id)
+            ended |= told.loaded
+            self._saving -= told.saves
+            self._tell(told)
+        for request_id in ended & self._loading.keys():  # others are another connector's
+            _, release = self._loading.pop(request_id)
+            release()
+            ours = self._requests.get(request_id)
+            if request_id in failed and ours is not None:
+                self._failed.add(request_id)
+                self.stats.add(failed_loads=1)
+                if ours.tracker:
+                    ours.tracker.stored_tokens = 0
+
+    # --- Events: what routers are told
+
+    def _will_tell(self, request: Request, tracker: RequestTracker, records: Iterable[Record]) -> None:
+        token_ids = request.all_token_ids
+        urls = self._options.store if isinstance(self._options.store, str) else self._options.store[0]
+        for record in records:
+            before = tracker.records(token_ids, record.begin, record.begin - 1) if record.begin else []
+            event = BlockStored(
+                block_hashes=[record.key],
+                parent_block_hash=before[-1].key if before else None,
+                token_ids=list(token_ids[record.begin : record.end]),
+                block_size=self._chunk_tokens,
+                lora_id=None,
+                lora_name=request.lora_request.lora_name if request.lora_request else None,
+                medium=MEDIUM_CPU if urls.startswith(("shm:", "tiered:shm:")) else MEDIUM_STORAGE,
+            )
+            self._untold[record.key] = (self._ranks, event)
+
+    def _tell(self, told: WorkerMetadata) -> None:
+        for key in told.dropped:
+            self._untold.pop(key, None)
+        for key, ranks in told.stored.items():
+            if key in self._untold:
+                missing, event = self._untold.pop(key)
+                if missing > ranks:
+                    self._untold[key] = (missing - ranks, event)
+                else:
+                    self._events.append(event)
+
+    def take_events(self) -> list[Any]:
+        events, self._events = self._events, []
+        return events

@@ -1,0 +1,197 @@
+"""The connector's side in a worker: the copies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from lmcache_mm.cache import record_key
+from lmcache_mm.layout import KVLayout, fingerprint_of_groups
+from lmcache_mm.stores import Store, open_store
+from lmcache_mm.transfer import Chunk, Job, Transfer
+from lmcache_mm.vllm.api import KVConnectorTransferResults, VllmConfig, group_kernel_blocks
+from lmcache_mm.vllm.messages import NULL_BLOCK, Load, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.metrics import Stats
+from lmcache_mm.vllm.options import NAME, Group, Options
+
+logger = logging.getLogger("vllm.lmcache_mm")
+
+Loading = tuple[Load, list[tuple[int, Job[int]]]]  # of each group how many chunks it has, and its job
+
+
+class Worker:
+    """See the module."""
+
+    def __init__(
+        self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, num_blocks: int
+    ) -> None:
+        self.stats = Stats()
+        self.fingerprint = b""
+        self._options, self._groups = options, groups
+        self._chunk_tokens, self._num_blocks = chunk_tokens, num_blocks
+        parallel = config.parallel_config
+        self._rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+        events = config.kv_events_config
+        self._tells = events is not None and events.enable_kv_cache_events
+        self._store: Store | None = None
+        self._transfers: list[Transfer] = []
+        self._loading: dict[str, Loading] = {}  # in the background
+        self._in_step: list[Loading] = []  # those that this step waits for
+        self._failed_now: set[str] = set()  # requests whose load of this step failed
+        self._bad_pages: set[int] = set()
+        self._saving: list[tuple[Save, list[Job[int]]]] = []
+        self._news = WorkerMetadata()
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        layouts = []
+        for group in self._groups:
+            views = {name: group_kernel_blocks(kv_caches[name], self._num_blocks) for name in group.layers}
+            layouts.append(KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True))
+        self.fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
+        self._news.fingerprints[self._rank] = self.fingerprint
+        self._store = open_store(self._options.store)
+        self._transfers = [
+            Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens))
+            for layout in layouts
+        ]
+
+    def close(self) -> None:
+        if all([transfer.close(self._options.timeout_s) for transfer in self._transfers]) and self._store is not None:
+            self._store.close()
+
+    def _chunks(self, records: Sequence[RecordPages]) -> Iterator[tuple[Transfer, list[Chunk]]]:
+        """Of every group that has some of the records, in its layout."""
+        for g, transfer in enumerate(self._transfers):
+            chunks = []
+            for one in records:
+                if one.group == g:
+                    pages = torch.tensor(one.pages, dtype=torch.int64)
+                    pages[pages == NULL_BLOCK] = -1
+                    chunks.append(Chunk(record_key(one.key, g, self._rank), pages, one.tokens))
+            if chunks:
+                yield transfer, chunks
+
+    # --- Loads
+
+    def load(self, loads: list[Load]) -> None:
+        by_layer = self._options.load == "layers"
+        for load in loads:
+            jobs = [
+                (len(chunks), transfer.load(chunks, load.owner, by_layer))
+                for transfer, chunks in self._chunks(load.records)
+            ]
+            if self._options.load == "async":
+                self._loading[load.request_id] = (load, jobs)
+            else:
+                self._in_step.append((load, jobs))
+        if not by_layer:
+            self._end_loads_of_step()
+
+    def wait_for_layer(self, layer: str) -> None:
+        for _, jobs in self._in_step:
+            for _, job in jobs:
+                job.layer_ready(layer, self._options.timeout_s)
+
+    def _end_loads_of_step(self) -> None:
+        """Waits for them; what failed is told when the step has ended."""
+        for load, jobs in self._in_step:
+            for _, job in jobs:
+                job.pages_free(self._options.timeout_s)
+            self._news.loaded.add(load.request_id)
+            if not self._succeeded(load, jobs):
+                self._failed_now.add(load.request_id)
+                self._bad_pages |= {page for one in load.records for page in one.pages if page != NULL_BLOCK}
+        self._in_step = []
+
+    def _succeeded(self, load: Load, jobs: list[tuple[int, Job[int]]]) -> bool:
+        """Whether a load whose pages are left alone has filled them all."""
+        if not all(job.done() for _, job in jobs):
+            logger.warning("%s: a load was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
+            return False
+        try:
+            good = all([job.wait() == expected for expected, job in jobs])
+        except Exception:
+            logger.exception("%s: a load failed", NAME)
+            return False
+        if good:
+            of_groups = [sum(one.tokens for one in load.records if one.group == g) for g in range(len(self._groups))]
+            self.stats.add(loaded_tokens=max(of_groups))
+        return good
+
+    def results(self) -> KVConnectorTransferResults:
+        """Background loads that have ended, each once, or are given up."""
+        results = KVConnectorTransferResults()
+        for request_id, (load, jobs) in list(self._loading.items()):
+            if all([job.done() or job.give_up(self._options.timeout_s) for _, job in jobs]):
+                del self._loading[request_id]
+                results.finished_recving.add(request_id)
+                if not self._succeeded(load, jobs):
+                    results.failed_recving.add(request_id)
+        return results
+
+    def take_bad_pages(self) -> set[int]:
+        bad, self._bad_pages = self._bad_pages, set()
+        return bad
+
+    # --- Saves
+
+    def save(self, saves: list[Save]) -> None:
+        """Returns when the pages are read: they may be overwritten in the next step. What was read goes on to the store
+        behind the engine's back."""
+        self._end_loads_of_step()
+        for save in saves:
+            if save.request_id in self._failed_now:
+                self._saved(save, stored=False)
+                continue
+            jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
+            if all([job.pages_free(self._options.timeout_s) for job in jobs]):
+                self._saving.append((save, jobs))
+            else:
+                logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
+                self.stats.add(failed_stores=1)
+                self._saved(save, stored=False)
+        self._failed_now = set()
+        self._see_saves()
+
+    def _see_saves(self) -> None:
+        """Looks which saves have ended."""
+        going_on = []
+        for save, jobs in self._saving:
+            if not all(job.done() for job in jobs):
+                going_on.append((save, jobs))
+                continue
+            try:
+                self.stats.add(stored_tokens=max(job.wait() for job in jobs))
+                self._saved(save, stored=True)
+            except Exception:
+                logger.exception("%s: a store failed", NAME)
+                self.stats.add(failed_stores=1)
+                self._saved(save, stored=False)
+        self._saving = going_on
+
+    def _saved(self, save: Save, stored: bool) -> None:
+        self._news.saves += 1
+        if not self._tells:
+            return
+        keys = {one.key for one in save.records}
+        if stored:
+            assert self._store is not None
+            records = [record_key(one.key, one.group, self._rank) for one in save.records]
+            there = self._store.contains(records, True)
+            lost = {one.key for one, is_there in zip(save.records, there, strict=True) if not is_there}
+            self._news.stored.update(keys - lost)
+            self._news.dropped |= lost
+        else:
+            self._news.dropped |= keys
+
+    # --- Both
+
+    def take_stats(self) -> Stats | None:
+        self._see_saves()
+        return self.stats.take()
+
+    def take_news(self) -> WorkerMetadata | None:
+        news, self._news = self._news, WorkerMetadata()
+        return news if news != WorkerMetadata() else None
