@@ -38,6 +38,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks  # noqa: E402
 from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheConfig,
+    KVCacheSpec,
     KVCacheSpecKind,
     get_kv_cache_spec_kind,
     get_kv_cache_spec_sliding_window,
@@ -55,6 +56,7 @@ __all__ = [
     "KVCacheBlocks",
     "KVCacheConfig",
     "KVCacheEvent",
+    "KVCacheSpec",
     "KVCacheSpecKind",
     "KVConnectorBase_V1",
     "KVConnectorFactory",

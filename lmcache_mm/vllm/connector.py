@@ -59,7 +59,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         groups = groups_of(vllm_config, kv_cache_config)
         unit = lcm(*(group.page_tokens for group in groups))
         chunk_tokens = -(-options.chunk_tokens // unit) * unit
-        if len(groups) > 1 and options.load != "async":
+        if len({group.table for group in groups}) > 1 and options.load != "async":
             raise ValueError(f"{NAME}: load={options.load} is not supported with several KV cache groups; leave it out")
         _see_to_failures(vllm_config, role)
         self._side: Scheduler | Worker

@@ -7,6 +7,7 @@ from typing import Any
 
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
+    KVCacheSpec,
     KVCacheSpecKind,
     VllmConfig,
     get_kv_cache_spec_kind,
@@ -63,12 +64,13 @@ class Options:
 
 @dataclass
 class Group:
-    """One KV cache group: layers that share a block table."""
+    """Layers of one of vLLM's KV cache groups whose pages are alike."""
 
+    table: int  # which of a request's block tables is theirs
     layers: list[str]
     page_tokens: int
     window: int | None  # of sliding-window attention
-    kv_dtypes: list[str]
+    kv_dtype: str
 
 
 def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]:
@@ -78,12 +80,19 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
         if getattr(parallel, name, 1) > 1:
             raise ValueError(f"{NAME}: {name} > 1 is not supported: ranks would hold parts of pages")
     groups = []
-    for group in kv_cache_config.kv_cache_groups:
+    for table, group in enumerate(kv_cache_config.kv_cache_groups):
+        if not group.enable_kv_transfer:
+            continue  # a copy of another group, made from that
         spec = group.kv_cache_spec
         kind = get_kv_cache_spec_kind(spec)
-        if kind not in KINDS:
-            raise ValueError(f"{NAME}: layers of kind {kind.value!r} are not supported ({group.layer_names[0]}, …)")
-        specs = getattr(spec, "kv_cache_specs", {"": spec}).values()
-        dtypes = [str(one.dtype).removeprefix("torch.") for one in specs]
-        groups.append(Group(list(group.layer_names), spec.block_size, get_kv_cache_spec_sliding_window(spec), dtypes))
+        if kind not in KINDS or not spec.prefix_cacheable or group.host_resident:
+            what = f"{kind.value!r}{' in host memory' if group.host_resident else ''}"
+            raise ValueError(f"{NAME}: layers of kind {what} are not supported ({', '.join(group.layer_names[:1])}, …)")
+        alike: dict[KVCacheSpec, list[str]] = {}
+        for layer in group.layer_names:
+            alike.setdefault(getattr(spec, "kv_cache_specs", {}).get(layer, spec), []).append(layer)
+        for one, layers in alike.items():
+            mode = getattr(one, "kv_quant_mode", None)
+            dtype = str(one.dtype).removeprefix("torch.") + (f" {mode.name}" if mode else "")
+            groups.append(Group(table, layers, one.block_size, get_kv_cache_spec_sliding_window(spec), dtype))
     return groups

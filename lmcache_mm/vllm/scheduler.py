@@ -93,7 +93,7 @@ class Scheduler:
                 self._make_namespace(self._options.weights)
 
     def _make_namespace(self, weights: str | None) -> None:
-        dtypes = [dtype for group in self._groups for dtype in group.kv_dtypes]
+        dtypes = [group.kv_dtype for group in self._groups]
         namespace = identity.namespace_of(self._config, dtypes, weights)
         layouts = [self._layouts[rank] for rank in sorted(self._layouts)]
         self._namespace = namespace.with_layout(layouts[0] if len(layouts) == 1 else blake3(b"".join(layouts)).digest())
@@ -275,7 +275,7 @@ class Scheduler:
             size = group.page_tokens
             for record in records:
                 numbers = range(record.begin // size, -(-record.end // size))
-                pages = [block_ids[g][i] if i >= first // size else NULL_BLOCK for i in numbers]
+                pages = [block_ids[group.table][i] if i >= first // size else NULL_BLOCK for i in numbers]
                 if any(page != NULL_BLOCK for page in pages):
                     out.append(RecordPages(g, record.key, pages, record.end - record.begin))
         return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -16,9 +17,20 @@ from lmcache_mm.vllm.messages import NULL_BLOCK, Load, RecordPages, Save, Worker
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
 
+SAVE_S = 1.0  # for how long a store may do nothing while the engine's step waits for its pages to be read
+
 logger = logging.getLogger("vllm.lmcache_mm")
 
-Loading = tuple[Load, list[tuple[int, Job[int]]]]  # of each group how many chunks it has, and its job
+
+class Part(NamedTuple):
+    """What a load moves of one group."""
+
+    layers: Collection[str]
+    chunks: int
+    job: Job[int]
+
+
+Loading = tuple[Load, list[Part]]
 
 
 class Worker:
@@ -78,40 +90,41 @@ class Worker:
     def load(self, loads: list[Load]) -> None:
         by_layer = self._options.load == "layers"
         for load in loads:
-            jobs = [
-                (len(chunks), transfer.load(chunks, load.owner, by_layer))
+            parts = [
+                Part(transfer.layout.planes_until, len(chunks), transfer.load(chunks, load.owner, by_layer))
                 for transfer, chunks in self._chunks(load.records)
             ]
             if self._options.load == "async":
-                self._loading[load.request_id] = (load, jobs)
+                self._loading[load.request_id] = (load, parts)
             else:
-                self._in_step.append((load, jobs))
+                self._in_step.append((load, parts))
         if not by_layer:
             self._end_loads_of_step()
 
     def wait_for_layer(self, layer: str) -> None:
-        for _, jobs in self._in_step:
-            for _, job in jobs:
-                job.layer_ready(layer, self._options.timeout_s)
+        for _, parts in self._in_step:
+            for part in parts:
+                if layer in part.layers:
+                    part.job.layer_ready(layer, self._options.timeout_s)
 
     def _end_loads_of_step(self) -> None:
         """Waits for them; what failed is told when the step has ended."""
-        for load, jobs in self._in_step:
-            for _, job in jobs:
-                job.pages_free(self._options.timeout_s)
+        for load, parts in self._in_step:
+            for part in parts:
+                part.job.pages_free(self._options.timeout_s)
             self._news.loaded.add(load.request_id)
-            if not self._succeeded(load, jobs):
+            if not self._succeeded(load, parts):
                 self._failed_now.add(load.request_id)
                 self._bad_pages |= {page for one in load.records for page in one.pages if page != NULL_BLOCK}
         self._in_step = []
 
-    def _succeeded(self, load: Load, jobs: list[tuple[int, Job[int]]]) -> bool:
+    def _succeeded(self, load: Load, parts: list[Part]) -> bool:
         """Whether a load whose pages are left alone has filled them all."""
-        if not all(job.done() for _, job in jobs):
+        if not all(part.job.done() for part in parts):
             logger.warning("%s: a load was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
             return False
         try:
-            good = all([job.wait() == expected for expected, job in jobs])
+            good = all([part.job.wait() == part.chunks for part in parts])
         except Exception:
             logger.exception("%s: a load failed", NAME)
             return False
@@ -123,11 +136,11 @@ class Worker:
     def results(self) -> KVConnectorTransferResults:
         """Background loads that have ended, each once, or are given up."""
         results = KVConnectorTransferResults()
-        for request_id, (load, jobs) in list(self._loading.items()):
-            if all([job.done() or job.give_up(self._options.timeout_s) for _, job in jobs]):
+        for request_id, (load, parts) in list(self._loading.items()):
+            if all([part.job.done() or part.job.give_up(self._options.timeout_s) for part in parts]):
                 del self._loading[request_id]
                 results.finished_recving.add(request_id)
-                if not self._succeeded(load, jobs):
+                if not self._succeeded(load, parts):
                     results.failed_recving.add(request_id)
         return results
 
@@ -146,10 +159,11 @@ class Worker:
                 self._saved(save, stored=False)
                 continue
             jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
-            if all([job.pages_free(self._options.timeout_s) for job in jobs]):
+            patience_s = min(SAVE_S, self._options.timeout_s)
+            if all([job.pages_free(patience_s) for job in jobs]):
                 self._saving.append((save, jobs))
             else:
-                logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
+                logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, patience_s)
                 self.stats.add(failed_stores=1)
                 self._saved(save, stored=False)
         self._failed_now = set()

@@ -1,16 +1,18 @@
-"""Connectors over stores that misbehave."""
+"""Stores that misbehave, put under an engine that runs in this process."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-from lmcache_mm.vllm.connector import LMCacheMMConnector
+from lmcache_mm.transfer import Transfer
 
-gate = threading.Event()
-gate.set()
+gate = threading.Event()  # what hangs goes on when it is set
+SLOTS = ("lend", "reserve", "view", "publish", "release", "discard", "abandon", "register")
 
 
 class _Store:
@@ -20,17 +22,27 @@ class _Store:
         self.store = store
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("lend", "reserve", "view", "publish", "release", "discard", "abandon", "register"):
+        if name in SLOTS:
             raise AttributeError(name)
         return getattr(self.store, name)
 
 
-class FailingStore(_Store):
+class Fails(_Store):
     def get_into(self, *_: Any) -> list[bool]:
         raise ConnectionError("down")
 
 
-class LyingStore(_Store):
+class FailsToTell(_Store):
+    def contains(self, *_: Any) -> list[bool]:
+        raise ConnectionError("down")
+
+
+class FailsToStore(_Store):
+    def put(self, *_: Any) -> None:
+        raise ConnectionError("down")
+
+
+class Lies(_Store):
     """Claims everything, has nothing."""
 
     def contains(self, keys: Any, peek: bool = False) -> list[bool]:
@@ -40,7 +52,7 @@ class LyingStore(_Store):
         return [False] * len(keys)
 
 
-class LosingStore(_Store):
+class Loses(_Store):
     """Loses what it has between the match and the load."""
 
     def get_into(self, keys: Any, *_: Any) -> list[bool]:
@@ -48,59 +60,64 @@ class LosingStore(_Store):
         return [False] * len(keys)
 
 
-class StoreThatFailsToStore(_Store):
-    def put(self, *_: Any) -> None:
-        raise ConnectionError("down")
+class Corrupts(_Store):
+    """Every payload that the slab holds gets a flipped byte, and slots are read in place."""
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(store)
+        with store._index.change() as change:
+            for _, record in change.records():
+                store._slab[record.start * store._granule_bytes + 5] ^= 0x40
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
 
 
-class BlockingStore(_Store):
+class Hangs(_Store):
     def get_into(self, *arguments: Any) -> list[bool]:
         gate.wait(60)
         return list(self.store.get_into(*arguments))
 
 
-def corrupt(store: Any) -> Any:
-    """Every payload that the slab holds has a flipped byte."""
-    with store._index.change() as change:
-        for _, record in change.records():
-            store._slab[record.start * store._granule_bytes + 5] ^= 0x40
-    return store
+class HangsInPlace(Corrupts):
+    def __init__(self, store: Any) -> None:
+        _Store.__init__(self, store)
+
+    def lend(self, *arguments: Any) -> Any:
+        gate.wait(60)
+        return self.store.lend(*arguments)
 
 
-class _Faulty(LMCacheMMConnector):
-    make: Any = None
-
-    def register_kv_caches(self, kv_caches: Any) -> None:
-        super().register_kv_caches(kv_caches)
-        self._worker._store = type(self).make(self._worker._store)
-        for transfer in self._worker._transfers:
-            transfer.__init__(transfer.layout, self._worker._store, 1 << 20)
-
-    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
-        if role == KVConnectorRole.SCHEDULER and type(self).make is LyingStore:
-            self._scheduler._store = LyingStore(self._scheduler._store)
+class HangsToTell(_Store):
+    def contains(self, *arguments: Any) -> list[bool]:
+        gate.wait(60)
+        return list(self.store.contains(*arguments))
 
 
-class Fails(_Faulty):
-    make = FailingStore
+class HangsToStore(_Store):
+    def put(self, *arguments: Any) -> None:
+        gate.wait(60)
+        self.store.put(*arguments)
 
 
-class Lies(_Faulty):
-    make = LyingStore
+IN_SCHEDULER_TOO = (Lies, FailsToTell, HangsToTell)
 
 
-class Loses(_Faulty):
-    make = LosingStore
-
-
-class FailsToStore(_Faulty):
-    make = StoreThatFailsToStore
-
-
-class Blocks(_Faulty):
-    make = BlockingStore
-
-
-class Corrupts(_Faulty):
-    make = staticmethod(corrupt)
+@contextmanager
+def misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
+    """The engine's store misbehaves; stores that hang go on at the end."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
+    worker = get_kv_transfer_group()._worker
+    before = scheduler._store, worker._store, worker._transfers
+    gate.clear()
+    worker._store = kind(worker._store)
+    worker._transfers = [Transfer(t.layout, worker._store, 1 << 20) for t in worker._transfers]
+    if kind in IN_SCHEDULER_TOO:
+        scheduler._store = worker._store
+    try:
+        yield
+    finally:
+        gate.set()
+        for transfer in worker._transfers:
+            transfer.close()
+        scheduler._store, worker._store, worker._transfers = before

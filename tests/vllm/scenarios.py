@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -16,11 +17,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
+import zmq
 from PIL import Image
+from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from vllm import LLM, SamplingParams
+from vllm.distributed.kv_events import BlockStored, KVEventBatch
+from vllm.lora.request import LoRARequest
 
 import faulty
 from lmcache_mm import tiny_qwen2_vl
@@ -36,6 +42,10 @@ def image(seed: int, size: int = 168) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
 
 
+def video(seed: int) -> np.ndarray:
+    return np.stack([np.asarray(image(seed + i, 112)) for i in range(4)])
+
+
 def prompt(text: str, *images: Image.Image, **more: Any) -> dict[str, Any]:
     """text: every | stands for an image."""
     out: dict[str, Any] = {"prompt": f"<|im_start|>user\n{text.replace('|', IMAGE)}<|im_end|>\n", **more}
@@ -45,8 +55,8 @@ def prompt(text: str, *images: Image.Image, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def engine(store: str | None = None, *, model: str = "vlm", connector: str = "", **options: Any):
-    """store: with the connector on it; None: without any."""
+def engine(store: str | None = None, *, model: str = "vlm", multi: Sequence[str] = (), **options: Any):
+    """store: with the connector on it; None: without any. multi: several, on these stores, inside MultiConnector."""
     settings: dict[str, Any] = {
         "model": str(FOLDER / model),
         "dtype": "float32",
@@ -60,14 +70,25 @@ def engine(store: str | None = None, *, model: str = "vlm", connector: str = "",
     }
     if model == "vlm":
         settings["limit_mm_per_prompt"] = {"image": 3, "video": 1}
-    if store:
-        extra = {"store": store, "chunk_tokens": 64, **options.pop("extra", {})}
-        settings["kv_transfer_config"] = {
-            "kv_connector": connector or "LMCacheMMConnector",
-            "kv_connector_module_path": "faulty" if connector else "lmcache_mm.vllm.connector",
+    extra = {"chunk_tokens": 64, **options.pop("extra", {})}
+    ours = [
+        {
+            "kv_connector": "LMCacheMMConnector",
+            "kv_connector_module_path": "lmcache_mm.vllm.connector",
             "kv_role": "kv_both",
-            "kv_connector_extra_config": extra,
+            "kv_connector_extra_config": {"store": url, **extra},
         }
+        for url in ([store] if store else multi)
+    ]
+    if multi:
+        settings["kv_transfer_config"] = {
+            "kv_connector": "MultiConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {"connectors": ours},
+        }
+    elif store:
+        settings["kv_transfer_config"] = ours[0]
     llm = LLM(**{**settings, **options})
     try:
         yield llm
@@ -77,20 +98,22 @@ def engine(store: str | None = None, *, model: str = "vlm", connector: str = "",
         gc.collect()
 
 
-def ask(llm: LLM, *prompts: dict[str, Any], sampling: SamplingParams = GREEDY) -> list[dict[str, Any]]:
+def ask(llm: LLM, *prompts: Any, sampling: SamplingParams = GREEDY, adapter: Any = None) -> list[dict[str, Any]]:
     """One after the other, each as {answer, prompt_tokens, cached, finish}."""
-    return [one for p in prompts for one in ask_at_once(llm, [p], sampling)]
+    return [one for p in prompts for one in ask_at_once(llm, [p], sampling, adapter)]
 
 
-def ask_at_once(llm: LLM, prompts: Sequence[Any], sampling: SamplingParams = GREEDY) -> list[dict[str, Any]]:
+def ask_at_once(
+    llm: LLM, prompts: Sequence[Any], sampling: SamplingParams = GREEDY, adapter: Any = None
+) -> list[dict[str, Any]]:
     return [
         {
             "answer": list(one.outputs[0].token_ids),
-            "prompt_tokens": len(one.prompt_token_ids),
+            "prompt_tokens": len(one.prompt_token_ids or ()),
             "cached": one.num_cached_tokens,
             "finish": one.outputs[0].finish_reason,
         }
-        for one in llm.generate(list(prompts), sampling, use_tqdm=False)
+        for one in llm.generate(list(prompts), sampling, use_tqdm=False, lora_request=adapter)
     ]
 
 
@@ -112,6 +135,11 @@ def store(capacity: str = "64MiB"):
     lmcache_mm(["clear", url])
 
 
+def about_video(seed: int) -> dict[str, Any]:
+    text = f"<|im_start|>user\n{VIDEO} what happens?<|im_end|>\n"
+    return {"prompt": text, "multi_modal_data": {"video": [video(seed)]}}
+
+
 QUESTIONS = {
     "first": prompt("| what is it? ", image(0)),
     "again": prompt("| what is it? ", image(0)),
@@ -123,6 +151,9 @@ QUESTIONS = {
     "the same two places": prompt("| and | ?", image(0), image(0)),
     "an image over chunks": prompt("some words before it, so that it begins late | what?", image(2, 336)),
     "and again": prompt("some words before it, so that it begins late | what?", image(2, 336)),
+    "a video": about_video(0),
+    "the same video": about_video(0),
+    "another video": about_video(1),
     "text": prompt("only words, and enough of them that they fill more than a single page of thirty-two tokens"),
     "the same text": prompt(
         "only words, and enough of them that they fill more than a single page of thirty-two tokens"
@@ -147,10 +178,11 @@ def answers() -> dict[str, Any]:
     with store() as url:
         with engine(url) as llm:
             seen["whole pages"] = ask(llm, *QUESTIONS.values())
-        with engine(url, extra={"load": "sync"}) as llm:
-            seen["synchronous"] = ask(llm, *QUESTIONS.values())
-    with store() as url, engine(url, max_num_batched_tokens=64, enable_chunked_prefill=True) as llm:
-        seen["chunked prefill"] = ask(llm, *QUESTIONS.values())
+        for load in ("sync", "layers"):
+            with engine(url, extra={"load": load, "opaque_tails": True}) as llm:
+                seen[load] = ask(llm, *QUESTIONS.values())
+    with store() as url, engine(url, max_num_batched_tokens=32, enable_chunked_prefill=True) as llm:
+        seen["steps of 32 tokens"] = ask(llm, *QUESTIONS.values())
     with store() as url, engine(url, block_size=128, num_gpu_blocks_override=64, extra={"opaque_tails": True}) as llm:
         seen["pages of 128"] = ask(llm, *QUESTIONS.values())
     return seen
@@ -182,6 +214,13 @@ def identity() -> dict[str, Any]:
             seen["another engine's image under the same uuid"] = ask(llm, {**two, **claimed})
         with engine(url, extra={"opaque_tails": True}) as llm:
             seen["that uuid's own image"] = ask(llm, {**one, **claimed})
+    with store() as url:
+        claimed = {"multi_modal_uuids": {"image": ["the same"]}}
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen["one uuid for two images"] = ask(llm, {**one, **claimed}, {**two, **claimed})
+            seen["honest clients meanwhile"] = ask(llm, one, two)
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen["honest clients later"] = ask(llm, one, two)
     with store() as url, engine(url, extra={"opaque_tails": True}) as llm:
 
         def wishes(**wish: bool) -> SamplingParams:
@@ -193,43 +232,101 @@ def identity() -> dict[str, Any]:
     return seen
 
 
-def trouble() -> dict[str, Any]:
-    """Stores that fail, lie, lose and corrupt; a KV cache that is too small; aborted requests."""
+FAULTS = (
+    *("Fails", "FailsToTell", "FailsToStore", "Lies", "Loses", "Corrupts"),
+    *("Hangs", "HangsInPlace", "HangsToTell", "HangsToStore"),
+)
+
+
+def trouble(load: str) -> dict[str, Any]:
+    """Stores that fail, lie, lose, corrupt and hang. Every fault has its own prompts."""
+    with engine() as llm:
+        questions = {fault: fault_questions(fault) for fault in FAULTS}
+        seen: dict[str, Any] = {"expected": {fault: ask(llm, *q) for fault, q in questions.items()}}
+    with store() as url, engine(url, extra={"opaque_tails": True, "load": load}) as llm:
+        for fault, (one, two, words) in questions.items():
+            ask(llm, one, words)
+            blocks, before = free_blocks(llm), counts(llm)
+            begun = time.monotonic()
+            with faulty.misbehaving(llm, getattr(faulty, fault)):
+                got = ask(llm, one, two, words, one, two, words)
+                seconds = time.monotonic() - begun
+            after = counts(llm)
+            seen[fault] = {
+                "got": got,
+                "then": ask(llm, one, two, words),
+                "counts": {name: after[name] - before[name] for name in after},
+                "blocks": [blocks, free_blocks(llm)],
+                "seconds": seconds,
+            }
+    return seen
+
+
+def fault_questions(fault: str) -> list[dict[str, Any]]:
+    words = f"{fault}: only words, and enough of them that they fill more than a single page of thirty-two tokens"
+    return [prompt(f"{fault}: | what is it? ", image(0)), prompt(f"{fault}: | what is it? ", image(1)), prompt(words)]
+
+
+def pressure() -> dict[str, Any]:
+    """A KV cache that is too small; a request aborted in the middle of its load; an engine that is reset; generated
+    tokens; what routers are told."""
     one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
-    words = prompt("only words, and enough of them that they fill more than a single page of thirty-two tokens")
     long = [prompt(f"{word} " * 12) for word in ("alpha", "beta", "gamma")]
     many = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
     with engine() as llm:
-        seen: dict[str, Any] = {"expected": ask(llm, one, two, words), "expected long": ask(llm, *long, sampling=many)}
-    for fault in ("Fails", "Lies", "Corrupts", "Loses", "FailsToStore"):
-        for load in ("async", "sync"):
-            with store() as url:
-                with engine(url, extra={"opaque_tails": True}) as llm:
-                    ask(llm, one, words)
-                with engine(url, connector=fault, extra={"opaque_tails": True, "load": load}) as llm:
-                    blocks = free_blocks(llm)
-                    got = ask(llm, one, two, words, one, two, words)
-                    seen[f"{fault} {load}"] = {"got": got, "counts": counts(llm), "blocks": [blocks, free_blocks(llm)]}
-                with engine(url, extra={"opaque_tails": True}) as llm:
-                    seen[f"{fault} {load}, then"] = ask(llm, one, two, words)
+        seen: dict[str, Any] = {"expected": ask(llm, one, two), "expected long": ask(llm, *long, sampling=many)}
     with store() as url, engine(url, num_gpu_blocks_override=10, max_model_len=256, max_num_seqs=4) as llm:
         blocks = free_blocks(llm)
         seen["preempted"] = ask_at_once(llm, long, many) + ask_at_once(llm, long, many)
         seen["preempted blocks"] = [blocks, free_blocks(llm)]
         seen["preemptions"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
-    with store() as url, engine(url, connector="Blocks", extra={"opaque_tails": True}) as llm:
+    with store() as url, engine(url, extra={"opaque_tails": True}) as llm:
         ask(llm, one)
         blocks = free_blocks(llm)
-        faulty.gate.clear()
-        llm.llm_engine.add_request("aborted", one, many)
-        until = time.monotonic() + 20
-        while (held := free_blocks(llm)) == blocks and time.monotonic() < until:
-            llm.llm_engine.step()
-        llm.llm_engine.abort_request(["aborted"])
-        faulty.gate.set()
-        seen["after the abort"] = ask(llm, two, one)
+        with faulty.misbehaving(llm, faulty.Hangs):
+            llm.llm_engine.add_request("aborted", one, many)
+            until = time.monotonic() + 20
+            while (held := free_blocks(llm)) == blocks and time.monotonic() < until:
+                llm.llm_engine.step()
+            llm.llm_engine.abort_request(["aborted"])
+            faulty.gate.set()
+            seen["after the abort"] = ask(llm, two, one)
         seen["aborted blocks"] = [blocks, held, free_blocks(llm)]
+        seen["before the reset"] = ask(llm, one)
+        llm.reset_prefix_cache(reset_connector=True)
+        seen["after the reset"] = ask(llm, one, one)
+    address = f"ipc://{tempfile.mkdtemp()}/events"
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
+    with store() as url, subscriber(address) as published:
+        with engine(url, extra={"store_generated": True}, kv_events_config=events) as llm:
+            first = ask(llm, long[0], sampling=many)[0]
+            token_ids = llm.get_tokenizer().encode(long[0]["prompt"]) + first["answer"]
+            seen["generated"] = ask(llm, {"prompt_token_ids": token_ids})
+            seen["token ids"] = token_ids
+        seen["events"] = published()
     return seen
+
+
+@contextmanager
+def subscriber(address: str):
+    """Gives a function that returns (parent, key, token ids) of the connector's events, as routers see them."""
+    context = zmq.Context()
+    receiver = context.socket(zmq.SUB)
+    receiver.connect(address)
+    receiver.setsockopt_string(zmq.SUBSCRIBE, "")
+
+    def published() -> list[Any]:
+        stored = []
+        while receiver.poll(1000):
+            batch = msgspec.msgpack.decode(receiver.recv_multipart()[-1], type=KVEventBatch)
+            stored += [e for e in batch.events if isinstance(e, BlockStored) and e.medium == "CPU"]
+        names = {e.block_hashes[0]: i for i, e in enumerate(stored)}
+        return [[names.get(e.parent_block_hash), e.token_ids] for e in stored]
+
+    try:
+        yield published
+    finally:
+        context.destroy(0)
 
 
 def sliding_windows() -> dict[str, Any]:
@@ -252,6 +349,77 @@ def share() -> dict[str, Any]:
     options = json.loads(os.environ.get("TEST_OPTIONS", "{}"))
     with engine(os.environ["TEST_STORE"], extra={"opaque_tails": True}, **options) as llm:
         return {"got": ask(llm, one, two, one), "counts": counts(llm)}
+
+
+def evicting() -> dict[str, Any]:
+    """This process's engine, beside another's, on a store that holds little of what they ask for."""
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask_at_once(llm, list(QUESTIONS.values()))}
+    with engine(os.environ["TEST_STORE"], extra={"opaque_tails": True}) as llm:
+        order = np.random.default_rng(int(os.environ["TEST_SEED"]))
+        seen["got"] = []
+        for _ in range(6):
+            shuffled = order.permutation(len(QUESTIONS))
+            got = ask_at_once(llm, [list(QUESTIONS.values())[i] for i in shuffled])
+            seen["got"].append([got[i] for i in np.argsort(shuffled)])
+        seen["counts"] = counts(llm)
+    return seen
+
+
+def inside_multi() -> dict[str, Any]:
+    """Inside MultiConnector, twice."""
+    one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask(llm, one, two)}
+    with store() as first, store() as second:
+        with engine(multi=[first, second], extra={"opaque_tails": True}) as llm:
+            seen["both"] = ask(llm, one, one, two)
+            seen["counts"] = counts(llm)
+        for name, url in (("first", first), ("second", second)):
+            with engine(url, extra={"opaque_tails": True}) as llm:
+                seen[name] = ask(llm, one, two)
+    return seen
+
+
+def write_adapter(seed: int) -> LoRARequest:
+    """Always of the same name, id and path."""
+    folder = FOLDER / "adapter"
+    folder.mkdir(exist_ok=True)
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in range(4):
+        for module, size in (("q_proj", 64), ("v_proj", 32)):
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(8, 64, generator=random) / 8
+            weights[f"{name}.lora_B.weight"] = torch.randn(size, 8, generator=random) / 2
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": ""}))
+    return LoRARequest("adapter", 1, str(folder))
+
+
+def adapters() -> dict[str, Any]:
+    """LoRA adapters, and prompts that are embeddings."""
+    one = prompt("| what is it? ", image(0))
+    embeddings = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(0)) / 2
+    embedded = [{"prompt_embeds": e} for e in embeddings]
+    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": 8}
+    seen: dict[str, Any] = {}
+    for name, seed in (("one", 1), ("other", 2)):
+        adapter = write_adapter(seed)
+        with engine(**options) as llm:
+            seen[f"expected {name}"] = ask(llm, one) + ask(llm, one, adapter=adapter)
+    with store() as url:
+        for name, seed in (("one", 1), ("other", 2)):
+            adapter = write_adapter(seed)
+            with engine(url, extra={"opaque_tails": True}, **options) as llm:
+                asked = [ask(llm, one), ask(llm, one, adapter=adapter), ask(llm, one), ask(llm, one, adapter=adapter)]
+                seen[name] = [row for rows in asked for row in rows]
+    with engine(enable_prompt_embeds=True) as llm:
+        seen["expected embedded"] = ask(llm, *embedded)
+    with store() as url, engine(url, extra={"opaque_tails": True}, enable_prompt_embeds=True) as llm:
+        seen["embedded"] = ask(llm, *embedded, *embedded)
+    return seen
 
 
 def make_models() -> dict[str, Any]:
@@ -286,10 +454,23 @@ def make_models() -> dict[str, Any]:
     return {}
 
 
-SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
-    f.__name__: f for f in (make_models, answers, identity, trouble, sliding_windows, share)
+SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
+    f.__name__: f
+    for f in (
+        make_models,
+        answers,
+        identity,
+        adapters,
+        trouble,
+        pressure,
+        sliding_windows,
+        share,
+        evicting,
+        inside_multi,
+    )
 }
 
 if __name__ == "__main__":
-    result = SCENARIOS[sys.argv[1]]()
+    name, *arguments = sys.argv[1].split(":")
+    result = SCENARIOS[name](*arguments)
     print(json.dumps(result), flush=True)

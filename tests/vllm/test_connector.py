@@ -5,19 +5,25 @@ Pages are opaque there: without opaque_tails, hits end at whole pages.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lmcache_mm.cli import main as lmcache_mm
+from lmcache_mm.stores import open_store
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {
@@ -39,29 +45,64 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+# Each is a process of its own; the longest first. Those that tests need run two at a time.
+SCENARIOS = (
+    *("answers", "trouble:async", "trouble:sync", "trouble:layers", "pressure", "identity", "adapters"),
+    *("inside_multi", "sliding_windows"),
+)
+
+
+def run(name: str, folder: Path, **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, HERE / "scenarios.py", name, folder],
+        check=False,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        env={**os.environ, **ENVIRONMENT, **environment},
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
 @pytest.fixture(scope="module")
-def scenario(tmp_path_factory: pytest.TempPathFactory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the models in it."""
     folder = tmp_path_factory.mktemp("vllm")
+    run("make_models", folder)
+    return folder
 
-    @functools.cache
-    def seen(name: str, **environment: str) -> dict[str, Any]:
-        done = subprocess.run(
-            [sys.executable, HERE / "scenarios.py", name, folder],
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-            env={**os.environ, **ENVIRONMENT, **environment},
-        )
-        assert done.returncode == 0, done.stdout[-8000:]
-        return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
-    seen("make_models")
+@pytest.fixture(scope="module")
+def under_way(request: pytest.FixtureRequest, folder: Path):
+    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, name, folder) for name in SCENARIOS if fixture_name(name) in needed}
+
+
+def fixture_name(name: str) -> str:
+    return name.replace(":", "_")
+
+
+def _fixture(name: str):
+    @pytest.fixture(scope="module", name=fixture_name(name))
+    def seen(under_way: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
+        return under_way[name].result()
+
     return seen
 
 
-def answers(rows: list[dict[str, Any]]) -> list[list[int]]:
+for _name in SCENARIOS:
+    globals()[f"_{fixture_name(_name)}"] = _fixture(_name)
+
+
+@pytest.fixture
+def trouble(request: pytest.FixtureRequest, load: str) -> dict[str, Any]:
+    return request.getfixturevalue(f"trouble_{load}")
+
+
+def tokens(rows: list[dict[str, Any]]) -> list[list[int]]:
     return [row["answer"] for row in rows]
 
 
@@ -69,143 +110,268 @@ def cached(rows: list[dict[str, Any]]) -> list[int]:
     return [row["cached"] for row in rows]
 
 
-def test_the_model_answers_about_what_it_is_shown(scenario):
+def test_the_model_answers_about_what_it_is_shown(answers):
     """Else equal answers would tell nothing."""
-    expected = scenario("answers")["expected"]
-    assert len({tuple(row["answer"]) for row in expected}) == 8
+    expected = answers["expected"]
+    assert len({tuple(row["answer"]) for row in expected}) == 10
     assert all(row["cached"] == 0 for row in expected)
 
 
 @pytest.mark.parametrize(
     "setting",
     [
-        "opaque tails",
-        "a new engine",
-        "prefix caching",
-        "16 at once",
-        "whole pages",
-        "synchronous",
-        "chunked prefill",
-        "pages of 128",
+        *("opaque tails", "a new engine", "prefix caching", "16 at once", "whole pages", "sync", "layers"),
+        *("steps of 32 tokens", "pages of 128"),
     ],
 )
-def test_every_answer_is_the_one_without_the_connector(scenario, setting):
-    seen = scenario("answers")
-    expected = answers(seen["expected"])
-    assert answers(seen[setting]) == (expected + expected)[: len(seen[setting])]
-    assert len(seen[setting]) >= 12
+def test_every_answer_is_the_one_without_the_connector(answers, setting):
+    expected = tokens(answers["expected"])
+    assert tokens(answers[setting]) == (expected + expected)[: len(answers[setting])]
+    assert len(answers[setting]) >= 15
 
 
 @pytest.mark.parametrize("setting", ["opaque tails", "pages of 128"])
-def test_hits_are_exact_to_the_token_with_opaque_tails(scenario, setting):
-    """In the order of the questions: same again, all; other image or order, nothing; another question, the image."""
-    assert cached(scenario("answers")[setting]) == [0, 59, 0, 43, 0, 0, 0, 91, 0, 205, 0, 98]
+def test_hits_are_exact_to_the_token_with_opaque_tails(answers, setting):
+    """In the order of the questions: same again, all; other image, video or order, nothing; another question, up to
+    the image's end."""
+    assert cached(answers[setting]) == [0, 59, 0, 43, 0, 0, 0, 91, 0, 205, 0, 56, 0, 0, 98]
 
 
-@pytest.mark.parametrize("setting", ["whole pages", "chunked prefill"])
-def test_hits_end_at_whole_pages_without(scenario, setting):
-    assert cached(scenario("answers")[setting]) == [0, 32, 0, 32, 0, 0, 0, 64, 0, 192, 0, 96]
+@pytest.mark.parametrize("setting", ["whole pages", "steps of 32 tokens"])
+def test_hits_end_at_whole_pages_without(answers, setting):
+    assert cached(answers[setting]) == [0, 32, 0, 32, 0, 0, 0, 64, 0, 192, 0, 32, 0, 0, 96]
 
 
 @pytest.mark.parametrize("setting", ["a new engine", "prefix caching", "16 at once"])
-def test_another_engine_finds_all_that_the_first_stored(scenario, setting):
-    rows = scenario("answers")[setting]
+def test_another_engine_finds_all_that_the_first_stored(answers, setting):
+    rows = answers[setting]
     assert cached(rows) == [row["prompt_tokens"] for row in rows]
 
 
-def test_synchronous_hits_end_before_the_end_of_the_first_image(scenario):
-    assert cached(scenario("answers")["synchronous"])[-2:] == [96, 96]
-    assert max(cached(scenario("answers")["synchronous"])[:8]) == 32
+@pytest.mark.parametrize("load", ["sync", "layers"])
+def test_loads_within_a_step_end_before_the_end_of_the_first_image(answers, load):
+    hits = cached(answers[load])
+    assert hits[-2:] == [64, 64]
+    assert max(hits[:8]) < 43
+    assert hits[8:10] == [192, 192]
 
 
-def test_what_was_hit_loaded_and_stored_is_counted(scenario):
-    counts = scenario("answers")["counts"]
-    hits = 59 + 43 + 91 + 205 + 98
-    assert counts["hit_tokens"] == counts["loaded_tokens"] == hits
-    assert counts["queried_tokens"] == sum(row["prompt_tokens"] for row in scenario("answers")["expected"])
+def test_what_was_hit_loaded_and_stored_is_counted(answers):
+    counts = answers["counts"]
+    assert counts["hit_tokens"] == counts["loaded_tokens"] == sum(cached(answers["opaque tails"]))
+    assert counts["queried_tokens"] == sum(row["prompt_tokens"] for row in answers["expected"])
     assert counts["stored_tokens"] > 0
-    assert counts["failed_loads"] == counts["failed_stores"] == 0
+    assert counts["failed_lookups"] == counts["failed_loads"] == counts["failed_stores"] == 0
 
 
-def test_identifiers_that_are_counters_never_stand_for_an_image(scenario):
-    seen = scenario("identity")
-    one, two = answers(seen["expected"])
-    assert answers(seen["counters, first"]) == [one]
-    assert (answers(seen["counters, other image"]), cached(seen["counters, other image"])) == ([two], [0])
-    assert (answers(seen["counters, same image"]), cached(seen["counters, same image"])) == ([one], [59])
+def test_identifiers_that_are_counters_never_stand_for_an_image(identity):
+    one, two = tokens(identity["expected"])
+    assert tokens(identity["counters, first"]) == [one]
+    assert (tokens(identity["counters, other image"]), cached(identity["counters, other image"])) == ([two], [0])
+    assert (tokens(identity["counters, same image"]), cached(identity["counters, same image"])) == ([one], [59])
 
 
-def test_an_image_under_anothers_uuid_answers_nobody_elses_question(scenario):
-    seen = scenario("identity")
-    one, two = answers(seen["expected"])
-    assert answers(seen["claimed"]) == [one]
-    foreign = seen["another engine's image under the same uuid"]
-    assert (answers(foreign), cached(foreign)) == ([two], [0])
-    assert answers(seen["that uuid's own image"]) == [one]
+def test_an_image_under_anothers_uuid_answers_nobody_elses_question(identity):
+    one, two = tokens(identity["expected"])
+    assert tokens(identity["claimed"]) == [one]
+    foreign = identity["another engine's image under the same uuid"]
+    assert (tokens(foreign), cached(foreign)) == ([two], [0])
+    assert tokens(identity["that uuid's own image"]) == [one]
 
 
-def test_tenants_share_nothing(scenario):
-    rows = scenario("identity")["tenants"]
+def test_one_uuid_for_two_images_fools_its_own_client_only(identity):
+    """vLLM's processor cache goes by uuids: the second image is never looked at, connector or not."""
+    one, two = tokens(identity["expected"])
+    assert tokens(identity["one uuid for two images"]) == [one, one]
+    assert tokens(identity["honest clients meanwhile"]) == [one, two]
+    assert tokens(identity["honest clients later"]) == [one, two]
+
+
+def test_tenants_share_nothing(identity):
+    rows = identity["tenants"]
     assert cached(rows) == [0, 0, 0, 59, 59, 59]
-    assert answers(rows) == answers(scenario("identity")["expected"])[:1] * 6
+    assert tokens(rows) == tokens(identity["expected"])[:1] * 6
 
 
-def test_a_request_may_be_left_out(scenario):
-    seen = scenario("identity")
-    assert cached(seen["no store"]) == [0, 0]
-    assert cached(seen["no load"]) == [0, 59]
+def test_a_request_may_be_left_out(identity):
+    assert cached(identity["no store"]) == [0, 0]
+    assert cached(identity["no load"]) == [0, 59]
 
 
-@pytest.mark.parametrize("load", ["async", "sync"])
-@pytest.mark.parametrize("fault", ["Fails", "Lies", "Corrupts", "Loses", "FailsToStore"])
-def test_a_store_that_misbehaves_costs_time_and_nothing_else(scenario, fault, load):
-    seen = scenario("trouble")
-    one, two, words = answers(seen["expected"])
-    found = seen[f"{fault} {load}"]
-    assert answers(found["got"]) == [one, two, words] * 2
+def test_adapters_and_the_base_model_share_nothing(adapters):
+    """The other adapter has the first one's name, id and path."""
+    base, one = tokens(adapters["expected one"])
+    _, other = tokens(adapters["expected other"])
+    assert len({tuple(answer) for answer in (base, one, other)}) == 3
+    assert (tokens(adapters["one"]), cached(adapters["one"])) == ([base, one, base, one], [0, 0, 59, 59])
+    assert (tokens(adapters["other"]), cached(adapters["other"])) == ([base, other, base, other], [59, 0, 59, 59])
+
+
+def test_prompts_of_embeddings_are_known_by_their_content(adapters):
+    expected = tokens(adapters["expected embedded"])
+    assert expected[0] != expected[1]
+    assert (tokens(adapters["embedded"]), cached(adapters["embedded"])) == (expected * 2, [0, 0, 70, 70])
+
+
+COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stores"} | dict.fromkeys(
+    ("FailsToTell", "HangsToTell"), "failed_lookups"
+)
+
+
+@pytest.mark.parametrize("load", ["async", "sync", "layers"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("Fails", "FailsToTell", "FailsToStore", "Lies", "Loses", "Corrupts"),
+        *("Hangs", "HangsInPlace", "HangsToTell", "HangsToStore"),
+    ],
+)
+def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault, load):
+    """Six requests under a store that hangs forever wait for it but once: five seconds, and one for a save."""
+    found, expected = trouble[fault], tokens(trouble["expected"][fault])
+    assert tokens(found["got"]) == expected * 2
     assert all(row["finish"] == "length" for row in found["got"])
     assert found["blocks"][0] == found["blocks"][1]
-    if fault == "FailsToStore":
-        assert found["counts"]["failed_stores"] > 0
-    else:
-        assert found["counts"]["failed_loads"] > 0
-    assert answers(seen[f"{fault} {load}, then"]) == [one, two, words]  # nothing wrong was left in the store
+    assert found["counts"][COUNTED.get(fault, "failed_loads")] > 0
+    assert tokens(found["then"]) == expected  # nothing wrong was left in the store
+    assert cached(found["then"])[2] >= 64  # which is used again
+    assert found["seconds"] < 60
 
 
-def test_preempted_requests_answer_as_ever_and_no_page_is_lost(scenario):
-    seen = scenario("trouble")
-    assert seen["preemptions"] > 0
-    assert answers(seen["preempted"]) == answers(seen["expected long"]) * 2
-    assert seen["preempted blocks"][0] == seen["preempted blocks"][1]
+def test_preempted_requests_answer_as_ever_and_no_page_is_lost(pressure):
+    assert pressure["preemptions"] > 0
+    assert tokens(pressure["preempted"]) == tokens(pressure["expected long"]) * 2
+    assert pressure["preempted blocks"][0] == pressure["preempted blocks"][1]
 
 
-def test_a_request_aborted_in_the_middle_of_its_load_gives_its_pages_back(scenario):
-    seen = scenario("trouble")
-    one, two, _ = answers(seen["expected"])
-    assert answers(seen["after the abort"]) == [two, one]
-    before, during, after = seen["aborted blocks"]
+def test_a_request_aborted_in_the_middle_of_its_load_gives_its_pages_back(pressure):
+    one, two = tokens(pressure["expected"])
+    assert tokens(pressure["after the abort"]) == [two, one]
+    before, during, after = pressure["aborted blocks"]
     assert during < before == after
 
 
-def test_sliding_window_layers_are_stored_and_loaded_with_the_others(scenario):
-    seen = scenario("sliding_windows")
-    expected = answers(seen["expected"])
+def test_what_was_stored_before_a_reset_is_not_used_after_it(pressure):
+    one, _ = tokens(pressure["expected"])
+    assert (tokens(pressure["before the reset"]), cached(pressure["before the reset"])) == ([one], [59])
+    assert (tokens(pressure["after the reset"]), cached(pressure["after the reset"])) == ([one, one], [0, 59])
+
+
+def test_generated_tokens_are_stored_on_request(pressure):
+    """80 tokens of a prompt and 60 of its answer, in chunks of 64."""
+    assert cached(pressure["generated"]) == [128]
+
+
+def test_routers_are_told_what_is_stored(pressure):
+    """Both chunks of one prompt, the second one as a child of the first; and the tail that is a page."""
+    token_ids = pressure["token ids"]
+    assert pressure["events"] == [[None, token_ids[:64]], [0, token_ids[64:128]]]
+
+
+def test_sliding_window_layers_are_stored_and_loaded_with_the_others(sliding_windows):
+    expected = tokens(sliding_windows["expected"])
     assert len({tuple(answer) for answer in expected}) == 3
-    assert answers(seen["first"]) == answers(seen["second"]) == expected
-    assert cached(seen["first"]) == [0, 277, 256, 0]
-    assert cached(seen["second"]) == [277, 277, 295, 283]
+    assert tokens(sliding_windows["first"]) == tokens(sliding_windows["second"]) == expected
+    assert cached(sliding_windows["first"]) == [0, 277, 256, 0]
+    assert cached(sliding_windows["second"]) == [277, 277, 295, 283]
 
 
-def test_engines_in_processes_of_their_own_share_a_store(scenario):
-    """The second with its scheduler, worker and front end apart, the third with two workers, whose KV is another."""
+def test_multi_connector_stores_in_all_and_loads_from_one(inside_multi):
+    one, two = tokens(inside_multi["expected"])
+    assert (tokens(inside_multi["both"]), cached(inside_multi["both"])) == ([one, one, two], [0, 59, 0])
+    assert inside_multi["counts"]["loaded_tokens"] == 59
+    for name in ("first", "second"):
+        assert (tokens(inside_multi[name]), cached(inside_multi[name])) == ([one, two], [59, 59])
+
+
+@pytest.fixture
+def shared_store():
     url = f"shm:///vllm-test-{uuid.uuid4().hex}"
-    shared = {"TEST_STORE": f"{url}?capacity=64MiB"}
-    one, two = answers(scenario("identity")["expected"])
-    first = scenario("share", **shared)
-    apart = scenario("share", **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    yield url
+    assert lmcache_mm(["clear", url]) == 0
+
+
+def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store):
+    """The second with its scheduler, worker and front end apart, the third with two workers, whose KV is another."""
+    shared = {"TEST_STORE": f"{shared_store}?capacity=64MiB"}
+    first = run("share", folder, **shared)
     ranks = json.dumps({"tensor_parallel_size": 2})
-    parallel = scenario("share", **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks)
-    assert answers(first["got"]) == answers(apart["got"]) == answers(parallel["got"]) == [one, two, one]
+    with ThreadPoolExecutor(2) as pool:
+        apart = pool.submit(run, "share", folder, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+        parallel = pool.submit(
+            run, "share", folder, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks
+        ).result()
+        apart = apart.result()
+    one, two, _ = tokens(first["got"])
+    assert one != two
+    assert tokens(first["got"]) == tokens(apart["got"]) == tokens(parallel["got"]) == [one, two, one]
     assert cached(first["got"]) == cached(parallel["got"]) == [0, 0, 59]
     assert cached(apart["got"]) == [59, 59, 59]
-    assert lmcache_mm(["clear", url]) == 0
+
+
+def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store):
+    """The store holds about eight records; both engines ask for the same prompts, six times each, in any order."""
+    shared = {"TEST_STORE": f"{shared_store}?capacity=512KiB"}
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda seed: run("evicting", folder, **shared, TEST_SEED=seed), ("1", "2")))
+    for seen in both:
+        assert [tokens(rows) for rows in seen["got"]] == [tokens(seen["expected"])] * 6
+        assert seen["counts"]["loaded_tokens"] > 0
+    with closing(open_store(shared_store)) as store:
+        assert store.stats()["records"] < 20
+
+
+def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_store):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = {
+        "kv_connector": "LMCacheMMConnector",
+        "kv_connector_module_path": "lmcache_mm.vllm.connector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"store": f"{shared_store}?capacity=64MiB", "chunk_tokens": 64},
+    }
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder / "vlm", "--host", "127.0.0.1"),
+        *("--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"),
+        *("--block-size", "32", "--num-gpu-blocks-override", "256", "--no-enable-prefix-caching"),
+        *("--served-model-name", "tiny", "--kv-transfer-config", json.dumps(config)),
+    ]
+    log = (folder / "serve.log").open("w+")
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+
+    def fetch(path: str, body: dict[str, Any] | None = None) -> str:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read().decode()
+
+    try:
+        until = time.monotonic() + 180
+        while True:
+            try:
+                fetch("/health")
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "serve.log").read_text()[-8000:]
+                assert time.monotonic() < until
+                time.sleep(0.5)
+        question = {"model": "tiny", "prompt": "alpha " * 30, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+        texts = [json.loads(fetch("/v1/completions", question))["choices"][0]["text"] for _ in range(2)]
+        assert texts[0] == texts[1] != ""
+        until = time.monotonic() + 60
+        counts: dict[str, float] = {}
+        while not counts.get("loaded_tokens"):
+            assert time.monotonic() < until
+            time.sleep(0.5)
+            for line in fetch("/metrics").splitlines():
+                if line.startswith("vllm:lmcache_mm_") and "_total{" in line:
+                    name, value = line.split("{")[0], line.rsplit(" ", 1)[1]
+                    counts[name.removeprefix("vllm:lmcache_mm_").removesuffix("_total")] = float(value)
+        assert counts["hit_tokens"] == counts["loaded_tokens"] >= 128
+        assert counts["stored_tokens"] >= 128
+        assert counts["failed_loads"] == 0
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(60)
+        log.close()
