@@ -322,6 +322,7 @@ def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store):
 
 
 def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_store):
+    """Its server, for the command itself looks for a package named vllm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -332,7 +333,7 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_sto
         "kv_connector_extra_config": {"store": f"{shared_store}?capacity=64MiB", "chunk_tokens": 64},
     }
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", folder / "vlm", "--host", "127.0.0.1"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "vlm", "--host", "127.0.0.1"),
         *("--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"),
         *("--block-size", "32", "--num-gpu-blocks-override", "256", "--no-enable-prefix-caching"),
         *("--served-model-name", "tiny", "--kv-transfer-config", json.dumps(config)),
