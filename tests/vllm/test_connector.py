@@ -78,7 +78,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def under_way(request: pytest.FixtureRequest, folder: Path):
     needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(run, name, folder) for name in SCENARIOS if fixture_name(name) in needed}
+        yield {
+            name: pool.submit(run, name, folder)
+            for name in SCENARIOS
+            if fixture_name(name) in needed or name.partition(":")[0] in needed
+        }
 
 
 def fixture_name(name: str) -> str:

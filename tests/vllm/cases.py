@@ -1,0 +1,92 @@
+"""KV cache groups of kinds that the CPU engine does not have, in vLLM's own specs; names that the tests need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVQuantMode,
+    MambaSpec,
+    MLAAttentionSpec,
+    SlidingWindowMLASpec,
+    SlidingWindowSpec,
+    UniformTypeKVCacheSpecs,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.utils import allocate_kv_cache
+
+from lmcache_mm.vllm.options import Group, Options, groups_of
+from lmcache_mm.vllm.worker import Worker
+
+BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 12, 32, 64
+
+
+def names(count: int, first: int = 0) -> list[str]:
+    return [f"model.layers.{i}.attn" for i in range(first, first + count)]
+
+
+GQA = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=3, head_size=40, dtype=torch.bfloat16)
+WINDOW = SlidingWindowSpec(
+    block_size=BLOCK_TOKENS, num_kv_heads=3, head_size=40, dtype=torch.bfloat16, sliding_window=96
+)
+FP8 = replace(GQA, dtype=torch.float8_e4m3fn, kv_quant_mode=KVQuantMode.FP8_PER_TENSOR)
+FP8_SCALES = replace(GQA, dtype=torch.uint8, state_content_bytes=88, kv_quant_mode=KVQuantMode.FP8_PER_TOKEN_HEAD)
+MLA = MLAAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+MLA_FP8 = replace(MLA, dtype=torch.uint8, cache_dtype_str="fp8_ds_mla", state_content_bytes=656)
+MLA_WINDOW = SlidingWindowMLASpec(
+    block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, sliding_window=96
+)
+INDEXER = MLAAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=132, dtype=torch.uint8)
+MIXED = dict.fromkeys(names(3), MLA) | {f"{name}.indexer": INDEXER for name in names(3)}
+
+KINDS = {
+    "GQA": [KVCacheGroupSpec(names(4), GQA)],
+    "GQA, other size of V": [KVCacheGroupSpec(names(4), replace(GQA, head_size_v=24))],
+    "fp8": [KVCacheGroupSpec(names(4), FP8)],
+    "fp8, scales in the page": [KVCacheGroupSpec(names(4), FP8_SCALES)],
+    "MLA": [KVCacheGroupSpec(names(4), MLA)],
+    "MLA, fp8": [KVCacheGroupSpec(names(4), MLA_FP8)],
+    "MLA with an indexer": [
+        KVCacheGroupSpec(list(MIXED), UniformTypeKVCacheSpecs(block_size=BLOCK_TOKENS, kv_cache_specs=MIXED))
+    ],
+    "windows and full attention": [KVCacheGroupSpec(names(2), GQA), KVCacheGroupSpec(names(2, 2), WINDOW)],
+    "windows of MLA": [KVCacheGroupSpec(names(2), MLA), KVCacheGroupSpec(names(2, 2), MLA_WINDOW)],
+    "Mamba": [
+        KVCacheGroupSpec(names(1), MambaSpec(block_size=BLOCK_TOKENS, shapes=((4, 4),), dtypes=(torch.float32,)))
+    ],
+}
+
+
+def config_of(layout: str) -> VllmConfig:
+    config = VllmConfig()
+    config.cache_config.kv_cache_layout = layout
+    config.cache_config.num_gpu_blocks_override = BLOCKS
+    return config
+
+
+def kv_cache_config_of(kind: str, layout: str) -> KVCacheConfig:
+    return get_kv_cache_config_from_groups(config_of(layout), KINDS[kind], 1 << 30)
+
+
+def caches_of(kind: str, layout: str, kernel_blocks: int = 1) -> dict[str, torch.Tensor]:
+    """As a worker gets them; ValueError for what vLLM does not build."""
+    sizes = [BLOCK_TOKENS // kernel_blocks] * len(KINDS[kind])
+    config = kv_cache_config_of(kind, layout)
+    return allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout[layout], sizes)
+
+
+def groups(kind: str, layout: str) -> list[Group]:
+    return groups_of(config_of(layout), kv_cache_config_of(kind, layout))
+
+
+def worker_of(kind: str, layout: str, caches: dict[str, Any], url: str) -> Worker:
+    worker = Worker(config_of(layout), Options(store=url), groups(kind, layout), CHUNK_TOKENS, BLOCKS)
+    worker.register(caches)
+    return worker

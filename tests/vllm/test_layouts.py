@@ -1,0 +1,163 @@
+"""Caches that the CPU engine cannot make: built by vLLM's own code from its own specs, stored and loaded bit by bit."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import time
+import uuid
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_mm.stores import open_store, slab, slab_directory
+
+VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+
+pytestmark = pytest.mark.skipif(
+    (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
+    reason="no vLLM (tests/vllm/requirements*.txt)",
+)
+
+POISON = 0x5A
+LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
+NOT_BUILT = re.compile("cannot express this model's mixed page sizes|cannot be split into 2 kernel blocks")
+
+
+@pytest.fixture(scope="module")
+def cases() -> Any:
+    """Not at the top, where it would bring vLLM into every run of any test."""
+    return importlib.import_module("cases")
+
+
+@pytest.fixture
+def url():
+    url = f"shm:///test-{uuid.uuid4().hex}"
+    opened = open_store(f"{url}?capacity=16MiB")
+    yield url
+    opened.close()
+    assert slab.remove(slab_directory(url)[1])
+
+
+def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, torch.Tensor] | None:
+    """None for what vLLM does not build."""
+    try:
+        caches: dict[str, torch.Tensor] = cases.caches_of(kind, layout, kernel_blocks)
+    except ValueError as error:
+        if not NOT_BUILT.search(str(error)):
+            raise
+        return None
+    return caches
+
+
+@pytest.mark.parametrize("kernel_blocks", [1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("GQA", "GQA, other size of V", "fp8", "fp8, scales in the page", "MLA", "MLA, fp8"),
+        *("MLA with an indexer", "windows and full attention", "windows of MLA"),
+    ],
+)
+def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind, layout, kernel_blocks):
+    """Into other pages, and beside them nothing changes. What vLLM does not build is left out."""
+    messages = importlib.import_module("lmcache_mm.vllm.messages")
+    caches = build(cases, kind, layout, kernel_blocks)
+    if caches is None:
+        return
+    worker = cases.worker_of(kind, layout, caches, url)
+    groups = cases.groups(kind, layout)
+    assert sorted(name for group in groups for name in group.layers) == sorted(caches)
+    memory = torch.empty(0, dtype=torch.uint8).set_(next(iter(caches.values())).untyped_storage())
+    random = torch.randint(0, 256, memory.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for g, group in enumerate(groups):
+        memory.copy_(random)
+        pages, others = [1, 7, 9], [5, 8, 6]
+        pages_of = {name: by_page(caches[name], cases.BLOCKS) for name in group.layers}
+        want = {name: of_pages[pages].clone() for name, of_pages in pages_of.items()}
+        keys = [bytes([g, i]) * 16 for i in range(2)]
+
+        def records(of: list[int], g: int = g, keys: list[bytes] = keys) -> list[Any]:
+            return [messages.RecordPages(g, keys[0], of[:2], 64), messages.RecordPages(g, keys[1], of[2:], 32)]
+
+        worker.save([messages.Save("a", b"", records(pages))])
+        memory.fill_(POISON)  # while the store goes on with what it has read
+        while not (news := worker.take_news()) or not news.saves:
+            worker.take_stats()
+        worker.load([messages.Load("b", b"", records(others))])
+        while not (results := worker.results()).finished_recving:
+            time.sleep(0.001)
+        assert not results.failed_recving
+        for name, of_pages in pages_of.items():
+            assert torch.equal(of_pages[others], want[name])
+            of_pages[others] = POISON
+        assert (memory == POISON).all()
+    worker.close()
+
+
+def by_page(cache: torch.Tensor, blocks: int) -> torch.Tensor:
+    """uint8 [blocks, ...], a view, kernel blocks of a block together."""
+    return (cache if cache.dtype == torch.uint8 else cache.view(torch.uint8)).unflatten(0, (blocks, -1))
+
+
+def test_most_layouts_are_built(cases):
+    """Else the test above would test nothing."""
+    for kind in set(cases.KINDS) - {"Mamba"}:
+        assert sum(build(cases, kind, *one) is not None for one in product(LAYOUTS, (1, 2))) >= 6, kind
+
+
+def test_layers_whose_state_is_no_attention_are_refused(cases):
+    with pytest.raises(ValueError, match=r"layers of kind 'mamba' are not supported \(model.layers.0.attn, …\)"):
+        cases.groups("Mamba", "LBHNC")
+
+
+def test_context_parallelism_is_refused(cases):
+    config = cases.config_of("LBHNC")
+    config.parallel_config.decode_context_parallel_size = 2
+    with pytest.raises(ValueError, match="decode_context_parallel_size > 1 is not supported"):
+        cases.groups_of(config, cases.kv_cache_config_of("GQA", "LBHNC"))
+
+
+def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
+    """Bytes that mean something else are never taken for each other."""
+    seen = {}
+    for kind, layout in product(("GQA", "fp8", "MLA"), ("LBHNC", "LBNHC")):
+        worker = cases.worker_of(kind, layout, cases.caches_of(kind, layout), url)
+        seen[kind, layout] = worker.fingerprint
+        worker.close()
+    assert seen["MLA", "LBHNC"] == seen["MLA", "LBNHC"]  # of one head there is one order
+    assert len(set(seen.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({}, '"store" is missing, such as "shm:///vllm'),
+        ({"store": "shm:///x", "chunk": 3}, "unknown option 'chunk'; expected some of store, chunk_tokens, load"),
+        ({"store": "mem://?capacity=1MiB"}, "mem: is one process's alone"),
+        ({"store": ["mem://?capacity=1MiB"]}, "mem: is one process's alone"),
+        ({"store": "shm:///x", "load": "lazy"}, "load: expected async or sync or layers, got 'lazy'"),
+        ({"store": "shm:///x", "identifiers": None}, "identifiers: expected verify or trust, got None"),
+        ({"store": "shm:///x", "opaque_tails": "yes"}, "opaque_tails: expected true or false, got 'yes'"),
+        ({"store": "shm:///x", "chunk_tokens": 0}, "chunk_tokens: expected a number above 0, got 0"),
+        ({"store": "shm:///x", "timeout_s": "5"}, "timeout_s: expected a number above 0, got '5'"),
+    ],
+)
+def test_options_that_are_wrong_are_refused(cases, extra, text):
+    with pytest.raises(ValueError, match=f"^LMCacheMMConnector: .*{re.escape(text)}"):
+        cases.Options.of(extra)
+
+
+def test_another_vllm_says_so_at_start(cases, monkeypatch):
+    check_version = importlib.import_module("lmcache_mm.vllm.api").check_version
+    check_version("0.32.0")
+    check_version("0.32.3+cpu")
+    for version in ("0.31.2", "0.33.0", "0.320.0", "1.0.0"):
+        with pytest.raises(RuntimeError, match=f"supports vLLM 0.32, and this is {version}"):
+            check_version(version)
+    monkeypatch.setenv("LMCACHE_MM_ANY_VLLM", "1")
+    check_version("0.33.0")
