@@ -7,9 +7,8 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import Any
 
 EXIT_S = 5.0  # how long work may hang when the interpreter ends
@@ -34,14 +33,14 @@ class Lane:
         weakref.finalize(self, self._queue.put, None)
         _open.add(self)
 
-    def submit(self, run: Callable[[Work], Any]) -> Work:
+    def submit(self, run: Callable[[Work], Any], early: bool = False) -> Work:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._thread.name}: it is closed")
             if not self._unfinished:
                 self.progress = time.monotonic()
             self._unfinished += 1
-            work = Work(self)
+            work = Work(self, early)
             self._queue.put((work, run))
         return work
 
@@ -81,16 +80,23 @@ def _close_all() -> None:
 
 
 class Work:
-    """Something to be done, as its thread and those who wait for it share it."""
+    """Something to be done, as its thread and those who wait for it share it.
 
-    def __init__(self, lane: Lane) -> None:
+    early: its pages are not to be touched before somebody waits for `leave_pages`, and then by that thread.
+    """
+
+    def __init__(self, lane: Lane, early: bool = False) -> None:
         self.future: Future[Any] = Future()
         self.abandoned = False
         self.left_pages = False
         self.planes_ready = 0
         self._lane = lane
+        self._early = early
         self._pages = threading.Lock()
         self._changed = threading.Condition()
+        self._touch: Callable[[], None] | None = None  # for the thread that waits
+        self._touch_is_last = False
+        self._error: BaseException | None = None  # that it met
 
     def do(self, run: Callable[[Work], Any]) -> None:
         self.advance()
@@ -117,20 +123,45 @@ class Work:
             self.left_pages |= left_pages
             self._changed.notify_all()
 
-    @contextmanager
-    def pages(self) -> Iterator[None]:
-        """Pages are read or written in here only."""
+    def touch_pages(self, touch: Callable[[], None], last: bool = False) -> None:
+        """Calls `touch`: pages are read or written by it only. last: and left alone from then on."""
+        if self._early:
+            with self._changed:
+                self._touch, self._touch_is_last = touch, last
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._touch is None or self.abandoned)
+                error, self._error = self._error, None
+            if error is not None:
+                raise error
         with self._pages:
             if self.abandoned:
                 raise Abandoned
-            yield
-        self.advance()
+            if not self._early:
+                touch()
+        self.advance(left_pages=last)
+
+    def leave_pages(self, patience_s: float) -> bool:
+        """Returns when the pages are left alone, having touched them here if the work is early; False: it was given
+        up."""
+        while self.wait_for(lambda: self.left_pages or self._touch is not None, patience_s):
+            touch = self._touch
+            if touch is None:
+                return True
+            try:
+                touch()
+            except BaseException as error:
+                self._error = error
+            self._touch = None
+            self.advance(left_pages=self._touch_is_last)
+        return False
 
     def abandon(self) -> bool:
         """Whether the pages will not be touched any more."""
         if not self._pages.acquire(blocking=False):
             return self.left_pages
-        self.abandoned = True
+        with self._changed:
+            self.abandoned = True
+            self._changed.notify_all()
         self._pages.release()
         return True
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -45,10 +45,16 @@ class Job(Generic[T]):
         """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
         return self._work.give_up(patience_s)
 
+    def abandon(self) -> bool:
+        """Gives the job up, unless it is at its pages this moment. True: it will leave them alone."""
+        return self._work.abandon()
+
     def pages_free(self, patience_s: float) -> bool:
         """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
-        progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too."""
-        return self._work.wait_for(lambda: self._work.left_pages, patience_s)
+        progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too.
+
+        The pages of a store that was asked for early are read in here."""
+        return self._work.leave_pages(patience_s)
 
     def layer_ready(self, layer: str, patience_s: float) -> bool:
         """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended.
@@ -92,16 +98,17 @@ class Transfer:
         wait by `Job.layer_ready`; then it is all chunks or none."""
         return self._submit(self._loads, self._load, chunks, owner, by_layer)
 
-    def store(self, chunks: Sequence[Chunk], owner: bytes) -> Job[int]:
+    def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and that have all their pages. The result: how many tokens were
-        handed to the store. `owner`: as of Store.put."""
-        return self._submit(self._stores, self._put, chunks, owner)
+        handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store is asked
+        already, and they are read by the thread that waits for `Job.pages_free`."""
+        return self._submit(self._stores, self._put, chunks, owner, early=early)
 
-    def _submit(self, lane: Lane, run: Callable[..., int], *arguments: Any) -> Job[int]:
+    def _submit(self, lane: Lane, run: Callable[..., int], *arguments: Any, early: bool = False) -> Job[int]:
         """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
-            return Job(lane.submit(lambda work: run(work, *arguments)), self.layout)
+            return Job(lane.submit(lambda work: run(work, *arguments), early), self.layout)
         before = torch.cuda.current_stream(device).record_event()
 
         def on_own_stream(work: Work) -> int:
@@ -110,17 +117,19 @@ class Transfer:
             with torch.cuda.stream(stream):
                 return run(work, *arguments)
 
-        return Job(lane.submit(on_own_stream), self.layout)
+        return Job(lane.submit(on_own_stream, early), self.layout)
 
-    @contextmanager
-    def _pages(self, work: Work) -> Iterator[None]:
-        """Pages are read or written in here only; the device is done with them at the end."""
-        with work.pages():
-            try:
-                yield
-            finally:
-                if self.layout.device.type != "cpu":
-                    torch.cuda.current_stream(self.layout.device).synchronize()
+    def _touch(self, work: Work, touch: Callable[[], T], last: bool = False) -> T:
+        """What `touch` returns, which alone reads or writes pages; the device is then done with them; last: for good."""
+        results: list[T] = []
+
+        def run() -> None:
+            results.append(touch())
+            if self.layout.device.type != "cpu":
+                torch.cuda.current_stream(self.layout.device).synchronize()
+
+        work.touch_pages(run, last)
+        return results[0]
 
     def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
         loaded = 0
@@ -164,8 +173,7 @@ class Transfer:
         on_device = [payload.to(device) for payload in payloads]
         sums = None if checksums is None else torch.tensor(checksums, device=device)
         pages = [chunk.pages for chunk in chunks]
-        with self._pages(work):
-            matched = ops.scatter_pages(self.layout, pages, on_device, checksums=sums)
+        matched = self._touch(work, lambda: ops.scatter_pages(self.layout, pages, on_device, checksums=sums))
         return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
 
     def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
@@ -177,8 +185,8 @@ class Transfer:
             pages = [chunk.pages for chunk in chunks]
             plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
             layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
-            with self._pages(work):
-                ops.scatter_pages(planes, pages, [part.to(self.layout.device) for part in layer])
+            on_device = [part.to(self.layout.device) for part in layer]
+            self._touch(work, partial(ops.scatter_pages, planes, pages, on_device))
             work.advance(planes=end)
             for i, (payload, size) in enumerate(zip(payloads, plane_bytes, strict=True)):
                 # Parts of a checksum begin at whole lanes.
@@ -216,20 +224,18 @@ class Transfer:
         reserved = [slot for slot in slots if slot]
         try:
             chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
-            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
+            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved], last)
         except BaseException:
             store.abandon(reserved)
             raise
-        work.advance(left_pages=last)
         store.publish(reserved, sums)
 
     def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> None:
         payloads = self._payloads(step, self._store_staging)
-        sums = self._gather(work, step, payloads)
-        work.advance(left_pages=last)
+        sums = self._gather(work, step, payloads, last)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
 
-    def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
+    def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], last: bool) -> list[int]:
         """Fills host memory with the chunks' payloads; their checksums."""
         device = self.layout.device
         tokens = None if self.layout.opaque else [chunk.tokens for chunk in chunks]
@@ -238,8 +244,8 @@ class Transfer:
         if device.type != "cpu":
             gathered = [torch.empty_like(payload, device=device) for payload in payloads]
         pages = [chunk.pages for chunk in chunks]
-        with self._pages(work):
-            ops.gather_pages(self.layout, pages, gathered, tokens=tokens, checksums=sums)
+        gather = partial(ops.gather_pages, self.layout, pages, gathered, tokens=tokens, checksums=sums)
+        self._touch(work, gather, last)
         if gathered is not payloads:
             for payload, source in zip(payloads, gathered, strict=True):
                 payload.copy_(source)

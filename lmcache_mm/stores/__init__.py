@@ -30,6 +30,11 @@ class Store(Protocol):
     A put that cannot be done (full, down, slow) is dropped and counted, never an exception.
     """
 
+    @property
+    def local(self) -> bool:
+        """Whether `contains` and `hold` look at memory of this host only, and so never wait."""
+        ...
+
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         """Which records could be read now. `peek`: this does not count as being asked for, which eviction looks at."""
         ...

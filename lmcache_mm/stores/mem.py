@@ -39,6 +39,8 @@ class _Record:
 class MemStore:
     """See `Store`. `capacity`: bytes of the buffer, a multiple of 64 of which is used."""
 
+    local = True
+
     def __init__(self, capacity: int) -> None:
         if capacity < ALIGNMENT:
             raise ValueError(f"capacity: expected at least {ALIGNMENT} bytes, got {capacity}")

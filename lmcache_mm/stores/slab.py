@@ -128,6 +128,7 @@ class SlabStore:
     each open asks for one close."""
 
     scheme: ClassVar[str]
+    local = True
 
     @classmethod
     def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
@@ -672,6 +673,7 @@ class FileStore(SlabStore):
     """
 
     scheme = "file"
+    local = False  # the index is a file
 
     def _open_slab(self) -> None:
         path = self.directory / "slab"

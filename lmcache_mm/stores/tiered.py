@@ -73,6 +73,10 @@ class TieredStore:
         self._writer.start()
         _open.add(self)
 
+    @property
+    def local(self) -> bool:
+        return all(tier.local for tier in self._tiers)
+
     def _ask(self, tier: int, otherwise: Any, method: str, *arguments: Any) -> Any:
         """What the tier's method returns; `otherwise` if it raises, or has done so a short while ago."""
         if time.monotonic() < self._down_until[tier]:

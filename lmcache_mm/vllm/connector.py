@@ -18,6 +18,7 @@ from lmcache_mm.vllm.api import (
     KVConnectorBase_V1,
     KVConnectorFactory,
     KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
     KVConnectorOutput,
     KVConnectorRole,
     KVConnectorTransferResults,
@@ -138,6 +139,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def get_handshake_metadata(self) -> Handshake:
         return Handshake(self._worker.fingerprint)
 
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._worker.prepare(self._step().saves)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self._worker.load(self._step().loads)
 
@@ -149,7 +154,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def wait_for_save(self) -> None:
         """No page is read any more when it returns, so that handle_preemptions has nothing to do."""
-        self._worker.save(self._step().saves)
+        self._worker.save()
 
     def _step(self) -> Metadata:
         metadata = self._get_connector_metadata()

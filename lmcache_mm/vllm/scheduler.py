@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from blake3 import blake3
 
@@ -37,22 +37,14 @@ AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, an
 logger = logging.getLogger("vllm.lmcache_mm")
 
 
-class _Identity(NamedTuple):
-    """What decides a request's KV beside its token ids and the engine."""
-
-    items: list[Item]
-    salt: str | None
-    lora: str | None
-    prompt_embeds: str | None
-
-
 @dataclass
 class _Request:
     request: Request
     loads: bool
     saves: bool
-    identity: Work | None = None  # its _Identity under way
-    tracker: RequestTracker | None = None  # without identity either: it is not cached
+    identifying: Work | None = None  # its tracker under way
+    tracker: RequestTracker | None = None  # if there is none and none under way, it is not cached
+    planned_until: int = 0  # tokens up to which saves are planned
     asked_at: float = 0.0  # when it was matched first
     counted: bool = False
     lookup: Work | None = None  # its next hit under way
@@ -103,7 +95,7 @@ class Scheduler:
         if self._namespace:
             self._make_namespace(f"after a reset {uuid.uuid4().hex}")
         for ours in self._requests.values():
-            ours.tracker = ours.identity = ours.lookup = None
+            ours.tracker = ours.identifying = ours.lookup = None
 
     def take_stats(self) -> Stats | None:
         return self.stats.take()
@@ -121,11 +113,13 @@ class Scheduler:
         wishes = (request.kv_transfer_params or {}).get("lmcache_mm", {})
         ours = _Request(request, bool(wishes.get("load", True)), bool(wishes.get("store", True)))
         self._requests[request.request_id] = ours
-        if ours.loads or ours.saves:
-            ours.identity = self._identifying.submit(lambda _: self._identify(request))
+        if (ours.loads or ours.saves) and self._namespace is not None:
+            namespace = self._namespace
+            ours.identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
 
-    def _identify(self, request: Request) -> _Identity | None:
-        """None if what decides its KV is not known. Runs beside the scheduler."""
+    def _identify(self, request: Request, namespace: Namespace) -> RequestTracker | None:
+        """The tracker of a request, which has the keys of its prompt then; None if what decides its KV is not known.
+        Runs beside the scheduler."""
         try:
             items = []
             for feature in request.mm_features:
@@ -141,29 +135,25 @@ class Scheduler:
         except (identity.Unknown, OSError) as error:
             logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
             return None
-        return _Identity(items, request.cache_salt or None, lora, embeds)
+        salt = request.cache_salt or None
+        whole = 1 if self._options.opaque_tails else self._unit
+        prompt_tokens = request.num_prompt_tokens
+        root = namespace.root(salt, lora, embeds)
+        tracker = RequestTracker(items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole)
+        tracker.records(request.all_token_ids, prompt_tokens)
+        return tracker
 
     def _tracker(self, ours: _Request) -> RequestTracker | None:
         """None if the request is not cached, or not known yet."""
-        if ours.identity is not None and ours.identity.future.done() and self._namespace is not None:
-            known: _Identity | None = ours.identity.future.result()
-            ours.identity = None
-            if known is not None:
-                ours.tracker = RequestTracker(
-                    known.items,
-                    self._namespace.root(known.salt, known.lora, known.prompt_embeds),
-                    owner_of(known.salt),
-                    ours.request.num_prompt_tokens,
-                    self._chunk_tokens,
-                    1 if self._options.opaque_tails else self._unit,
-                )
+        if ours.identifying is not None and ours.identifying.future.done():
+            ours.tracker, ours.identifying = ours.identifying.future.result(), None
         return ours.tracker
 
     def drop(self, request: Request) -> None:
         """A load that is under way stays: until workers report it vLLM keeps the pages."""
         ours = self._requests.pop(request.request_id, None)
-        if ours and ours.identity:
-            ours.identity.abandon()
+        if ours and ours.identifying:
+            ours.identifying.abandon()
         self._failed.discard(request.request_id)
 
     # --- Matching
@@ -175,33 +165,44 @@ class Scheduler:
         if ours is None or not ours.loads or request.request_id in self._failed:
             return 0, False
         ours.asked_at = ours.asked_at or time.monotonic()
-        if ours.identity is not None and not ours.identity.future.done():
-            return self._later(ours, self._identifying)
+        if ours.identifying is not None and not ours.identifying.future.done():
+            wait([ours.identifying.future], AT_ONCE_S)
         tracker = self._tracker(ours)
+        if ours.identifying is not None:
+            return self._later(ours, self._identifying)
         if tracker is None:
             return 0, False
-        if ours.lookup is None:
-            records = self._loadable(request, tracker)
-            ours.lookup = self._lookups.submit(lambda _: self._longest(records))
-        wait([ours.lookup.future], AT_ONCE_S)
-        if not ours.lookup.future.done():
+        found = self._found(ours, tracker)
+        if found is None:
             return self._later(ours, self._lookups)
-        ours.hit, ours.lookup, ours.local_tokens = self._result(ours.lookup), None, local_tokens
+        ours.hit, ours.local_tokens = found, local_tokens
         if not ours.counted:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
         new = (ours.hit[-1].end if ours.hit else 0) - local_tokens
         return max(0, new), new > 0 and self._options.load == "async"
 
-    def _result(self, lookup: Work) -> list[Record]:
-        """Nothing if the store failed."""
+    def _found(self, ours: _Request, tracker: RequestTracker) -> list[Record] | None:
+        """What the store has of the request; None if it has not told yet."""
+        if ours.lookup is None:
+            records = self._loadable(ours.request, tracker)
+            if self._store.local:
+                return self._look_up(records)
+            ours.lookup = self._lookups.submit(lambda _: self._look_up(records))
+        wait([ours.lookup.future], AT_ONCE_S)
+        if not ours.lookup.future.done():
+            return None
+        found: list[Record] = ours.lookup.future.result()
+        ours.lookup = None
+        return found
+
+    def _look_up(self, records: list[Record]) -> list[Record]:
         try:
-            found: list[Record] = lookup.future.result()
+            return self._longest(records)
         except Exception:
             logger.exception("%s: a store could not be asked", NAME)
             self.stats.add(failed_lookups=1)
             return []
-        return found
 
     def _later(self, ours: _Request, lane: Lane) -> tuple[int | None, bool]:
         """Ask again, unless the request has waited for too long, or waits for what does not move."""
@@ -294,6 +295,9 @@ class Scheduler:
             until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
             if not self._options.store_generated:
                 until = min(until, request.num_prompt_tokens)
+            if until <= ours.planned_until:
+                continue
+            ours.planned_until = until
             records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
             block_ids = blocks.get_block_ids(request_id)
             if not records or block_ids is None:
@@ -336,6 +340,7 @@ class Scheduler:
             if request_id in failed and ours is not None:
                 self._failed.add(request_id)
                 self.stats.add(failed_loads=1)
+                ours.planned_until = 0
                 if ours.tracker:
                     ours.tracker.stored_tokens = 0
 

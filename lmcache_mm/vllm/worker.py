@@ -31,6 +31,7 @@ class Part(NamedTuple):
 
 
 Loading = tuple[Load, list[Part]]
+Saving = tuple[Save, list[Job[int]]]
 
 
 class Worker:
@@ -53,7 +54,8 @@ class Worker:
         self._in_step: list[Loading] = []  # those that this step waits for
         self._failed_now: set[str] = set()  # requests whose load of this step failed
         self._bad_pages: set[int] = set()
-        self._saving: list[tuple[Save, list[Job[int]]]] = []
+        self._prepared: list[Saving] = []  # of this step
+        self._saving: list[Saving] = []  # whose pages are read
         self._news = WorkerMetadata()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -79,8 +81,7 @@ class Worker:
             chunks = []
             for one in records:
                 if one.group == g:
-                    pages = torch.tensor(one.pages, dtype=torch.int64)
-                    pages[pages == NULL_BLOCK] = -1
+                    pages = torch.tensor([-1 if page == NULL_BLOCK else page for page in one.pages])
                     chunks.append(Chunk(record_key(one.key, g, self._rank), pages, one.tokens))
             if chunks:
                 yield transfer, chunks
@@ -150,22 +151,33 @@ class Worker:
 
     # --- Saves
 
-    def save(self, saves: list[Save]) -> None:
+    def prepare(self, saves: list[Save]) -> None:
+        """Before the step computes what is to be saved: stores find room for it meanwhile."""
+        for save in saves:
+            jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
+            self._prepared.append((save, jobs))
+
+    def save(self) -> None:
         """Returns when the pages are read: they may be overwritten in the next step. What was read goes on to the store
         behind the engine's back."""
         self._end_loads_of_step()
-        for save in saves:
-            if save.request_id in self._failed_now:
+        patience_s = min(SAVE_S, self._options.timeout_s)
+        failed = [one for one in self._prepared if one[0].request_id in self._failed_now]
+        for _, jobs in failed:
+            for job in jobs:
+                job.abandon()
+        for one in self._prepared:
+            save, jobs = one
+            if one in failed:
                 self._saved(save, stored=False)
                 continue
-            jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
-            patience_s = min(SAVE_S, self._options.timeout_s)
             if all([job.pages_free(patience_s) for job in jobs]):
-                self._saving.append((save, jobs))
+                self._saving.append(one)
             else:
                 logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, patience_s)
                 self.stats.add(failed_stores=1)
                 self._saved(save, stored=False)
+        self._prepared = []
         self._failed_now = set()
         self._see_saves()
 
@@ -207,5 +219,8 @@ class Worker:
         return self.stats.take()
 
     def take_news(self) -> WorkerMetadata | None:
-        news, self._news = self._news, WorkerMetadata()
-        return news if news != WorkerMetadata() else None
+        news = self._news
+        if not (news.fingerprints or news.loaded or news.saves):
+            return None
+        self._news = WorkerMetadata()
+        return news

@@ -16,7 +16,9 @@ SLOTS = ("lend", "reserve", "view", "publish", "release", "discard", "abandon", 
 
 
 class _Store:
-    """A store, but for what a subclass does otherwise; none whose slots can be used in place."""
+    """A store, but for what a subclass does otherwise; a distant one, none whose slots can be used in place."""
+
+    local = False
 
     def __init__(self, store: Any) -> None:
         self.store = store

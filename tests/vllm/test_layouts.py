@@ -84,7 +84,8 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
         def records(of: list[int], g: int = g, keys: list[bytes] = keys) -> list[Any]:
             return [messages.RecordPages(g, keys[0], of[:2], 64), messages.RecordPages(g, keys[1], of[2:], 32)]
 
-        worker.save([messages.Save("a", b"", records(pages))])
+        worker.prepare([messages.Save("a", b"", records(pages))])
+        worker.save()
         memory.fill_(POISON)  # while the store goes on with what it has read
         while not (news := worker.take_news()) or not news.saves:
             worker.take_stats()
