@@ -99,9 +99,9 @@ class Transfer:
         return self._submit(self._loads, self._load, chunks, owner, by_layer)
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False) -> Job[int]:
-        """Gathers the chunks that the store lacks and that have all their pages. The result: how many tokens were
-        handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store is asked
-        already, and they are read by the thread that waits for `Job.pages_free`."""
+        """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
+        tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
+        is asked already, and they are read by the thread that waits for `Job.pages_free`."""
         return self._submit(self._stores, self._put, chunks, owner, early=early)
 
     def _submit(self, lane: Lane, run: Callable[..., int], *arguments: Any, early: bool = False) -> Job[int]:
@@ -120,7 +120,7 @@ class Transfer:
         return Job(lane.submit(on_own_stream, early), self.layout)
 
     def _touch(self, work: Work, touch: Callable[[], T], last: bool = False) -> T:
-        """What `touch` returns, which alone reads or writes pages; the device is then done with them; last: for good."""
+        """What `touch` returns: it alone reads or writes pages. The device is done with them then; last: for good."""
         results: list[T] = []
 
         def run() -> None:
@@ -209,31 +209,35 @@ class Transfer:
         return whole
 
     def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes) -> int:
-        present = self._store.contains([chunk.key for chunk in chunks])
-        missing = [c for c, there in zip(chunks, present, strict=True) if not there and -1 not in c.pages]
-        steps = list(self._steps(missing))
-        for i, step in enumerate(steps, 1):
-            store = self._store_slots if self._in_place else self._store_staged
-            store(work, step, owner, i == len(steps))
-        return sum(chunk.tokens for chunk in missing)
+        whole = [chunk for chunk in chunks if -1 not in chunk.pages]
+        if not self._in_place:
+            present = self._store.contains([chunk.key for chunk in whole])
+            whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
+        steps = list(self._steps(whole))
+        store = self._store_slots if self._in_place else self._store_staged
+        return sum(store(work, step, owner, i == len(steps)) for i, step in enumerate(steps, 1))
 
-    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> None:
-        """Gathers straight into slots of the store."""
+    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> int:
+        """Gathers straight into slots of the store; of how many tokens."""
         store = cast(SlotStore, self._store)
         slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
         reserved = [slot for slot in slots if slot]
+        chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
+        if not chunks:
+            return 0
         try:
-            chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
             sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved], last)
         except BaseException:
             store.abandon(reserved)
             raise
         store.publish(reserved, sums)
+        return sum(chunk.tokens for chunk in chunks)
 
-    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> None:
+    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> int:
         payloads = self._payloads(step, self._store_staging)
         sums = self._gather(work, step, payloads, last)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
+        return sum(chunk.tokens for chunk in step)
 
     def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], last: bool) -> list[int]:
         """Fills host memory with the chunks' payloads; their checksums."""

@@ -78,13 +78,18 @@ class Worker:
     def _chunks(self, records: Sequence[RecordPages]) -> Iterator[tuple[Transfer, list[Chunk]]]:
         """Of every group that has some of the records, in its layout."""
         for g, transfer in enumerate(self._transfers):
-            chunks = []
-            for one in records:
-                if one.group == g:
-                    pages = torch.tensor([-1 if page == NULL_BLOCK else page for page in one.pages])
-                    chunks.append(Chunk(record_key(one.key, g, self._rank), pages, one.tokens))
-            if chunks:
-                yield transfer, chunks
+            of_group = [one for one in records if one.group == g]
+            if not of_group:
+                continue
+            pages = torch.tensor([-1 if page == NULL_BLOCK else page for one in of_group for page in one.pages])
+            parts = pages.split([len(one.pages) for one in of_group])
+            yield (
+                transfer,
+                [
+                    Chunk(record_key(one.key, g, self._rank), part, one.tokens)
+                    for one, part in zip(of_group, parts, strict=True)
+                ],
+            )
 
     # --- Loads
 
