@@ -69,9 +69,9 @@ def make(store):
     """Transfers over the store, of which some methods hang until the gate opens."""
     made = []
 
-    def transfer(kv, *shut):
+    def transfer(kv, *shut, largest=1 << 16):
         gate = Gate(store, shut)
-        made.append((gate, Transfer(layout_of(kv), gate, 1 << 16)))
+        made.append((gate, Transfer(layout_of(kv), gate, largest)))
         return gate, made[-1][1]
 
     yield transfer
@@ -227,6 +227,65 @@ def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, stor
     assert job.wait(10) == 12
     assert transfer.load(chunks, b"").wait() == 1
     assert torch.equal(kv[:, [3, 1, 7]], want[:, [3, 1, 7]])
+
+
+def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, monkeypatch):
+    """By the thread that waits; several steps, one after the other."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+    readers = []
+    gather = lmc.ops.gather_pages
+
+    def seen(*arguments, **more):
+        readers.append(threading.current_thread())
+        return gather(*arguments, **more)
+
+    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", seen)
+    kv = layers()
+    kv.zero_()
+    _, transfer = make(kv, largest=1)
+    chunks = chunks_of([3, 1, 7], [0], [11, 2])
+    job = transfer.store(chunks, b"", early=True)
+    time.sleep(0.05)
+    assert not readers
+    kv.copy_(layers(seed=1))  # computed meanwhile
+    want = kv.clone()
+    assert job.pages_free(10)
+    assert readers == [threading.current_thread()] * 3
+    kv.zero_()
+    assert job.wait(10) == 24
+    assert transfer.load(chunks, b"").wait() == 3
+    for chunk in chunks:
+        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+
+
+def test_an_early_store_given_up_leaves_nothing_behind(make, store):
+    kv = layers()
+    _, transfer = make(kv)
+    job = transfer.store(chunks_of([3, 1, 7]), b"", early=True)
+    time.sleep(0.05)
+    assert job.abandon()
+    with pytest.raises(Abandoned):
+        job.wait(10)
+    assert store.stats()["records"] == 0
+    assert store.stats().get("pending", 0) == 0
+    assert transfer.store(chunks_of([3, 1, 7]), b"").wait(10) == 12
+
+
+def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
+    kv = layers()
+    _, transfer = make(kv)
+
+    def fails(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", fails)
+    for early in (False, True):
+        job = transfer.store(chunks_of([3, 1, 7]), b"", early=early)
+        assert job.pages_free(10)
+        with pytest.raises(MemoryError, match="no room"):
+            job.wait(10)
+    assert store.stats()["records"] == 0
 
 
 def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
