@@ -27,7 +27,7 @@ test: $(VENV)/built $(VENV)/vllm
 soak: $(VENV)/built
 	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k killed -s $(ARGS)
 
-bench: $(VENV)/built
+bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/machine_code.py
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-json=$(RESULTS) \
 	  --benchmark-columns=median,iqr,rounds --benchmark-group-by=func $(ARGS)

@@ -129,7 +129,10 @@ def test_time_inside_connector_calls(benchmark, engine, kind):
     benchmark.pedantic(step, setup=prepare, rounds=100 if kind == "prefill" else 500, warmup_rounds=5)
     shares = np.array(spent[5:]) / np.array(took[5:])
     benchmark.extra_info.update(
-        steps_of=kind,
+        steps_of={
+            "prefill": f"a prompt of {PROMPT_TOKENS:,} tokens computed and stored",
+            "decode": f"a token of each of {REQUESTS} requests",
+        }[kind],
         connector_s=float(np.median(spent[5:])),
         connector_p99_s=float(np.quantile(spent[5:], 0.99)),
         share=float(np.median(shares)),

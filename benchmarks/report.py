@@ -99,12 +99,23 @@ def stores(benchmarks: list[dict[str, Any]]) -> str:
     return table(["stores, records of 7 MiB", "median", ""], rows)
 
 
+def vllm(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "steps_of" in facts:
+            times = [seconds(median), *(f"{seconds(facts[name])}" for name in ("connector_s", "connector_p99_s"))]
+            rows.append([facts["steps_of"], *times, f"{facts['share']:.1%}", f"{facts['share_p99']:.1%}"])
+    headings = ["vLLM 0.32, tiny model, steps", "step", "inside connector calls", "p99", "share of its step", "p99"]
+    return table(headings, rows) if rows else ""
+
+
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
     machine = results["machine_info"]["lmcache_mm"]
     place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
     heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores)]
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm)]
     gpu = "**GPU: not measured yet.**\n" if machine["gpu"] is None else ""
     return "\n".join(part for part in (heading, *parts, gpu) if part)
 

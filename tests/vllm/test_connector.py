@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -380,3 +381,23 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_sto
         server.send_signal(signal.SIGTERM)
         server.wait(60)
         log.close()
+
+
+def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE.parent.parent / "docs" / "vllm.md").read_text(), re.DOTALL)
+    code = code.replace("shm:///vllm", shared_store).replace("tiny-qwen2-vl", str(folder / "vlm"))
+    (tmp_path / "example.py").write_text(code)
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    for again in (False, True):
+        done = subprocess.run(
+            [sys.executable, tmp_path / "example.py"],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=300,
+            env=environment,
+        )
+        reused = [int(n) for n in re.findall(r"(\d+) of \d+ tokens reused", done.stdout)]
+        assert len(reused) == 3
+        assert min(reused[1:]) >= 1024  # the picture's tokens
+        assert (reused[0] >= 1024) == again
