@@ -2,6 +2,7 @@
 // on a stream and never waits for the device.
 #pragma once
 
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -126,6 +127,51 @@ void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunk
 // piece cannot be. Unregister what was registered before it is unmapped, and when no transfer uses it.
 void register_host(int device, void* address, u64 bytes, u64 piece_bytes);
 void unregister_host(int device, void* address, u64 bytes, u64 piece_bytes);
+
+// Copies of chunks between a GPU's pages and pinned host memory, through a ring of buffers in device memory: kernels
+// gather (or scatter) one buffer while a DMA empties (or fills) another, one DMA a chunk. On streams of its own,
+// ordered by events; nothing waits for the device but what says so. One thread at a time; one object a direction, so
+// that both are under way at once.
+class Staging {
+ public:
+  // A transfer under way. Its destructor waits for it.
+  class Job {
+   public:
+    ~Job();
+    // What `stream` is given from now on comes behind the last access to pages.
+    void order(void* stream) const;
+    bool finished() const;
+    // Waits. For a store the payloads' checksums, for a load whether each payload had the checksum that was expected.
+    std::vector<u64> wait();
+
+   private:
+    friend class Staging;
+    struct State;
+    explicit Job(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+  };
+
+  // ring: device memory of `buffers` (at least 2) times buffer_bytes (a multiple of 256), the object's for as long as
+  // it lives.
+  Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers);
+  ~Staging();
+
+  // What buffer_bytes has to be at least for chunks of so many pages.
+  static u64 least_buffer_bytes(const PagedCache& cache, u64 pages);
+
+  // Page mode, ids outside the cache count as not there. Chunk::ids: host memory, copied before return; Chunk::payload:
+  // pinned host memory, which is the job's until it is finished. Pages are accessed behind all that `behind` (a
+  // cudaStream_t of the device) holds now. Throws std::invalid_argument for a chunk that does not fit into a buffer;
+  // after an exception nothing is under way.
+  std::unique_ptr<Job> store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* behind);
+  std::unique_ptr<Job> load(const PagedCache& cache, const std::vector<Chunk>& chunks, const std::vector<u64>& expected,
+                            void* behind);
+
+ private:
+  class Verdicts;
+  struct State;
+  std::unique_ptr<State> state_;
+};
 
 // How many GPUs there are; 0, with `why` set, when there is no driver or it is too old for this build.
 int device_count(std::string& why);

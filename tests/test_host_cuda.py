@@ -375,7 +375,8 @@ def blake3_cases() -> Iterator[Case]:
 CXX = os.environ.get("CXX", "g++")
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-KERNEL_FILES = ["prefix_keys.cu", "page_copy.cu"]
+# Each driver with the files of csrc/ that it runs.
+DRIVERS = {"driver.cpp": ["prefix_keys.cu", "page_copy.cu"], "transfer_driver.cpp": ["page_copy.cu", "transfer.cu"]}
 
 
 def run(command: Sequence[object], timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -428,19 +429,19 @@ class Builds:
             self._done.add(out)
         return out
 
-    def driver(self, sanitizer: str) -> Path:
-        kernels = [REPO / "csrc" / name for name in KERNEL_FILES]
-        return self._program("driver", sanitizer, [HOST_CUDA / "driver.cpp", *kernels])
+    def driver(self, sanitizer: str, name: str = "driver.cpp") -> Path:
+        return self._program(name, sanitizer, [HOST_CUDA / name, *(REPO / "csrc" / file for file in DRIVERS[name])])
 
     def selftest(self, sanitizer: str) -> Path:
         return self._program("selftest", sanitizer, [HOST_CUDA / "selftest.cu", REPO / "csrc" / "host_memory.cu"])
 
-    def mutants(self, sanitizer: str) -> Path:
+    def mutants(self, sanitizer: str, name: str) -> Path:
         csrc = self.folder / "mutants"
         if csrc not in self._done:
             write_mutants(csrc)
             self._done.add(csrc)
-        return self._program("mutants", sanitizer, [HOST_CUDA / "driver.cpp", *(csrc / name for name in KERNEL_FILES)])
+        files = [csrc / file for file in DRIVERS[name]]
+        return self._program(f"mutants_{name}", sanitizer, [HOST_CUDA / name, *files])
 
 
 @pytest.fixture(scope="module")
@@ -486,13 +487,24 @@ def test_every_cuda_error_is_thrown_and_leaves_nothing_behind(builds: Builds):
     drive(builds, "asan", "--api-failures", "--schedules", 3)
 
 
-def test_the_driver_builds_for_a_gpu(tmp_path: Path):
+@pytest.mark.parametrize("sanitizer, schedules", [("asan", 200), ("tsan", 40)])
+def test_transfers_move_every_byte_in_any_order_of_events(builds: Builds, sanitizer: str, schedules: int):
+    done = run([builds.driver(sanitizer, "transfer_driver.cpp"), "--schedules", schedules])
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert f"{schedules} schedules, 0 failures" in done.stdout
+
+
+def test_every_cuda_error_of_a_transfer_leaves_nothing_under_way(builds: Builds):
+    done = run([builds.driver("asan", "transfer_driver.cpp"), "--api-failures", "--schedules", 12])
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_driver_builds_for_a_gpu(tmp_path: Path, driver: str):
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    must_run(
-        [nvcc, "-std=c++17", "-x", "cu", f"-I{REPO / 'csrc'}", "-c", HOST_CUDA / "driver.cpp", "-o", tmp_path / "o"]
-    )
+    must_run([nvcc, "-std=c++17", "-x", "cu", f"-I{REPO / 'csrc'}", "-c", HOST_CUDA / driver, "-o", tmp_path / "o"])
 
 
 # --- The stand-in itself
@@ -580,11 +592,24 @@ class Mutation:
     within: str = ""  # text that is in the file once and contains `original`, where that is there more often
     args: tuple[str, ...] = ()  # of the driver
 
+    @property
+    def driver(self) -> str:
+        return "transfer_driver.cpp" if self.file == TRANSFER else "driver.cpp"
+
 
 WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
 LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
 NO_CHUNKS = "if (chunks.empty()) return;\n  const DeviceGuard guard(op, where.device);"
 KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
+TRANSFER = "transfer.cu"
+STORE_ENDS = """LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.copies));"""
+LOAD_ENDS = STORE_ENDS.replace("copies", "kernels")
+
+
+def call(text: str) -> str:
+    return f"LMC_CUDA_CHECK(op, {text});"
+
 
 # Not among them, for nothing but time depends on it: looking at items.reach before an item, `first >= count` in
 # overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, no table, or no
@@ -710,6 +735,73 @@ MUTATIONS = [
         "lock(mutex_)",
         args=("--threads", "2"),
     ),
+    # Transfers
+    Mutation(
+        TRANSFER,
+        "what the caller's stream holds",
+        call("cudaEventRecord(behind, static_cast<cudaStream_t>(stream))"),
+        "",
+    ),
+    Mutation(TRANSFER, "coming behind the caller's stream", call("cudaStreamWaitEvent(kernels, behind)"), ""),
+    Mutation(
+        TRANSFER,
+        "a buffer's payloads at the host before the next gather",
+        call("cudaStreamWaitEvent(s.kernels, s.free[b])"),
+        "",
+    ),
+    Mutation(TRANSFER, "that a buffer is gathered", call("cudaEventRecord(s.filled[b], s.kernels)"), ""),
+    Mutation(TRANSFER, "a gather before its copy", call("cudaStreamWaitEvent(s.copies, s.filled[b])"), ""),
+    Mutation(TRANSFER, "that a buffer's payloads are at the host", call("cudaEventRecord(s.free[b], s.copies)"), ""),
+    Mutation(
+        TRANSFER, "that a store has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), "", STORE_ENDS
+    ),
+    Mutation(TRANSFER, "that a store is finished", call("cudaEventRecord(j.finished, s.copies)"), ""),
+    Mutation(
+        TRANSFER, "a scatter before its buffer's next payloads", call("cudaStreamWaitEvent(s.copies, s.free[b])"), ""
+    ),
+    Mutation(TRANSFER, "that payloads are in a buffer", call("cudaEventRecord(s.filled[b], s.copies)"), ""),
+    Mutation(TRANSFER, "payloads before their scatter", call("cudaStreamWaitEvent(s.kernels, s.filled[b])"), ""),
+    Mutation(TRANSFER, "that a buffer is scattered", call("cudaEventRecord(s.free[b], s.kernels)"), ""),
+    Mutation(
+        TRANSFER, "that a load has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), "", LOAD_ENDS
+    ),
+    Mutation(TRANSFER, "that a load is finished", call("cudaEventRecord(j.finished, s.kernels)"), ""),
+    Mutation(
+        TRANSFER,
+        "the caller's stream behind the pages",
+        "LMC_CUDA_CHECK(state_->op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), state_->left_pages));",
+        "",
+    ),
+    Mutation(TRANSFER, "asking whether a job is finished", "cudaEventQuery(state_->finished)", "cudaSuccess"),
+    Mutation(
+        TRANSFER,
+        "clearing what a query leaves behind",
+        "cudaGetLastError()",
+        "cudaSuccess",
+        "cudaGetLastError();\n  return false;",
+    ),
+    Mutation(TRANSFER, "waiting for a job", "LMC_CUDA_CHECK(state_->op, cudaEventSynchronize(state_->finished));", ""),
+    Mutation(
+        TRANSFER, "waiting for a job that nobody waits for", "quietly(cudaEventSynchronize(state_->finished));", ""
+    ),
+    Mutation(TRANSFER, "stores that outlive their ring", "quietly(cudaStreamSynchronize(state_->copies));", ""),
+    Mutation(TRANSFER, "loads that outlive their ring", "quietly(cudaStreamSynchronize(state_->kernels));", ""),
+    Mutation(
+        TRANSFER,
+        "copies under way at an error",
+        "quietly(cudaStreamSynchronize(copies));",
+        "",
+        args=("--api-failures",),
+    ),
+    Mutation(
+        TRANSFER,
+        "kernels under way at an error",
+        "quietly(cudaStreamSynchronize(kernels));",
+        "",
+        args=("--api-failures",),
+    ),
+    Mutation(TRANSFER, "the end of a buffer", "step.bytes <= buffer_bytes", "true"),
+    Mutation(TRANSFER, "refusing what does not fit", "steps.back().bytes > buffer_bytes", "false"),
 ]
 
 
@@ -763,19 +855,27 @@ def test_every_barrier_shuffle_atomic_access_and_event_has_a_mutation():
 @pytest.fixture(scope="module")
 def verdicts(builds: Builds) -> list[str | None]:
     """For each mutation what misses the thing that it takes away, None if nothing does; first, the same of none."""
-    programs = {sanitizer: builds.mutants(sanitizer) for sanitizer in SANITIZERS}
+    programs = {(name, sanitizer): builds.mutants(sanitizer, name) for name in DRIVERS for sanitizer in SANITIZERS}
 
-    def verdict(number: int) -> str | None:
+    def verdict(driver: str, number: int) -> str | None:
         args = MUTATIONS[number - 1].args if number else ()
-        for sanitizer, program in programs.items():
-            options = [*args, "--schedules", 3, "--fail-fast", "--watchdog", 5]
-            done = run([program, builds.cases[sanitizer], *options], LMC_MUTANT=str(number))
+        for sanitizer in SANITIZERS:
+            cases = [builds.cases[sanitizer]] if driver == "driver.cpp" else []
+            options = [*args, "--schedules", 3 if cases else 12, "--fail-fast", "--watchdog", 5]
+            done = run([programs[driver, sanitizer], *cases, *options], LMC_MUTANT=str(number))
             if done.returncode:
                 return f"{sanitizer}: {done.stdout[:2000]}"
         return None
 
+    def verdict_of(number: int) -> str | None:
+        return (
+            verdict(MUTATIONS[number - 1].driver, number)
+            if number
+            else " ".join(found for found in (verdict(driver, 0) for driver in DRIVERS) if found) or None
+        )
+
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(verdict, range(len(MUTATIONS) + 1)))
+        return list(pool.map(verdict_of, range(len(MUTATIONS) + 1)))
 
 
 def test_nothing_is_missed_where_nothing_is_taken_away(verdicts: list[str | None]):

@@ -1,0 +1,317 @@
+// Transfers between the pages of a GPU and pinned host memory: a ring of buffers in device memory, filled by kernels
+// and emptied by the copy engine, or the other way round.
+//
+// A store, step by step, `>` for an event that one stream waits for:
+//   kernels:  [behind] > [free b] > gather into b, record filled b ... record left_pages
+//   copies:   [filled b] > payloads and checksums to the host, record free b ... record finished
+// A load:
+//   copies:   [free b] > payloads to b, record filled b
+//   kernels:  [behind] > [filled b] > scatter from b, verdicts to the host, record free b ... record left_pages,
+//   finished
+#include <mutex>
+#include <utility>
+
+#include "error.h"
+#include "ops.h"
+#include "upload.h"
+
+namespace lmc::cuda {
+namespace {
+
+constexpr u64 kAlignment = 256;
+
+u64 align(u64 bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// For destructors, whose errors nobody can be told.
+void quietly(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+}
+
+cudaEvent_t new_event(const char* op) {
+  cudaEvent_t event = nullptr;
+  LMC_CUDA_CHECK(op, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return event;
+}
+
+// Chunks that share one buffer, and where in it each part lies.
+struct Step {
+  std::size_t first;  // of the call's chunks
+  std::vector<Chunk> chunks;
+  u64 sums_at, matches_at;  // u64 and bool, one a chunk
+  std::vector<u64> payloads_at;
+  u64 bytes;
+};
+
+Step place(const PagedCache& cache, std::size_t first, std::vector<Chunk> chunks) {
+  Step step{first, std::move(chunks), 0, 0, {}, 0};
+  step.sums_at = align(copy_workspace_bytes(cache, step.chunks, true));  // the workspace is at 0
+  step.matches_at = align(step.sums_at + 8 * step.chunks.size());
+  step.bytes = align(step.matches_at + step.chunks.size());
+  for (const Chunk& chunk : step.chunks) {
+    step.payloads_at.push_back(step.bytes);
+    step.bytes = align(step.bytes + cache.payload_bytes(Mode::kPage, chunk));
+  }
+  return step;
+}
+
+std::vector<Step> steps_of(const char* op, const PagedCache& cache, const std::vector<Chunk>& chunks,
+                           u64 buffer_bytes) {
+  std::vector<Step> steps;
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    if (!steps.empty()) {
+      std::vector<Chunk> longer = steps.back().chunks;
+      longer.push_back(chunks[i]);
+      Step step = place(cache, steps.back().first, std::move(longer));
+      if (step.bytes <= buffer_bytes) {
+        steps.back() = std::move(step);
+        continue;
+      }
+    }
+    steps.push_back(place(cache, i, {chunks[i]}));
+    if (steps.back().bytes > buffer_bytes)
+      throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(i) + " needs a buffer of " +
+                                  std::to_string(steps.back().bytes) + " bytes, and those of the ring have " +
+                                  std::to_string(buffer_bytes));
+  }
+  return steps;
+}
+
+}  // namespace
+
+// Pinned memory for the verdicts of jobs, which outlives them: to allocate and free it may wait for the device.
+class Staging::Verdicts {
+ public:
+  struct Block {
+    u64* host;
+    std::size_t capacity;
+  };
+
+  ~Verdicts() {
+    for (const Block& block : spare_) quietly(cudaFreeHost(block.host));
+  }
+  Block take(const char* op, std::size_t count) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (Block& block : spare_)
+        if (block.capacity >= count) {
+          std::swap(block, spare_.back());
+          const Block taken = spare_.back();
+          spare_.pop_back();
+          return taken;
+        }
+    }
+    std::size_t capacity = 64;
+    while (capacity < count) capacity *= 2;
+    void* host = nullptr;
+    LMC_CUDA_CHECK(op, cudaHostAlloc(&host, 8 * capacity, cudaHostAllocPortable));
+    return {static_cast<u64*>(host), capacity};
+  }
+  void give_back(const Block& block) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    spare_.push_back(block);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<Block> spare_;
+};
+
+struct Staging::Job::State {
+  const char* op;
+  int device;
+  std::size_t count;
+  bool is_load;
+  std::shared_ptr<Verdicts> verdicts;
+  Verdicts::Block block{};  // checksums, or bools one after the other
+  cudaEvent_t left_pages = nullptr, finished = nullptr;
+  bool under_way = false;
+  std::vector<u64> results;
+
+  void allocate() {
+    left_pages = new_event(op);
+    finished = new_event(op);
+    block = verdicts->take(op, count);
+  }
+  ~State() {
+    if (left_pages) quietly(cudaEventDestroy(left_pages));
+    if (finished) quietly(cudaEventDestroy(finished));
+    if (block.host) verdicts->give_back(block);
+  }
+};
+
+Staging::Job::Job(std::unique_ptr<State> state) : state_(std::move(state)) {}
+
+Staging::Job::~Job() {
+  if (state_->under_way) quietly(cudaEventSynchronize(state_->finished));
+}
+
+void Staging::Job::order(void* stream) const {
+  const DeviceGuard guard(state_->op, state_->device);
+  LMC_CUDA_CHECK(state_->op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), state_->left_pages));
+}
+
+bool Staging::Job::finished() const {
+  const cudaError_t state = cudaEventQuery(state_->finished);
+  if (state != cudaErrorNotReady) {
+    LMC_CUDA_CHECK(state_->op, state);
+    return true;
+  }
+  cudaGetLastError();
+  return false;
+}
+
+std::vector<u64> Staging::Job::wait() {
+  if (!state_->under_way) return state_->results;
+  LMC_CUDA_CHECK(state_->op, cudaEventSynchronize(state_->finished));
+  state_->under_way = false;
+  for (std::size_t i = 0; i < state_->count; ++i)
+    state_->results.push_back(state_->is_load ? reinterpret_cast<const u8*>(state_->block.host)[i]
+                                              : state_->block.host[i]);
+  return state_->results;
+}
+
+struct Staging::State {
+  int device;
+  u8* ring;
+  u64 buffer_bytes;
+  u32 buffers;
+  std::shared_ptr<Verdicts> verdicts = std::make_shared<Verdicts>();
+  cudaStream_t kernels = nullptr, copies = nullptr;
+  cudaEvent_t behind = nullptr;
+  std::vector<cudaEvent_t> filled, free;  // of each buffer
+  u32 next = 0;
+
+  ~State() {
+    for (const cudaEvent_t event : filled) quietly(cudaEventDestroy(event));
+    for (const cudaEvent_t event : free) quietly(cudaEventDestroy(event));
+    if (behind) quietly(cudaEventDestroy(behind));
+    if (kernels) quietly(cudaStreamDestroy(kernels));
+    if (copies) quietly(cudaStreamDestroy(copies));
+  }
+
+  // The step's chunks with their payloads in a buffer.
+  std::vector<Chunk> in_buffer(const Step& step, u8* buffer) const {
+    std::vector<Chunk> chunks = step.chunks;
+    for (std::size_t i = 0; i < chunks.size(); ++i) chunks[i].payload = buffer + step.payloads_at[i];
+    return chunks;
+  }
+
+  // Kernels come behind what the caller's stream holds now.
+  void begin(const char* op, void* stream) {
+    LMC_CUDA_CHECK(op, cudaEventRecord(behind, static_cast<cudaStream_t>(stream)));
+    LMC_CUDA_CHECK(op, cudaStreamWaitEvent(kernels, behind));
+  }
+
+  std::unique_ptr<Job> new_job(const char* op, std::size_t count, bool is_load) const {
+    auto job = std::make_unique<Job::State>(Job::State{op, device, count, is_load, verdicts});
+    job->allocate();
+    return std::unique_ptr<Job>(new Job(std::move(job)));
+  }
+
+  // What was enqueued ends before an exception leaves: its memory is the caller's again.
+  template <typename Enqueue>
+  void all_or_nothing(Job& job, const Enqueue& enqueue) {
+    try {
+      enqueue(*job.state_);
+      job.state_->under_way = true;
+    } catch (...) {
+      quietly(cudaStreamSynchronize(copies));
+      quietly(cudaStreamSynchronize(kernels));
+      throw;
+    }
+  }
+};
+
+Staging::Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers)
+    : state_(std::make_unique<State>(State{device, ring, buffer_bytes, buffers})) {
+  const char* op = "staging";
+  if (buffers < 2 || buffer_bytes % kAlignment || reinterpret_cast<u64>(ring) % kAlignment)
+    throw std::invalid_argument("staging: expected at least 2 buffers of a multiple of 256 bytes, aligned to 256");
+  const DeviceGuard guard(op, device);
+  int least = 0, greatest = 0;
+  LMC_CUDA_CHECK(op, cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  LMC_CUDA_CHECK(op, cudaStreamCreateWithPriority(&state_->kernels, cudaStreamNonBlocking, greatest));
+  LMC_CUDA_CHECK(op, cudaStreamCreateWithPriority(&state_->copies, cudaStreamNonBlocking, greatest));
+  state_->behind = new_event(op);
+  for (u32 b = 0; b < buffers; ++b) {
+    state_->filled.push_back(new_event(op));
+    state_->free.push_back(new_event(op));
+  }
+}
+
+Staging::~Staging() {
+  quietly(cudaStreamSynchronize(state_->copies));
+  quietly(cudaStreamSynchronize(state_->kernels));
+}
+
+u64 Staging::least_buffer_bytes(const PagedCache& cache, u64 pages) {
+  return place(cache, 0, {Chunk{nullptr, pages, pages * cache.page_tokens, nullptr, true}}).bytes;
+}
+
+std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* stream) {
+  const char* op = "store";
+  State& s = *state_;
+  const std::vector<Step> steps = steps_of(op, cache, chunks, s.buffer_bytes);
+  const DeviceGuard guard(op, s.device);
+  std::unique_ptr<Job> job = s.new_job(op, chunks.size(), false);
+  s.all_or_nothing(*job, [&](Job::State& j) {
+    s.begin(op, stream);
+    for (const Step& step : steps) {
+      const u32 b = s.next++ % s.buffers;
+      u8* buffer = s.ring + b * s.buffer_bytes;
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
+      auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
+      gather(cache, Mode::kPage, s.in_buffer(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.filled[b]));
+      for (std::size_t i = 0; i < step.chunks.size(); ++i)
+        LMC_CUDA_CHECK(
+            op, cudaMemcpyAsync(step.chunks[i].payload, buffer + step.payloads_at[i],
+                                cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyDeviceToHost, s.copies));
+      LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
+                                         cudaMemcpyDeviceToHost, s.copies));
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.copies));
+    }
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.copies));
+  });
+  return job;
+}
+
+std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::vector<Chunk>& chunks,
+                                            const std::vector<u64>& expected, void* stream) {
+  const char* op = "load";
+  State& s = *state_;
+  if (expected.size() != chunks.size()) throw std::invalid_argument("load: expected one checksum for each chunk");
+  const std::vector<Step> steps = steps_of(op, cache, chunks, s.buffer_bytes);
+  const DeviceGuard guard(op, s.device);
+  std::unique_ptr<Job> job = s.new_job(op, chunks.size(), true);
+  s.all_or_nothing(*job, [&](Job::State& j) {
+    s.begin(op, stream);
+    for (const Step& step : steps) {
+      const u32 b = s.next++ % s.buffers;
+      u8* buffer = s.ring + b * s.buffer_bytes;
+      auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
+      auto* matches = reinterpret_cast<bool*>(buffer + step.matches_at);
+      UploadTable table;
+      table.append(expected.data() + step.first, step.chunks.size());
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.free[b]));
+      PinnedBuffers::instance().upload(op, table, sums, s.device, s.copies);
+      for (std::size_t i = 0; i < step.chunks.size(); ++i)
+        LMC_CUDA_CHECK(
+            op, cudaMemcpyAsync(buffer + step.payloads_at[i], step.chunks[i].payload,
+                                cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
+      scatter(cache, Mode::kPage, s.in_buffer(step, buffer), true, sums, matches, {s.device, s.kernels, buffer, 0});
+      LMC_CUDA_CHECK(op, cudaMemcpyAsync(reinterpret_cast<u8*>(j.block.host) + step.first, matches, step.chunks.size(),
+                                         cudaMemcpyDeviceToHost, s.kernels));
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.kernels));
+    }
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.kernels));
+  });
+  return job;
+}
+
+}  // namespace lmc::cuda

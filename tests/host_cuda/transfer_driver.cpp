@@ -1,0 +1,366 @@
+// Runs stores and loads through lmc::cuda::Staging, many of them under way at once, between streams that write and read
+// the same pages, and compares every byte.
+//
+//   transfer_driver [--schedules N] [--seed S] [--fail-fast]
+//                   [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
+//
+// It is built as driver.cpp is. A schedule draws a layout, a ring, chunks and the order of everything from its seed: it
+// writes pages, stores them, overwrites them, loads what was stored into other pages, with one damaged payload, and
+// reads them back, while earlier jobs are still under way. One line a failure, a count at the end, exit status 1 if
+// there was any.
+#include <cuda_runtime.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <string>
+
+#include "checksum.h"
+#include "ops.h"
+
+#ifdef LMC_HOST_CUDA
+int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
+#endif
+
+using namespace lmc;
+
+namespace {
+
+u64 failures = 0;
+u64 schedule = 0;
+bool fail_fast = false;
+
+void fail(const std::string& what) {
+  std::printf("FAIL %s (seed %llu)\n", what.c_str(), static_cast<unsigned long long>(schedule));
+  std::fflush(stdout);
+  ++failures;
+  if (fail_fast) std::_Exit(1);
+}
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::printf("%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(2);
+}
+#define CHECK(call) check(call, #call)
+
+struct CudaFree {
+  void operator()(void* pointer) const { CHECK(cudaFree(pointer)); }
+};
+struct CudaFreeHost {
+  void operator()(void* pointer) const { CHECK(cudaFreeHost(pointer)); }
+};
+using DeviceMemory = std::unique_ptr<u8, CudaFree>;
+using PinnedMemory = std::unique_ptr<u8, CudaFreeHost>;
+
+DeviceMemory device_memory(u64 bytes) {
+  void* pointer = nullptr;
+  CHECK(cudaMalloc(&pointer, bytes));
+  return DeviceMemory(static_cast<u8*>(pointer));
+}
+PinnedMemory pinned_memory(u64 bytes) {
+  void* pointer = nullptr;
+  CHECK(cudaMallocHost(&pointer, bytes));
+  return PinnedMemory(static_cast<u8*>(pointer));
+}
+
+u64 checksum(const u8* payload, u64 bytes) {
+  LaneSums sums;
+  for (u64 at = 0; at < bytes; at += kLaneBytes) {
+    u64 words[2] = {0, 0};
+    std::memcpy(words, payload + at, at + kLaneBytes <= bytes ? kLaneBytes : bytes - at);
+    sums.add(at / kLaneBytes, words[0], words[1]);
+  }
+  return sums.total() + checksum_length(bytes);
+}
+
+using Random = std::mt19937_64;
+
+// A cache of opaque pages in device memory, [plane][page][byte].
+struct Pages {
+  PagedCache cache;
+  u64 bytes;
+  DeviceMemory memory;
+
+  explicit Pages(Random& random) {
+    const u64 planes = 1 + random() % 3, pages = 16, page_bytes = (1 + random() % 40) * (random() % 2 ? 16 : 4);
+    bytes = planes * pages * page_bytes;
+    memory = device_memory(bytes);
+    cache = {{}, pages, page_bytes, page_bytes, page_bytes, 0, 4, 0};
+    for (u64 p = 0; p < planes; ++p) cache.planes.push_back(memory.get() + p * pages * page_bytes);
+  }
+  u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_bytes; }
+  u64 payload_bytes(u64 pages) const { return cache.planes.size() * pages * cache.page_bytes; }
+  // What a gather of `content` gives, or where a scatter puts a payload in it.
+  template <typename Visit>
+  void visit(const std::vector<i64>& ids, const Visit& visit) const {
+    u64 in_payload = 0;
+    for (u64 plane = 0; plane < cache.planes.size(); ++plane)
+      for (const i64 id : ids) {
+        visit(in_payload, id < 0 ? ~u64{0} : at(plane, id));
+        in_payload += cache.page_bytes;
+      }
+  }
+};
+
+struct Record {
+  std::vector<i64> ids;
+  PinnedMemory payload;
+  u64 bytes;
+  std::vector<u8> want;
+};
+
+std::vector<Chunk> chunks_of(std::vector<Record>& records) {
+  std::vector<Chunk> chunks;
+  for (Record& record : records)
+    chunks.push_back({record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true});
+  return chunks;
+}
+
+// Pages of the cache, each at most once in a round, now and then one that is not there.
+std::vector<std::vector<i64>> draw_pages(Random& random, u64 pages) {
+  std::vector<i64> all(pages);
+  for (u64 i = 0; i < pages; ++i) all[i] = static_cast<i64>(i);
+  for (u64 i = pages; i > 1; --i) std::swap(all[i - 1], all[random() % i]);
+  std::vector<std::vector<i64>> out;
+  for (u64 first = 0; first < pages;) {
+    const u64 end = std::min(pages, first + 1 + random() % 5);
+    out.emplace_back(all.begin() + static_cast<long>(first), all.begin() + static_cast<long>(end));
+    if (random() % 8 == 0) out.back()[0] = -1;
+    first = end;
+  }
+  return out;
+}
+
+// A stream of the caller's that writes and reads pages, and what it read.
+class Caller {
+ public:
+  explicit Caller(u64 bytes) : bytes_(bytes) { CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+  ~Caller() {
+    CHECK(cudaStreamSynchronize(stream));
+    CHECK(cudaStreamDestroy(stream));
+  }
+  void write(const Pages& pages, const std::vector<u8>& content) {
+    kept_.push_back(pinned_memory(bytes_));
+    std::memcpy(kept_.back().get(), content.data(), bytes_);
+    CHECK(cudaMemcpyAsync(pages.memory.get(), kept_.back().get(), bytes_, cudaMemcpyHostToDevice, stream));
+  }
+  u8* read(const Pages& pages) {
+    kept_.push_back(pinned_memory(bytes_));
+    CHECK(cudaMemcpyAsync(kept_.back().get(), pages.memory.get(), bytes_, cudaMemcpyDeviceToHost, stream));
+    return kept_.back().get();
+  }
+
+  cudaStream_t stream = nullptr;
+
+ private:
+  u64 bytes_;
+  std::vector<PinnedMemory> kept_;
+};
+
+std::vector<u8> random_bytes(Random& random, u64 bytes) {
+  std::vector<u8> out(bytes);
+  for (u8& byte : out) byte = static_cast<u8>(random());
+  return out;
+}
+
+struct Store {
+  std::vector<Record> records;
+  std::unique_ptr<cuda::Staging::Job> job;
+
+  void compare(Random& random) {
+    const bool asks = random() % 2;
+    while (asks && !job->finished()) {
+    }
+    std::vector<u64> sums;
+    if (!asks) sums = job->wait();
+    for (const Record& record : records)
+      if (std::memcmp(record.payload.get(), record.want.data(), record.bytes) != 0) fail("a stored payload differs");
+    if (asks) sums = job->wait();
+    for (std::size_t i = 0; i < records.size(); ++i) {
+      const Record& record = records[i];
+      if (sums.at(i) != checksum(record.want.data(), record.bytes)) fail("a stored payload has another checksum");
+    }
+  }
+};
+
+void run(u64 seed) {
+  Random random(seed);
+  std::vector<Record> outliving(2);
+  std::vector<std::unique_ptr<cuda::Staging::Job>> last;
+  const Pages pages(random);
+  const u64 most_pages = 5, buffers = 2 + random() % 2;
+  u64 buffer_bytes = cuda::Staging::least_buffer_bytes(pages.cache, most_pages);
+  if (random() % 2) buffer_bytes *= 2;
+  const DeviceMemory store_ring = device_memory(buffers * buffer_bytes),
+                     load_ring = device_memory(buffers * buffer_bytes);
+  cuda::Staging stores(0, store_ring.get(), buffer_bytes, static_cast<u32>(buffers));
+  cuda::Staging loads(0, load_ring.get(), buffer_bytes, static_cast<u32>(buffers));
+  Caller caller(pages.bytes);
+
+  std::vector<Store> stored;
+  std::vector<u8> content(pages.bytes);
+  for (int round = 0; round < 3; ++round) {
+    content = random_bytes(random, pages.bytes);
+    caller.write(pages, content);
+    Store store;
+    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
+      Record record{std::move(ids), nullptr, 0, {}};
+      record.bytes = pages.payload_bytes(record.ids.size());
+      record.payload = pinned_memory(record.bytes);
+      record.want.assign(record.bytes, 0);
+      pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
+        if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.page_bytes);
+      });
+      store.records.push_back(std::move(record));
+    }
+    store.job = stores.store(pages.cache, chunks_of(store.records), caller.stream);
+    store.job->order(caller.stream);
+    caller.write(pages, random_bytes(random, pages.bytes));  // the pages are somebody else's by now
+    if (random() % 3 == 0) store.compare(random);
+    stored.push_back(std::move(store));
+  }
+  for (Store& store : stored) store.compare(random);
+
+  std::vector<std::unique_ptr<cuda::Staging::Job>> jobs;
+  std::vector<std::vector<Record>> loaded;
+  std::vector<std::pair<const u8*, std::vector<u8>>> reads;
+  std::vector<std::vector<u64>> verdicts;
+  for (int round = 0; round < 3; ++round) {
+    content = random_bytes(random, pages.bytes);
+    caller.write(pages, content);
+    reads.emplace_back(caller.read(pages), content);  // pages that others read until the load begins
+    std::vector<Record> records;
+    std::vector<u64> expected, verdict;
+    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
+      Record record{std::move(ids), nullptr, 0, {}};
+      record.bytes = pages.payload_bytes(record.ids.size());
+      record.payload = pinned_memory(record.bytes);
+      record.want = random_bytes(random, record.bytes);
+      std::memcpy(record.payload.get(), record.want.data(), record.bytes);
+      const bool damaged = random() % 6 == 0;
+      expected.push_back(checksum(record.want.data(), record.bytes) + damaged);
+      verdict.push_back(!damaged);
+      pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
+        if (in_cache != ~u64{0}) std::memcpy(&content[in_cache], &record.want[in_payload], pages.cache.page_bytes);
+      });
+      records.push_back(std::move(record));
+    }
+    jobs.push_back(loads.load(pages.cache, chunks_of(records), expected, caller.stream));
+    jobs.back()->order(caller.stream);
+    reads.emplace_back(caller.read(pages), content);
+    if (random() % 3 == 0) {  // nobody waits for it, and its payloads are gone
+      jobs.pop_back();
+      records.clear();
+    } else {
+      verdicts.push_back(verdict);
+      loaded.push_back(std::move(records));
+    }
+  }
+  for (std::size_t i = 0; i < jobs.size(); ++i)
+    if (jobs[i]->wait() != verdicts[i]) fail("a load has other verdicts");
+  CHECK(cudaStreamSynchronize(caller.stream));
+  for (const auto& [got, want] : reads)
+    if (std::memcmp(got, want.data(), pages.bytes) != 0) fail("pages differ");
+
+  std::vector<i64> all(4096, 0);
+  const std::vector<Chunk> too_large{{all.data(), all.size(), all.size() * 4, nullptr, true}};
+  try {
+    stores.store(pages.cache, too_large, caller.stream);
+    fail("a chunk that is too large is taken");
+  } catch (const std::invalid_argument&) {
+  }
+  // Jobs outlive what made them, and that its ring.
+  for (Record& record : outliving) {
+    record.ids = {1, 2};
+    record.bytes = pages.payload_bytes(2);
+    record.payload = pinned_memory(record.bytes);
+    std::memset(record.payload.get(), 0, record.bytes);
+  }
+  std::vector<Chunk> both = chunks_of(outliving);
+  last.push_back(stores.store(pages.cache, {both[0]}, caller.stream));
+  last.push_back(loads.load(pages.cache, {both[1]}, {0}, caller.stream));
+  if (cudaGetLastError() != cudaSuccess) fail("an error is left behind");
+}
+
+#ifdef LMC_HOST_CUDA
+// Every CUDA call of a store and of a load fails in turn: an exception, nothing under way, and the next one is right.
+void fail_every_call(u64 seed) {
+  Random random(seed);
+  const Pages pages(random);
+  const u64 buffer_bytes = cuda::Staging::least_buffer_bytes(pages.cache, 5);
+  const DeviceMemory ring = device_memory(2 * buffer_bytes);
+  for (int call = 1;; ++call) {
+    Caller caller(pages.bytes);
+    std::vector<u8> content = random_bytes(random, pages.bytes);
+    caller.write(pages, content);
+    std::vector<Record> records;
+    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
+      Record record{std::move(ids), nullptr, 0, {}};
+      record.bytes = pages.payload_bytes(record.ids.size());
+      record.payload = pinned_memory(record.bytes);
+      records.push_back(std::move(record));
+    }
+    host_cuda::calls().until_failure = call;
+    std::unique_ptr<cuda::Staging> staging;
+    try {
+      staging = std::make_unique<cuda::Staging>(0, ring.get(), buffer_bytes, 2);
+      const std::vector<u64> sums = staging->store(pages.cache, chunks_of(records), caller.stream)->wait();
+      for (const u64 match : staging->load(pages.cache, chunks_of(records), sums, caller.stream)->wait())
+        if (!match) fail("a payload has another checksum than when it was stored");
+    } catch (const std::runtime_error&) {
+      // As it has to be, unless the call is one of a destructor's, which have nobody to tell.
+    }
+    const bool failed = host_cuda::calls().until_failure == 0;
+    host_cuda::calls().until_failure = 0;
+    // Whatever was under way: its payloads are gone, and its pages are the caller's.
+    records.clear();
+    caller.write(pages, content);
+    const u8* read = caller.read(pages);
+    CHECK(cudaDeviceSynchronize());
+    if (std::memcmp(read, content.data(), pages.bytes) != 0)
+      fail("CUDA call " + std::to_string(call) + " fails, and pages are written later");
+    if (cudaGetLastError() != cudaSuccess) fail("CUDA call " + std::to_string(call) + " leaves an error behind");
+    if (!failed) return;
+  }
+}
+#endif
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  u64 schedules = 1, seed = 0;
+  [[maybe_unused]] bool api_failures = false;
+  for (int i = 1; i < argc; ++i) {
+    const std::string option = argv[i];
+    if (option == "--api-failures")
+      api_failures = true;
+    else if (option == "--fail-fast")
+      fail_fast = true;
+#ifdef LMC_HOST_CUDA
+    else if (i + 1 < argc && option == "--watchdog")
+      host_cuda::options().watchdog_seconds = std::atoi(argv[++i]);
+#endif
+    else if (i + 1 < argc && option == "--schedules")
+      schedules = std::strtoull(argv[++i], nullptr, 0);
+    else if (i + 1 < argc && option == "--seed")
+      seed = std::strtoull(argv[++i], nullptr, 0);
+    else
+      check(cudaErrorInvalidValue, option.c_str());
+  }
+  for (schedule = seed; schedule < seed + schedules; ++schedule) {
+#ifdef LMC_HOST_CUDA
+    host_cuda::seed(schedule);
+    if (api_failures) {
+      fail_every_call(schedule);
+      continue;
+    }
+#endif
+    run(schedule);
+  }
+  std::printf("%llu schedules, %llu failures\n", static_cast<unsigned long long>(schedules),
+              static_cast<unsigned long long>(failures));
+  return failures ? 1 : 0;
+}
