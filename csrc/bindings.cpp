@@ -252,6 +252,44 @@ PYBIND11_MODULE(_C, m) {
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("expected"),
       py::arg("matches"), py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
 
+  py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type))
+      .def(
+          "order",
+          [](const cuda::Staging::Job& job, u64 stream) {
+            py::gil_scoped_release release;
+            job.order(reinterpret_cast<void*>(stream));
+          },
+          py::arg("stream"))
+      .def("finished", &cuda::Staging::Job::finished, py::call_guard<py::gil_scoped_release>())
+      .def("wait", &cuda::Staging::Job::wait, py::call_guard<py::gil_scoped_release>());
+
+  py::class_<cuda::Staging>(m, "CudaStaging", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](int device, u64 ring, u64 buffer_bytes, u32 buffers) {
+             return std::make_unique<cuda::Staging>(device, reinterpret_cast<u8*>(ring), buffer_bytes, buffers);
+           }),
+           py::arg("device"), py::arg("ring"), py::arg("buffer_bytes"), py::arg("buffers"))
+      .def(
+          "store",
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, u64 stream) {
+            const std::vector<Chunk> list = to_chunks(chunks);
+            cpu::check_ids(cache, Mode::kPage, list);
+            py::gil_scoped_release release;
+            return staging.store(cache, list, reinterpret_cast<void*>(stream));
+          },
+          py::arg("cache"), py::arg("chunks"), py::arg("stream"))
+      .def(
+          "load",
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks,
+             const std::vector<u64>& expected, u64 stream) {
+            const std::vector<Chunk> list = to_chunks(chunks);
+            cpu::check_ids(cache, Mode::kPage, list);
+            py::gil_scoped_release release;
+            return staging.load(cache, list, expected, reinterpret_cast<void*>(stream));
+          },
+          py::arg("cache"), py::arg("chunks"), py::arg("expected"), py::arg("stream"));
+
+  m.def("cuda_least_buffer_bytes", &cuda::Staging::least_buffer_bytes, py::arg("cache"), py::arg("pages"));
+
   m.def(
       "cuda_register_host",
       [](int device, u64 address, u64 bytes, u64 piece_bytes) {

@@ -141,7 +141,8 @@ class Staging {
     // What `stream` is given from now on comes behind the last access to pages.
     void order(void* stream) const;
     bool finished() const;
-    // Waits. For a store the payloads' checksums, for a load whether each payload had the checksum that was expected.
+    // Waits. For a store the payloads' checksums; for a load whether each payload had the checksum that was expected,
+    // if any was.
     std::vector<u64> wait();
 
    private:

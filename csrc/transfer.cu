@@ -282,10 +282,12 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::
                                             const std::vector<u64>& expected, void* stream) {
   const char* op = "load";
   State& s = *state_;
-  if (expected.size() != chunks.size()) throw std::invalid_argument("load: expected one checksum for each chunk");
+  const bool verifies = !expected.empty();
+  if (verifies && expected.size() != chunks.size())
+    throw std::invalid_argument("load: expected a checksum for each chunk, or none");
   const std::vector<Step> steps = steps_of(op, cache, chunks, s.buffer_bytes);
   const DeviceGuard guard(op, s.device);
-  std::unique_ptr<Job> job = s.new_job(op, chunks.size(), true);
+  std::unique_ptr<Job> job = s.new_job(op, verifies ? chunks.size() : 0, true);
   s.all_or_nothing(*job, [&](Job::State& j) {
     s.begin(op, stream);
     for (const Step& step : steps) {
@@ -294,7 +296,7 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::
       auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
       auto* matches = reinterpret_cast<bool*>(buffer + step.matches_at);
       UploadTable table;
-      table.append(expected.data() + step.first, step.chunks.size());
+      if (verifies) table.append(expected.data() + step.first, step.chunks.size());
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.free[b]));
       PinnedBuffers::instance().upload(op, table, sums, s.device, s.copies);
       for (std::size_t i = 0; i < step.chunks.size(); ++i)
@@ -303,9 +305,11 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::
                                 cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
-      scatter(cache, Mode::kPage, s.in_buffer(step, buffer), true, sums, matches, {s.device, s.kernels, buffer, 0});
-      LMC_CUDA_CHECK(op, cudaMemcpyAsync(reinterpret_cast<u8*>(j.block.host) + step.first, matches, step.chunks.size(),
-                                         cudaMemcpyDeviceToHost, s.kernels));
+      scatter(cache, Mode::kPage, s.in_buffer(step, buffer), true, verifies ? sums : nullptr, matches,
+              {s.device, s.kernels, buffer, 0});
+      if (verifies)
+        LMC_CUDA_CHECK(op, cudaMemcpyAsync(reinterpret_cast<u8*>(j.block.host) + step.first, matches,
+                                           step.chunks.size(), cudaMemcpyDeviceToHost, s.kernels));
       LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.kernels));
     }
     LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));

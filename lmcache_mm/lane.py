@@ -91,7 +91,7 @@ class Work:
         self.left_pages = False
         self.planes_ready = 0
         self._lane = lane
-        self._early = early
+        self.early = early
         self._pages = threading.Lock()
         self._changed = threading.Condition()
         self._touch: Callable[[], None] | None = None  # for the thread that waits
@@ -125,7 +125,7 @@ class Work:
 
     def touch_pages(self, touch: Callable[[], None], last: bool = False) -> None:
         """Calls `touch`: pages are read or written by it only. last: and left alone from then on."""
-        if self._early:
+        if self.early:
             with self._changed:
                 self._touch, self._touch_is_last = touch, last
                 self._changed.notify_all()
@@ -136,7 +136,7 @@ class Work:
         with self._pages:
             if self.abandoned:
                 raise Abandoned
-            if not self._early:
+            if not self.early:
                 touch()
         self.advance(left_pages=last)
 

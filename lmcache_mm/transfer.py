@@ -21,6 +21,7 @@ T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
 LANE_BYTES = 16  # of the checksum
+RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
 
 
 class Job(Generic[T]):
@@ -84,8 +85,10 @@ class Transfer:
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
         staging_bytes = 0 if self._in_place else self._step_bytes
         self._load_staging, self._store_staging = (_staging(staging_bytes, layout.device) for _ in range(2))
-        if isinstance(store, SlotStore) and layout.device.type == "cuda":
-            store.register(layout.device.index)
+        if layout.device.type == "cuda":
+            self._load_ring, self._store_ring = (_Ring(layout, largest) for _ in range(2))
+            if isinstance(store, SlotStore):
+                store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
 
     def close(self, patience_s: float | None = None) -> bool:
@@ -120,15 +123,9 @@ class Transfer:
         return Job(lane.submit(on_own_stream, early), self.layout)
 
     def _touch(self, work: Work, touch: Callable[[], T], last: bool = False) -> T:
-        """What `touch` returns: it alone reads or writes pages. The device is done with them then; last: for good."""
+        """What `touch` returns: it alone reads or writes pages. They are left alone afterwards; last: for good."""
         results: list[T] = []
-
-        def run() -> None:
-            results.append(touch())
-            if self.layout.device.type != "cpu":
-                torch.cuda.current_stream(self.layout.device).synchronize()
-
-        work.touch_pages(run, last)
+        work.touch_pages(lambda: results.append(touch()), last)
         return results[0]
 
     def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
@@ -169,11 +166,12 @@ class Transfer:
         self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None
     ) -> list[bool]:
         """Whether each payload has its checksum; without any, they have been verified."""
-        device = self.layout.device
-        on_device = [payload.to(device) for payload in payloads]
-        sums = None if checksums is None else torch.tensor(checksums, device=device)
         pages = [chunk.pages for chunk in chunks]
-        matched = self._touch(work, lambda: ops.scatter_pages(self.layout, pages, on_device, checksums=sums))
+        if self.layout.device.type == "cuda":
+            matches = self._touch(work, lambda: self._load_ring.load(chunks, payloads, checksums).wait())
+            return [bool(match) for match in matches] if checksums is not None else [True] * len(chunks)
+        sums = None if checksums is None else torch.tensor(checksums)
+        matched = self._touch(work, lambda: ops.scatter_pages(self.layout, pages, payloads, checksums=sums))
         return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
 
     def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
@@ -185,8 +183,7 @@ class Transfer:
             pages = [chunk.pages for chunk in chunks]
             plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
             layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
-            on_device = [part.to(self.layout.device) for part in layer]
-            self._touch(work, partial(ops.scatter_pages, planes, pages, on_device))
+            self._touch(work, partial(self._scatter_layer, planes, pages, layer))
             work.advance(planes=end)
             for i, (payload, size) in enumerate(zip(payloads, plane_bytes, strict=True)):
                 # Parts of a checksum begin at whole lanes.
@@ -196,6 +193,12 @@ class Transfer:
                     parts_of[i].append(_C.checksum_part(payload.data_ptr() + first, last - first, first, len(payload)))
             begin = end
         return [ops.checksum_of_parts(parts) for parts in parts_of]
+
+    def _scatter_layer(self, planes: KVLayout, pages: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
+        device = self.layout.device
+        ops.scatter_pages(planes, pages, [part.to(device) for part in parts])
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
     def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
         payloads = self._payloads(step, self._load_staging)
@@ -241,18 +244,14 @@ class Transfer:
 
     def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], last: bool) -> list[int]:
         """Fills host memory with the chunks' payloads; their checksums."""
-        device = self.layout.device
+        if self.layout.device.type == "cuda":
+            store = partial(self._store_ring.store, chunks, payloads, self.layout.opaque, wait=not work.early)
+            return [ops.checksum_of_parts([total]) for total in self._touch(work, store, last).wait()]
         tokens = None if self.layout.opaque else [chunk.tokens for chunk in chunks]
-        sums = torch.empty(len(chunks), dtype=torch.int64, device=device)
-        gathered = payloads
-        if device.type != "cpu":
-            gathered = [torch.empty_like(payload, device=device) for payload in payloads]
+        sums = torch.empty(len(chunks), dtype=torch.int64)
         pages = [chunk.pages for chunk in chunks]
-        gather = partial(ops.gather_pages, self.layout, pages, gathered, tokens=tokens, checksums=sums)
+        gather = partial(ops.gather_pages, self.layout, pages, payloads, tokens=tokens, checksums=sums)
         self._touch(work, gather, last)
-        if gathered is not payloads:
-            for payload, source in zip(payloads, gathered, strict=True):
-                payload.copy_(source)
         return cast(list[int], sums.tolist())
 
     def _payload_bytes(self, chunk: Chunk) -> int:
@@ -281,6 +280,48 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += _whole_pages(size)
         return payloads
+
+
+class _Ring:
+    """Transfers between the GPU pages of a layout and pinned memory, in one direction: see csrc/transfer.cu."""
+
+    def __init__(self, layout: KVLayout, largest: int) -> None:
+        self._layout = layout
+        pages = largest // layout.payload_bytes(1)
+        self._buffer_bytes = max(RING_BUFFER_BYTES, _C.cuda_least_buffer_bytes(layout.compiled, pages))
+        self._memory = torch.empty(RING_BUFFERS * self._buffer_bytes, dtype=torch.uint8, device=layout.device)
+        self._staging = _C.CudaStaging(layout.device.index, self._memory.data_ptr(), self._buffer_bytes, RING_BUFFERS)
+
+    def store(
+        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, wait: bool
+    ) -> _C.CudaTransfer:
+        """Behind what the caller's stream holds. What that is given afterwards comes behind the reads of pages; with
+        `wait` the call does."""
+        stream = torch.cuda.current_stream(self._layout.device).cuda_stream
+        transfer = self._staging.store(self._layout.compiled, self._plain(chunks, payloads, whole_pages), stream)
+        if wait:
+            transfer.wait()
+        else:
+            transfer.order(stream)
+        return transfer
+
+    def load(self, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None) -> _C.CudaTransfer:
+        stream = torch.cuda.current_stream(self._layout.device).cuda_stream
+        expected = [total % (1 << 64) for total in checksums or ()]
+        return self._staging.load(self._layout.compiled, self._plain(chunks, payloads, True), expected, stream)
+
+    def _plain(
+        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool
+    ) -> list[tuple[int, bool, int, int, int]]:
+        size = self._layout.page_tokens
+        return [
+            (
+                *(chunk.pages.data_ptr(), True, len(chunk.pages)),
+                len(chunk.pages) * size if whole_pages else chunk.tokens,
+                payload.data_ptr(),
+            )
+            for chunk, payload in zip(chunks, payloads, strict=True)
+        ]
 
 
 def _whole_pages(size: int) -> int:
