@@ -1,0 +1,223 @@
+"""The same operations on every device that this machine has: on the CPU always, on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import lmcache_mm as lmc
+from conftest import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
+from lmcache_mm import _C, ops, reference
+from test_stores import new_store
+
+HAS_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
+NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a build without CUDA kernels")
+BLOCKS = [[], [3], [0, 6], [6, 2, 0, 5], [1, -1, 4], [-1], [0, 1, 2, 3, 4, 5, 6]]
+ROOT = bytes(range(32))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=NO_GPU)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param, 0) if request.param == "cuda" else torch.device(request.param)
+
+
+class OnDevice:
+    """A cache of conftest's in memory of a device."""
+
+    def __init__(self, cache: PagedCache, device: torch.device) -> None:
+        self.host = cache
+        self.memory = cache.memory.to(device, copy=True)
+        by = self.memory.data_ptr() - cache.memory.data_ptr()
+        planes = tuple(plane + by for plane in cache.layout.planes)
+        self.layout = replace(cache.layout, planes=planes, device=device, tensors=())
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda make: make.__name__)
+def cache(request: pytest.FixtureRequest, device: torch.device) -> OnDevice:
+    return OnDevice(request.param(), device)
+
+
+@pytest.mark.parametrize("wide", [True, False], ids=["int64", "int32"])
+@pytest.mark.parametrize("tokens", [1, 7, 128, 129, 1000, 4097, 30_000])
+def test_keys_and_content_ids_equal_the_reference(device: torch.device, tokens: int, wide: bool):
+    rng = np.random.default_rng(tokens)
+    ids = torch.from_numpy(rng.integers(0, 1 << 31, tokens)).to(torch.int64 if wide else torch.int32)
+    items = [lmc.Item("a", 0, 5), lmc.Item("b", tokens // 3, tokens // 2 + 1, "video"), lmc.Item("c", 4, 9)]
+    cuts = sorted({1, tokens // 2 + 1, tokens, *range(256, tokens + 1, 256)})
+    keys = ops.prefix_keys(ids.to(device), items, ROOT, cuts)
+    assert keys.device == device
+    assert torch.equal(keys.cpu(), reference.prefix_keys(ids.tolist(), items, ROOT, cuts))
+    if wide:
+        overwritten = ids.to(device, copy=True)
+        positions = [(item.offset, item.length) for item in items]
+        names, kinds = [item.identifier for item in items], [item.modality for item in items]
+        ops.apply_mm_hashes_to_token_ids(overwritten, names, positions, kinds)
+        assert torch.equal(overwritten.cpu(), reference.apply_mm_hashes_to_token_ids(ids.clone(), items))
+
+
+@pytest.mark.parametrize("ids_on_device", [False, True], ids=["host ids", "device ids"])
+@pytest.mark.parametrize("block_ids", BLOCKS, ids=str)
+def test_pages_are_gathered_and_scattered_bit_by_bit(cache: OnDevice, block_ids: list[int], ids_on_device: bool):
+    ids = torch.tensor(block_ids, dtype=torch.int64, device=cache.layout.device if ids_on_device else "cpu")
+    sums = torch.zeros(1, dtype=torch.int64, device=cache.layout.device)
+    (payload,) = ops.gather_pages(cache.layout, [ids], checksums=sums)
+    want = reference.gather_pages(cache.host.layout, cache.host.memory, block_ids, len(block_ids) * TOKENS)
+    assert torch.equal(payload.cpu(), want)
+    assert sums.item() == reference.checksum(want)
+    cache.memory.fill_(0x5A)
+    cache.host.memory.fill_(0x5A)
+    assert ops.scatter_pages(cache.layout, [ids], [payload], checksums=sums).tolist() == [True]
+    reference.scatter_pages(cache.host.layout, cache.host.memory, block_ids, want)
+    assert torch.equal(cache.memory.cpu(), cache.host.memory)
+    assert ops.scatter_pages(cache.layout, [ids], [payload], checksums=sums + 1).tolist() == [False]
+
+
+@pytest.mark.parametrize("make", [make for make in LAYOUTS if make is not opaque], ids=lambda make: make.__name__)
+def test_tokens_and_tails_are_gathered_and_scattered_bit_by_bit(device: torch.device, make):
+    cache = OnDevice(make(), device)
+    slots = [5, -1, 27, 6, 0]
+    payload = ops.gather_tokens(cache.layout, slots)
+    want = reference.gather_tokens(cache.host.layout, cache.host.memory, slots)
+    assert torch.equal(payload.cpu(), want)
+    for missing in range(1, TOKENS):
+        got = ops.gather_pages(cache.layout, [6, 2], tokens=2 * TOKENS - missing)
+        want_tail = reference.gather_pages(cache.host.layout, cache.host.memory, [6, 2], 2 * TOKENS - missing)
+        assert torch.equal(got.cpu(), want_tail)
+    cache.memory.fill_(0x5A)
+    cache.host.memory.fill_(0x5A)
+    ops.scatter_tokens(cache.layout, slots, payload)
+    reference.scatter_tokens(cache.host.layout, cache.host.memory, slots, want)
+    assert torch.equal(cache.memory.cpu(), cache.host.memory)
+
+
+def test_copies_of_a_gigabyte_of_short_runs_equal_plain_indexing(device: torch.device):
+    """As large as a prompt's; on the CPU less, for time."""
+    pages = 65_536 if device.type == "cuda" else 1024
+    kv = torch.randint(0, 256, (4, pages, 16, 256), dtype=torch.uint8, device=device)
+    layout = lmc.KVLayout.from_tensors(list(kv), page_tokens=16, page_dim=0, token_dim=1)
+    ids = torch.randperm(pages)[: pages // 2]
+    payload = ops.gather_pages(layout, ids)
+    assert torch.equal(payload, kv[:, ids.to(device)].reshape(-1))
+    kv.zero_()
+    ops.scatter_pages(layout, ids, payload)
+    assert torch.equal(payload, kv[:, ids.to(device)].reshape(-1))
+
+
+class Loop:
+    """An inference loop on a device: KV that says for which prompt and position it was computed, on a stream of its
+    own where there are streams."""
+
+    def __init__(self, device: torch.device, store: object) -> None:
+        self.kv = torch.full((3, 64, 4, 6), float("nan"), device=device)
+        named = {f"layer{i}": layer for i, layer in enumerate(self.kv)}
+        layout = lmc.KVLayout.from_tensors(named, page_tokens=4, page_dim=0, token_dim=1)
+        self.cache = lmc.KVCache(layout, store, lmc.Namespace(model="m"), 16)
+        self.on_stream = nullcontext()
+        if device.type == "cuda":
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            self.on_stream = torch.cuda.stream(stream)
+
+    def compute(self, tokens: int, block_ids: torch.Tensor, value: float) -> None:
+        for position in range(tokens):
+            self.kv[:, block_ids[position // 4], position % 4] = value + position / 1024
+
+    def holds(self, tokens: int, block_ids: torch.Tensor, value: float) -> bool:
+        rows = torch.stack([self.kv[:, block_ids[p // 4], p % 4] for p in range(tokens)], 1)
+        want = value + torch.arange(tokens, device=self.kv.device)[None, :, None] / 1024
+        return bool((rows == want.expand_as(rows)).all())
+
+
+@pytest.fixture(params=["mem", "shm", "file", "shm,file"])
+def loop(request: pytest.FixtureRequest, device: torch.device, tmp_path) -> Iterator[Loop]:
+    store, remove = new_store(request.param, tmp_path, capacity="4MiB")
+    loop = Loop(device, store)
+    yield loop
+    loop.cache.close()
+    remove()
+
+
+def test_a_loop_stores_and_retrieves_without_waiting_for_its_own_work(loop: Loop):
+    """Pages are read behind what has been computed, and written behind what still reads them."""
+    prompt = lmc.Prompt([1] * 20 + [9] * 30 + [5] * 13, [lmc.Item("a", 20, 30)])
+    first, second = torch.randperm(64)[:16], torch.randperm(64)[:16]
+    with loop.on_stream:
+        for value in (1.0, 2.0, 3.0):
+            tenant = lmc.Prompt(prompt.token_ids, prompt.items, salt=str(value))
+            loop.compute(63, first, value)
+            assert loop.cache.store(tenant, first).wait() > 0
+            loop.kv.fill_(float("nan"))
+            assert loop.cache.match(tenant) == 63
+            assert loop.cache.retrieve(tenant, second).wait() == 63
+            assert loop.holds(63, second, value)
+
+
+def test_a_loop_retrieves_layer_by_layer(loop: Loop):
+    prompt = lmc.Prompt([1] * 48)
+    ids = torch.randperm(64)[:12]
+    with loop.on_stream:
+        loop.compute(48, ids, 1.0)
+        loop.cache.store(prompt, ids).wait()
+        loop.kv.fill_(float("nan"))
+        job = loop.cache.retrieve(prompt, ids, by_layer=True)
+        assert job.layer_ready("layer0", 10)
+        assert not torch.isnan(loop.kv[0, ids]).any()
+        assert job.wait() == 48
+        assert loop.holds(48, ids, 1.0)
+
+
+def test_an_early_store_holds_what_was_computed_when_its_pages_were_asked_for(loop: Loop):
+    """As vLLM's connector stores: what comes afterwards on the same stream may overwrite the pages at once."""
+    with loop.on_stream:
+        ids = torch.randperm(64)[:12]
+        prompt = lmc.Prompt([7] * 48)
+        chunks = loop.cache._chunks(loop.cache._records(prompt), ids)
+        job = loop.cache._transfer.store(chunks, b"", early=True)
+        loop.compute(48, ids, 4.0)
+        assert job.pages_free(10)
+        loop.kv.fill_(float("nan"))
+        assert job.wait() == 48
+        assert loop.cache.retrieve(prompt, ids).wait() == 48
+        assert loop.holds(48, ids, 4.0)
+
+
+def test_a_damaged_payload_is_not_restored(device: torch.device, tmp_path):
+    store, remove = new_store("shm", tmp_path, capacity="4MiB")
+    loop = Loop(device, store)
+    prompt, ids = lmc.Prompt([1] * 48), torch.arange(12)
+    loop.compute(48, ids, 1.0)
+    loop.cache.store(prompt, ids).wait()
+    key = loop.cache._records(prompt)[1].key
+    (slot,) = store.lend([key], [loop.cache.layout.payload_bytes(4)])
+    store.view(slot)[100] ^= 1
+    store.release([slot])
+    assert loop.cache.retrieve(prompt, ids).wait() == 16
+    assert store.contains([key]) == [False]
+    loop.cache.close()
+    remove()
+
+
+@NO_GPU
+def test_operations_on_a_gpu_wait_for_nobody_and_keep_the_stream(tmp_path):
+    """They are behind what the stream holds, a long product, and return before it is done."""
+    device = torch.device("cuda", 0)
+    cache = OnDevice(token_major(), device)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        a = torch.randn(4096, 4096, device=device)
+        done = torch.cuda.Event()
+        for _ in range(50):
+            a = a @ a / 64
+        cache.memory.copy_(period_251(len(cache.memory)).flip(0).to(device))
+        payload = ops.gather_pages(cache.layout, [3, 1])
+        done.record()
+        assert not done.query()
+    stream.synchronize()
+    cache.host.memory.copy_(period_251(len(cache.memory)).flip(0))
+    want = reference.gather_pages(cache.host.layout, cache.host.memory, [3, 1], 2 * TOKENS)
+    assert torch.equal(payload.cpu(), want)
