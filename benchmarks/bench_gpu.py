@@ -62,7 +62,7 @@ def compare(benchmark: Any, ours: Callable[[], Any], peers: dict[str, Callable[[
 
 
 @pytest.mark.parametrize("tokens", [4096] if ON_CPU else [16_384, 32_768, 131_072, 1 << 20])
-def test_keys(benchmark, tokens):
+def test_prefix_keys_in_memory(benchmark, tokens):
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, 150_000, tokens)).to(DEVICE)
     items = [lmc.Item(f"{i:064x}", i * tokens // 4 + 64, tokens // 5) for i in range(4)]

@@ -110,14 +110,33 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
+def gpu(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts = one["extra_info"]
+        if "gpu" not in facts:
+            continue
+        took = facts["device_s"]
+        if facts["gpu"] == "keys":
+            rows.append([f"keys of {facts['tokens']:,} tokens, {facts['cuts']:,} cuts", seconds(took), ""])
+        elif "model" in facts:
+            share = facts["peers_s"]["one DMA"] / took
+            name = f"{facts['gpu']} of 16,384 tokens of {facts['model']}"
+            rows.append([name, speed(facts["bytes"] / took), f"{share:.0%} of one DMA"])
+        else:
+            share = facts["peers_s"]["memcpy"] / took
+            name = f"{facts['gpu']}, runs of {facts['run_bytes']:,} bytes{', checksum' * facts['checksum']}"
+            rows.append([name, speed(facts["bytes"] / took), f"{share:.0%} of memcpy"])
+    return table(["on the GPU", "median", ""], rows) if rows else "**GPU: not measured yet.**\n"
+
+
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
     machine = results["machine_info"]["lmcache_mm"]
     place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
     heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm)]
-    gpu = "**GPU: not measured yet.**\n" if machine["gpu"] is None else ""
-    return "\n".join(part for part in (heading, *parts, gpu) if part)
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm, gpu)]
+    return "\n".join(part for part in (heading, *parts) if part)
 
 
 def main() -> int:
