@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from lmcache_mm import demo
+from lmcache_mm import demo, doctor
 from lmcache_mm.stores import open_store, slab, slab_directory
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
@@ -73,5 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("url", metavar="URL", help="such as shm:///NAME or file:///DIR, capacity may be left out")
         command.set_defaults(run=_on_store(run))
+    text = "what this machine offers, what is wrong with it, and how to mend that"
+    commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
+        run=lambda _: doctor.run()
+    )
     args = parser.parse_args(arguments)
     return int(args.run(args))

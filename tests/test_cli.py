@@ -1,9 +1,10 @@
-"""python -m lmcache_mm stat and clear."""
+"""python -m lmcache_mm stat, clear and doctor."""
 
 import uuid
 
 import pytest
 
+from lmcache_mm import doctor
 from lmcache_mm.cli import main
 from lmcache_mm.stores import open_store
 from test_stores import key, payload
@@ -56,3 +57,31 @@ def test_mistakes_are_status_2_and_a_sentence(arguments, text, capsys):
     error = capsys.readouterr().err
     assert error.startswith("python -m lmcache_mm: store: ")
     assert text in error
+
+
+def test_doctor_tells_what_is_there_and_what_is_wrong(capsys, monkeypatch):
+    class Small:
+        f_bavail, f_frsize = 64 << 8, 4096  # 64 MiB
+
+    monkeypatch.setattr("os.statvfs", lambda _: Small)
+    monkeypatch.setattr(doctor, "MEASURED_BYTES", 1 << 20)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    topics = [line[:14].strip() for line in lines]
+    for topic in ("build", "python", "cpu", "shared memory", "locked memory", "memcpy"):
+        assert topic in topics
+    assert lines[topics.index("shared memory") + 1].strip().startswith("-> a larger /dev/shm")
+
+
+def test_doctor_tells_a_driver_that_is_too_old_from_none(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path)
+    monkeypatch.setattr(doctor._C, "cuda_version", "13.0")
+    for why, mend in (("cudaErrorInsufficientDriver: too old", "a driver of CUDA 13"), ("cudaErrorNoDevice: none", "")):
+        monkeypatch.setattr(doctor._C, "cuda_devices", lambda why=why: (0, why), raising=False)
+        (finding,) = doctor._gpu()
+        assert why in finding.text
+        assert finding.mend.startswith(mend)
+        assert bool(finding.mend) == bool(mend)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
+    (finding,) = doctor._gpu()
+    assert finding == ("gpu", "none can be used: there is no NVIDIA driver", "")
