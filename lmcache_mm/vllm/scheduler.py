@@ -290,6 +290,8 @@ class Scheduler:
             tracker = self._tracker(ours) if ours and ours.saves else None
             if ours is None or tracker is None:
                 continue
+            if request_id in self._loading:
+                continue  # what it computes is good if all ranks report that they loaded, and is saved later
             request = ours.request
             drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
             until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
@@ -319,7 +321,7 @@ class Scheduler:
 
     def take_output(self, output: KVConnectorOutput) -> None:
         """Requests whose load failed are computed, and never matched again: a store that claims and does not deliver
-        would be asked for ever. What the step of a failed load stored is garbage, which the workers left out."""
+        would be asked for ever."""
         failed = set(output.failed_recving or ())
         ended = failed | set(output.finished_recving or ())
         told = output.kv_connector_worker_meta

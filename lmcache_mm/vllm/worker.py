@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -52,7 +53,6 @@ class Worker:
         self._transfers: list[Transfer] = []
         self._loading: dict[str, Loading] = {}  # in the background
         self._in_step: list[Loading] = []  # those that this step waits for
-        self._failed_now: set[str] = set()  # requests whose load of this step failed
         self._bad_pages: set[int] = set()
         self._prepared: list[Saving] = []  # of this step
         self._saving: list[Saving] = []  # whose pages are read
@@ -120,7 +120,6 @@ class Worker:
                 part.job.pages_free(self._options.timeout_s)
             self._news.loaded.add(load.request_id)
             if not self._succeeded(load, parts):
-                self._failed_now.add(load.request_id)
                 self._bad_pages |= {page for one in load.records for page in one.pages if page != NULL_BLOCK}
         self._in_step = []
 
@@ -158,6 +157,7 @@ class Worker:
 
     def prepare(self, saves: list[Save]) -> None:
         """Before the step computes what is to be saved: stores find room for it meanwhile."""
+        self._give_up_prepared()
         for save in saves:
             jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
             self._prepared.append((save, jobs))
@@ -166,25 +166,26 @@ class Worker:
         """Returns when the pages are read: they may be overwritten in the next step. What was read goes on to the store
         behind the engine's back."""
         self._end_loads_of_step()
+        if sys.exc_info()[0] is not None:  # vLLM calls this on the way out of a forward pass that failed, too
+            self._give_up_prepared()
         patience_s = min(SAVE_S, self._options.timeout_s)
-        failed = [one for one in self._prepared if one[0].request_id in self._failed_now]
-        for _, jobs in failed:
-            for job in jobs:
-                job.abandon()
-        for one in self._prepared:
-            save, jobs = one
-            if one in failed:
-                self._saved(save, stored=False)
-                continue
+        for save, jobs in self._prepared:
             if all([job.pages_free(patience_s) for job in jobs]):
-                self._saving.append(one)
+                self._saving.append((save, jobs))
             else:
                 logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, patience_s)
                 self.stats.add(failed_stores=1)
                 self._saved(save, stored=False)
         self._prepared = []
-        self._failed_now = set()
         self._see_saves()
+
+    def _give_up_prepared(self) -> None:
+        """Their pages were not computed."""
+        for save, jobs in self._prepared:
+            for job in jobs:
+                job.abandon()
+            self._saved(save, stored=False)
+        self._prepared = []
 
     def _see_saves(self) -> None:
         """Looks which saves have ended."""

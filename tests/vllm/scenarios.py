@@ -295,6 +295,16 @@ def pressure() -> dict[str, Any]:
         seen["before the reset"] = ask(llm, one)
         llm.reset_prefix_cache(reset_connector=True)
         seen["after the reset"] = ask(llm, one, one)
+    with store() as url:
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            llm.apply_model(fail_behind_the_forward_pass)
+            try:
+                ask(llm, one)
+            except RuntimeError as error:
+                seen["failed"] = str(error)
+            time.sleep(1)
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen["after a step that failed"] = ask(llm, one)
     address = f"ipc://{tempfile.mkdtemp()}/events"
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
     with store() as url, subscriber(address) as published:
@@ -305,6 +315,13 @@ def pressure() -> dict[str, Any]:
             seen["token ids"] = token_ids
         seen["events"] = published()
     return seen
+
+
+def fail_behind_the_forward_pass(model: torch.nn.Module) -> None:
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("as out of memory")
+
+    model.forward = failing
 
 
 @contextmanager

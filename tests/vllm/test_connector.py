@@ -262,6 +262,13 @@ def test_what_was_stored_before_a_reset_is_not_used_after_it(pressure):
     assert (tokens(pressure["after the reset"]), cached(pressure["after the reset"])) == ([one, one], [0, 59])
 
 
+def test_what_a_failed_step_did_not_compute_is_not_stored(pressure):
+    """The engine dies of it, the store outlives it."""
+    assert "as out of memory" in pressure["failed"]
+    one, _ = tokens(pressure["expected"])
+    assert (tokens(pressure["after a step that failed"]), cached(pressure["after a step that failed"])) == ([one], [0])
+
+
 def test_generated_tokens_are_stored_on_request(pressure):
     """80 tokens of a prompt and 60 of its answer, in chunks of 64."""
     assert cached(pressure["generated"]) == [128]
