@@ -98,7 +98,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if num_external_tokens:
-            self._scheduler.plan_load(request, blocks.get_block_ids())
+            self._scheduler.plan_load(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> Metadata:
         return self._scheduler.plan_step(scheduler_output)

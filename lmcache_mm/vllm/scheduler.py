@@ -254,32 +254,40 @@ class Scheduler:
     def _keys(self, record: Record) -> list[bytes]:
         return [record_key(record.key, g, rank) for g, rank in self._places()]
 
-    # --- Steps
+    # --- Loads
 
-    def plan_load(self, request: Request, block_ids: tuple[list[int], ...]) -> None:
-        """Of what was matched last. The records stay in the store until workers report it."""
+    def plan_load(self, request: Request, block_ids: tuple[list[int], ...], tokens: int) -> None:
+        """Of what was matched last, the first `tokens` that vLLM does not have. The records stay in the store until
+        workers report it."""
         ours = self._requests[request.request_id]
         assert ours.tracker is not None
-        records = [record for record in ours.hit if record.end > ours.local_tokens]
-        load = Load(request.request_id, ours.tracker.owner, self._pages(records, block_ids, ours.local_tokens))
+        first, end = ours.local_tokens, ours.local_tokens + tokens
+        records = [record for record in ours.hit if record.end > first and record.begin < end]
+        load = Load(request.request_id, ours.tracker.owner, self._pages(records, block_ids, first, end))
         release = self._store.hold([key for record in records for key in self._keys(record)])
         self._planned.append(load)
         self._loading[request.request_id] = (load, release)
-        ours.tracker.stored_tokens = max(ours.tracker.stored_tokens, ours.hit[-1].end)
-        self.stats.add(hit_tokens=ours.hit[-1].end - ours.local_tokens)
+        whole = [record.end for record in records if record.end <= end]
+        ours.tracker.stored_tokens = max([ours.tracker.stored_tokens, *whole])
+        self.stats.add(hit_tokens=tokens)
 
-    def _pages(self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0) -> list[RecordPages]:
-        """The records of every group, less pages that are null or wholly before token `first`, and records without a
-        page."""
+    def _pages(
+        self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0, end: int | None = None
+    ) -> list[RecordPages]:
+        """The records of every group, less pages that are null or wholly outside of tokens [first, end), and records
+        without a page."""
         out = []
         for g, group in enumerate(self._groups):
-            size = group.page_tokens
+            size, blocks = group.page_tokens, block_ids[group.table]
             for record in records:
                 numbers = range(record.begin // size, -(-record.end // size))
-                pages = [block_ids[group.table][i] if i >= first // size else NULL_BLOCK for i in numbers]
+                stop = numbers.stop if end is None else -(-end // size)
+                pages = [blocks[i] if first // size <= i < stop else NULL_BLOCK for i in numbers]
                 if any(page != NULL_BLOCK for page in pages):
                     out.append(RecordPages(g, record.key, pages, record.end - record.begin))
         return out
+
+    # --- Steps
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
         metadata = Metadata(loads=self._planned)
@@ -329,6 +337,8 @@ class Scheduler:
             self.learn_layouts(told.fingerprints)
             bad_pages = output.invalid_block_ids or set()
             for request_id in told.loaded:
+                if request_id not in self._loading:
+                    continue
                 load, _ = self._loading[request_id]
                 if not bad_pages.isdisjoint(page for one in load.records for page in one.pages):
                     failed.add(request_id)
