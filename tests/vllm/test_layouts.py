@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmcache_mm.cache import Record
 from lmcache_mm.stores import open_store, slab, slab_directory
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
@@ -132,6 +133,26 @@ def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
         worker.close()
     assert seen["MLA", "LBHNC"] == seen["MLA", "LBNHC"]  # of one head there is one order
     assert len(set(seen.values())) == 5
+
+
+@pytest.mark.parametrize(
+    ("first", "end", "pages"),
+    [
+        (0, 100, [[1, 2], [3, 4]]),
+        (32, 100, [[0, 2], [3, 4]]),  # the first page is vLLM's own already
+        (0, 70, [[1, 2], [3, 0]]),  # vLLM takes less of the hit than it was told of, and allots pages for that only
+        (32, 64, [[0, 2]]),
+    ],
+)
+def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages):
+    scheduler_of = importlib.import_module("lmcache_mm.vllm.scheduler").Scheduler
+    config, groups = cases.config_of("LBHNC"), cases.groups("GQA", "LBHNC")
+    scheduler = scheduler_of(config, cases.Options(store=url), groups, cases.CHUNK_TOKENS, cases.BLOCK_TOKENS)
+    records = [Record(0, 64, b"a" * 32), Record(64, 100, b"b" * 32)]
+    allotted = ([1, 2, 3, 4][: -(-end // 32)],)
+    wanted = [record for record in records if record.end > first and record.begin < end]
+    assert [one.pages for one in scheduler._pages(wanted, allotted, first, end)] == pages
+    scheduler.close()
 
 
 @pytest.mark.parametrize(
