@@ -110,6 +110,12 @@ class Namespace:
         out._fields = {**self._fields, "layout": bytes(fingerprint)}
         return out
 
+    def with_weights(self, weights: str) -> Namespace:
+        """This namespace with other `weights`."""
+        out = Namespace()
+        out._fields = {**self._fields, "weights": utf8("weights", weights)}
+        return out
+
     def root(
         self,
         salt: str | bytes | None = None,

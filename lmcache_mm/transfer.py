@@ -95,6 +95,10 @@ class Transfer:
         """Finishes all jobs; with a patience, those that end within it. Whether these are all."""
         return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
 
+    def stores_stalled_s(self) -> float:
+        """For how long there has been something to store and nothing has moved."""
+        return self._stores.stalled_s()
+
     def load(self, chunks: Sequence[Chunk], owner: bytes, by_layer: bool = False) -> Job[int]:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
@@ -131,9 +135,11 @@ class Transfer:
     def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
         loaded = 0
         steps = [list(chunks)] if by_layer and self._in_place and chunks else list(self._steps(chunks))
-        for step in steps:
-            load = self._load_slots if self._in_place else self._load_staged
-            good = load(work, step, owner, by_layer)
+        for i, step in enumerate(steps, 1):
+            if self._in_place:
+                good = self._load_slots(work, step, owner, by_layer)
+            else:
+                good = self._load_staged(work, step, owner, by_layer, i == len(steps))
             loaded += good
             if good < len(step):
                 return 0 if by_layer else loaded
@@ -151,7 +157,7 @@ class Transfer:
             views = [torch.from_numpy(store.view(slot)) for slot in there]
             expected = [slot.checksum for slot in there]
             if by_layer:
-                found = self._scatter_layers(work, step, views)
+                found = self._scatter_layers(work, step, views, ready=True)
                 matches = [a == b for a, b in zip(found, expected, strict=True)]
             else:
                 matches = self._scatter(work, step[: len(there)], views, expected)
@@ -174,8 +180,8 @@ class Transfer:
         matched = self._touch(work, lambda: ops.scatter_pages(self.layout, pages, payloads, checksums=sums))
         return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
 
-    def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor]) -> list[int]:
-        """Scatters layer after layer; the payloads' checksums."""
+    def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], ready: bool) -> list[int]:
+        """Scatters layer after layer; the payloads' checksums. ready: they are then."""
         begin = 0
         parts_of: list[list[int]] = [[] for _ in chunks]
         for end in sorted({*self.layout.planes_until.values(), len(self.layout.planes)}):
@@ -184,7 +190,7 @@ class Transfer:
             plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
             layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
             self._touch(work, partial(self._scatter_layer, planes, pages, layer))
-            work.advance(planes=end)
+            work.advance(planes=end if ready else 0)
             for i, (payload, size) in enumerate(zip(payloads, plane_bytes, strict=True)):
                 # Parts of a checksum begin at whole lanes.
                 first, last = begin * size // LANE_BYTES * LANE_BYTES, end * size // LANE_BYTES * LANE_BYTES
@@ -200,13 +206,13 @@ class Transfer:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
 
-    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
         found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
         whole = len(list(takewhile(bool, found)))
         if by_layer and whole == len(step):
-            self._scatter_layers(work, step, payloads)
+            self._scatter_layers(work, step, payloads, last)
         elif whole and not by_layer:
             self._scatter(work, step[:whole], payloads[:whole], None)
         return whole

@@ -334,8 +334,13 @@ class TieredSlotStore(TieredStore):
         missing = [i for i, slot in enumerate(slots) if slot is None]
         if missing:
             wanted, wanted_sizes = [keys[i] for i in missing], [sizes[i] for i in missing]
-            self._promote(wanted, wanted_sizes, owner, peek)
-            for i, slot in zip(missing, self._first.lend(wanted, wanted_sizes, owner, peek), strict=True):
+            try:
+                self._promote(wanted, wanted_sizes, owner, peek)
+                promoted = self._first.lend(wanted, wanted_sizes, owner, peek)
+            except BaseException:
+                self._first.release([slot for slot in slots if slot])
+                raise
+            for i, slot in zip(missing, promoted, strict=True):
                 slots[i] = slot
         self._count("misses", slots.count(None))
         self._count("hits", len(slots) - slots.count(None))

@@ -87,7 +87,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def set_xfer_handshake_metadata_pp_aware(
         self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
     ) -> None:
-        ours = [one.fingerprint for _, one in sorted(metadata.items()) if isinstance(one, Handshake)]
+        ours = [one.layout for _, one in sorted(metadata.items()) if isinstance(one, Handshake)]
         self._scheduler.learn_layouts(dict(enumerate(ours)))
 
     def on_new_request(self, request: Request) -> None:
@@ -137,7 +137,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.register(kv_caches)
 
     def get_handshake_metadata(self) -> Handshake:
-        return Handshake(self._worker.fingerprint)
+        return Handshake(self._worker.layout)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)

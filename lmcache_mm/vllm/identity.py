@@ -164,6 +164,30 @@ class Identifiers:
                 self._digests.popitem(last=False)
             return known == digest
 
+    def distrust(self, identifiers: Iterable[str]) -> None:
+        """They may stand for anything by now."""
+        with self._lock:
+            for identifier in identifiers:
+                self._digests[identifier] = None
+
+    def distrusted(self, identifier: str) -> bool:
+        with self._lock:
+            return self._digests.get(identifier, "") is None
+
+
+class Adapters:
+    """Digests of an engine's LoRA adapters, which it reads once: files that change afterwards are not what it uses."""
+
+    def __init__(self) -> None:
+        self._digests: dict[tuple[int, str], str] = {}
+
+    def digest(self, request: Any) -> str | None:
+        """None without an adapter."""
+        digest = digest_of_lora(request)
+        if digest is not None and self._digests.setdefault((request.lora_int_id, request.lora_path), digest) != digest:
+            raise Unknown(f"the files of the adapter {request.lora_name!r} have changed since it was first used")
+        return digest
+
 
 def digest_of_embeds(embeds: Any, is_token: Any) -> str | None:
     """A digest of prompt embeddings and of which positions they are for; None without any."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lmcache_mm.vllm.api import KVConnectorHandshakeMetadata, KVConnectorMetadata, KVConnectorWorkerMetadata
 
 NULL_BLOCK = 0
 
 
+class Layout(NamedTuple):
+    """What a worker's pages are like."""
+
+    fingerprint: bytes
+    groups: tuple[int, ...]  # numbers of its groups, see Group
+
+
 @dataclass
 class RecordPages:
-    """A record of one group, in pages: those of NULL_BLOCK are left out of a load."""
+    """A record, in pages of one block table: those of NULL_BLOCK are left out of a load."""
 
-    group: int
+    table: int
     key: bytes  # of the prefix
     pages: list[int]
     tokens: int
@@ -24,6 +32,7 @@ class RecordPages:
 class Load:
     """What one request loads in one go."""
 
+    serial: int
     request_id: str
     owner: bytes
     records: list[RecordPages]
@@ -50,15 +59,15 @@ class Metadata(KVConnectorMetadata):
 class Handshake(KVConnectorHandshakeMetadata):
     """A worker's layout, told once, at start."""
 
-    fingerprint: bytes
+    layout: Layout
 
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
     """What a worker did since it last told, or several workers together."""
 
-    fingerprints: dict[int, bytes] = field(default_factory=dict)  # of ranks' layouts, told once
-    loaded: set[str] = field(default_factory=set)  # requests whose synchronous load ended, well or not
+    layouts: dict[int, Layout] = field(default_factory=dict)  # of ranks, told once
+    loaded: set[int] = field(default_factory=set)  # serials of loads within a step that ended, well or not
     saves: int = 0  # that ended
     stored: Counter[bytes] = field(default_factory=Counter)  # prefix keys: how many ranks stored all their records
     dropped: set[bytes] = field(default_factory=set)  # prefix keys that some rank did not
@@ -66,7 +75,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         assert isinstance(other, WorkerMetadata)
         return WorkerMetadata(
-            self.fingerprints | other.fingerprints,
+            self.layouts | other.layouts,
             self.loaded | other.loaded,
             self.saves + other.saves,
             self.stored + other.stored,

@@ -15,6 +15,7 @@ from lmcache_mm.vllm.api import (
 )
 
 NAME = "LMCacheMMConnector"
+GROUPS_OF_TABLE = 256
 CHOICES = {"load": ("async", "sync", "layers"), "identifiers": ("verify", "trust")}
 KINDS = {
     KVCacheSpecKind.FULL_ATTENTION,
@@ -64,9 +65,11 @@ class Options:
 
 @dataclass
 class Group:
-    """Layers of one of vLLM's KV cache groups whose pages are alike."""
+    """Layers of one of vLLM's KV cache groups whose pages are alike. Only workers see all of them: vLLM tells its
+    scheduler of one layer a group."""
 
     table: int  # which of a request's block tables is theirs
+    number: int  # in record keys: 256 times the table, and which of the groups of that table
     layers: list[str]
     page_tokens: int
     window: int | None  # of sliding-window attention
@@ -91,8 +94,9 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
         alike: dict[KVCacheSpec, list[str]] = {}
         for layer in group.layer_names:
             alike.setdefault(getattr(spec, "kv_cache_specs", {}).get(layer, spec), []).append(layer)
-        for one, layers in alike.items():
+        for i, (one, layers) in enumerate(alike.items()):
             mode = getattr(one, "kv_quant_mode", None)
             dtype = str(one.dtype).removeprefix("torch.") + (f" {mode.name}" if mode else "")
-            groups.append(Group(table, layers, one.block_size, get_kv_cache_spec_sliding_window(spec), dtype))
+            window = get_kv_cache_spec_sliding_window(spec)
+            groups.append(Group(table, GROUPS_OF_TABLE * table + i, layers, one.block_size, window, dtype))
     return groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 import uuid
@@ -27,9 +28,9 @@ from lmcache_mm.vllm.api import (
     SchedulerOutput,
     VllmConfig,
 )
-from lmcache_mm.vllm.messages import NULL_BLOCK, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
-from lmcache_mm.vllm.options import NAME, Group, Options
+from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options
 from lmcache_mm.vllm.request_tracker import RequestTracker
 
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
@@ -57,18 +58,23 @@ class Scheduler:
 
     def __init__(self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, unit: int) -> None:
         self.stats = Stats()
-        self._config, self._options, self._groups = config, options, groups
-        self._chunk_tokens, self._unit = chunk_tokens, unit
+        self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
+        self._tables = {group.table: group for group in groups}
+        self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
-        self._layouts: dict[int, bytes] = {}  # of ranks
-        self._namespace: Namespace | None = None
-        self._identifiers = identity.Identifiers()
+        self._layouts: dict[int, Layout] = {}  # of ranks
+        self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
+        self._epoch: str | None = None  # since the last reset
+        self._namespace: Namespace | None = None  # once all layouts are known
+        self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
         self._failed: set[str] = set()  # requests that are matched no more
         self._planned: list[Load] = []  # for the next step
-        self._loading: dict[str, tuple[Load, Callable[[], None]]] = {}  # not ended, and what gives its records free
+        self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # not ended, and what gives its records free
+        self._serials = itertools.count()
+        self._at_once_left_s = AT_ONCE_S  # of this step
         self._saving = 0  # saves that workers have not told about
         self._saves_until = 0.0
         events = config.kv_events_config
@@ -76,26 +82,34 @@ class Scheduler:
         self._untold: dict[bytes, tuple[int, BlockStored]] = {}  # how many ranks have not stored it
         self._events: list[KVCacheEvent] = []
 
-    def learn_layouts(self, fingerprints: dict[int, bytes]) -> None:
+    def learn_layouts(self, layouts: dict[int, Layout]) -> None:
         """Of ranks, as they tell. Inside MultiConnector a handshake may be another connector's, so that workers tell
-        again in their first step."""
-        if self._layouts | fingerprints != self._layouts:
-            self._layouts |= fingerprints
-            if len(self._layouts) == self._ranks:
-                self._make_namespace(self._options.weights)
+        again in their first step; what arrives before is not cached."""
+        if self._layouts | layouts == self._layouts:
+            return
+        for layout in layouts.values():
+            unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - set(self._tables)
+            if unknown:
+                raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}, the scheduler has not")
+        self._layouts |= layouts
+        self._places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
+        self._make_namespace()
 
-    def _make_namespace(self, weights: str | None) -> None:
-        dtypes = [group.kv_dtype for group in self._groups]
-        namespace = identity.namespace_of(self._config, dtypes, weights)
-        layouts = [self._layouts[rank] for rank in sorted(self._layouts)]
-        self._namespace = namespace.with_layout(layouts[0] if len(layouts) == 1 else blake3(b"".join(layouts)).digest())
+    def _make_namespace(self) -> None:
+        if len(self._layouts) == self._ranks:
+            prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
+            layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
+            self._namespace = self._base.with_layout(layout)
+        if self._namespace and self._epoch:
+            self._namespace = self._namespace.with_weights(self._epoch)
 
     def reset(self) -> None:
         """What was stored before is never matched again by this engine: its weights may be others now."""
-        if self._namespace:
-            self._make_namespace(f"after a reset {uuid.uuid4().hex}")
+        self._epoch = f"after a reset {uuid.uuid4().hex}"
+        self._make_namespace()
         for ours in self._requests.values():
-            ours.tracker = ours.identifying = ours.lookup = None
+            ours.loads = ours.saves = False
+            ours.tracker = ours.lookup = None
 
     def take_stats(self) -> Stats | None:
         return self.stats.take()
@@ -110,29 +124,32 @@ class Scheduler:
     # --- Requests
 
     def add(self, request: Request) -> None:
-        wishes = (request.kv_transfer_params or {}).get("lmcache_mm", {})
-        ours = _Request(request, bool(wishes.get("load", True)), bool(wishes.get("store", True)))
+        wishes = (request.kv_transfer_params or {}).get("lmcache_mm")
+        wishes = wishes if isinstance(wishes, dict) else {}
+        # A session that goes on gets tokens and items that nobody tells of.
+        cached = self._namespace is not None and not getattr(request, "resumable", False)
+        ours = _Request(request, cached and bool(wishes.get("load", True)), cached and bool(wishes.get("store", True)))
         self._requests[request.request_id] = ours
-        if (ours.loads or ours.saves) and self._namespace is not None:
-            namespace = self._namespace
+        if ours.loads or ours.saves or request.mm_features:
+            namespace = self._namespace if cached else None
             ours.identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
 
-    def _identify(self, request: Request, namespace: Namespace) -> RequestTracker | None:
+    def _identify(self, request: Request, namespace: Namespace | None) -> RequestTracker | None:
         """The tracker of a request, which has the keys of its prompt then; None if what decides its KV is not known.
-        Runs beside the scheduler."""
+        Runs beside the scheduler. Items are looked at whether the request is cached or not: vLLM's caches hold under
+        their identifiers what they were computed from."""
         try:
-            items = []
-            for feature in request.mm_features:
-                name = feature.identifier
-                if self._options.identifiers == "verify":
-                    name = identity.digest_of_data(feature.modality, feature.data)
-                    if not self._identifiers.agree(feature.identifier, name):
-                        raise identity.Unknown(f"the identifier {feature.identifier!r} stood for other data before")
-                position = feature.mm_position
-                items.append(Item(name, position.offset, position.length, feature.modality))
-            lora = identity.digest_of_lora(request.lora_request)
+            names = self._names_of_items(request)
+            if namespace is None:
+                return None
+            places = [(feature.mm_position, feature.modality) for feature in request.mm_features]
+            items = [
+                Item(name, place.offset, place.length, modality)
+                for name, (place, modality) in zip(names, places, strict=True)
+            ]
+            lora = self._adapters.digest(request.lora_request)
             embeds = identity.digest_of_embeds(request.prompt_embeds, getattr(request, "prompt_is_token_ids", None))
-        except (identity.Unknown, OSError) as error:
+        except Exception as error:  # of the request's data, whatever they are
             logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
             return None
         salt = request.cache_salt or None
@@ -143,17 +160,42 @@ class Scheduler:
         tracker.records(request.all_token_ids, prompt_tokens)
         return tracker
 
+    def _names_of_items(self, request: Request) -> list[str]:
+        """Unknown if one of them has no digest, or an identifier that has stood for something else."""
+        if self._options.identifiers == "trust":
+            return [feature.identifier for feature in request.mm_features]
+        names = []
+        for feature in request.mm_features:
+            try:
+                names.append(identity.digest_of_data(feature.modality, feature.data))
+            except identity.Unknown:
+                names.append("")
+        agreed = [
+            bool(name) and self._identifiers.agree(feature.identifier, name)
+            for feature, name in zip(request.mm_features, names, strict=True)
+        ]
+        for feature, name, good in zip(request.mm_features, names, agreed, strict=True):
+            if not name:
+                raise identity.Unknown(f"the data of the item {feature.identifier!r} have no digest")
+            if not good:
+                raise identity.Unknown(f"the identifier {feature.identifier!r} stood for other data before")
+        return names
+
+    def _still_agreed(self, request: Request) -> bool:
+        """Whether all items' identifiers still stand for one content each."""
+        if self._options.identifiers == "trust":
+            return True
+        return not any(self._identifiers.distrusted(feature.identifier) for feature in request.mm_features)
+
     def _tracker(self, ours: _Request) -> RequestTracker | None:
         """None if the request is not cached, or not known yet."""
         if ours.identifying is not None and ours.identifying.future.done():
             ours.tracker, ours.identifying = ours.identifying.future.result(), None
-        return ours.tracker
+        return ours.tracker if ours.loads or ours.saves else None
 
     def drop(self, request: Request) -> None:
         """A load that is under way stays: until workers report it vLLM keeps the pages."""
-        ours = self._requests.pop(request.request_id, None)
-        if ours and ours.identifying:
-            ours.identifying.abandon()
+        self._requests.pop(request.request_id, None)
         self._failed.discard(request.request_id)
 
     # --- Matching
@@ -162,25 +204,35 @@ class Scheduler:
         """How many tokens behind the first `local_tokens` could be loaded, None if that is not known yet, and whether
         in the background."""
         ours = self._requests.get(request.request_id)
-        if ours is None or not ours.loads or request.request_id in self._failed:
+        if ours is None:
             return 0, False
         ours.asked_at = ours.asked_at or time.monotonic()
-        if ours.identifying is not None and not ours.identifying.future.done():
-            wait([ours.identifying.future], AT_ONCE_S)
-        tracker = self._tracker(ours)
-        if ours.identifying is not None:
+        if ours.identifying is not None and not self._is_done(ours.identifying):
             return self._later(ours, self._identifying)
-        if tracker is None:
+        tracker = self._tracker(ours)
+        if tracker is None or not ours.loads or request.request_id in self._failed or not self._still_agreed(request):
             return 0, False
         found = self._found(ours, tracker)
         if found is None:
             return self._later(ours, self._lookups)
-        ours.hit, ours.local_tokens = found, local_tokens
+        ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
         if not ours.counted:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
-        new = (ours.hit[-1].end if ours.hit else 0) - local_tokens
+        end = ours.hit[-1].end if ours.hit else 0
+        if any(group.window is not None for group in self._tables.values()):
+            # After a hit of all tokens vLLM computes the last one again, and has dropped a page that its window needs.
+            end = min(end, request.num_tokens - 1)
+        new = end - local_tokens
         return max(0, new), new > 0 and self._options.load == "async"
+
+    def _is_done(self, work: Work) -> bool:
+        """Waits for it, all together for a moment in each step."""
+        if not work.future.done() and self._at_once_left_s > 0:
+            begun = time.monotonic()
+            wait([work.future], self._at_once_left_s)
+            self._at_once_left_s -= time.monotonic() - begun
+        return work.future.done()
 
     def _found(self, ours: _Request, tracker: RequestTracker) -> list[Record] | None:
         """What the store has of the request; None if it has not told yet."""
@@ -189,8 +241,7 @@ class Scheduler:
             if self._store.local:
                 return self._look_up(records)
             ours.lookup = self._lookups.submit(lambda _: self._look_up(records))
-        wait([ours.lookup.future], AT_ONCE_S)
-        if not ours.lookup.future.done():
+        if not self._is_done(ours.lookup):
             return None
         found: list[Record] = ours.lookup.future.result()
         ours.lookup = None
@@ -209,8 +260,11 @@ class Scheduler:
         timeout_s = self._options.timeout_s
         if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
             return None, False
+        if lane is self._identifying:  # what its items are will be known when vLLM's caches have them
+            self._identifiers.distrust(feature.identifier for feature in ours.request.mm_features)
+            ours.saves = False
         ours.loads = False
-        ours.lookup = None
+        ours.identifying = ours.lookup = None
         self.stats.add(failed_lookups=1)
         return 0, False
 
@@ -231,28 +285,23 @@ class Scheduler:
     def _longest(self, records: list[Record]) -> list[Record]:
         """Those of `records` that cover the longest prefix whose KV is there, as far as each group needs it."""
         present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
-        groups = set(range(len(self._groups)))
-        there = {r.end: groups - {g for g, _ in self._places() if not next(present)} for r in records}
-        full = {g for g, group in enumerate(self._groups) if group.window is None}
-        whole = full or groups  # without full attention, every record of every group
+        tables = set(self._tables)
+        there = {
+            r.end: tables - {number // GROUPS_OF_TABLE for number, _ in self._places if not next(present)}
+            for r in records
+        }
+        windows = {table: group.window for table, group in self._tables.items() if group.window is not None}
+        whole = tables - set(windows) or tables  # without full attention, every record of every group
         found = chain((r for r in records if whole <= there[r.end]), self._chunk_tokens)
         while found:
             hit = found[-1].end
-            if all(
-                g in there[r.end]
-                for g, group in enumerate(self._groups)
-                for r in found
-                if g in full or group.window is None or r.end > hit - group.window
-            ):
+            if all(table in there[r.end] for table, window in windows.items() for r in found if r.end > hit - window):
                 return found
             found = chain(found[:-1], self._chunk_tokens)
         return []
 
-    def _places(self) -> list[tuple[int, int]]:
-        return [(g, rank) for g in range(len(self._groups)) for rank in range(self._ranks)]
-
     def _keys(self, record: Record) -> list[bytes]:
-        return [record_key(record.key, g, rank) for g, rank in self._places()]
+        return [record_key(record.key, number, rank) for number, rank in self._places]
 
     # --- Loads
 
@@ -263,13 +312,20 @@ class Scheduler:
         assert ours.tracker is not None
         first, end = ours.local_tokens, ours.local_tokens + tokens
         records = [record for record in ours.hit if record.end > first and record.begin < end]
-        load = Load(request.request_id, ours.tracker.owner, self._pages(records, block_ids, first, end))
-        release = self._store.hold([key for record in records for key in self._keys(record)])
+        pages = self._pages(records, block_ids, first, end)
+        load = Load(next(self._serials), request.request_id, ours.tracker.owner, pages)
         self._planned.append(load)
-        self._loading[request.request_id] = (load, release)
+        self._loading[load.serial] = (load, self._hold([key for record in records for key in self._keys(record)]))
         whole = [record.end for record in records if record.end <= end]
         ours.tracker.stored_tokens = max([ours.tracker.stored_tokens, *whole])
         self.stats.add(hit_tokens=tokens)
+
+    def _hold(self, keys: list[bytes]) -> Callable[[], object]:
+        """Store.hold; on a lane, for stores that may wait."""
+        if self._store.local:
+            return self._store.hold(keys)
+        held = self._lookups.submit(lambda _: self._store.hold(keys))
+        return lambda: self._lookups.submit(lambda _: held.future.result()())
 
     def _pages(
         self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0, end: int | None = None
@@ -277,14 +333,14 @@ class Scheduler:
         """The records of every group, less pages that are null or wholly outside of tokens [first, end), and records
         without a page."""
         out = []
-        for g, group in enumerate(self._groups):
-            size, blocks = group.page_tokens, block_ids[group.table]
+        for table, group in self._tables.items():
+            size, blocks = group.page_tokens, block_ids[table]
             for record in records:
                 numbers = range(record.begin // size, -(-record.end // size))
                 stop = numbers.stop if end is None else -(-end // size)
                 pages = [blocks[i] if first // size <= i < stop else NULL_BLOCK for i in numbers]
                 if any(page != NULL_BLOCK for page in pages):
-                    out.append(RecordPages(g, record.key, pages, record.end - record.begin))
+                    out.append(RecordPages(table, record.key, pages, record.end - record.begin))
         return out
 
     # --- Steps
@@ -292,14 +348,19 @@ class Scheduler:
     def plan_step(self, step: SchedulerOutput) -> Metadata:
         metadata = Metadata(loads=self._planned)
         self._planned = []
+        self._at_once_left_s = AT_ONCE_S
+        if self._loading and self._options.load != "async":
+            # What is computed with pages that are being loaded, by requests that share them too, is good if all ranks
+            # report so. It is saved then.
+            return metadata
         blocks = step.kv_connector_block_state
         for request_id, scheduled in step.num_scheduled_tokens.items():
             ours = self._requests.get(request_id)
             tracker = self._tracker(ours) if ours and ours.saves else None
             if ours is None or tracker is None:
                 continue
-            if request_id in self._loading:
-                continue  # what it computes is good if all ranks report that they loaded, and is saved later
+            if not self._still_agreed(ours.request):
+                continue
             request = ours.request
             drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
             until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
@@ -330,27 +391,26 @@ class Scheduler:
     def take_output(self, output: KVConnectorOutput) -> None:
         """Requests whose load failed are computed, and never matched again: a store that claims and does not deliver
         would be asked for ever."""
-        failed = set(output.failed_recving or ())
-        ended = failed | set(output.finished_recving or ())
+        finished = set(output.finished_recving or ()) | set(output.failed_recving or ())
+        ended = {serial for serial, (load, _) in self._loading.items() if load.request_id in finished}
+        failed = {serial for serial in ended if self._loading[serial][0].request_id in (output.failed_recving or ())}
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
-            self.learn_layouts(told.fingerprints)
+            self.learn_layouts(told.layouts)
             bad_pages = output.invalid_block_ids or set()
-            for request_id in told.loaded:
-                if request_id not in self._loading:
-                    continue
-                load, _ = self._loading[request_id]
-                if not bad_pages.isdisjoint(page for one in load.records for page in one.pages):
-                    failed.add(request_id)
-            ended |= told.loaded
+            for serial in told.loaded & self._loading.keys():
+                ended.add(serial)
+                records = self._loading[serial][0].records
+                if not bad_pages.isdisjoint(page for one in records for page in one.pages):
+                    failed.add(serial)
             self._saving -= told.saves
             self._tell(told)
-        for request_id in ended & self._loading.keys():  # others are another connector's
-            _, release = self._loading.pop(request_id)
+        for serial in ended:  # what else has ended is another connector's
+            load, release = self._loading.pop(serial)
             release()
-            ours = self._requests.get(request_id)
-            if request_id in failed and ours is not None:
-                self._failed.add(request_id)
+            ours = self._requests.get(load.request_id)
+            if serial in failed and ours is not None:
+                self._failed.add(load.request_id)
                 self.stats.add(failed_loads=1)
                 ours.planned_until = 0
                 if ours.tracker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from lmcache_mm.layout import KVLayout, fingerprint_of_groups
 from lmcache_mm.stores import Store, open_store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 from lmcache_mm.vllm.api import KVConnectorTransferResults, VllmConfig, group_kernel_blocks
-from lmcache_mm.vllm.messages import NULL_BLOCK, Load, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
 
@@ -42,7 +43,7 @@ class Worker:
         self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, num_blocks: int
     ) -> None:
         self.stats = Stats()
-        self.fingerprint = b""
+        self.layout = Layout(b"", ())
         self._options, self._groups = options, groups
         self._chunk_tokens, self._num_blocks = chunk_tokens, num_blocks
         parallel = config.parallel_config
@@ -56,6 +57,7 @@ class Worker:
         self._bad_pages: set[int] = set()
         self._prepared: list[Saving] = []  # of this step
         self._saving: list[Saving] = []  # whose pages are read
+        self._handled: BaseException | None = None  # that somebody further up handles
         self._news = WorkerMetadata()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -63,8 +65,9 @@ class Worker:
         for group in self._groups:
             views = {name: group_kernel_blocks(kv_caches[name], self._num_blocks) for name in group.layers}
             layouts.append(KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True))
-        self.fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
-        self._news.fingerprints[self._rank] = self.fingerprint
+        fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
+        self.layout = Layout(fingerprint, tuple(group.number for group in self._groups))
+        self._news.layouts[self._rank] = self.layout
         self._store = open_store(self._options.store)
         self._transfers = [
             Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens))
@@ -77,8 +80,8 @@ class Worker:
 
     def _chunks(self, records: Sequence[RecordPages]) -> Iterator[tuple[Transfer, list[Chunk]]]:
         """Of every group that has some of the records, in its layout."""
-        for g, transfer in enumerate(self._transfers):
-            of_group = [one for one in records if one.group == g]
+        for group, transfer in zip(self._groups, self._transfers, strict=True):
+            of_group = [one for one in records if one.table == group.table]
             if not of_group:
                 continue
             pages = torch.tensor([-1 if page == NULL_BLOCK else page for one in of_group for page in one.pages])
@@ -86,7 +89,7 @@ class Worker:
             yield (
                 transfer,
                 [
-                    Chunk(record_key(one.key, g, self._rank), part, one.tokens)
+                    Chunk(record_key(one.key, group.number, self._rank), part, one.tokens)
                     for one, part in zip(of_group, parts, strict=True)
                 ],
             )
@@ -118,7 +121,7 @@ class Worker:
         for load, parts in self._in_step:
             for part in parts:
                 part.job.pages_free(self._options.timeout_s)
-            self._news.loaded.add(load.request_id)
+            self._news.loaded.add(load.serial)
             if not self._succeeded(load, parts):
                 self._bad_pages |= {page for one in load.records for page in one.pages if page != NULL_BLOCK}
         self._in_step = []
@@ -133,13 +136,16 @@ class Worker:
         except Exception:
             logger.exception("%s: a load failed", NAME)
             return False
-        if good:
-            of_groups = [sum(one.tokens for one in load.records if one.group == g) for g in range(len(self._groups))]
-            self.stats.add(loaded_tokens=max(of_groups))
+        if good and self._rank == 0:
+            tokens: Counter[int] = Counter()
+            for one in load.records:
+                tokens[one.table] += one.tokens
+            self.stats.add(loaded_tokens=max(tokens.values(), default=0))
         return good
 
     def results(self) -> KVConnectorTransferResults:
         """Background loads that have ended, each once, or are given up."""
+        self._end_loads_of_step()  # with speculative decoding this comes before wait_for_save
         results = KVConnectorTransferResults()
         for request_id, (load, parts) in list(self._loading.items()):
             if all([part.job.done() or part.job.give_up(self._options.timeout_s) for part in parts]):
@@ -158,65 +164,80 @@ class Worker:
     def prepare(self, saves: list[Save]) -> None:
         """Before the step computes what is to be saved: stores find room for it meanwhile."""
         self._give_up_prepared()
+        self._handled = sys.exc_info()[1]
         for save in saves:
+            if any(transfer.stores_stalled_s() >= self._options.timeout_s for transfer in self._transfers):
+                self._saved(save, stored=False)
+                continue
             jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
             self._prepared.append((save, jobs))
 
     def save(self) -> None:
-        """Returns when the pages are read: they may be overwritten in the next step. What was read goes on to the store
-        behind the engine's back."""
+        """Returns when the pages are read: they may be overwritten in the next step. What was read last goes on to the
+        store behind the engine's back."""
         self._end_loads_of_step()
-        if sys.exc_info()[0] is not None:  # vLLM calls this on the way out of a forward pass that failed, too
-            self._give_up_prepared()
+        if sys.exc_info()[1] is not self._handled:
+            self._give_up_prepared()  # vLLM calls this on the way out of a forward pass that failed, too
         patience_s = min(SAVE_S, self._options.timeout_s)
         for save, jobs in self._prepared:
             if all([job.pages_free(patience_s) for job in jobs]):
                 self._saving.append((save, jobs))
             else:
                 logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, patience_s)
-                self.stats.add(failed_stores=1)
                 self._saved(save, stored=False)
         self._prepared = []
         self._see_saves()
 
     def _give_up_prepared(self) -> None:
         """Their pages were not computed."""
-        for save, jobs in self._prepared:
+        prepared, self._prepared = self._prepared, []
+        for save, jobs in prepared:
             for job in jobs:
                 job.abandon()
             self._saved(save, stored=False)
-        self._prepared = []
 
     def _see_saves(self) -> None:
         """Looks which saves have ended."""
         going_on = []
         for save, jobs in self._saving:
-            if not all(job.done() for job in jobs):
+            if all(job.done() for job in jobs):
+                self._saved(save, self._stored(jobs))
+            else:
                 going_on.append((save, jobs))
-                continue
-            try:
-                self.stats.add(stored_tokens=max(job.wait() for job in jobs))
-                self._saved(save, stored=True)
-            except Exception:
-                logger.exception("%s: a store failed", NAME)
-                self.stats.add(failed_stores=1)
-                self._saved(save, stored=False)
         self._saving = going_on
+
+    def _stored(self, jobs: list[Job[int]]) -> bool:
+        try:
+            tokens = max(job.wait() for job in jobs)
+        except Exception:
+            logger.exception("%s: a store failed", NAME)
+            return False
+        if self._rank == 0:
+            self.stats.add(stored_tokens=tokens)
+        return True
 
     def _saved(self, save: Save, stored: bool) -> None:
         self._news.saves += 1
-        if not self._tells:
-            return
-        keys = {one.key for one in save.records}
-        if stored:
-            assert self._store is not None
-            records = [record_key(one.key, one.group, self._rank) for one in save.records]
-            there = self._store.contains(records, True)
-            lost = {one.key for one, is_there in zip(save.records, there, strict=True) if not is_there}
+        if not stored:
+            self.stats.add(failed_stores=1)
+        if self._tells:
+            keys = {one.key for one in save.records}
+            lost = self._lost(save) if stored else keys
             self._news.stored.update(keys - lost)
             self._news.dropped |= lost
-        else:
-            self._news.dropped |= keys
+
+    def _lost(self, save: Save) -> set[bytes]:
+        """Prefix keys of what the store dropped, as far as it can tell at once."""
+        if self._store is None or not self._store.local:
+            return set()
+        keys = [
+            (one.key, record_key(one.key, group.number, self._rank))
+            for one in save.records
+            for group in self._groups
+            if group.table == one.table
+        ]
+        there = self._store.contains([key for _, key in keys], True)
+        return {prefix for (prefix, _), is_there in zip(keys, there, strict=True) if not is_there}
 
     # --- Both
 
@@ -226,7 +247,7 @@ class Worker:
 
     def take_news(self) -> WorkerMetadata | None:
         news = self._news
-        if not (news.fingerprints or news.loaded or news.saves):
+        if not (news.layouts or news.loaded or news.saves):
             return None
         self._news = WorkerMetadata()
         return news

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -24,6 +24,8 @@ from vllm.v1.worker.utils import allocate_kv_cache
 
 from lmcache_mm.vllm.options import Group, Options, groups_of
 from lmcache_mm.vllm.worker import Worker
+
+__all__ = ["generate_scheduler_kv_cache_config"]
 
 BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 12, 32, 64
 

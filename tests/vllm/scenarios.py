@@ -350,6 +350,8 @@ def sliding_windows() -> dict[str, Any]:
     """A model of full-attention and sliding-window layers, whose groups free their pages differently."""
     words = " ".join(f"word{i}" for i in range(40))
     prompts = [prompt(words), prompt(words), prompt(words + " and a little more"), prompt("other " + words)]
+    # Windows of 64 tokens, pages of 32: the last token's window begins at a page's end.
+    prompts += [{"prompt_token_ids": [7 + i * i % 200 for i in range(n)]} for n in (254, 255, 287)]
     with engine(model="swa") as llm:
         seen: dict[str, Any] = {"expected": ask(llm, *prompts)}
     with store() as url:

@@ -282,10 +282,10 @@ def test_routers_are_told_what_is_stored(pressure):
 
 def test_sliding_window_layers_are_stored_and_loaded_with_the_others(sliding_windows):
     expected = tokens(sliding_windows["expected"])
-    assert len({tuple(answer) for answer in expected}) == 3
+    assert len({tuple(answer) for answer in expected}) >= 5
     assert tokens(sliding_windows["first"]) == tokens(sliding_windows["second"]) == expected
-    assert cached(sliding_windows["first"]) == [0, 277, 256, 0]
-    assert cached(sliding_windows["second"]) == [277, 277, 295, 283]
+    assert cached(sliding_windows["first"]) == [0, 276, 256, 0, 0, 192, 192]
+    assert cached(sliding_windows["second"]) == [276, 276, 294, 282, 253, 254, 286]
 
 
 def test_multi_connector_stores_in_all_and_loads_from_one(inside_multi):

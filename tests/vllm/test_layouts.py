@@ -8,6 +8,7 @@ import os
 import re
 import time
 import uuid
+from contextlib import closing
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from lmcache_mm.cache import Record
+from lmcache_mm.prompt import Namespace
 from lmcache_mm.stores import open_store, slab, slab_directory
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
@@ -75,22 +77,26 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
     assert sorted(name for group in groups for name in group.layers) == sorted(caches)
     memory = torch.empty(0, dtype=torch.uint8).set_(next(iter(caches.values())).untyped_storage())
     random = torch.randint(0, 256, memory.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    for g, group in enumerate(groups):
+    for table in sorted({group.table for group in groups}):
         memory.copy_(random)
         pages, others = [1, 7, 9], [5, 8, 6]
-        pages_of = {name: by_page(caches[name], cases.BLOCKS) for name in group.layers}
+        layers = [name for group in groups if group.table == table for name in group.layers]
+        pages_of = {name: by_page(caches[name], cases.BLOCKS) for name in layers}
         want = {name: of_pages[pages].clone() for name, of_pages in pages_of.items()}
-        keys = [bytes([g, i]) * 16 for i in range(2)]
+        keys = [bytes([table, i]) * 16 for i in range(2)]
 
-        def records(of: list[int], g: int = g, keys: list[bytes] = keys) -> list[Any]:
-            return [messages.RecordPages(g, keys[0], of[:2], 64), messages.RecordPages(g, keys[1], of[2:], 32)]
+        def records(of: list[int], table: int = table, keys: list[bytes] = keys) -> list[Any]:
+            return [
+                messages.RecordPages(table, keys[0], of[:2], 64),
+                messages.RecordPages(table, keys[1], of[2:], 32),
+            ]
 
         worker.prepare([messages.Save("a", b"", records(pages))])
         worker.save()
         memory.fill_(POISON)  # while the store goes on with what it has read
         while not (news := worker.take_news()) or not news.saves:
             worker.take_stats()
-        worker.load([messages.Load("b", b"", records(others))])
+        worker.load([messages.Load(0, "b", b"", records(others))])
         while not (results := worker.results()).finished_recving:
             time.sleep(0.001)
         assert not results.failed_recving
@@ -112,6 +118,32 @@ def test_most_layouts_are_built(cases):
         assert sum(build(cases, kind, *one) is not None for one in product(LAYOUTS, (1, 2))) >= 6, kind
 
 
+@pytest.mark.parametrize("kind", ["MLA with an indexer", "windows and full attention"])
+def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeypatch):
+    """vLLM shows its scheduler one layer of each group only."""
+    monkeypatch.setattr("lmcache_mm.vllm.identity.namespace_of", lambda *_: Namespace(model="m"))
+    messages = importlib.import_module("lmcache_mm.vllm.messages")
+    scheduler_of = importlib.import_module("lmcache_mm.vllm.scheduler").Scheduler
+    config = cases.config_of("BLHNC")
+    seen = cases.generate_scheduler_kv_cache_config([cases.kv_cache_config_of(kind, "BLHNC")])
+    scheduler = scheduler_of(config, cases.Options(store=url), cases.groups_of(config, seen), 64, 32)
+    worker = cases.worker_of(kind, "BLHNC", cases.caches_of(kind, "BLHNC"), url)
+    scheduler.learn_layouts({0: worker.layout})
+    record = Record(0, 64, b"a" * 32)
+    pages = [messages.RecordPages(group.table, record.key, [1, 2], 64) for group in scheduler._tables.values()]
+    worker.prepare([messages.Save("a", b"", pages)])
+    worker.save()
+    while not (news := worker.take_news()) or not news.saves:
+        worker.take_stats()
+    with closing(open_store(url)) as store:
+        assert store.stats()["records"] == len(cases.groups(kind, "BLHNC")) == 2
+        assert scheduler._longest([record]) == [record]
+        store.delete([scheduler._keys(record)[1]])
+        assert scheduler._longest([record]) == []
+    scheduler.close()
+    worker.close()
+
+
 def test_layers_whose_state_is_no_attention_are_refused(cases):
     with pytest.raises(ValueError, match=r"layers of kind 'mamba' are not supported \(model.layers.0.attn, …\)"):
         cases.groups("Mamba", "LBHNC")
@@ -129,7 +161,7 @@ def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
     seen = {}
     for kind, layout in product(("GQA", "fp8", "MLA"), ("LBHNC", "LBNHC")):
         worker = cases.worker_of(kind, layout, cases.caches_of(kind, layout), url)
-        seen[kind, layout] = worker.fingerprint
+        seen[kind, layout] = worker.layout.fingerprint
         worker.close()
     assert seen["MLA", "LBHNC"] == seen["MLA", "LBNHC"]  # of one head there is one order
     assert len(set(seen.values())) == 5
@@ -144,7 +176,8 @@ def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
         (32, 64, [[0, 2]]),
     ],
 )
-def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages):
+def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monkeypatch):
+    monkeypatch.setattr("lmcache_mm.vllm.identity.namespace_of", lambda *_: Namespace(model="m"))
     scheduler_of = importlib.import_module("lmcache_mm.vllm.scheduler").Scheduler
     config, groups = cases.config_of("LBHNC"), cases.groups("GQA", "LBHNC")
     scheduler = scheduler_of(config, cases.Options(store=url), groups, cases.CHUNK_TOKENS, cases.BLOCK_TOKENS)
