@@ -10,6 +10,7 @@ import torch
 
 import lmcache_mm as lmc
 from lmcache_mm.lane import Abandoned, Lane
+from lmcache_mm.stores import open_store
 from lmcache_mm.transfer import Chunk, Transfer
 from test_stores import new_store
 
@@ -140,6 +141,30 @@ def test_a_load_by_layers_of_a_damaged_record_loads_nothing(tmp_path, layer):
     transfer.close()
     store.close()
     remove()
+
+
+def test_no_layer_is_ready_before_all_chunks_are_there(monkeypatch):
+    """Where memory suffices for one chunk at a time."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    gate = Gate(open_store("mem://?capacity=1MiB"))
+    kv = layers()
+    transfer = Transfer(layout_of(kv), gate, 1)
+    chunks = chunks_of([3], [4])
+    transfer.store(chunks, b"").wait()
+    kv.zero_()
+    calls = []
+
+    def second_hangs(*arguments, **more):
+        calls.append(1)
+        assert len(calls) == 1 or gate.open.wait(30)
+        return gate.store.get_into(*arguments, **more)
+
+    gate.get_into = second_hangs
+    job = transfer.load(chunks, b"", by_layer=True)
+    assert not job.layer_ready("layer0", PATIENCE_S)
+    assert len(calls) == 2
+    gate.open.set()
+    transfer.close()
 
 
 def test_a_load_by_layers_takes_all_chunks_or_none(make):

@@ -188,6 +188,11 @@ def answers() -> dict[str, Any]:
     return seen
 
 
+def wishing(wish: Any) -> SamplingParams:
+    extra = {"kv_transfer_params": {"lmcache_mm": wish}}
+    return SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
+
+
 def identity() -> dict[str, Any]:
     """Clients that lie about their images, tenants, requests that want no cache."""
     about = "| what is it? "
@@ -222,13 +227,17 @@ def identity() -> dict[str, Any]:
         with engine(url, extra={"opaque_tails": True}) as llm:
             seen["honest clients later"] = ask(llm, one, two)
     with store() as url, engine(url, extra={"opaque_tails": True}) as llm:
-
-        def wishes(**wish: bool) -> SamplingParams:
-            extra = {"kv_transfer_params": {"lmcache_mm": wish}}
-            return SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
-
-        seen["no store"] = ask(llm, one, sampling=wishes(store=False)) + ask(llm, one)
-        seen["no load"] = ask(llm, one, sampling=wishes(load=False)) + ask(llm, one)
+        seen["no store"] = ask(llm, one, sampling=wishing({"store": False})) + ask(llm, one)
+        seen["no load"] = ask(llm, one, sampling=wishing({"load": False})) + ask(llm, one)
+        seen["malformed"] = [row for wish in (None, [], "no", 3) for row in ask(llm, one, sampling=wishing(wish))]
+    with store() as url:
+        claimed = {"multi_modal_uuids": {"image": ["poisoned"]}}
+        with engine(url, extra={"opaque_tails": True}, mm_processor_cache_gb=0, enable_prefix_caching=True) as llm:
+            # The first request is not cached, but vLLM's encoder cache keeps its image under the uuid.
+            ask(llm, {**two, **claimed}, sampling=wishing({"load": False, "store": False}))
+            ask(llm, {**one, **claimed})
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen["behind a poisoned encoder cache"] = ask(llm, one, two)
     return seen
 
 
@@ -259,6 +268,19 @@ def trouble(load: str) -> dict[str, Any]:
                 "blocks": [blocks, free_blocks(llm)],
                 "seconds": seconds,
             }
+    if load == "sync":
+        words = " ".join(f"word{i}" for i in range(20))
+        both = [prompt(words), prompt(words + " and then more of them, enough for a page of their own at the end")]
+        with engine() as llm:
+            seen["expected both"] = ask(llm, *both)
+        with store() as url:
+            options = {"extra": {"opaque_tails": True, "load": load}, "enable_prefix_caching": True}
+            with engine(url, **options) as llm:
+                ask(llm, both[0])
+            with engine(url, **options) as llm, faulty.misbehaving(llm, faulty.Fails):
+                seen["shared pages"] = ask_at_once(llm, both)  # the second finds the pages that the first one loads
+            with engine(url, extra={"opaque_tails": True}) as llm:
+                seen["shared pages, then"] = ask(llm, *both)
     return seen
 
 
@@ -434,6 +456,17 @@ def adapters() -> dict[str, Any]:
             with engine(url, extra={"opaque_tails": True}, **options) as llm:
                 asked = [ask(llm, one), ask(llm, one, adapter=adapter), ask(llm, one), ask(llm, one, adapter=adapter)]
                 seen[name] = [row for rows in asked for row in rows]
+    other = prompt("| and what is this? ", image(1))
+    with store() as url:
+        adapter = write_adapter(1)
+        with engine(url, extra={"opaque_tails": True}, **options) as llm:
+            ask(llm, one, adapter=adapter)
+            write_adapter(2)  # while vLLM keeps what it has loaded
+            ask(llm, other, adapter=adapter)
+        with engine(url, extra={"opaque_tails": True}, **options) as llm:
+            seen["changed meanwhile"] = ask(llm, other, adapter=adapter)
+        with engine(**options) as llm:
+            seen["expected changed"] = ask(llm, other, adapter=adapter)
     with engine(enable_prompt_embeds=True) as llm:
         seen["expected embedded"] = ask(llm, *embedded)
     with store() as url, engine(url, extra={"opaque_tails": True}, enable_prompt_embeds=True) as llm:

@@ -203,6 +203,21 @@ def test_a_request_may_be_left_out(identity):
     assert cached(identity["no load"]) == [0, 59]
 
 
+def test_wishes_that_are_none_are_none(identity):
+    assert tokens(identity["malformed"]) == tokens(identity["expected"])[:1] * 4
+
+
+def test_what_vllm_took_for_another_image_is_not_stored(identity):
+    """A request that wants no cache fills vLLM's encoder cache under a uuid with its image; the next, under the same
+    uuid, gets that image's KV."""
+    assert tokens(identity["behind a poisoned encoder cache"]) == tokens(identity["expected"])
+
+
+def test_an_adapter_that_changes_while_vllm_uses_it_is_cached_no_more(adapters):
+    assert tokens(adapters["changed meanwhile"]) == tokens(adapters["expected changed"])
+    assert cached(adapters["changed meanwhile"]) == [0]
+
+
 def test_adapters_and_the_base_model_share_nothing(adapters):
     """The other adapter has the first one's name, id and path."""
     base, one = tokens(adapters["expected one"])
@@ -241,6 +256,12 @@ def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault, loa
     assert tokens(found["then"]) == expected  # nothing wrong was left in the store
     assert cached(found["then"])[2] >= 64  # which is used again
     assert found["seconds"] < 60
+
+
+def test_what_was_computed_from_another_requests_failed_load_is_not_stored(trouble_sync):
+    expected = tokens(trouble_sync["expected both"])
+    assert tokens(trouble_sync["shared pages"]) == expected
+    assert tokens(trouble_sync["shared pages, then"]) == expected
 
 
 def test_preempted_requests_answer_as_ever_and_no_page_is_lost(pressure):
