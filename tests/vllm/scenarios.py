@@ -373,7 +373,7 @@ def sliding_windows() -> dict[str, Any]:
     words = " ".join(f"word{i}" for i in range(40))
     prompts = [prompt(words), prompt(words), prompt(words + " and a little more"), prompt("other " + words)]
     # Windows of 64 tokens, pages of 32: the last token's window begins at a page's end.
-    prompts += [{"prompt_token_ids": [7 + i * i % 200 for i in range(n)]} for n in (254, 255, 287)]
+    prompts += [{"prompt_token_ids": np.random.default_rng(n).integers(3, 250, n).tolist()} for n in (254, 255, 287)]
     with engine(model="swa") as llm:
         seen: dict[str, Any] = {"expected": ask(llm, *prompts)}
     with store() as url:

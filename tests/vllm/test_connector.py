@@ -303,9 +303,9 @@ def test_routers_are_told_what_is_stored(pressure):
 
 def test_sliding_window_layers_are_stored_and_loaded_with_the_others(sliding_windows):
     expected = tokens(sliding_windows["expected"])
-    assert len({tuple(answer) for answer in expected}) >= 5
+    assert len({tuple(answer) for answer in expected}) == 6
     assert tokens(sliding_windows["first"]) == tokens(sliding_windows["second"]) == expected
-    assert cached(sliding_windows["first"]) == [0, 276, 256, 0, 0, 192, 192]
+    assert cached(sliding_windows["first"]) == [0, 276, 256, 0, 0, 0, 0]
     assert cached(sliding_windows["second"]) == [276, 276, 294, 282, 253, 254, 286]
 
 
