@@ -147,10 +147,13 @@ class Work:
             touch = self._touch
             if touch is None:
                 return True
-            try:
-                touch()
-            except BaseException as error:
-                self._error = error
+            with self._pages:
+                if self.abandoned:
+                    return False
+                try:
+                    touch()
+                except BaseException as error:
+                    self._error = error
             self._touch = None
             self.advance(left_pages=self._touch_is_last)
         return False

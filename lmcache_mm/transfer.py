@@ -5,8 +5,8 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import takewhile
+from functools import cached_property, partial
+from itertools import pairwise, takewhile
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
@@ -183,11 +183,10 @@ class Transfer:
     def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], ready: bool) -> list[int]:
         """Scatters layer after layer; the payloads' checksums. ready: they are then."""
         begin = 0
+        pages = [chunk.pages for chunk in chunks]
+        plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
         parts_of: list[list[int]] = [[] for _ in chunks]
-        for end in sorted({*self.layout.planes_until.values(), len(self.layout.planes)}):
-            planes = replace(self.layout, planes=self.layout.planes[begin:end])
-            pages = [chunk.pages for chunk in chunks]
-            plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
+        for end, planes in self._layers:
             layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
             self._touch(work, partial(self._scatter_layer, planes, pages, layer))
             work.advance(planes=end if ready else 0)
@@ -199,6 +198,14 @@ class Transfer:
                     parts_of[i].append(_C.checksum_part(payload.data_ptr() + first, last - first, first, len(payload)))
             begin = end
         return [ops.checksum_of_parts(parts) for parts in parts_of]
+
+    @cached_property
+    def _layers(self) -> list[tuple[int, KVLayout]]:
+        """Of each layer up to which plane it reaches, and a layout of its planes alone."""
+        ends = sorted({*self.layout.planes_until.values(), len(self.layout.planes)})
+        return [
+            (end, replace(self.layout, planes=self.layout.planes[begin:end])) for begin, end in pairwise([0, *ends])
+        ]
 
     def _scatter_layer(self, planes: KVLayout, pages: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         device = self.layout.device

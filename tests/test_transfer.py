@@ -290,6 +290,7 @@ def test_an_early_store_given_up_leaves_nothing_behind(make, store):
     job = transfer.store(chunks_of([3, 1, 7]), b"", early=True)
     time.sleep(0.05)
     assert job.abandon()
+    assert not job.pages_free(10)
     with pytest.raises(Abandoned):
         job.wait(10)
     assert store.stats()["records"] == 0

@@ -42,7 +42,6 @@ class Load:
 class Save:
     """What one request stores in one step."""
 
-    request_id: str
     owner: bytes
     records: list[RecordPages]
 

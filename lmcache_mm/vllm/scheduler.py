@@ -60,6 +60,7 @@ class Scheduler:
         self.stats = Stats()
         self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
         self._tables = {group.table: group for group in groups}
+        self._windows = {group.table: group.window for group in groups if group.window is not None}
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
@@ -96,12 +97,12 @@ class Scheduler:
         self._make_namespace()
 
     def _make_namespace(self) -> None:
-        if len(self._layouts) == self._ranks:
-            prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
-            layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
-            self._namespace = self._base.with_layout(layout)
-        if self._namespace and self._epoch:
-            self._namespace = self._namespace.with_weights(self._epoch)
+        if len(self._layouts) < self._ranks:
+            return
+        prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
+        layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
+        base = self._base.with_weights(self._epoch) if self._epoch else self._base
+        self._namespace = base.with_layout(layout)
 
     def reset(self) -> None:
         """What was stored before is never matched again by this engine: its weights may be others now."""
@@ -115,10 +116,10 @@ class Scheduler:
         return self.stats.take()
 
     def close(self) -> None:
-        for lane in (self._identifying, self._lookups):
-            lane.close(self._options.timeout_s)
         for _, release in self._loading.values():
             release()
+        for lane in (self._identifying, self._lookups):
+            lane.close(self._options.timeout_s)
         self._store.close()
 
     # --- Requests
@@ -168,7 +169,7 @@ class Scheduler:
         for feature in request.mm_features:
             try:
                 names.append(identity.digest_of_data(feature.modality, feature.data))
-            except identity.Unknown:
+            except Exception:  # whatever data they are
                 names.append("")
         agreed = [
             bool(name) and self._identifiers.agree(feature.identifier, name)
@@ -220,7 +221,7 @@ class Scheduler:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
         end = ours.hit[-1].end if ours.hit else 0
-        if any(group.window is not None for group in self._tables.values()):
+        if self._windows:
             # After a hit of all tokens vLLM computes the last one again, and has dropped a page that its window needs.
             end = min(end, request.num_tokens - 1)
         new = end - local_tokens
@@ -290,12 +291,13 @@ class Scheduler:
             r.end: tables - {number // GROUPS_OF_TABLE for number, _ in self._places if not next(present)}
             for r in records
         }
-        windows = {table: group.window for table, group in self._tables.items() if group.window is not None}
-        whole = tables - set(windows) or tables  # without full attention, every record of every group
+        whole = tables - set(self._windows) or tables  # without full attention, every record of every group
         found = chain((r for r in records if whole <= there[r.end]), self._chunk_tokens)
         while found:
             hit = found[-1].end
-            if all(table in there[r.end] for table, window in windows.items() for r in found if r.end > hit - window):
+            if all(
+                table in there[r.end] for table, window in self._windows.items() for r in found if r.end > hit - window
+            ):
                 return found
             found = chain(found[:-1], self._chunk_tokens)
         return []
@@ -368,16 +370,19 @@ class Scheduler:
                 until = min(until, request.num_prompt_tokens)
             if until <= ours.planned_until:
                 continue
-            ours.planned_until = until
             records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
-            block_ids = blocks.get_block_ids(request_id)
-            if not records or block_ids is None:
+            block_ids = blocks.get_block_ids(request_id) if records else ()
+            if block_ids is None:
+                continue
+            ours.planned_until = until
+            if not records:
                 continue
             whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
             if whole:
-                metadata.saves.append(Save(request_id, tracker.owner, whole))
+                metadata.saves.append(Save(tracker.owner, whole))
                 if self._tells:
-                    self._will_tell(request, tracker, records)
+                    saved = {one.key for one in whole}
+                    self._will_tell(request, tracker, [record for record in records if record.key in saved])
             tracker.stored_tokens = records[-1].end
         if metadata.saves:
             self._saving += len(metadata.saves) * self._ranks
@@ -420,7 +425,7 @@ class Scheduler:
 
     def _will_tell(self, request: Request, tracker: RequestTracker, records: Iterable[Record]) -> None:
         token_ids = request.all_token_ids
-        urls = self._options.store if isinstance(self._options.store, str) else self._options.store[0]
+        url = self._options.store if isinstance(self._options.store, str) else self._options.store[0]
         for record in records:
             before = tracker.records(token_ids, record.begin, record.begin - 1) if record.begin else []
             event = BlockStored(
@@ -430,7 +435,7 @@ class Scheduler:
                 block_size=self._chunk_tokens,
                 lora_id=None,
                 lora_name=request.lora_request.lora_name if request.lora_request else None,
-                medium=MEDIUM_CPU if urls.startswith(("shm:", "tiered:shm:")) else MEDIUM_STORAGE,
+                medium=MEDIUM_CPU if url.startswith(("shm:", "tiered:shm:")) else MEDIUM_STORAGE,
             )
             self._untold[record.key] = (self._ranks, event)
 

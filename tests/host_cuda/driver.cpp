@@ -19,11 +19,7 @@
 #include <utility>
 
 #include "../cases.h"
-
-#ifdef LMC_HOST_CUDA
-// Which deletion of the mutated sources is live; see tests/test_host_cuda.py.
-int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
-#endif
+#include "device_memory.h"
 
 using namespace lmc;
 
@@ -38,27 +34,7 @@ constexpr u8 kGuard = 0xEB;
 constexpr int kStreams = 4;
 constexpr std::size_t kUploadBuffers = 32;  // calls that may be under way before one waits
 
-void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) die(std::string(what) + ": " + cudaGetErrorString(error));
-}
-#define CHECK(call) check(call, #call)
-
 // --- One case on a stream
-
-struct CudaFree {
-  void operator()(void* pointer) const { CHECK(cudaFree(pointer)); }
-};
-struct CudaFreeHost {
-  void operator()(void* pointer) const { CHECK(cudaFreeHost(pointer)); }
-};
-using DeviceMemory = std::unique_ptr<u8, CudaFree>;
-using PinnedMemory = std::unique_ptr<u8, CudaFreeHost>;
-
-DeviceMemory device_memory(u64 bytes) {
-  void* pointer = nullptr;
-  CHECK(cudaMalloc(&pointer, bytes));
-  return DeviceMemory(static_cast<u8*>(pointer));
-}
 
 // A region in device memory: guard, misalignment, the bytes, guard.
 struct Placed {
@@ -77,11 +53,8 @@ class Run {
       if (!region.host && region.misalignment + region.before.size() + kGuardBytes > 0) {
         placed.bytes = front(region) + region.before.size() + kGuardBytes;
         placed.device = device_memory(placed.bytes);
-        void* pinned = nullptr;
-        CHECK(cudaMallocHost(&pinned, placed.bytes));
-        placed.in.reset(static_cast<u8*>(pinned));
-        CHECK(cudaMallocHost(&pinned, placed.bytes));
-        placed.out.reset(static_cast<u8*>(pinned));
+        placed.in = pinned_memory(placed.bytes);
+        placed.out = pinned_memory(placed.bytes);
         std::memset(placed.in.get(), kGuard, placed.bytes);
         if (!region.before.empty())
           std::memcpy(placed.in.get() + front(region), region.before.data(), region.before.size());

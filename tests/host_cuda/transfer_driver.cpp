@@ -18,11 +18,8 @@
 #include <string>
 
 #include "checksum.h"
+#include "device_memory.h"
 #include "ops.h"
-
-#ifdef LMC_HOST_CUDA
-int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
-#endif
 
 using namespace lmc;
 
@@ -37,33 +34,6 @@ void fail(const std::string& what) {
   std::fflush(stdout);
   ++failures;
   if (fail_fast) std::_Exit(1);
-}
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::printf("%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(2);
-}
-#define CHECK(call) check(call, #call)
-
-struct CudaFree {
-  void operator()(void* pointer) const { CHECK(cudaFree(pointer)); }
-};
-struct CudaFreeHost {
-  void operator()(void* pointer) const { CHECK(cudaFreeHost(pointer)); }
-};
-using DeviceMemory = std::unique_ptr<u8, CudaFree>;
-using PinnedMemory = std::unique_ptr<u8, CudaFreeHost>;
-
-DeviceMemory device_memory(u64 bytes) {
-  void* pointer = nullptr;
-  CHECK(cudaMalloc(&pointer, bytes));
-  return DeviceMemory(static_cast<u8*>(pointer));
-}
-PinnedMemory pinned_memory(u64 bytes) {
-  void* pointer = nullptr;
-  CHECK(cudaMallocHost(&pointer, bytes));
-  return PinnedMemory(static_cast<u8*>(pointer));
 }
 
 u64 checksum(const u8* payload, u64 bytes) {
