@@ -100,6 +100,11 @@ def main() -> int:
     if len(sys.argv) != 2:
         print("usage: scripts/gpu_check.sh OUT [WHEELS]", file=sys.stderr)
         return 2
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        print(f"gpu_check: torch {torch.__version__} finds no GPU on this machine", file=sys.stderr)
+        return 2
     check = Check(Path(sys.argv[1]))
     check.found["machine"] = machine()
     check.write()
