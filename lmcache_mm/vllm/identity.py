@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -15,12 +14,12 @@ import torch
 from blake3 import blake3
 
 from lmcache_mm.prompt import Namespace
+from lmcache_mm.secret import secret
 
 ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 MOST_IDENTIFIERS = 1 << 17
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-SECRET_BYTES = 16
 
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
 
@@ -40,19 +39,6 @@ def digest_of_files(paths: Iterable[Path]) -> str:
         name = path.name.encode()
         hasher.update(len(name).to_bytes(4, "little") + name + _digests[state])
     return hasher.hexdigest()
-
-
-def secret() -> bytes | None:
-    """The deployment's secret: the content of the file LMCACHE_MM_SECRET_FILE (mode 0600), or LMCACHE_MM_SECRET."""
-    value = os.environb.get(b"LMCACHE_MM_SECRET")
-    if name := os.environ.get("LMCACHE_MM_SECRET_FILE"):
-        path = Path(name)
-        if path.stat().st_mode & 0o077:
-            raise PermissionError(f"LMCACHE_MM_SECRET_FILE: expected mode 0600 of {path}")
-        value = path.read_bytes().strip()
-    if value is not None and len(value) < SECRET_BYTES:
-        raise ValueError(f"LMCACHE_MM_SECRET: expected at least {SECRET_BYTES} bytes, got {len(value)}")
-    return value
 
 
 def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> Namespace:
