@@ -26,7 +26,7 @@ LAUNCHES = {
     "overwrite": (256, 0, 64),
     "gather_kernel": (256, 0, 64),
     "scatter_kernel": (256, 0, 64),
-    "compare_checksums": (256, 0, 16),
+    "scatter_bulk_kernel": (256, 65568, 0),  # its threads wait for none: four tiles of 16 KiB a block are under way
 }
 
 
@@ -54,7 +54,9 @@ class Kernel:
     @property
     def bytes_in_flight(self) -> int:
         """Of one multiprocessor, with all its blocks and every thread waiting."""
-        threads, _, in_flight = LAUNCHES[self.function]
+        threads, shared, in_flight = LAUNCHES[self.function]
+        if not in_flight:
+            return self.blocks_of_sm * shared
         if "<" in self.name and not self.name.endswith("16>"):
             in_flight = 16  # a narrow unit's thread holds one lane
         return self.blocks_of_sm * threads * in_flight

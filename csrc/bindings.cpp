@@ -32,8 +32,8 @@ std::vector<u64> to_cuts(u64 address, u64 num_cuts, u64 count) {
 std::vector<Chunk> to_chunks(const py::iterable& chunks) {
   std::vector<Chunk> out;
   for (const py::handle chunk : chunks) {
-    const auto [ids, wide, count, tokens, payload] = chunk.cast<std::tuple<u64, bool, u64, u64, u64>>();
-    out.push_back({reinterpret_cast<const void*>(ids), count, tokens, reinterpret_cast<u8*>(payload), wide});
+    const auto [ids, wide, count, tokens, payload, offset] = chunk.cast<std::tuple<u64, bool, u64, u64, u64, u64>>();
+    out.push_back({reinterpret_cast<const void*>(ids), count, tokens, reinterpret_cast<u8*>(payload), wide, offset});
   }
   return out;
 }
@@ -97,14 +97,12 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "scatter",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 expected, u64 matches, u32 threads) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums, u32 threads) {
         const std::vector<Chunk> list = to_chunks(chunks);
         py::gil_scoped_release release;
-        cpu::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<const u64*>(expected),
-                     reinterpret_cast<bool*>(matches), threads);
+        cpu::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums), threads);
       },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("expected"), py::arg("matches"),
-      py::arg("threads"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"), py::arg("threads"));
 
   py::class_<cpu::RunningKeys>(m, "RunningKeys", py::metaclass((PyObject*)&PyType_Type))
       .def(py::init([](const py::iterable& items, const std::string& root) {
@@ -239,18 +237,17 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "cuda_scatter",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 expected, u64 matches,
-         int device, u64 stream, const py::function& allocate, u32 max_blocks) {
+      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
+         u64 stream, const py::function& allocate, u32 max_blocks) {
         const std::vector<Chunk> list = to_chunks(chunks);
         if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
         const u64 workspace = allocate(cuda::copy_workspace_bytes(cache, list, host_ids)).cast<u64>();
         py::gil_scoped_release release;
-        cuda::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids,
-                      reinterpret_cast<const u64*>(expected), reinterpret_cast<bool*>(matches),
+        cuda::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
                       to_launch(device, stream, workspace, max_blocks));
       },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("expected"),
-      py::arg("matches"), py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
+      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
+      py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
 
   py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type))
       .def(
@@ -270,23 +267,25 @@ PYBIND11_MODULE(_C, m) {
            py::arg("device"), py::arg("ring"), py::arg("buffer_bytes"), py::arg("buffers"))
       .def(
           "store",
-          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, u64 stream) {
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, u64 stream,
+             u64 fragment_bytes) {
             const std::vector<Chunk> list = to_chunks(chunks);
             cpu::check_ids(cache, Mode::kPage, list);
             py::gil_scoped_release release;
-            return staging.store(cache, list, reinterpret_cast<void*>(stream));
+            return staging.store(cache, list, reinterpret_cast<void*>(stream), fragment_bytes);
           },
-          py::arg("cache"), py::arg("chunks"), py::arg("stream"))
+          py::arg("cache"), py::arg("chunks"), py::arg("stream"), py::arg("fragment_bytes"))
       .def(
           "load",
-          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks,
-             const std::vector<u64>& expected, u64 stream) {
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, bool checksums, u64 stream,
+             u64 fragment_bytes, u32 kernel_blocks) {
             const std::vector<Chunk> list = to_chunks(chunks);
             cpu::check_ids(cache, Mode::kPage, list);
             py::gil_scoped_release release;
-            return staging.load(cache, list, expected, reinterpret_cast<void*>(stream));
+            return staging.load(cache, list, checksums, reinterpret_cast<void*>(stream), fragment_bytes, kernel_blocks);
           },
-          py::arg("cache"), py::arg("chunks"), py::arg("expected"), py::arg("stream"));
+          py::arg("cache"), py::arg("chunks"), py::arg("checksums"), py::arg("stream"), py::arg("fragment_bytes"),
+          py::arg("kernel_blocks"));
 
   m.def("cuda_least_buffer_bytes", &cuda::Staging::least_buffer_bytes, py::arg("cache"), py::arg("pages"));
 

@@ -68,7 +68,8 @@ struct Chunk {
   u64 count;   // pages or tokens
   u64 tokens;  // page mode: how many tokens of the pages count, the rest of the last page being zeroed by a gather
   u8* payload;
-  bool wide;  // ids are int64
+  bool wide;       // ids are int64
+  u64 offset = 0;  // in a longer payload of which this is a part, a multiple of 16: where it has the checksum's lanes
 
   LMC_HOST_DEVICE u64 id(u64 i) const {
     return static_cast<u64>(wide ? static_cast<const i64*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i]);

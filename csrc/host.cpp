@@ -472,6 +472,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
     return span;
   };
   LaneSums sums;
+  const u64 lane0 = chunk.offset / kLaneBytes;
   Span<u64> next = span_at(begin);
   u64 summed = begin;  // without whole lanes: all before it is in the sum
   for (u64 y = begin; y < end;) {
@@ -481,14 +482,14 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
     if (following < end) next = span_at(following);
     if (!span.cache) {
       if (kGather) std::memset(payload, 0, span.units);
-      if (call.sums && whole_lanes) add_lanes(sums, payload, span.units, y / kLaneBytes);
+      if (call.sums && whole_lanes) add_lanes(sums, payload, span.units, lane0 + y / kLaneBytes);
     } else if (whole_lanes) {
       for (u64 done = 0; done < span.units;) {
         const u64 piece = std::min(kPrefetchBytes, span.units - done);
         const u64 then = done + piece;
         const u8* following_span = next.cache ? next.cache : span.cache;
         const u8* ahead = kGather ? (then < span.units ? span.cache + then : following_span) : payload + then;
-        const u64 lane = (y + done) / kLaneBytes;
+        const u64 lane = lane0 + (y + done) / kLaneBytes;
         u8 *at = payload + done, *cached = span.cache + done;
         if (stream)
           (call.sums ? copy_span_lanes<kGather, kCanStream, true>
@@ -506,7 +507,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
     y = following;
     if (call.sums && !whole_lanes && (y - summed >= kPrefetchBytes || y == end)) {
       const u64 until = y == end ? y : y / kLaneBytes * kLaneBytes;
-      add_lanes(sums, chunk.payload + summed, until - summed, summed / kLaneBytes);
+      add_lanes(sums, chunk.payload + summed, until - summed, lane0 + summed / kLaneBytes);
       summed = until;
     }
   }
@@ -561,13 +562,11 @@ void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks
   if (checksums) std::copy(sums.begin(), sums.end(), checksums);
 }
 
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches,
-             u32 threads) {
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads) {
   check_ids(cache, mode, chunks);
   std::vector<std::atomic<u64>> sums(chunks.size());
-  copy<false>({cache, mode, chunks, expected != nullptr}, threads, sums);
-  if (expected)
-    for (std::size_t c = 0; c < chunks.size(); ++c) matches[c] = sums[c] == expected[c];
+  copy<false>({cache, mode, chunks, checksums != nullptr}, threads, sums);
+  if (checksums) std::copy(sums.begin(), sums.end(), checksums);
 }
 
 u64 copy(u8* to, const u8* from, u64 bytes, u32 threads) {

@@ -72,12 +72,9 @@ class RunningKeys {
 void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks);
 
 // Both check_ids before anything is written, and use up to `threads` threads, as many as the bytes are worth.
-// checksums: one a chunk, or null.
+// checksums: one of each chunk's payload, or null. Those of the parts of a payload add up to the whole one's.
 void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads);
-
-// expected: one checksum a chunk, or null; matches[i] tells whether chunk i's payload has it.
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, const u64* expected, bool* matches,
-             u32 threads);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads);
 
 u64 checksum(const u8* payload, u64 bytes);
 
@@ -94,13 +91,15 @@ namespace cuda {
 
 // Where and how a call runs. `workspace`: device memory of at least the bytes that the op's *_workspace_bytes tells for
 // the same arguments, 256-byte aligned, left alone until the stream has passed the call. Nothing else is allocated on
-// the device. `max_blocks` caps the grid of a copy (0: as many as fill the device), to leave SMs to other work.
-// Calls throw std::runtime_error when CUDA reports an error, and restore the current device.
+// the device. `max_blocks` caps the grid of a copy (0: as many as fill the device), to leave SMs to other work;
+// payloads_on_host: those of a page-mode scatter are mapped host memory, by their device addresses. Calls throw
+// std::runtime_error when CUDA reports an error, and restore the current device.
 struct Launch {
   int device;
   void* stream;  // cudaStream_t
   void* workspace;
   u32 max_blocks;
+  bool payloads_on_host = false;
 };
 
 // As cpu::, except that nothing is validated: an id outside [0, 2^32) is left as it is.
@@ -113,14 +112,14 @@ u64 prefix_keys_workspace_bytes(u64 count, const ItemTable& items, u64 num_cuts)
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
                  const Launch& launch);
 
-// As cpu::, except that ids outside the cache count as not there. The planes, payloads, checksums, expected and matches
-// are device memory. Chunk::ids are device memory too, or all of them host memory (copied before return) where
-// `host_ids`.
+// As cpu::, except that ids outside the cache count as not there. The planes, payloads and checksums are device memory.
+// Chunk::ids are device memory too, or all of them host memory (copied before return) where `host_ids`. A gather
+// without payloads (null, all of them) makes checksums only.
 u64 copy_workspace_bytes(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids);
 void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
             const Launch& launch);
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, const u64* expected,
-             bool* matches, const Launch& launch);
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
+             const Launch& launch);
 
 // Pins host memory for transfers of all devices, in pieces, none of which is longer than `piece_bytes`: drivers refuse
 // very long ones, and a transfer must not cross the end of one. Throws std::runtime_error, with nothing pinned, if a
@@ -129,9 +128,9 @@ void register_host(int device, void* address, u64 bytes, u64 piece_bytes);
 void unregister_host(int device, void* address, u64 bytes, u64 piece_bytes);
 
 // Copies of chunks between a GPU's pages and pinned host memory, through a ring of buffers in device memory: kernels
-// gather (or scatter) one buffer while a DMA empties (or fills) another, one DMA a chunk. On streams of its own,
-// ordered by events; nothing waits for the device but what says so. One thread at a time; one object a direction, so
-// that both are under way at once.
+// gather (or scatter) one buffer while a DMA empties (or fills) another, one DMA a chunk. Or without the ring, where
+// the caller says so. On streams of its own, ordered by events; nothing waits for the device but what says so. One
+// thread at a time; one object a direction, so that both are under way at once.
 class Staging {
  public:
   // A transfer under way. Its destructor waits for it.
@@ -141,8 +140,7 @@ class Staging {
     // What `stream` is given from now on comes behind the last access to pages.
     void order(void* stream) const;
     bool finished() const;
-    // Waits. For a store the payloads' checksums; for a load whether each payload had the checksum that was expected,
-    // if any was.
+    // Waits. The payloads' checksums, if they were asked for; of parts of a payload, they add up to its own.
     std::vector<u64> wait();
 
    private:
@@ -161,15 +159,18 @@ class Staging {
   static u64 least_buffer_bytes(const PagedCache& cache, u64 pages);
 
   // Page mode, ids outside the cache count as not there. Chunk::ids: host memory, copied before return; Chunk::payload:
-  // pinned host memory, which is the job's until it is finished. Pages are accessed behind all that `behind` (a
-  // cudaStream_t of the device) holds now. Throws std::invalid_argument for a chunk that does not fit into a buffer;
-  // after an exception nothing is under way.
-  std::unique_ptr<Job> store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* behind);
-  std::unique_ptr<Job> load(const PagedCache& cache, const std::vector<Chunk>& chunks, const std::vector<u64>& expected,
-                            void* behind);
+  // pinned host memory, which is the job's until it is finished; Chunk::offset: a multiple of 16. Pages are accessed
+  // behind all that `behind` (a cudaStream_t of the device) holds now. Chunks of whole pages whose fragments,
+  // contiguous in cache and payload, are at least fragment_bytes long on average (0: none) are copied without the ring,
+  // in one call a step. kernel_blocks > 0: loads are done by so many blocks of a kernel that reads the host's memory.
+  // Throws std::invalid_argument for a chunk that does not fit into a buffer; after an exception nothing is under way.
+  std::unique_ptr<Job> store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* behind,
+                             u64 fragment_bytes);
+  std::unique_ptr<Job> load(const PagedCache& cache, const std::vector<Chunk>& chunks, bool checksums, void* behind,
+                            u64 fragment_bytes, u32 kernel_blocks);
 
  private:
-  class Verdicts;
+  class Sums;
   struct State;
   std::unique_ptr<State> state_;
 };

@@ -4,6 +4,7 @@
 // that short runs keep as many bytes in flight as long ones. A thread loads four lanes before it stores any: with four
 // blocks on an SM that is 64 KiB in flight. Lanes are copied in units of 16 bytes where all addresses and lengths allow
 // it, else of 4 or 1.
+#include "bulk_copy.h"
 #include "error.h"
 #include "ops.h"
 #include "upload.h"
@@ -53,7 +54,8 @@ struct ChunkWork {
   Chunk chunk;
   Divisor<Index> count;
   Index units;
-  u64 tiles_end;  // of this chunk and all before it
+  u64 first_lane;  // of its payload, for the checksum
+  u64 tiles_end;   // of this chunk and all before it
 };
 
 template <typename Index>
@@ -187,7 +189,7 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
       for (u32 v = 0; v < kLanes<kUnit>; ++v) {
         const Index lane = first + v * kThreads;
         if constexpr (kGather) {
-          store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);
+          if (payload) store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);
         } else {
           LMC_UNROLL
           for (u32 k = 0; k < kUnits; ++k) {
@@ -196,7 +198,7 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
             if (to) *in_global_memory(reinterpret_cast<Piece*>(to)) = get_unit<kUnit>(lanes[v], k);
           }
         }
-        if (copy.checksums && lane * kUnits < work.units) add_lane(sums, lane, lanes[v]);
+        if (copy.checksums && lane * kUnits < work.units) add_lane(sums, work.first_lane + lane, lanes[v]);
       }
     }
     if (copy.checksums) add_to_checksum(copy.checksums + c, sums.total());
@@ -215,10 +217,64 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<kUnit>)
   copy_tiles<kMode, false, kUnit>(copy);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    compare_checksums(const unsigned long long* checksums, const u64* expected, bool* matches, u32 num_chunks) {
-  const u32 c = blockIdx.x * kThreads + threadIdx.x;
-  if (c < num_chunks) matches[c] = checksums[c] == expected[c];
+// A ring of tiles of payload in shared memory.
+constexpr u32 kStages = 4;
+struct TileRing {
+  uint4 tiles[kStages][kTileLanes<16>];
+  BulkBarrier filled[kStages];
+};
+
+// One thread: begins to fill a stage with a tile. `c`: the chunk of an earlier tile, then of this one.
+__device__ void fill_stage(const Copy<u32>& copy, TileRing& ring, u32 stage, u64 tile, u32& c) {
+  while (copy.chunks[c].tiles_end <= tile) ++c;
+  const ChunkWork<u32>& work = copy.chunks[c];
+  const u32 first = static_cast<u32>(tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<16>;
+  const u32 lanes = at_most(work.units - first, kTileLanes<16>);
+  ring.filled[stage].begin_copy(ring.tiles[stage], work.chunk.payload + static_cast<u64>(first) * kLaneBytes,
+                                lanes * kLaneBytes);
+}
+
+// As scatter_kernel<Mode::kPage, 16>, for payloads in host memory, and for few blocks: the bulk copy engine keeps up to
+// 64 KiB a block on the bus, which loads by threads do not.
+__global__ void __launch_bounds__(kThreads) scatter_bulk_kernel(const __grid_constant__ Copy<u32> copy) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  TileRing& ring = shared_memory<TileRing>();
+  const u64 begin = copy.tiles * blockIdx.x / gridDim.x, end = copy.tiles * (blockIdx.x + 1) / gridDim.x;
+  u32 ahead = 0;  // the chunk of the tile that is filled next
+  if (threadIdx.x == 0) {
+    for (u32 stage = 0; stage < kStages; ++stage) ring.filled[stage].init();
+    for (u32 stage = 0; stage < kStages && begin + stage < end; ++stage)
+      fill_stage(copy, ring, stage, begin + stage, ahead);
+  }
+  __syncthreads();
+  u32 c = 0;
+  LaneSums sums;
+  for (u64 tile = begin; tile < end; ++tile) {
+    if (copy.chunks[c].tiles_end <= tile) {
+      if (copy.checksums) add_to_checksum(copy.checksums + c, sums.total());
+      sums = LaneSums();
+      while (copy.chunks[c].tiles_end <= tile) ++c;
+    }
+    const ChunkWork<u32>& work = copy.chunks[c];
+    const u32 first = static_cast<u32>(tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<16>;
+    const u32 stage = static_cast<u32>((tile - begin) % kStages);
+    ring.filled[stage].wait(static_cast<u32>((tile - begin) / kStages));
+    LMC_UNROLL
+    for (u32 v = 0; v < kLanes<16>; ++v) {
+      const u32 in_tile = threadIdx.x + v * kThreads, lane_index = first + in_tile;
+      if (lane_index < work.units) {
+        Lane lane;
+        lane.vector = ring.tiles[stage][in_tile];
+        u8* to = cache_unit<Mode::kPage>(copy.layout, work.chunk, work.count, lane_index);
+        if (to) *in_global_memory(reinterpret_cast<uint4*>(to)) = lane.vector;
+        if (copy.checksums) add_lane(sums, work.first_lane + lane_index, lane);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0 && tile + kStages < end) fill_stage(copy, ring, stage, tile + kStages, ahead);
+  }
+  if (copy.checksums && begin < end) add_to_checksum(copy.checksums + c, sums.total());
+#endif
 }
 
 // --- Host
@@ -252,10 +308,16 @@ u32 multiprocessors(const char* op, int device) {
   return static_cast<u32>(count);
 }
 
-// Uploads the tables and runs the kernel. checksums: device memory, one a chunk, or null; or, with `in_workspace`, kept
-// in the workspace. Returns where they are.
+// Whether a scatter from host memory can be done by the bulk copy engine.
+bool has_bulk_copies(const Call& call) {
+  int major = 0;
+  LMC_CUDA_CHECK(call.op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.where.device));
+  return major >= 9;
+}
+
+// Uploads the tables and runs the kernel. checksums: device memory, one a chunk, or null.
 template <u32 kUnit>
-unsigned long long* run(const Call& call, bool is_gather, u64* checksums, bool in_workspace) {
+void run(const Call& call, bool is_gather, u64* checksums) {
   using Index = typename IndexOf<kUnit>::type;
   const auto stream = static_cast<cudaStream_t>(call.where.stream);
   u8* workspace = static_cast<u8*>(call.where.workspace);
@@ -274,40 +336,49 @@ unsigned long long* run(const Call& call, bool is_gather, u64* checksums, bool i
                                 : table.append(static_cast<const std::int32_t*>(chunk.ids), chunk.count);
       chunk.ids = workspace + at;
     }
-    works.push_back({chunk, Divisor<Index>(chunk.count ? chunk.count : 1), static_cast<Index>(bytes / kUnit), tiles});
+    works.push_back({chunk, Divisor<Index>(chunk.count ? chunk.count : 1), static_cast<Index>(bytes / kUnit),
+                     chunk.offset / kLaneBytes, tiles});
   }
   const u64 works_at = table.append(works.data(), works.size());
   const u64 lengths_at = table.append(lengths.data(), lengths.size());
   PinnedBuffers::instance().upload(call.op, table, workspace, call.where.device, stream);
 
-  auto* sums = reinterpret_cast<unsigned long long*>(checksums);
-  if (in_workspace) sums = reinterpret_cast<unsigned long long*>(workspace + lengths_at);
   if (checksums)
     LMC_CUDA_CHECK(call.op, cudaMemcpyAsync(checksums, workspace + lengths_at, 8 * lengths.size(),
                                             cudaMemcpyDeviceToDevice, stream));
-  if (tiles == 0) return sums;
+  if (tiles == 0) return;
   Copy<Index> copy{};
   copy.layout = call.cache.in_units<Index>(kUnit, reinterpret_cast<u8* const*>(workspace + planes_at));
   copy.chunks = reinterpret_cast<const ChunkWork<Index>*>(workspace + works_at);
   copy.tiles = tiles;
-  copy.checksums = sums;
+  copy.checksums = reinterpret_cast<unsigned long long*>(checksums);
   u64 blocks = std::min(tiles, static_cast<u64>(kBlocksPerSm<kUnit>) * multiprocessors(call.op, call.where.device));
   if (call.where.max_blocks) blocks = std::min<u64>(blocks, call.where.max_blocks);
+  if constexpr (kUnit == 16)
+    if (call.where.payloads_on_host && has_bulk_copies(call)) {
+      constexpr int shared_bytes = sizeof(TileRing);
+      LMC_CUDA_CHECK(call.op, cudaFuncSetAttribute(scatter_bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   shared_bytes));
+      LMC_CUDA_CHECK(call.op, launch(scatter_bulk_kernel, dim3(static_cast<u32>(blocks)), dim3(kThreads), shared_bytes,
+                                     stream, copy));
+      return;
+    }
   void (*kernel)(Copy<Index>) =
       call.mode == Mode::kPage ? (is_gather ? gather_kernel<Mode::kPage, kUnit> : scatter_kernel<Mode::kPage, kUnit>)
                                : (is_gather ? gather_kernel<Mode::kToken, kUnit> : scatter_kernel<Mode::kToken, kUnit>);
   LMC_CUDA_CHECK(call.op, launch(kernel, dim3(static_cast<u32>(blocks)), dim3(kThreads), 0, stream, copy));
-  return sums;
 }
 
-unsigned long long* run(const Call& call, bool is_gather, u64* checksums, bool in_workspace) {
+void run(const Call& call, bool is_gather, u64* checksums) {
+  if (call.chunks.empty()) return;
+  const DeviceGuard guard(call.op, call.where.device);
   switch (call.unit()) {
     case 16:
-      return run<16>(call, is_gather, checksums, in_workspace);
+      return run<16>(call, is_gather, checksums);
     case 4:
-      return run<4>(call, is_gather, checksums, in_workspace);
+      return run<4>(call, is_gather, checksums);
     default:
-      return run<1>(call, is_gather, checksums, in_workspace);
+      return run<1>(call, is_gather, checksums);
   }
 }
 
@@ -322,22 +393,13 @@ u64 copy_workspace_bytes(const PagedCache& cache, const std::vector<Chunk>& chun
 
 void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
             const Launch& where) {
-  const char* op = mode == Mode::kPage ? "gather_pages" : "gather_tokens";
-  if (chunks.empty()) return;
-  const DeviceGuard guard(op, where.device);
-  run({op, cache, mode, chunks, host_ids, where}, true, checksums, false);
+  run({mode == Mode::kPage ? "gather_pages" : "gather_tokens", cache, mode, chunks, host_ids, where}, true, checksums);
 }
 
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, const u64* expected,
-             bool* matches, const Launch& where) {
-  const char* op = mode == Mode::kPage ? "scatter_pages" : "scatter_tokens";
-  if (chunks.empty()) return;
-  const DeviceGuard guard(op, where.device);
-  const unsigned long long* sums = run({op, cache, mode, chunks, host_ids, where}, false, nullptr, expected != nullptr);
-  if (!expected) return;
-  const u32 count = static_cast<u32>(chunks.size());
-  LMC_CUDA_CHECK(op, launch(compare_checksums, dim3((count + kThreads - 1) / kThreads), dim3(kThreads), 0,
-                            static_cast<cudaStream_t>(where.stream), sums, expected, matches, count));
+void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
+             const Launch& where) {
+  run({mode == Mode::kPage ? "scatter_pages" : "scatter_tokens", cache, mode, chunks, host_ids, where}, false,
+      checksums);
 }
 
 int device_count(std::string& why) {

@@ -1,16 +1,21 @@
-// Transfers between the pages of a GPU and pinned host memory: a ring of buffers in device memory, filled by kernels
-// and emptied by the copy engine, or the other way round.
+// Transfers between the pages of a GPU and pinned host memory: staged through a ring of buffers in device memory,
+// filled by kernels and emptied by the copy engine, or the other way round; by copies of long fragments straight from
+// or to pages; or, loads, by a few blocks of a kernel that read the host's memory.
 //
 // A store, step by step, `>` for an event that one stream waits for:
 //   kernels:  [behind] > [free b] > gather into b, record filled b ... record left_pages
 //   copies:   [filled b] > payloads and checksums to the host, record free b ... record finished
 // A load:
 //   copies:   [free b] > payloads to b, record filled b
-//   kernels:  [behind] > [filled b] > scatter from b, verdicts to the host, record free b ... record left_pages,
+//   kernels:  [behind] > [filled b] > scatter from b, checksums to the host, record free b ... record left_pages,
 //   finished
+// Fragments are copied by `copies` too, which then waits for [behind]; a kernel sums up the pages that they come from,
+// or have gone to. A buffer then holds a kernel's tables and the checksums only, as it does for a load by a kernel
+// alone.
 #include <mutex>
 #include <utility>
 
+#include "batch_copy.h"
 #include "error.h"
 #include "ops.h"
 #include "upload.h"
@@ -33,20 +38,24 @@ cudaEvent_t new_event(const char* op) {
   return event;
 }
 
+// How payloads travel.
+enum class Path { kStaged, kFragments, kKernel };
+
 // Chunks that share one buffer, and where in it each part lies.
 struct Step {
+  Path path;
   std::size_t first;  // of the call's chunks
   std::vector<Chunk> chunks;
-  u64 sums_at, matches_at;  // u64 and bool, one a chunk
+  u64 sums_at;  // u64, one a chunk
   std::vector<u64> payloads_at;
   u64 bytes;
 };
 
-Step place(const PagedCache& cache, std::size_t first, std::vector<Chunk> chunks) {
-  Step step{first, std::move(chunks), 0, 0, {}, 0};
+Step place(const PagedCache& cache, Path path, std::size_t first, std::vector<Chunk> chunks) {
+  Step step{path, first, std::move(chunks), 0, {}, 0};
   step.sums_at = align(copy_workspace_bytes(cache, step.chunks, true));  // the workspace is at 0
-  step.matches_at = align(step.sums_at + 8 * step.chunks.size());
-  step.bytes = align(step.matches_at + step.chunks.size());
+  step.bytes = align(step.sums_at + 8 * step.chunks.size());
+  if (path != Path::kStaged) return step;
   for (const Chunk& chunk : step.chunks) {
     step.payloads_at.push_back(step.bytes);
     step.bytes = align(step.bytes + cache.payload_bytes(Mode::kPage, chunk));
@@ -54,20 +63,48 @@ Step place(const PagedCache& cache, std::size_t first, std::vector<Chunk> chunks
   return step;
 }
 
+// The fragments of a chunk of whole pages that are all there, if they are at least `least_bytes` long on average; else
+// none.
+std::vector<Fragment> long_fragments(const PagedCache& cache, const Chunk& chunk, u64 least_bytes) {
+  std::vector<Fragment> fragments;
+  const u64 bytes = cache.payload_bytes(Mode::kPage, chunk);
+  if (least_bytes == 0 || bytes < least_bytes || cache.splits_pages(Mode::kPage, chunk)) return {};
+  u8* payload = chunk.payload;
+  for (u8* plane : cache.planes)
+    for (u64 i = 0; i < chunk.count; ++i) {
+      if (chunk.id(i) >= cache.num_pages) return {};
+      for (u64 in_page = 0; in_page < cache.page_bytes; in_page += cache.run_bytes) {
+        u8* run = plane + chunk.id(i) * cache.page_stride + in_page / cache.run_bytes * cache.run_stride;
+        if (!fragments.empty() && fragments.back().cache + fragments.back().bytes == run) {
+          fragments.back().bytes += cache.run_bytes;
+        } else {
+          if (fragments.size() == bytes / least_bytes) return {};
+          fragments.push_back({run, payload, cache.run_bytes});
+        }
+        payload += cache.run_bytes;
+      }
+    }
+  return fragments;
+}
+
 std::vector<Step> steps_of(const char* op, const PagedCache& cache, const std::vector<Chunk>& chunks,
-                           u64 buffer_bytes) {
+                           const std::vector<Path>& paths, u64 buffer_bytes) {
   std::vector<Step> steps;
   for (std::size_t i = 0; i < chunks.size(); ++i) {
-    if (!steps.empty()) {
+    if (chunks[i].offset % kLaneBytes)
+      throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(i) +
+                                  ": expected an offset that is a multiple of 16, got " +
+                                  std::to_string(chunks[i].offset));
+    if (!steps.empty() && steps.back().path == paths[i]) {
       std::vector<Chunk> longer = steps.back().chunks;
       longer.push_back(chunks[i]);
-      Step step = place(cache, steps.back().first, std::move(longer));
+      Step step = place(cache, paths[i], steps.back().first, std::move(longer));
       if (step.bytes <= buffer_bytes) {
         steps.back() = std::move(step);
         continue;
       }
     }
-    steps.push_back(place(cache, i, {chunks[i]}));
+    steps.push_back(place(cache, paths[i], i, {chunks[i]}));
     if (steps.back().bytes > buffer_bytes)
       throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(i) + " needs a buffer of " +
                                   std::to_string(steps.back().bytes) + " bytes, and those of the ring have " +
@@ -76,17 +113,23 @@ std::vector<Step> steps_of(const char* op, const PagedCache& cache, const std::v
   return steps;
 }
 
+u8* device_address(const char* op, u8* host) {
+  void* address = nullptr;
+  LMC_CUDA_CHECK(op, cudaHostGetDevicePointer(&address, host, 0));
+  return static_cast<u8*>(address);
+}
+
 }  // namespace
 
-// Pinned memory for the verdicts of jobs, which outlives them: to allocate and free it may wait for the device.
-class Staging::Verdicts {
+// Pinned memory for the checksums of jobs, which outlives them: to allocate and free it may wait for the device.
+class Staging::Sums {
  public:
   struct Block {
     u64* host;
     std::size_t capacity;
   };
 
-  ~Verdicts() {
+  ~Sums() {
     for (const Block& block : spare_) quietly(cudaFreeHost(block.host));
   }
   Block take(const char* op, std::size_t count) {
@@ -120,9 +163,8 @@ struct Staging::Job::State {
   const char* op;
   int device;
   std::size_t count;
-  bool is_load;
-  std::shared_ptr<Verdicts> verdicts;
-  Verdicts::Block block{};  // checksums, or bools one after the other
+  std::shared_ptr<Sums> sums;
+  Sums::Block block{};
   cudaEvent_t left_pages = nullptr, finished = nullptr;
   bool under_way = false;
   std::vector<u64> results;
@@ -130,12 +172,12 @@ struct Staging::Job::State {
   void allocate() {
     left_pages = new_event(op);
     finished = new_event(op);
-    block = verdicts->take(op, count);
+    block = sums->take(op, count);
   }
   ~State() {
     if (left_pages) quietly(cudaEventDestroy(left_pages));
     if (finished) quietly(cudaEventDestroy(finished));
-    if (block.host) verdicts->give_back(block);
+    if (block.host) sums->give_back(block);
   }
 };
 
@@ -164,9 +206,7 @@ std::vector<u64> Staging::Job::wait() {
   if (!state_->under_way) return state_->results;
   LMC_CUDA_CHECK(state_->op, cudaEventSynchronize(state_->finished));
   state_->under_way = false;
-  for (std::size_t i = 0; i < state_->count; ++i)
-    state_->results.push_back(state_->is_load ? reinterpret_cast<const u8*>(state_->block.host)[i]
-                                              : state_->block.host[i]);
+  state_->results.assign(state_->block.host, state_->block.host + state_->count);
   return state_->results;
 }
 
@@ -175,7 +215,7 @@ struct Staging::State {
   u8* ring;
   u64 buffer_bytes;
   u32 buffers;
-  std::shared_ptr<Verdicts> verdicts = std::make_shared<Verdicts>();
+  std::shared_ptr<Sums> sums = std::make_shared<Sums>();
   cudaStream_t kernels = nullptr, copies = nullptr;
   cudaEvent_t behind = nullptr;
   std::vector<cudaEvent_t> filled, free;  // of each buffer
@@ -189,11 +229,27 @@ struct Staging::State {
     if (copies) quietly(cudaStreamDestroy(copies));
   }
 
-  // The step's chunks with their payloads in a buffer.
-  std::vector<Chunk> in_buffer(const Step& step, u8* buffer) const {
+  // The step's chunks as a kernel takes them.
+  std::vector<Chunk> for_kernel(const char* op, const Step& step, u8* buffer) const {
     std::vector<Chunk> chunks = step.chunks;
-    for (std::size_t i = 0; i < chunks.size(); ++i) chunks[i].payload = buffer + step.payloads_at[i];
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      u8*& payload = chunks[i].payload;
+      payload = step.path == Path::kStaged   ? buffer + step.payloads_at[i]
+                : step.path == Path::kKernel ? device_address(op, payload)
+                                             : nullptr;
+    }
     return chunks;
+  }
+
+  // All fragments of a step, by the payloads' device addresses, which the copies of a batch need.
+  std::vector<Fragment> fragments(const char* op, const PagedCache& cache, const Step& step) const {
+    std::vector<Fragment> all;
+    for (Chunk chunk : step.chunks) {
+      chunk.payload = device_address(op, chunk.payload);
+      const std::vector<Fragment> of_chunk = long_fragments(cache, chunk, 1);
+      all.insert(all.end(), of_chunk.begin(), of_chunk.end());
+    }
+    return all;
   }
 
   // Kernels come behind what the caller's stream holds now.
@@ -202,8 +258,8 @@ struct Staging::State {
     LMC_CUDA_CHECK(op, cudaStreamWaitEvent(kernels, behind));
   }
 
-  std::unique_ptr<Job> new_job(const char* op, std::size_t count, bool is_load) const {
-    auto job = std::make_unique<Job::State>(Job::State{op, device, count, is_load, verdicts});
+  std::unique_ptr<Job> new_job(const char* op, std::size_t count) const {
+    auto job = std::make_unique<Job::State>(Job::State{op, device, count, sums});
     job->allocate();
     return std::unique_ptr<Job>(new Job(std::move(job)));
   }
@@ -245,26 +301,36 @@ Staging::~Staging() {
 }
 
 u64 Staging::least_buffer_bytes(const PagedCache& cache, u64 pages) {
-  return place(cache, 0, {Chunk{nullptr, pages, pages * cache.page_tokens, nullptr, true}}).bytes;
+  return place(cache, Path::kStaged, 0, {Chunk{nullptr, pages, pages * cache.page_tokens, nullptr, true}}).bytes;
 }
 
-std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* stream) {
+std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* stream,
+                                             u64 fragment_bytes) {
   const char* op = "store";
   State& s = *state_;
-  const std::vector<Step> steps = steps_of(op, cache, chunks, s.buffer_bytes);
+  std::vector<Path> paths;
+  for (const Chunk& chunk : chunks)
+    paths.push_back(long_fragments(cache, chunk, fragment_bytes).empty() ? Path::kStaged : Path::kFragments);
+  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   const DeviceGuard guard(op, s.device);
-  std::unique_ptr<Job> job = s.new_job(op, chunks.size(), false);
+  std::unique_ptr<Job> job = s.new_job(op, chunks.size());
   s.all_or_nothing(*job, [&](Job::State& j) {
     s.begin(op, stream);
+    cudaStream_t reads_last = s.kernels;
     for (const Step& step : steps) {
       const u32 b = s.next++ % s.buffers;
       u8* buffer = s.ring + b * s.buffer_bytes;
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
       auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      gather(cache, Mode::kPage, s.in_buffer(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
+      gather(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
+      if (step.path == Path::kFragments) {
+        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
+        copy_fragments(op, s.fragments(op, cache, step), true, s.copies);
+        reads_last = s.copies;  // which waits for kernels
+      }
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.filled[b]));
-      for (std::size_t i = 0; i < step.chunks.size(); ++i)
+      for (std::size_t i = 0; i < step.payloads_at.size(); ++i)
         LMC_CUDA_CHECK(
             op, cudaMemcpyAsync(step.chunks[i].payload, buffer + step.payloads_at[i],
                                 cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyDeviceToHost, s.copies));
@@ -272,44 +338,54 @@ std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std:
                                          cudaMemcpyDeviceToHost, s.copies));
       LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.copies));
     }
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
+    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, reads_last));
     LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.copies));
   });
   return job;
 }
 
-std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::vector<Chunk>& chunks,
-                                            const std::vector<u64>& expected, void* stream) {
+std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::vector<Chunk>& chunks, bool checksums,
+                                            void* stream, u64 fragment_bytes, u32 kernel_blocks) {
   const char* op = "load";
   State& s = *state_;
-  const bool verifies = !expected.empty();
-  if (verifies && expected.size() != chunks.size())
-    throw std::invalid_argument("load: expected a checksum for each chunk, or none");
-  const std::vector<Step> steps = steps_of(op, cache, chunks, s.buffer_bytes);
+  std::vector<Path> paths;
+  for (const Chunk& chunk : chunks)
+    paths.push_back(kernel_blocks                                          ? Path::kKernel
+                    : long_fragments(cache, chunk, fragment_bytes).empty() ? Path::kStaged
+                                                                           : Path::kFragments);
+  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   const DeviceGuard guard(op, s.device);
-  std::unique_ptr<Job> job = s.new_job(op, verifies ? chunks.size() : 0, true);
+  std::unique_ptr<Job> job = s.new_job(op, checksums ? chunks.size() : 0);
   s.all_or_nothing(*job, [&](Job::State& j) {
     s.begin(op, stream);
     for (const Step& step : steps) {
       const u32 b = s.next++ % s.buffers;
       u8* buffer = s.ring + b * s.buffer_bytes;
-      auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      auto* matches = reinterpret_cast<bool*>(buffer + step.matches_at);
-      UploadTable table;
-      if (verifies) table.append(expected.data() + step.first, step.chunks.size());
-      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.free[b]));
-      PinnedBuffers::instance().upload(op, table, sums, s.device, s.copies);
-      for (std::size_t i = 0; i < step.chunks.size(); ++i)
-        LMC_CUDA_CHECK(
-            op, cudaMemcpyAsync(buffer + step.payloads_at[i], step.chunks[i].payload,
-                                cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
-      LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
-      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
-      scatter(cache, Mode::kPage, s.in_buffer(step, buffer), true, verifies ? sums : nullptr, matches,
-              {s.device, s.kernels, buffer, 0});
-      if (verifies)
-        LMC_CUDA_CHECK(op, cudaMemcpyAsync(reinterpret_cast<u8*>(j.block.host) + step.first, matches,
-                                           step.chunks.size(), cudaMemcpyDeviceToHost, s.kernels));
+      auto* sums = checksums ? reinterpret_cast<u64*>(buffer + step.sums_at) : nullptr;
+      Launch where{s.device, s.kernels, buffer, 0};
+      if (step.path == Path::kKernel) {
+        where.max_blocks = kernel_blocks;
+        where.payloads_on_host = true;
+      } else {
+        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.free[b]));
+        for (std::size_t i = 0; i < step.payloads_at.size(); ++i)
+          LMC_CUDA_CHECK(
+              op, cudaMemcpyAsync(buffer + step.payloads_at[i], step.chunks[i].payload,
+                                  cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
+        if (step.path == Path::kFragments) {
+          LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
+          copy_fragments(op, s.fragments(op, cache, step), false, s.copies);
+        }
+        LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
+        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
+      }
+      if (step.path != Path::kFragments)
+        scatter(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, where);
+      else if (checksums)
+        gather(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, where);
+      if (checksums)
+        LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
+                                           cudaMemcpyDeviceToHost, s.kernels));
       LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.kernels));
     }
     LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));

@@ -39,14 +39,17 @@ class RunningKeys:
     def extend(self, token_ids: int, count: int, wide: bool, cuts: int, num_cuts: int, keys: int) -> None: ...
 
 def gather(
-    cache: PagedCache, token_mode: bool, chunks: Iterable[tuple[int, bool, int, int, int]], checksums: int, threads: int
+    cache: PagedCache,
+    token_mode: bool,
+    chunks: Iterable[tuple[int, bool, int, int, int, int]],
+    checksums: int,
+    threads: int,
 ) -> None: ...
 def scatter(
     cache: PagedCache,
     token_mode: bool,
-    chunks: Iterable[tuple[int, bool, int, int, int]],
-    expected: int,
-    matches: int,
+    chunks: Iterable[tuple[int, bool, int, int, int, int]],
+    checksums: int,
     threads: int,
 ) -> None: ...
 def checksum(payload: int, bytes: int) -> int: ...
@@ -80,14 +83,20 @@ class CudaTransfer:
 class CudaStaging:
     def __init__(self, device: int, ring: int, buffer_bytes: int, buffers: int) -> None: ...
     def store(
-        self, cache: PagedCache, chunks: Iterable[tuple[int, bool, int, int, int]], stream: int
+        self,
+        cache: PagedCache,
+        chunks: Iterable[tuple[int, bool, int, int, int, int]],
+        stream: int,
+        fragment_bytes: int,
     ) -> CudaTransfer: ...
     def load(
         self,
         cache: PagedCache,
-        chunks: Iterable[tuple[int, bool, int, int, int]],
-        expected: Sequence[int],
+        chunks: Iterable[tuple[int, bool, int, int, int, int]],
+        checksums: bool,
         stream: int,
+        fragment_bytes: int,
+        kernel_blocks: int,
     ) -> CudaTransfer: ...
 
 def cuda_least_buffer_bytes(cache: PagedCache, pages: int) -> int: ...
@@ -117,7 +126,7 @@ def cuda_prefix_keys(
 def cuda_gather(
     cache: PagedCache,
     token_mode: bool,
-    chunks: Iterable[tuple[int, bool, int, int, int]],
+    chunks: Iterable[tuple[int, bool, int, int, int, int]],
     host_ids: bool,
     checksums: int,
     device: int,
@@ -128,10 +137,9 @@ def cuda_gather(
 def cuda_scatter(
     cache: PagedCache,
     token_mode: bool,
-    chunks: Iterable[tuple[int, bool, int, int, int]],
+    chunks: Iterable[tuple[int, bool, int, int, int, int]],
     host_ids: bool,
-    expected: int,
-    matches: int,
+    checksums: int,
     device: int,
     stream: int,
     allocate: Callable[[int], int],

@@ -118,14 +118,16 @@ class KVCache:
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
         return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
 
-    def store(self, prompt: Prompt, block_ids: ops.Ids) -> Job[int]:
+    def store(self, prompt: Prompt, block_ids: ops.Ids, by_layer: bool = False) -> Job[int]:
         """Gathers the KV of `prompt` that the store lacks. The result: how many tokens were handed to the store.
 
-        Block id -1 marks KV that is not there; chunks with such a page are left out.
+        Block id -1 marks KV that is not there; chunks with such a page are left out. by_layer: asked for before the
+        forward pass that computes it, which then says `Job.layer_written` of one layer after the other.
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         pages = self._pages(block_ids, len(prompt))
-        return self._transfer.store(self._chunks(self._records(prompt), pages), owner_of(prompt.salt))
+        chunks = self._chunks(self._records(prompt), pages)
+        return self._transfer.store(chunks, owner_of(prompt.salt), by_layer=by_layer)
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store; returns their number."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from lmcache_mm import demo, doctor
+from lmcache_mm import calibrate, demo, doctor
 from lmcache_mm.stores import open_store, slab, slab_directory
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
@@ -77,5 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
         run=lambda _: doctor.run()
     )
+    calibrate_parser = commands.add_parser("calibrate", help="measure which way transfers of a GPU are fastest")
+    calibrate.add_arguments(calibrate_parser)
+    calibrate_parser.set_defaults(run=calibrate.run)
     args = parser.parse_args(arguments)
     return int(args.run(args))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.layout import KVLayout
 
 GIB = 1 << 30
@@ -64,6 +64,9 @@ def _gpu() -> Iterator[Finding]:
         else:
             note = "" if known else ", by code compiled at its first use"
             yield Finding(f"gpu {index}", f"{where}: kernels run{note}")
+            calibrated = transfer_paths.load(transfer_paths.file_of(properties.name))
+            text = "as measured here" if calibrated else "by defaults; python -m lmcache_mm calibrate measures"
+            yield Finding(f"gpu {index}", f"transfers go {text}: {calibrated or transfer_paths.Paths()}")
 
 
 def _try_gpu(device: torch.device) -> str:

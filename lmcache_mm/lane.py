@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 EXIT_S = 5.0  # how long work may hang when the interpreter ends
+ALL_PLANES = 1 << 62
 
 
 class Abandoned(RuntimeError):
@@ -94,7 +95,7 @@ class Work:
         self.early = early
         self._pages = threading.Lock()
         self._changed = threading.Condition()
-        self._touch: Callable[[], None] | None = None  # for the thread that waits
+        self._touch: Callable[[int], bool] | None = None  # for the thread that waits
         self._touch_is_last = False
         self._error: BaseException | None = None  # that it met
 
@@ -123,8 +124,10 @@ class Work:
             self.left_pages |= left_pages
             self._changed.notify_all()
 
-    def touch_pages(self, touch: Callable[[], None], last: bool = False) -> None:
-        """Calls `touch`: pages are read or written by it only. last: and left alone from then on."""
+    def touch_pages(self, touch: Callable[[int], bool], last: bool = False) -> None:
+        """Calls `touch`: pages are read or written by it only. last: and left alone from then on. It is told how many
+        planes, from the first on, are as they are to be read, and returns whether it needs no more; if the work is
+        early it is called again then."""
         if self.early:
             with self._changed:
                 self._touch, self._touch_is_last = touch, last
@@ -137,12 +140,12 @@ class Work:
             if self.abandoned:
                 raise Abandoned
             if not self.early:
-                touch()
+                touch(ALL_PLANES)
         self.advance(left_pages=last)
 
-    def leave_pages(self, patience_s: float) -> bool:
-        """Returns when the pages are left alone, having touched them here if the work is early; False: it was given
-        up."""
+    def leave_pages(self, patience_s: float, planes: int = ALL_PLANES) -> bool:
+        """Returns when the pages are left alone, having touched them here if the work is early, or those of the first
+        `planes` planes; False: it was given up."""
         while self.wait_for(lambda: self.left_pages or self._touch is not None, patience_s):
             touch = self._touch
             if touch is None:
@@ -151,11 +154,14 @@ class Work:
                 if self.abandoned:
                     return False
                 try:
-                    touch()
+                    done = touch(planes)
                 except BaseException as error:
-                    self._error = error
-            self._touch = None
-            self.advance(left_pages=self._touch_is_last)
+                    self._error, done = error, True
+            if done:
+                self._touch = None
+            self.advance(left_pages=done and self._touch_is_last)
+            if not done:
+                return True
         return False
 
     def abandon(self) -> bool:

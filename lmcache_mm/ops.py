@@ -395,9 +395,9 @@ class _Chunks:
             )
         return tensor
 
-    def _plain(self, payloads: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int]]:
+    def _plain(self, payloads: list[torch.Tensor]) -> list[tuple[int, bool, int, int, int, int]]:
         return [
-            (ids.data_ptr(), ids.dtype == torch.int64, len(ids), tokens, payload.data_ptr())
+            (ids.data_ptr(), ids.dtype == torch.int64, len(ids), tokens, payload.data_ptr(), 0)
             for ids, tokens, payload in zip(self.ids, self.tokens, payloads, strict=True)
         ]
 
@@ -421,17 +421,14 @@ class _Chunks:
     ) -> torch.Tensor | None:
         payloads = self._payloads("payload", payload, unit_bytes)
         expected = self._checksums(checksums)
-        matches = None if expected is None else torch.empty(len(self.ids), dtype=torch.bool, device=self.layout.device)
+        sums = None if expected is None else torch.empty_like(expected)
         arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
-        wanted = 0 if expected is None else expected.data_ptr()
-        found = 0 if matches is None else matches.data_ptr()
+        address = 0 if sums is None else sums.data_ptr()
         if self.layout.device.type == "cuda":
-            _C.cuda_scatter(
-                *arguments, self._host_ids, wanted, found, **_launch(self.layout.device), max_blocks=max_blocks
-            )
+            _C.cuda_scatter(*arguments, self._host_ids, address, **_launch(self.layout.device), max_blocks=max_blocks)
         else:
-            _C.scatter(*arguments, wanted, found, count("threads", threads) or THREADS)
-        return matches
+            _C.scatter(*arguments, address, count("threads", threads) or THREADS)
+        return None if sums is None or expected is None else torch.eq(sums, expected)
 
     @property
     def _host_ids(self) -> bool:

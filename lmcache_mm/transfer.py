@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise, takewhile
-from typing import Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
@@ -28,19 +29,28 @@ class Job(Generic[T]):
     """A retrieve or store under way. Pages it reads or writes must be left alone until `pages_free`; on CUDA it begins
     behind the work that the caller's current stream held when it was asked for."""
 
-    def __init__(self, work: Work, layout: KVLayout, result_of: Callable[[Any], T] = lambda result: result) -> None:
-        self._work, self._layout, self._result_of = work, layout, result_of
+    def __init__(
+        self,
+        work: Work,
+        layout: KVLayout,
+        layers: list[_Layer],
+        result_of: Callable[[Any], T] = lambda result: result,
+    ) -> None:
+        self._work, self._layout, self._layers, self._result_of = work, layout, layers, result_of
 
     def done(self) -> bool:
         return self._work.future.done()
 
     def wait(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will."""
+        """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
+        a store that was asked for early or by layers, it reads the pages that have not been read."""
+        if self._work.early:
+            self._work.leave_pages(threading.TIMEOUT_MAX if timeout_s is None else timeout_s)
         return self._result_of(self._work.future.result(timeout_s))
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
-        return Job(self._work, self._layout, lambda result: result_of(self._result_of(result)))
+        return Job(self._work, self._layout, self._layers, lambda result: result_of(self._result_of(result)))
 
     def give_up(self, patience_s: float) -> bool:
         """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
@@ -58,12 +68,44 @@ class Job(Generic[T]):
         return self._work.leave_pages(patience_s)
 
     def layer_ready(self, layer: str, patience_s: float) -> bool:
-        """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended.
-        False: as of `pages_free`. ValueError for a layer that the layout does not name."""
+        """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
+        on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
+        `pages_free`. ValueError for a layer that the layout does not name."""
+        planes = self._planes_until(layer)
+        ready = self._work.wait_for(lambda: self._work.planes_ready >= planes or self._work.left_pages, patience_s)
+        started = next((started for end, started in self._layers if end >= planes), None)
+        if started:
+            started.order(_current_stream(self._layout.device))
+        return ready
+
+    def layer_written(self, layer: str, patience_s: float) -> bool:
+        """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
+        CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, where the
+        store has slots in memory; else with the last layer's. False: as of `pages_free`. ValueError for a layer that
+        the layout does not name."""
+        return self._work.leave_pages(patience_s, self._planes_until(layer))
+
+    def _planes_until(self, layer: str) -> int:
         if layer not in self._layout.planes_until:
             raise ValueError(f"layer: expected one of {', '.join(self._layout.planes_until)}, got {layer!r}")
-        planes = self._layout.planes_until[layer]
-        return self._work.wait_for(lambda: self._work.planes_ready >= planes or self._work.left_pages, patience_s)
+        return self._layout.planes_until[layer]
+
+
+class _Started(Protocol):
+    """Copies under way, or done."""
+
+    def order(self, stream: int) -> None:
+        """What `stream` is given from now on comes behind their last access to pages."""
+        ...
+
+    def wait(self) -> list[int]:
+        """The payloads' checksums, unsigned; of parts of a payload, they add up to its own."""
+        ...
+
+
+class _Layer(NamedTuple):
+    end: int  # planes, from the first on, that it and the layers before it have
+    started: _Started
 
 
 class Chunk(NamedTuple):
@@ -85,10 +127,11 @@ class Transfer:
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
         staging_bytes = 0 if self._in_place else self._step_bytes
         self._load_staging, self._store_staging = (_staging(staging_bytes, layout.device) for _ in range(2))
-        if layout.device.type == "cuda":
-            self._load_ring, self._store_ring = (_Ring(layout, largest) for _ in range(2))
-            if isinstance(store, SlotStore):
-                store.register(layout.device.index)
+        self._loading, self._storing = (
+            _Ring(layout, largest) if layout.device.type == "cuda" else _HostCopies() for _ in range(2)
+        )
+        if layout.device.type == "cuda" and isinstance(store, SlotStore):
+            store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
 
     def close(self, patience_s: float | None = None) -> bool:
@@ -103,19 +146,30 @@ class Transfer:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
         wait by `Job.layer_ready`; then it is all chunks or none."""
-        return self._submit(self._loads, self._load, chunks, owner, by_layer)
+        layers: list[_Layer] | None = [] if by_layer else None
+        return self._submit(self._loads, self._load, chunks, owner, layers, layers=layers)
 
-    def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False) -> Job[int]:
+    def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
         tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
-        is asked already, and they are read by the thread that waits for `Job.pages_free`."""
-        return self._submit(self._stores, self._put, chunks, owner, early=early)
+        is asked already, and they are read by the thread that waits for `Job.pages_free`, or, by_layer, that says
+        `Job.layer_written`."""
+        return self._submit(self._stores, self._put, chunks, owner, by_layer, early=early or by_layer)
 
-    def _submit(self, lane: Lane, run: Callable[..., int], *arguments: Any, early: bool = False) -> Job[int]:
+    def _submit(
+        self,
+        lane: Lane,
+        run: Callable[..., int],
+        *arguments: Any,
+        early: bool = False,
+        layers: list[_Layer] | None = None,
+    ) -> Job[int]:
         """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
-            return Job(lane.submit(lambda work: run(work, *arguments), early), self.layout)
+            return Job(
+                lane.submit(lambda work: run(work, *arguments), early), self.layout, [] if layers is None else layers
+            )
         before = torch.cuda.current_stream(device).record_event()
 
         def on_own_stream(work: Work) -> int:
@@ -124,43 +178,48 @@ class Transfer:
             with torch.cuda.stream(stream):
                 return run(work, *arguments)
 
-        return Job(lane.submit(on_own_stream, early), self.layout)
+        return Job(lane.submit(on_own_stream, early), self.layout, [] if layers is None else layers)
 
     def _touch(self, work: Work, touch: Callable[[], T], last: bool = False) -> T:
         """What `touch` returns: it alone reads or writes pages. They are left alone afterwards; last: for good."""
         results: list[T] = []
-        work.touch_pages(lambda: results.append(touch()), last)
+
+        def touch_all(_: int) -> bool:
+            results.append(touch())
+            return True
+
+        work.touch_pages(touch_all, last)
         return results[0]
 
-    def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, layers: list[_Layer] | None) -> int:
         loaded = 0
+        by_layer = layers is not None
         steps = [list(chunks)] if by_layer and self._in_place and chunks else list(self._steps(chunks))
         for i, step in enumerate(steps, 1):
             if self._in_place:
-                good = self._load_slots(work, step, owner, by_layer)
+                good = self._load_slots(work, step, owner, layers)
             else:
-                good = self._load_staged(work, step, owner, by_layer, i == len(steps))
+                good = self._load_staged(work, step, owner, layers, i == len(steps))
             loaded += good
             if good < len(step):
                 return 0 if by_layer else loaded
         return loaded
 
-    def _load_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _load_slots(self, work: Work, step: list[Chunk], owner: bytes, layers: list[_Layer] | None) -> int:
         """Scatters straight from the store's slots."""
         store = cast(SlotStore, self._store)
         slots = store.lend([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
         lent = [slot for slot in slots if slot]
         try:
             there = lent[: slots.index(None)] if None in slots else lent
-            if not there or (by_layer and len(there) < len(step)):
+            if not there or (layers is not None and len(there) < len(step)):
                 return 0
             views = [torch.from_numpy(store.view(slot)) for slot in there]
-            expected = [slot.checksum for slot in there]
-            if by_layer:
-                found = self._scatter_layers(work, step, views, ready=True)
-                matches = [a == b for a, b in zip(found, expected, strict=True)]
+            if layers is None:
+                found = self._scatter(work, step[: len(there)], views, checksums=True)
             else:
-                matches = self._scatter(work, step[: len(there)], views, expected)
+                found = self._scatter_layers(work, step, views, layers, ready=True)
+            matches = [a == slot.checksum for a, slot in zip(found, there, strict=True)]
             for slot, match in zip(there, matches, strict=True):
                 if not match:
                     store.discard(slot)
@@ -168,72 +227,81 @@ class Transfer:
         finally:
             store.release(lent)
 
-    def _scatter(
-        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None
-    ) -> list[bool]:
-        """Whether each payload has its checksum; without any, they have been verified."""
-        pages = [chunk.pages for chunk in chunks]
-        if self.layout.device.type == "cuda":
-            matches = self._touch(work, lambda: self._load_ring.load(chunks, payloads, checksums).wait())
-            return [bool(match) for match in matches] if checksums is not None else [True] * len(chunks)
-        sums = None if checksums is None else torch.tensor(checksums)
-        matched = self._touch(work, lambda: ops.scatter_pages(self.layout, pages, payloads, checksums=sums))
-        return [True] * len(chunks) if matched is None else cast(list[bool], matched.tolist())
+    def _scatter(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: bool) -> list[int]:
+        """The payloads' checksums, if they are asked for."""
+        parts = self._parts(chunks, payloads, whole_pages=True)
+        sums = self._touch(work, lambda: self._loading.load(self.layout, parts, checksums).wait())
+        return [ops.checksum_of_parts([total]) for total in sums]
 
-    def _scatter_layers(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], ready: bool) -> list[int]:
+    def _scatter_layers(
+        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], layers: list[_Layer], ready: bool
+    ) -> list[int]:
         """Scatters layer after layer; the payloads' checksums. ready: they are then."""
-        begin = 0
-        pages = [chunk.pages for chunk in chunks]
-        plane_bytes = [len(chunk.pages) * self.layout.page_bytes for chunk in chunks]
-        parts_of: list[list[int]] = [[] for _ in chunks]
-        for end, planes in self._layers:
-            layer = [p[begin * size : end * size] for p, size in zip(payloads, plane_bytes, strict=True)]
-            self._touch(work, partial(self._scatter_layer, planes, pages, layer))
-            work.advance(planes=end if ready else 0)
-            for i, (payload, size) in enumerate(zip(payloads, plane_bytes, strict=True)):
-                # Parts of a checksum begin at whole lanes.
-                first, last = begin * size // LANE_BYTES * LANE_BYTES, end * size // LANE_BYTES * LANE_BYTES
-                last = len(payload) if end == len(self.layout.planes) else last
-                if last > first:
-                    parts_of[i].append(_C.checksum_part(payload.data_ptr() + first, last - first, first, len(payload)))
-            begin = end
-        return [ops.checksum_of_parts(parts) for parts in parts_of]
+
+        def scatter() -> list[list[int]]:
+            for i, (end, layout) in enumerate(self._layers):
+                parts = self._parts(chunks, payloads, True, i)
+                layers.append(_Layer(end, self._loading.load(layout, parts, self._whole_lanes)))
+                work.advance(planes=end if ready else 0)
+            return [layer.started.wait() for layer in layers]
+
+        return self._sums_of_layers(payloads, self._touch(work, scatter))
 
     @cached_property
-    def _layers(self) -> list[tuple[int, KVLayout]]:
+    def _layers(self) -> list[_Planes]:
         """Of each layer up to which plane it reaches, and a layout of its planes alone."""
         ends = sorted({*self.layout.planes_until.values(), len(self.layout.planes)})
         return [
-            (end, replace(self.layout, planes=self.layout.planes[begin:end])) for begin, end in pairwise([0, *ends])
+            _Planes(end, replace(self.layout, planes=self.layout.planes[begin:end]))
+            for begin, end in pairwise([0, *ends])
         ]
 
-    def _scatter_layer(self, planes: KVLayout, pages: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
-        device = self.layout.device
-        ops.scatter_pages(planes, pages, [part.to(device) for part in parts])
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+    @property
+    def _whole_lanes(self) -> bool:
+        """Whether a layer's part of a payload begins at a lane of the checksum."""
+        return self.layout.page_bytes % LANE_BYTES == 0
 
-    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
+    def _parts(
+        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, layer: int | None = None
+    ) -> list[_Part]:
+        """What is to be copied; of one layer: the part of each payload that it has."""
+        parts = []
+        begin = self._layers[layer - 1].end if layer else 0
+        for chunk, payload in zip(chunks, payloads, strict=True):
+            offset = begin * len(chunk.pages) * self.layout.page_bytes
+            tokens = len(chunk.pages) * self.layout.page_tokens if whole_pages else chunk.tokens
+            pages = (chunk.pages.data_ptr(), True, len(chunk.pages), tokens)
+            parts.append((*pages, payload.data_ptr() + offset, offset if self._whole_lanes else 0))
+        return parts
+
+    def _sums_of_layers(self, payloads: list[torch.Tensor], sums: list[list[int]]) -> list[int]:
+        """The payloads' checksums from those of their layers' parts."""
+        if self._whole_lanes:
+            return [ops.checksum_of_parts(of_payload) for of_payload in zip(*sums, strict=True)]
+        return [ops.checksum(payload) for payload in payloads]
+
+    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, layers: list[_Layer] | None, last: bool) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
         found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
         whole = len(list(takewhile(bool, found)))
-        if by_layer and whole == len(step):
-            self._scatter_layers(work, step, payloads, last)
-        elif whole and not by_layer:
-            self._scatter(work, step[:whole], payloads[:whole], None)
+        if layers is not None and whole == len(step):
+            of_step: list[_Layer] = layers if last else []
+            self._scatter_layers(work, step, payloads, of_step, last)
+        elif whole and layers is None:
+            self._scatter(work, step[:whole], payloads[:whole], checksums=False)
         return whole
 
-    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes) -> int:
+    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
         whole = [chunk for chunk in chunks if -1 not in chunk.pages]
         if not self._in_place:
             present = self._store.contains([chunk.key for chunk in whole])
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
-        steps = list(self._steps(whole))
+        steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         store = self._store_slots if self._in_place else self._store_staged
-        return sum(store(work, step, owner, i == len(steps)) for i, step in enumerate(steps, 1))
+        return sum(store(work, step, owner, by_layer, i == len(steps)) for i, step in enumerate(steps, 1))
 
-    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> int:
+    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
         """Gathers straight into slots of the store; of how many tokens."""
         store = cast(SlotStore, self._store)
         slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
@@ -242,30 +310,42 @@ class Transfer:
         if not chunks:
             return 0
         try:
-            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved], last)
+            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved], by_layer, last)
         except BaseException:
             store.abandon(reserved)
             raise
         store.publish(reserved, sums)
         return sum(chunk.tokens for chunk in chunks)
 
-    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, last: bool) -> int:
+    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
         payloads = self._payloads(step, self._store_staging)
-        sums = self._gather(work, step, payloads, last)
+        sums = self._gather(work, step, payloads, by_layer, last)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
         return sum(chunk.tokens for chunk in step)
 
-    def _gather(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], last: bool) -> list[int]:
-        """Fills host memory with the chunks' payloads; their checksums."""
-        if self.layout.device.type == "cuda":
-            store = partial(self._store_ring.store, chunks, payloads, self.layout.opaque, wait=not work.early)
-            return [ops.checksum_of_parts([total]) for total in self._touch(work, store, last).wait()]
-        tokens = None if self.layout.opaque else [chunk.tokens for chunk in chunks]
-        sums = torch.empty(len(chunks), dtype=torch.int64)
-        pages = [chunk.pages for chunk in chunks]
-        gather = partial(ops.gather_pages, self.layout, pages, payloads, tokens=tokens, checksums=sums)
-        self._touch(work, gather, last)
-        return cast(list[int], sums.tolist())
+    def _gather(
+        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], by_layer: bool, last: bool
+    ) -> list[int]:
+        """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; their
+        checksums."""
+        started: list[_Started] = []
+        layers = self._layers if by_layer else [_Planes(len(self.layout.planes), self.layout)]
+
+        def gather(planes: int) -> bool:
+            for i, (end, layout) in enumerate(layers[len(started) :], len(started)):
+                if end > planes:
+                    return False
+                parts = self._parts(chunks, payloads, self.layout.opaque, i)
+                started.append(self._storing.store(layout, parts, self._whole_lanes or not by_layer))
+            if work.early:  # the caller's thread goes on, its stream behind the reads
+                started[-1].order(_current_stream(self.layout.device))
+            else:
+                started[-1].wait()
+            return True
+
+        work.touch_pages(gather, last)
+        sums = [of_layer.wait() for of_layer in started]
+        return self._sums_of_layers(payloads, sums) if by_layer else [ops.checksum_of_parts([s]) for s in sums[0]]
 
     def _payload_bytes(self, chunk: Chunk) -> int:
         return self.layout.payload_bytes(len(chunk.pages))
@@ -295,46 +375,72 @@ class Transfer:
         return payloads
 
 
+_Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
+
+
+class _Planes(NamedTuple):
+    """The first planes of a cache, up to `end`, or a layer's, which end there."""
+
+    end: int
+    layout: KVLayout
+
+
+class _Done(NamedTuple):
+    """See `_Started`."""
+
+    sums: list[int]
+
+    def order(self, stream: int) -> None:
+        pass
+
+    def wait(self) -> list[int]:
+        return self.sums
+
+
+class _HostCopies:
+    """Copies between pages and payloads on the CPU, by the thread that asks for them."""
+
+    def store(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+        return self._copy(_C.gather, layout, parts, checksums)
+
+    def load(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+        return self._copy(_C.scatter, layout, parts, checksums)
+
+    def _copy(self, copy: Callable[..., None], layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+        sums = torch.empty(len(parts) if checksums else 0, dtype=torch.uint64)
+        copy(layout.compiled, False, parts, sums.data_ptr() if checksums else 0, ops.THREADS)
+        return _Done(cast(list[int], sums.tolist()))
+
+
 class _Ring:
-    """Transfers between the GPU pages of a layout and pinned memory, in one direction: see csrc/transfer.cu."""
+    """Copies between a GPU's pages and pinned memory, in one direction, behind the caller's current stream: see
+    csrc/transfer.cu."""
 
     def __init__(self, layout: KVLayout, largest: int) -> None:
-        self._layout = layout
+        self._device, self._planes = layout.device, len(layout.planes)
         pages = largest // layout.payload_bytes(1)
-        self._buffer_bytes = max(RING_BUFFER_BYTES, _C.cuda_least_buffer_bytes(layout.compiled, pages))
-        self._memory = torch.empty(RING_BUFFERS * self._buffer_bytes, dtype=torch.uint8, device=layout.device)
-        self._staging = _C.CudaStaging(layout.device.index, self._memory.data_ptr(), self._buffer_bytes, RING_BUFFERS)
+        buffer_bytes = max(RING_BUFFER_BYTES, _C.cuda_least_buffer_bytes(layout.compiled, pages))
+        self._memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
+        self._staging = _C.CudaStaging(layout.device.index, self._memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        self._paths = transfer_paths.of_device(layout.device)
 
-    def store(
-        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, wait: bool
-    ) -> _C.CudaTransfer:
-        """Behind what the caller's stream holds. What that is given afterwards comes behind the reads of pages; with
-        `wait` the call does."""
-        stream = torch.cuda.current_stream(self._layout.device).cuda_stream
-        transfer = self._staging.store(self._layout.compiled, self._plain(chunks, payloads, whole_pages), stream)
-        if wait:
-            transfer.wait()
-        else:
-            transfer.order(stream)
-        return transfer
+    def store(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+        least = self._paths.store_fragment_bytes(_bytes_of(layout, parts))
+        return self._staging.store(layout.compiled, parts, _current_stream(self._device), least)
 
-    def load(self, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: list[int] | None) -> _C.CudaTransfer:
-        stream = torch.cuda.current_stream(self._layout.device).cuda_stream
-        expected = [total % (1 << 64) for total in checksums or ()]
-        return self._staging.load(self._layout.compiled, self._plain(chunks, payloads, True), expected, stream)
+    def load(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+        least = self._paths.load_fragment_bytes(_bytes_of(layout, parts))
+        blocks = self._paths.layer_blocks if len(layout.planes) < self._planes else 0
+        return self._staging.load(layout.compiled, parts, checksums, _current_stream(self._device), least, blocks)
 
-    def _plain(
-        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool
-    ) -> list[tuple[int, bool, int, int, int]]:
-        size = self._layout.page_tokens
-        return [
-            (
-                *(chunk.pages.data_ptr(), True, len(chunk.pages)),
-                len(chunk.pages) * size if whole_pages else chunk.tokens,
-                payload.data_ptr(),
-            )
-            for chunk, payload in zip(chunks, payloads, strict=True)
-        ]
+
+def _bytes_of(layout: KVLayout, parts: list[_Part]) -> int:
+    return sum(layout.payload_bytes(pages) for _, _, pages, *_ in parts)
+
+
+def _current_stream(device: torch.device) -> int:
+    """Its handle; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _whole_pages(size: int) -> int:

@@ -10,7 +10,8 @@
 //   prefix_keys: count, wide, items, root, cuts; regions 0: ids, 1: keys
 //   gather, scatter: token_mode, host_ids, max_blocks, planes (offsets in region 0, the cache),
 //     layout (num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes),
-//     chunks (each: region of ids, wide, count, tokens, region of payload), checksums? expected? matches? (regions)
+//     chunks (each: region of ids, wide, count, tokens, region of payload, offset), checksums? (region),
+//     payloads: 0 in device memory, 1 in host memory, 2 none, which is for CUDA only
 //   blake3_keyed_hash, blake3_derive_key: key or context, data, hash; no CUDA
 // A field `refused` says that the call of cuda::, `cpu_refused` that of cpu::, has to throw std::invalid_argument.
 // items: for each u64 offset, u64 length, text modality, text identifier.
@@ -107,9 +108,9 @@ struct CopyArguments {
     cache = {{}, layout[0], layout[1], layout[2], layout[3], layout[4], layout[5], layout[6]};
     for (const u64 offset : c.numbers("planes")) cache.planes.push_back(address(0) + offset);
     mode = c.number("token_mode") ? Mode::kToken : Mode::kPage;
-    for (std::size_t i = 0; i + 4 < numbers.size(); i += 5)
-      chunks.push_back(
-          {address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]), numbers[i + 1] != 0});
+    for (std::size_t i = 0; i + 5 < numbers.size(); i += 6)
+      chunks.push_back({address(numbers[i]), numbers[i + 2], numbers[i + 3], address(numbers[i + 4]),
+                        numbers[i + 1] != 0, numbers[i + 5]});
   }
 };
 

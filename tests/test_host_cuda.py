@@ -177,13 +177,18 @@ def clip(cache: PagedCache) -> tuple[bytes, list[int]]:
     return as_bytes(cache.memory[at : at + max(layout.planes) - first + extent]), [p - first for p in layout.planes]
 
 
+ON_DEVICE, ON_HOST, NONE = range(3)  # where payloads are
+
+
 class Chunks(NamedTuple):
-    """Chunks of one call. missing: tokens that the last page of each chunk lacks (page mode)."""
+    """Chunks of one call. missing: tokens that the last page of each chunk lacks (page mode). offset: of the first
+    payload in a longer one; that of the n-th is n times as much."""
 
     ids: list[list[int]]
     wide: bool = True
     host_ids: bool = False
     missing: int = 0
+    offset: int = 0
 
 
 def copy_case(
@@ -198,6 +203,7 @@ def copy_case(
     payload_misalignment: int = 0,
     max_blocks: int = 0,
     checksums: bool = True,
+    payloads: int = ON_DEVICE,
     small: bool = False,
 ) -> Case:
     layout, memory = cache.layout, cache.memory
@@ -210,7 +216,7 @@ def copy_case(
         planes=tuple(work.data_ptr() + plane for plane in planes), **{name: getattr(layout, name) for name in fields}
     )
     unit_bytes = layout.row_bytes if token_mode else layout.page_bytes
-    regions, table, sums, matches = [], [], [], []
+    regions, table, sums = [], [], []
     for i, ids in enumerate(chunks.ids):
         tokens = len(ids) * layout.page_tokens - (chunks.missing if ids else 0)
         size = len(planes) * len(ids) * unit_bytes
@@ -228,13 +234,15 @@ def copy_case(
                 reference.scatter_tokens(here, work, ids, payload)
             else:
                 reference.scatter_pages(here, work, ids, payload)
-        sums.append(reference.checksum(payload))
-        # Every other expected checksum is a wrong one.
-        matches.append(i % 2 == 0)
+        offset = chunks.offset * (i + 1)
+        before_it = torch.zeros(offset, dtype=torch.uint8)
+        whole, part = (reference.checksum(t) for t in (torch.cat([before_it, payload]), before_it))
+        sums.append((whole - part + (1 << 63)) % (1 << 64) - (1 << 63))  # what the part adds
         packed = as_bytes(torch.tensor(ids, dtype=torch.int64 if chunks.wide else torch.int32))
-        table += [1 + 2 * i, chunks.wide, len(ids), tokens, 2 + 2 * i]
+        table += [1 + 2 * i, chunks.wide, len(ids), tokens, 2 + 2 * i, offset]
         regions.append(Region(f"ids of chunk {i}", packed, packed, chunks.host_ids))
-        regions.append(Region(f"payload {i}", given, as_bytes(payload), False, payload_misalignment))
+        after = given if payloads == NONE else as_bytes(payload)
+        regions.append(Region(f"payload {i}", given, after, False, payload_misalignment))
     regions.insert(0, Region("cache", before, as_bytes(work), False, cache_misalignment))
     numbers = (layout.num_pages, layout.page_stride, layout.page_bytes, layout.run_bytes, layout.run_stride)
     case = Case(
@@ -247,6 +255,7 @@ def copy_case(
             "planes": u64s(planes),
             "layout": u64s([*numbers, layout.page_tokens, layout.token_bytes]),
             "chunks": u64s(table),
+            "payloads": u64s([payloads]),
         },
         regions,
         small,
@@ -256,14 +265,8 @@ def copy_case(
         case.fields["cpu_refused"] = b""
     if checksums:
         right = torch.tensor(sums, dtype=torch.int64)
-        if gather:
-            case.fields["checksums"] = u64s([len(regions)])
-            regions.append(Region("checksums", b"\xee" * 8 * len(sums), as_bytes(right)))
-        else:
-            expected = as_bytes(right + torch.tensor([not match for match in matches]))
-            case.fields |= {"expected": u64s([len(regions)]), "matches": u64s([len(regions) + 1])}
-            regions.append(Region("expected", expected, expected, misalignment=8))
-            regions.append(Region("matches", b"\xee" * len(sums), bytes(matches), misalignment=1))
+        case.fields["checksums"] = u64s([len(regions)])
+        regions.append(Region("checksums", b"\xee" * 8 * len(sums), as_bytes(right), misalignment=8))
     return case
 
 
@@ -273,6 +276,22 @@ def thin_rows() -> PagedCache:
     kv = [memory[64 + i * 1008 :][: PAGES * 64].view(torch.float16).view(PAGES, 2, TOKENS, 4) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=2)
     return PagedCache(memory, layout, lambda ids: torch.cat([t[ids].view(-1).view(torch.uint8) for t in kv]))
+
+
+def many_tiles() -> PagedCache:
+    """Pages of so many bytes that a few of them fill the stages of a ring in shared memory more than once."""
+    memory = period_251(64 + 2 * PAGES * 32000)
+    kv = [memory[64 + i * PAGES * 32000 :][: PAGES * 32000].view(PAGES, TOKENS, 8000) for i in range(2)]
+    layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=1)
+    return PagedCache(memory, layout, lambda ids: torch.cat([t[ids].view(-1) for t in kv]))
+
+
+def many_rows() -> PagedCache:
+    """The same in runs of 160 of 192 bytes."""
+    memory = period_251(64 + PAGES * TOKENS * 50 * 192)
+    kv = [memory[64:].view(PAGES, TOKENS, 50, 192)[..., :160]]
+    layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=1)
+    return PagedCache(memory, layout, lambda ids: kv[0][ids].reshape(-1))
 
 
 def copy_cases() -> Iterator[Case]:
@@ -355,6 +374,33 @@ def copy_cases() -> Iterator[Case]:
                         max_blocks=max_blocks,
                         small=max_blocks == 2 and make in (token_major, mla),
                     )
+                for offset in (16, 4096):
+                    yield copy_case(
+                        f"{make.__name__}, parts of payloads, at {offset}",
+                        make(),
+                        gather,
+                        token_mode,
+                        Chunks([*tokens["many chunks"]] if token_mode else pages["many chunks"], offset=offset),
+                        small=offset == 16,
+                    )
+        for what in ("many chunks", "nothing there", "no chunk", "no page"):
+            yield copy_case(
+                f"{make.__name__}, {what}, checksums only", make(), True, False, Chunks(pages[what]), payloads=NONE
+            )
+    for make in (many_tiles, many_rows, token_major, mla):
+        for what, ids in pages.items():
+            for max_blocks in (1, 2):
+                yield copy_case(
+                    f"{make.__name__}, {what}, from the host by {max_blocks} blocks",
+                    make(),
+                    False,
+                    False,
+                    Chunks(ids, offset=32 * (max_blocks - 1)),
+                    max_blocks=max_blocks,
+                    checksums=what != "one page",
+                    payloads=ON_HOST,
+                    small=what in ("many chunks", "some pages"),
+                )
     for gather in (True, False):
         ids = [[i] if i < slots else [-1] for i in range(300)]
         yield copy_case("300 chunks", mla(), gather, True, Chunks(ids, wide=False, host_ids=True))
@@ -594,17 +640,22 @@ class Mutation:
 
     @property
     def driver(self) -> str:
-        return "transfer_driver.cpp" if self.file == TRANSFER else "driver.cpp"
+        return "transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp"
 
 
 WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
 LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
-NO_CHUNKS = "if (chunks.empty()) return;\n  const DeviceGuard guard(op, where.device);"
+NEXT_CHUNK = "while (copy.chunks[c].tiles_end <= tile) ++c;"
+TILE_CHUNK, FILLED_CHUNK = (
+    f"{NEXT_CHUNK}\n    const ChunkWork<Index> work",
+    f"{NEXT_CHUNK}\n  const ChunkWork<u32>& work",
+)
+STORE_LANE = "store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);"
+ADD_SUMS = "add_to_checksum(copy.checksums + c, sums.total());"
+BULK_CHUNK = f"{NEXT_CHUNK}\n    }}"
 KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
-TRANSFER = "transfer.cu"
-STORE_ENDS = """LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.copies));"""
-LOAD_ENDS = STORE_ENDS.replace("copies", "kernels")
+TRANSFER, FRAGMENTS, BULK = "transfer.cu", "batch_copy.h", "bulk_copy.h"
+FRAGMENTS_BEHIND = "LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));\n{}copy_fragments"
 
 
 def call(text: str) -> str:
@@ -706,26 +757,80 @@ MUTATIONS = [
     Mutation(COPY, "the payload's end", "y < work.units", "true", "const u8* from = y < work.units"),
     Mutation(COPY, "the payload's end", "y < work.units", "true", "u8* to = y < work.units"),
     Mutation(COPY, "what the cache has nothing for", "from", "reinterpret_cast<const u8*>(1)", "if (from)"),
-    Mutation(COPY, "what the cache has no place for", "to", "reinterpret_cast<u8*>(1)", "if (to)"),
+    Mutation(
+        COPY,
+        "what the cache has no place for",
+        "to",
+        "reinterpret_cast<u8*>(1)",
+        "if (to) *in_global_memory(reinterpret_cast<Piece*>",
+    ),
     Mutation(COPY, "lanes behind the payload", "lane * kUnits < work.units", "true"),
     Mutation(
         COPY,
         "a call without checksums",
-        "if (copy.checksums) add_to_checksum(copy.checksums + c, sums.total());",
-        "add_to_checksum(copy.checksums + c, sums.total());",
+        f"if (copy.checksums) {ADD_SUMS}",
+        ADD_SUMS,
+        f"if (copy.checksums) {ADD_SUMS}\n  }}\n}}",
     ),
     Mutation(COPY, "one lane for its warp", "threadIdx.x % kWarp == 0", "true"),
     Mutation(COPY, "the end of a block's tiles", "tile < tiles_end", "true", "; tile < tiles_end &&"),
     Mutation(COPY, "the end of a chunk's tiles", "tile < work.tiles_end", "true"),
-    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", ""),
-    Mutation(COPY, "the last chunk", "c < num_chunks", "true"),
+    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", TILE_CHUNK),
     Mutation(COPY, "chunks of no pages", "chunk.count ? chunk.count : 1", "chunk.count"),
     Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
     Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
-    Mutation(COPY, "no chunks", "if (chunks.empty()) return;", "", f"{NO_CHUNKS}\n  const unsigned long long"),
-    Mutation(COPY, "calls of no bytes", "if (tiles == 0) return sums;", ""),
-    Mutation(COPY, "a scatter without checksums", "if (!expected) return;", ""),
+    Mutation(COPY, "no chunks", "if (call.chunks.empty()) return;", ""),
+    Mutation(COPY, "calls of no bytes", "if (tiles == 0) return;", ""),
+    Mutation(COPY, "a gather without payloads", f"if (payload) {STORE_LANE}", STORE_LANE),
+    Mutation(COPY, "where a part has its lanes", "work.first_lane + lane", "lane", "work.first_lane + lane, lanes[v]"),
+    # Copies from the host by the bulk copy engine
+    Mutation(
+        COPY,
+        "barriers before they are waited for",
+        "__syncthreads();",
+        "",
+        "__syncthreads();\n  u32 c = 0;\n  LaneSums",
+    ),
+    Mutation(
+        COPY,
+        "a tile before the next in its stage",
+        "__syncthreads();",
+        "",
+        "__syncthreads();\n    if (threadIdx.x == 0",
+    ),
+    Mutation(
+        COPY,
+        "waiting for a tile",
+        "ring.filled[stage].wait(static_cast<u32>((tile - begin) / kStages));",
+        "",
+    ),
+    Mutation(
+        COPY, "the phase of a tile", "(tile - begin) / kStages", "0", "static_cast<u32>((tile - begin) / kStages)"
+    ),
+    Mutation(COPY, "the end of a block's tiles at its begin", "begin + stage < end", "true"),
+    Mutation(COPY, "the end of a block's tiles", "tile + kStages < end", "true"),
+    Mutation(
+        COPY, "the end of a chunk in its last tile", "at_most(work.units - first, kTileLanes<16>)", "kTileLanes<16>"
+    ),
+    Mutation(COPY, "the end of a chunk", "lane_index < work.units", "true"),
+    Mutation(
+        COPY, "the chunk of a tile that is filled", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", FILLED_CHUNK
+    ),
+    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", BULK_CHUNK),
+    Mutation(COPY, "the sums of one chunk", "sums = LaneSums();", ""),
+    Mutation(
+        COPY,
+        "what the cache has no place for",
+        "to",
+        "reinterpret_cast<u8*>(1)",
+        "if (to) *in_global_memory(reinterpret_cast<uint4*>",
+    ),
+    Mutation(COPY, "where a part has its lanes", "work.first_lane + lane_index", "lane_index"),
+    Mutation(BULK, "a copy before its phase ends", "__threadfence();", "", "__threadfence();\n    atomicAdd"),
+    Mutation(BULK, "the end of a phase", "atomicAdd(&state, 1ULL);", "state += 1;"),
+    Mutation(BULK, "asking for a phase", "atomicAdd(&state, 0ULL)", "state"),
+    Mutation(BULK, "a phase before its bytes are read", "__threadfence();", "", "__threadfence();\n#endif\n  }\n};"),
     Mutation(COPY, "the cap of the grid", "blocks = std::min<u64>(blocks, call.where.max_blocks);", ""),
     Mutation(
         UPLOAD,
@@ -752,9 +857,34 @@ MUTATIONS = [
     Mutation(TRANSFER, "that a buffer is gathered", call("cudaEventRecord(s.filled[b], s.kernels)"), ""),
     Mutation(TRANSFER, "a gather before its copy", call("cudaStreamWaitEvent(s.copies, s.filled[b])"), ""),
     Mutation(TRANSFER, "that a buffer's payloads are at the host", call("cudaEventRecord(s.free[b], s.copies)"), ""),
+    Mutation(TRANSFER, "that a store has left its pages", call("cudaEventRecord(j.left_pages, reads_last)"), ""),
+    Mutation(TRANSFER, "that fragments are read after all else", "reads_last = s.copies;", ""),
     Mutation(
-        TRANSFER, "that a store has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), "", STORE_ENDS
+        TRANSFER,
+        "fragments to the host behind the caller's stream",
+        call("cudaStreamWaitEvent(s.copies, s.behind)"),
+        "",
+        FRAGMENTS_BEHIND.format(" " * 8),
     ),
+    Mutation(
+        TRANSFER,
+        "fragments to pages behind the caller's stream",
+        call("cudaStreamWaitEvent(s.copies, s.behind)"),
+        "",
+        FRAGMENTS_BEHIND.format(" " * 10),
+    ),
+    Mutation(TRANSFER, "fragments of whole pages only", "chunk.id(i) >= cache.num_pages", "false"),
+    Mutation(TRANSFER, "fragments that end", "fragments.back().cache + fragments.back().bytes == run", "true"),
+    Mutation(
+        FRAGMENTS,
+        "reading pages in the order of the stream",
+        "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;",
+        "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_ANY;",
+    ),
+    Mutation(FRAGMENTS, "a driver that does not know batches", "found != cudaDriverEntryPointSuccess", "false"),
+    Mutation(FRAGMENTS, "a driver that does not support batches", "result != CUDA_ERROR_NOT_SUPPORTED", "true"),
+    Mutation(FRAGMENTS, "looking at the driver's errors", "result == CUDA_SUCCESS", "true"),
+    Mutation(TRANSFER, "refusing odd offsets", "chunks[i].offset % kLaneBytes", "false"),
     Mutation(TRANSFER, "that a store is finished", call("cudaEventRecord(j.finished, s.copies)"), ""),
     Mutation(
         TRANSFER, "a scatter before its buffer's next payloads", call("cudaStreamWaitEvent(s.copies, s.free[b])"), ""
@@ -762,9 +892,7 @@ MUTATIONS = [
     Mutation(TRANSFER, "that payloads are in a buffer", call("cudaEventRecord(s.filled[b], s.copies)"), ""),
     Mutation(TRANSFER, "payloads before their scatter", call("cudaStreamWaitEvent(s.kernels, s.filled[b])"), ""),
     Mutation(TRANSFER, "that a buffer is scattered", call("cudaEventRecord(s.free[b], s.kernels)"), ""),
-    Mutation(
-        TRANSFER, "that a load has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), "", LOAD_ENDS
-    ),
+    Mutation(TRANSFER, "that a load has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), ""),
     Mutation(TRANSFER, "that a load is finished", call("cudaEventRecord(j.finished, s.kernels)"), ""),
     Mutation(
         TRANSFER,

@@ -26,7 +26,7 @@ def test_all_kernels_are_there(kernels):
         for mode in ("page", "token")
         for unit in (1, 4, 16)
     }
-    assert {k.name for k in kernels} == copies | {"hash_leaves", "fold_keys", "overwrite", "compare_checksums"}
+    assert {k.name for k in kernels} == copies | {"hash_leaves", "fold_keys", "overwrite", "scatter_bulk_kernel"}
 
 
 def test_no_kernel_has_a_stack_or_spills(kernels):
@@ -47,4 +47,15 @@ def test_copies_of_whole_lanes_keep_32_kib_in_flight(kernels):
 
 
 def test_copies_synchronise_no_block(kernels):
-    assert [k.name for k in kernels if "_kernel" in k.name and "BAR." in k.sass] == []
+    assert [k.name for k in kernels if re.search("(gather|scatter)_kernel", k.name) and "BAR." in k.sass] == []
+
+
+def test_on_hopper_tiles_from_the_host_come_by_the_bulk_copy_engine(kernels):
+    kernel = next(k for k in kernels if k.name == "scatter_bulk_kernel")
+    if kernel.arch < 90:
+        assert "STG" not in kernel.sass
+        return
+    assert len(re.findall(r"\bUBLKCP", kernel.sass)) >= 1
+    assert len(re.findall(r"\bSYNCS\.\S*TRYWAIT", kernel.sass)) >= 1
+    assert len(re.findall(r"\bLDS\.128", kernel.sass)) >= 4
+    assert len(re.findall(r"\bSTG\.E\.128", kernel.sass)) >= 4

@@ -12,6 +12,7 @@ import lmcache_mm as lmc
 from lmcache_mm.lane import Abandoned, Lane
 from lmcache_mm.stores import open_store
 from lmcache_mm.transfer import Chunk, Transfer
+from lmcache_mm.transfer import _HostCopies as HostCopies
 from test_stores import new_store
 
 PAGES, PAGE_TOKENS, PATIENCE_S = 12, 4, 0.1
@@ -44,6 +45,12 @@ def layers(count=3, row=5, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (count, PAGES, PAGE_TOKENS, row)
     return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
+
+
+@pytest.fixture(params=[4, 5], ids=["whole lanes", "odd"])
+def row(request):
+    """Bytes of a token in a layer: of 4, a layer's part of a payload begins at a lane of its checksum."""
+    return request.param
 
 
 def layout_of(kv):
@@ -81,8 +88,8 @@ def make(store):
         transfer.close()
 
 
-def test_a_load_by_layers_fills_them_in_order_and_is_verified(make):
-    kv = layers()
+def test_a_load_by_layers_fills_them_in_order_and_is_verified(make, row):
+    kv = layers(row=row)
     chunks = chunks_of([3, 1, 7], [0, 11])
     _, transfer = make(kv)
     transfer.store(chunks, b"").wait()
@@ -107,15 +114,15 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
     want = kv.clone()
     kv.zero_()
     scattered, go_on = [], threading.Event()
-    scatter = lmc.ops.scatter_pages
+    scatter = HostCopies.load
 
-    def slow(layout, *arguments, **more):
+    def slow(self, layout, *arguments):
         if scattered:
             assert go_on.wait(30)
         scattered.append(layout.planes)
-        return scatter(layout, *arguments, **more)
+        return scatter(self, layout, *arguments)
 
-    monkeypatch.setattr("lmcache_mm.transfer.ops.scatter_pages", slow)
+    monkeypatch.setattr(HostCopies, "load", slow)
     job = transfer.load(chunks, b"", by_layer=True)
     assert job.layer_ready("layer0", 10)
     assert len(scattered) == 1
@@ -127,14 +134,15 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", range(3))
-def test_a_load_by_layers_of_a_damaged_record_loads_nothing(tmp_path, layer):
+def test_a_load_by_layers_of_a_damaged_record_loads_nothing(tmp_path, layer, row):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
-    kv = layers()
+    kv = layers(row=row)
     transfer = Transfer(layout_of(kv), store, 1 << 16)
     chunks = chunks_of([3, 1, 7])
     transfer.store(chunks, b"").wait()
-    (slot,) = store.lend([chunks[0].key], [3 * 60])
-    store.view(slot)[layer * 60 + 7] ^= 1
+    layer_bytes = 3 * PAGE_TOKENS * row
+    (slot,) = store.lend([chunks[0].key], [3 * layer_bytes])
+    store.view(slot)[layer * layer_bytes + 7] ^= 1
     store.release([slot])
     assert transfer.load(chunks, b"", by_layer=True).wait() == 0
     assert store.contains([chunks[0].key]) == [False]
@@ -179,6 +187,113 @@ def test_a_load_by_layers_takes_all_chunks_or_none(make):
     assert job.layer_ready("layer2", 1)  # it ended
 
 
+def test_a_store_by_layers_reads_each_when_it_is_said_to_be_written(make, store, row):
+    kv = layers(row=row)
+    want = layers(row=row, seed=1)
+    chunks = chunks_of([3, 1, 7], [0, 11])
+    _, transfer = make(kv)
+    job = transfer.store(chunks, b"", by_layer=True)
+    for i, layer in enumerate(kv):
+        layer.copy_(want[i])
+        assert job.layer_written(f"layer{i}", 10)
+        if hasattr(store, "lend") or i == 2:  # else all are read with the last
+            layer.zero_()
+    assert job.pages_free(10)
+    kv.zero_()
+    assert job.wait(10) == 20
+    assert transfer.load(chunks, b"").wait() == 2
+    for chunk in chunks:
+        for i, layer in enumerate(kv):
+            assert torch.equal(layer[chunk.pages], want[i][chunk.pages])
+
+
+def test_who_waits_for_a_store_by_layers_has_written_them_all(make, row):
+    kv = layers(row=row)
+    want = kv.clone()
+    chunks = chunks_of([3, 1, 7])
+    _, transfer = make(kv)
+    job = transfer.store(chunks, b"", by_layer=True)
+    assert job.layer_written("layer0", 10)
+    assert job.wait(10) == 12
+    kv.zero_()
+    assert transfer.load(chunks, b"").wait() == 1
+    assert torch.equal(kv[:, [3, 1, 7]], want[:, [3, 1, 7]])
+    with pytest.raises(ValueError, match="layer: expected one of layer0, layer1, layer2, got 'other'"):
+        job.layer_written("other", 1)
+
+
+def test_a_store_by_layers_that_is_given_up_in_between_leaves_nothing_behind(make, store):
+    kv = layers()
+    _, transfer = make(kv)
+    job = transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True)
+    assert job.layer_written("layer0", 10)
+    assert job.abandon()
+    assert not job.layer_written("layer1", 10)
+    with pytest.raises(Abandoned):
+        job.wait(10)
+    assert store.stats()["records"] == 0
+    assert store.stats().get("pending", 0) == 0
+
+
+class Late(HostCopies):
+    """Copies as a GPU makes them: some time after they were asked for, in order."""
+
+    def __init__(self):
+        self.queue = []
+        self.ordered = []
+
+    def store(self, *arguments):
+        return self._later(super().store, arguments)
+
+    def load(self, *arguments):
+        return self._later(super().load, arguments)
+
+    def _later(self, copy, arguments):
+        late, own = self, {}
+        number = len(self.queue)
+
+        class Started:
+            def order(self, stream):
+                late.ordered.append(number)
+                late.run(number)
+
+            def wait(self):
+                late.run(number)
+                return own["done"].wait()
+
+        kept = [arguments[0], list(arguments[1]), *arguments[2:]]
+        self.queue.append(lambda: own.update(done=copy(*kept)))
+        return Started()
+
+    def run(self, number):
+        for i in range(number + 1):
+            copy, self.queue[i] = self.queue[i], lambda: None
+            copy()
+
+
+def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, row):
+    kv = layers(row=row)
+    chunks = chunks_of([3, 1, 7], [0, 11])
+    _, transfer = make(kv)
+    storing = transfer._storing = Late()
+    want = layers(row=row, seed=1)
+    job = transfer.store(chunks, b"", by_layer=True)
+    for i, layer in enumerate(kv):
+        layer.copy_(want[i])
+        assert job.layer_written(f"layer{i}", 10)
+    assert storing.ordered == [2]  # with the last layer, whose reads come last
+    kv.zero_()
+    assert job.wait(10) == 20
+    loading = transfer._loading = Late()
+    job = transfer.load(chunks, b"", by_layer=True)
+    for i in range(3):
+        assert job.layer_ready(f"layer{i}", 10)
+        assert i in loading.ordered
+        for chunk in chunks:
+            assert torch.equal(kv[i][chunk.pages], want[i][chunk.pages])
+    assert job.wait(10) == 2
+
+
 def test_layers_that_share_pages_or_bytes_are_ready_with_them():
     pages = torch.zeros(PAGES, 2, PAGE_TOKENS, 5)
     joined = lmc.KVLayout.from_tensors(
@@ -209,8 +324,8 @@ def test_a_job_whose_store_hangs_is_abandoned_and_never_touches_its_pages(make, 
     assert gate.reached.wait(10)
     assert not job.pages_free(PATIENCE_S)
     touched = []
-    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", lambda *_, **__: touched.append(1))
-    monkeypatch.setattr("lmcache_mm.transfer.ops.scatter_pages", lambda *_, **__: touched.append(1))
+    for name in ("load", "store"):
+        monkeypatch.setattr(HostCopies, name, lambda *_: touched.append(1))
     gate.open.set()
     with pytest.raises(Abandoned):
         job.wait(10)
@@ -259,13 +374,13 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
-    gather = lmc.ops.gather_pages
+    gather = HostCopies.store
 
-    def seen(*arguments, **more):
+    def seen(*arguments):
         readers.append(threading.current_thread())
-        return gather(*arguments, **more)
+        return gather(*arguments)
 
-    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", seen)
+    monkeypatch.setattr(HostCopies, "store", seen)
     kv = layers()
     kv.zero_()
     _, transfer = make(kv, largest=1)
@@ -305,7 +420,7 @@ def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr("lmcache_mm.transfer.ops.gather_pages", fails)
+    monkeypatch.setattr(HostCopies, "store", fails)
     for early in (False, True):
         job = transfer.store(chunks_of([3, 1, 7]), b"", early=early)
         assert job.pages_free(10)
@@ -388,3 +503,17 @@ def test_a_cache_retrieves_layer_by_layer(tmp_path):
         assert torch.equal(kv[:2, :5], want[:2, :5])
         assert job.wait() == 21
         assert cache.retrieve(prompt, pages, 16, by_layer=True).wait() == 16
+
+
+def test_a_cache_stores_layer_by_layer():
+    kv = torch.zeros(3, PAGES, PAGE_TOKENS, 6)
+    prompt, pages = lmc.Prompt(list(range(21))), list(range(6))
+    with lmc.KVCache(layout_of(kv), "mem://?capacity=1MiB", lmc.Namespace(model="m"), 8) as cache:
+        job = cache.store(prompt, pages, by_layer=True)
+        for i, layer in enumerate(kv):
+            layer.fill_(i + 1)
+            assert job.layer_written(f"layer{i}", 10)
+        assert job.wait() == 21
+        kv.zero_()
+        assert cache.retrieve(prompt, pages).wait() == 21
+        assert [layer[:5].unique().tolist() for layer in kv] == [[1], [2], [3]]

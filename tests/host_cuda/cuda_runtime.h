@@ -192,7 +192,8 @@ struct Options {
   int devices = 2;
   int multiprocessors = 2;
   int blocks_per_multiprocessor = 2;  // what cudaOccupancyMaxActiveBlocksPerMultiprocessor answers at most
-  int compute_capability = 80;
+  int compute_capability = 90;
+  int batch_copies = 1;       // what the driver makes of cuMemcpyBatchAsync: 0 does not know it, 2 does not support it
   int watchdog_seconds = 60;  // for one operation of a stream; 0: none
 };
 Options& options();

@@ -137,15 +137,22 @@ class Run {
 
   template <typename Address>
   void copy(const Address& address) {
-    const CopyArguments copy(case_, address);
+    CopyArguments copy(case_, address);
+    const u64 payloads = case_.number("payloads");
+    for (std::size_t i = 0; payloads && i < copy.chunks.size(); ++i) {
+      const u64 number = case_.numbers("chunks")[6 * i + 4];
+      copy.chunks[i].payload =
+          payloads == 1 && placed_[number].bytes ? placed_[number].in.get() + front(case_.regions[number]) : nullptr;
+    }
     const auto optional = [&](const char* field) { return case_.has(field) ? address(case_.number(field)) : nullptr; };
     const bool host_ids = case_.number("host_ids") != 0;
-    const cuda::Launch where = launch(cuda::copy_workspace_bytes(copy.cache, copy.chunks, host_ids));
+    cuda::Launch where = launch(cuda::copy_workspace_bytes(copy.cache, copy.chunks, host_ids));
+    where.payloads_on_host = payloads == 1;
+    auto* checksums = reinterpret_cast<u64*>(optional("checksums"));
     if (case_.op == "gather")
-      cuda::gather(copy.cache, copy.mode, copy.chunks, host_ids, reinterpret_cast<u64*>(optional("checksums")), where);
+      cuda::gather(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
     else
-      cuda::scatter(copy.cache, copy.mode, copy.chunks, host_ids, reinterpret_cast<const u64*>(optional("expected")),
-                    reinterpret_cast<bool*>(optional("matches")), where);
+      cuda::scatter(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
   }
 
   const Case& case_;

@@ -15,6 +15,7 @@
 #include <thread>
 #include <utility>
 
+#include "cudaTypedefs.h"
 #include "runtime.h"
 
 struct CUstream_st {
@@ -535,6 +536,59 @@ cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t
   ENTER;
   if (type_of(to, bytes) == cudaMemoryTypeUnregistered) fail("cudaMemsetAsync of %p, which is host memory", to);
   enqueue("cudaMemsetAsync", stream_of(stream), [=](Operation&) { std::memset(to, value, bytes); });
+  return cudaSuccess;
+}
+
+// Copies without an order among them, read in the order of the stream or, where that is allowed, at once.
+static CUresult memcpy_batch(CUdeviceptr* to, CUdeviceptr* from, std::size_t* sizes, std::size_t count,
+                             CUmemcpyAttributes* attributes, std::size_t* first_of_attributes,
+                             std::size_t num_attributes, std::size_t*, CUstream stream) {
+  const Entry entry;
+  if (options().batch_copies == 2) return CUDA_ERROR_NOT_SUPPORTED;
+  if (must_fail() || !stream || stream == cudaStreamLegacy || num_attributes != 1 || *first_of_attributes != 0 ||
+      attributes->srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_INVALID)
+    return CUDA_ERROR_INVALID_VALUE;
+  struct Copy {
+    void* to;
+    const void* from;
+    std::size_t bytes;
+  };
+  std::vector<Copy> copies;
+  for (std::size_t i = 0; i < count; ++i) {
+    copies.push_back({reinterpret_cast<void*>(to[i]), reinterpret_cast<const void*>(from[i]), sizes[i]});
+    if (type_of(copies[i].to, sizes[i]) == cudaMemoryTypeUnregistered ||
+        type_of(copies[i].from, sizes[i]) == cudaMemoryTypeUnregistered)
+      fail("cuMemcpyBatchAsync between %p and %p, one of which is pageable", copies[i].from, copies[i].to);
+  }
+  const auto run = [copies](Operation&) mutable {
+    while (!copies.empty()) {
+      const Copy one = take_random(copies);
+      std::memcpy(one.to, one.from, one.bytes);
+    }
+  };
+  if (attributes->srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_STREAM) {
+    enqueue("cuMemcpyBatchAsync", stream_of(stream), run);
+  } else {
+    std::vector<char> early;
+    const DeviceMemoryOpen open;
+    for (const Copy& one : copies)
+      early.insert(early.end(), static_cast<const char*>(one.from), static_cast<const char*>(one.from) + one.bytes);
+    enqueue("cuMemcpyBatchAsync", stream_of(stream), [copies, early](Operation&) {
+      std::size_t at = 0;
+      for (const Copy& one : copies) {
+        std::memcpy(one.to, early.data() + at, one.bytes);
+        at += one.bytes;
+      }
+    });
+  }
+  return CUDA_SUCCESS;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* found) {
+  ENTER;
+  const bool known = std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 && options().batch_copies;
+  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  *function = known ? reinterpret_cast<void*>(memcpy_batch) : nullptr;
   return cudaSuccess;
 }
 

@@ -5,9 +5,9 @@
 //                   [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
 //
 // It is built as driver.cpp is. A schedule draws a layout, a ring, chunks and the order of everything from its seed: it
-// writes pages, stores them, overwrites them, loads what was stored into other pages, with one damaged payload, and
-// reads them back, while earlier jobs are still under way. One line a failure, a count at the end, exit status 1 if
-// there was any.
+// writes pages, stores them, overwrites them, loads other payloads into them and reads them back, while earlier jobs
+// are still under way, each job by a path of its own. One line a failure, a count at the end, exit status 1 if there
+// was any.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -36,42 +36,46 @@ void fail(const std::string& what) {
   if (fail_fast) std::_Exit(1);
 }
 
-u64 checksum(const u8* payload, u64 bytes) {
+// Of a part of a payload that begins at `offset` in it.
+u64 checksum(const u8* payload, u64 bytes, u64 offset) {
   LaneSums sums;
   for (u64 at = 0; at < bytes; at += kLaneBytes) {
     u64 words[2] = {0, 0};
     std::memcpy(words, payload + at, at + kLaneBytes <= bytes ? kLaneBytes : bytes - at);
-    sums.add(at / kLaneBytes, words[0], words[1]);
+    sums.add((offset + at) / kLaneBytes, words[0], words[1]);
   }
   return sums.total() + checksum_length(bytes);
 }
 
 using Random = std::mt19937_64;
 
-// A cache of opaque pages in device memory, [plane][page][byte].
+// A cache of opaque pages in device memory, [plane][page][run][byte].
 struct Pages {
   PagedCache cache;
   u64 bytes;
   DeviceMemory memory;
 
   explicit Pages(Random& random) {
-    const u64 planes = 1 + random() % 3, pages = 16, page_bytes = (1 + random() % 40) * (random() % 2 ? 16 : 4);
-    bytes = planes * pages * page_bytes;
+    const u64 planes = 1 + random() % 3, pages = 16, run_bytes = (1 + random() % 40) * (random() % 2 ? 16 : 4);
+    const u64 runs = random() % 2 ? 1 : 1 + random() % 3, run_stride = run_bytes + (random() % 2 ? 0 : 48);
+    const u64 page_stride = runs * run_stride;
+    bytes = planes * pages * page_stride;
     memory = device_memory(bytes);
-    cache = {{}, pages, page_bytes, page_bytes, page_bytes, 0, 4, 0};
-    for (u64 p = 0; p < planes; ++p) cache.planes.push_back(memory.get() + p * pages * page_bytes);
+    cache = {{}, pages, page_stride, runs * run_bytes, run_bytes, run_stride, 4, 0};
+    for (u64 p = 0; p < planes; ++p) cache.planes.push_back(memory.get() + p * pages * page_stride);
   }
-  u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_bytes; }
+  u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_stride; }
   u64 payload_bytes(u64 pages) const { return cache.planes.size() * pages * cache.page_bytes; }
-  // What a gather of `content` gives, or where a scatter puts a payload in it.
+  // Each run of a payload: where it is in the payload, and where in the cache, ~0 if nowhere.
   template <typename Visit>
   void visit(const std::vector<i64>& ids, const Visit& visit) const {
     u64 in_payload = 0;
     for (u64 plane = 0; plane < cache.planes.size(); ++plane)
-      for (const i64 id : ids) {
-        visit(in_payload, id < 0 ? ~u64{0} : at(plane, id));
-        in_payload += cache.page_bytes;
-      }
+      for (const i64 id : ids)
+        for (u64 run = 0; run < cache.page_bytes / cache.run_bytes; ++run) {
+          visit(in_payload, id < 0 ? ~u64{0} : at(plane, id) + run * cache.run_stride);
+          in_payload += cache.run_bytes;
+        }
   }
 };
 
@@ -80,13 +84,23 @@ struct Record {
   PinnedMemory payload;
   u64 bytes;
   std::vector<u8> want;
+  u64 offset = 0;  // in a longer payload
+
+  u64 checksum() const { return ::checksum(want.data(), bytes, offset); }
 };
 
 std::vector<Chunk> chunks_of(std::vector<Record>& records) {
   std::vector<Chunk> chunks;
   for (Record& record : records)
-    chunks.push_back({record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true});
+    chunks.push_back(
+        {record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true, record.offset});
   return chunks;
+}
+
+// How long fragments have to be for a path of their own, on average: none are, all are, some are.
+u64 draw_fragment_bytes(Random& random, const Pages& pages) {
+  const u64 choice = random() % 3;
+  return choice < 2 ? choice : 1 + random() % (3 * pages.cache.page_bytes);
 }
 
 // Pages of the cache, each at most once in a round, now and then one that is not there.
@@ -151,7 +165,7 @@ struct Store {
     if (asks) sums = job->wait();
     for (std::size_t i = 0; i < records.size(); ++i) {
       const Record& record = records[i];
-      if (sums.at(i) != checksum(record.want.data(), record.bytes)) fail("a stored payload has another checksum");
+      if (sums.at(i) != record.checksum()) fail("a stored payload has another checksum");
     }
   }
 };
@@ -182,11 +196,12 @@ void run(u64 seed) {
       record.payload = pinned_memory(record.bytes);
       record.want.assign(record.bytes, 0);
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
-        if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.page_bytes);
+        if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.run_bytes);
       });
+      record.offset = random() % 4 * 16;
       store.records.push_back(std::move(record));
     }
-    store.job = stores.store(pages.cache, chunks_of(store.records), caller.stream);
+    store.job = stores.store(pages.cache, chunks_of(store.records), caller.stream, draw_fragment_bytes(random, pages));
     store.job->order(caller.stream);
     caller.write(pages, random_bytes(random, pages.bytes));  // the pages are somebody else's by now
     if (random() % 3 == 0) store.compare(random);
@@ -197,52 +212,54 @@ void run(u64 seed) {
   std::vector<std::unique_ptr<cuda::Staging::Job>> jobs;
   std::vector<std::vector<Record>> loaded;
   std::vector<std::pair<const u8*, std::vector<u8>>> reads;
-  std::vector<std::vector<u64>> verdicts;
+  std::vector<std::vector<u64>> checksums;
   for (int round = 0; round < 3; ++round) {
     content = random_bytes(random, pages.bytes);
     caller.write(pages, content);
     reads.emplace_back(caller.read(pages), content);  // pages that others read until the load begins
     std::vector<Record> records;
-    std::vector<u64> expected, verdict;
+    std::vector<u64> sums;
     for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
       Record record{std::move(ids), nullptr, 0, {}};
       record.bytes = pages.payload_bytes(record.ids.size());
       record.payload = pinned_memory(record.bytes);
       record.want = random_bytes(random, record.bytes);
       std::memcpy(record.payload.get(), record.want.data(), record.bytes);
-      const bool damaged = random() % 6 == 0;
-      expected.push_back(checksum(record.want.data(), record.bytes) + damaged);
-      verdict.push_back(!damaged);
+      record.offset = random() % 4 * 16;
+      sums.push_back(record.checksum());
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
-        if (in_cache != ~u64{0}) std::memcpy(&content[in_cache], &record.want[in_payload], pages.cache.page_bytes);
+        if (in_cache != ~u64{0}) std::memcpy(&content[in_cache], &record.want[in_payload], pages.cache.run_bytes);
       });
       records.push_back(std::move(record));
     }
-    if (random() % 4 == 0) expected.clear(), verdict.clear();  // a load that verifies nothing
-    jobs.push_back(loads.load(pages.cache, chunks_of(records), expected, caller.stream));
+    if (random() % 4 == 0) sums.clear();  // a load that sums up nothing
+    const u32 kernel_blocks = random() % 3 ? 0 : 1 + random() % 2;
+    jobs.push_back(loads.load(pages.cache, chunks_of(records), !sums.empty(), caller.stream,
+                              draw_fragment_bytes(random, pages), kernel_blocks));
     jobs.back()->order(caller.stream);
     reads.emplace_back(caller.read(pages), content);
     if (random() % 3 == 0) {  // nobody waits for it, and its payloads are gone
       jobs.pop_back();
       records.clear();
     } else {
-      verdicts.push_back(verdict);
+      checksums.push_back(sums);
       loaded.push_back(std::move(records));
     }
   }
   for (std::size_t i = 0; i < jobs.size(); ++i)
-    if (jobs[i]->wait() != verdicts[i]) fail("a load has other verdicts");
+    if (jobs[i]->wait() != checksums[i]) fail("a load has other checksums");
   CHECK(cudaStreamSynchronize(caller.stream));
   for (const auto& [got, want] : reads)
     if (std::memcmp(got, want.data(), pages.bytes) != 0) fail("pages differ");
 
   std::vector<i64> all(4096, 0);
-  const std::vector<Chunk> too_large{{all.data(), all.size(), all.size() * 4, nullptr, true}};
-  try {
-    stores.store(pages.cache, too_large, caller.stream);
-    fail("a chunk that is too large is taken");
-  } catch (const std::invalid_argument&) {
-  }
+  const std::vector<Chunk> refused{{all.data(), all.size(), all.size() * 4, nullptr, true},
+                                   {all.data(), 1, 4, nullptr, true, 8}};
+  for (const Chunk& chunk : refused) try {
+      stores.store(pages.cache, {chunk}, caller.stream, 0);
+      fail("a chunk that is too large, or at an odd offset, is taken");
+    } catch (const std::invalid_argument&) {
+    }
   // Jobs outlive what made them, and that its ring.
   for (Record& record : outliving) {
     record.ids = {1, 2};
@@ -251,8 +268,9 @@ void run(u64 seed) {
     std::memset(record.payload.get(), 0, record.bytes);
   }
   std::vector<Chunk> both = chunks_of(outliving);
-  last.push_back(stores.store(pages.cache, {both[0]}, caller.stream));
-  last.push_back(loads.load(pages.cache, {both[1]}, {0}, caller.stream));
+  last.push_back(stores.store(pages.cache, {both[0]}, caller.stream, random() % 2));
+  last.back()->order(caller.stream);
+  last.push_back(loads.load(pages.cache, {both[1]}, true, caller.stream, random() % 2, 0));
   if (cudaGetLastError() != cudaSuccess) fail("an error is left behind");
 }
 
@@ -278,9 +296,12 @@ void fail_every_call(u64 seed) {
     std::unique_ptr<cuda::Staging> staging;
     try {
       staging = std::make_unique<cuda::Staging>(0, ring.get(), buffer_bytes, 2);
-      const std::vector<u64> sums = staging->store(pages.cache, chunks_of(records), caller.stream)->wait();
-      for (const u64 match : staging->load(pages.cache, chunks_of(records), sums, caller.stream)->wait())
-        if (!match) fail("a payload has another checksum than when it was stored");
+      const u64 fragment_bytes = seed / 3 % 2;
+      const std::vector<Chunk> chunks = chunks_of(records);
+      const std::vector<u64> sums = staging->store(pages.cache, chunks, caller.stream, fragment_bytes)->wait();
+      const u32 kernel_blocks = seed / 6 % 2;
+      if (staging->load(pages.cache, chunks, true, caller.stream, fragment_bytes, kernel_blocks)->wait() != sums)
+        fail("a payload has another checksum than when it was stored");
     } catch (const std::runtime_error&) {
       // As it has to be, unless the call is one of a destructor's, which have nobody to tell.
     }
@@ -324,6 +345,7 @@ int main(int argc, char** argv) {
   for (schedule = seed; schedule < seed + schedules; ++schedule) {
 #ifdef LMC_HOST_CUDA
     host_cuda::seed(schedule);
+    host_cuda::options().batch_copies = static_cast<int>(schedule / 3 % 3);
     if (api_failures) {
       fail_every_call(schedule);
       continue;

@@ -1,0 +1,67 @@
+// Copies into shared memory by Hopper's bulk copy engine: no thread and no register waits for the bytes.
+//
+// A barrier's phases complete one after the other, each when the copy that was begun in it has arrived. PTX ISA,
+// "Asynchronous Warpgroup / bulk copies" and "mbarrier": cp.async.bulk, mbarrier.try_wait.parity. On the host the
+// beginning thread copies, and completes the phase for those who wait.
+#pragma once
+
+#include <cstring>
+
+#include "launch.h"
+
+namespace lmc {
+
+struct BulkBarrier {
+  unsigned long long state;
+
+#ifdef __CUDA_ARCH__
+  __device__ __forceinline__ u32 address() { return static_cast<u32>(__cvta_generic_to_shared(&state)); }
+#endif
+
+  // By one thread, before a block-wide barrier and any other use.
+  __device__ void init() {
+#ifdef __CUDA_ARCH__
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()));
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+    state = 0;  // phases that are complete
+#endif
+  }
+
+  // By one thread: begins a phase and its copy. `to`: shared memory; `from`: global or mapped host memory; both and
+  // `bytes` multiples of 16.
+  __device__ void begin_copy(void* to, const void* from, u32 bytes) {
+#ifdef __CUDA_ARCH__
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     static_cast<u32>(__cvta_generic_to_shared(to))),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address())
+                 : "memory");
+#else
+    std::memcpy(to, from, bytes);
+    __threadfence();
+    atomicAdd(&state, 1ULL);
+#endif
+  }
+
+  // Returns when phase number `phase`, counted from 0, is complete, and its copy visible. At most the one before it may
+  // be incomplete too.
+  __device__ void wait(u32 phase) {
+#ifdef __CUDA_ARCH__
+    u32 complete = 0;
+    while (!complete)
+      asm volatile(
+          "{\n\t.reg .pred p;\n\t"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
+          "selp.u32 %0, 1, 0, p;\n\t}"
+          : "=r"(complete)
+          : "r"(address()), "r"(phase & 1)
+          : "memory");
+#else
+    while ((atomicAdd(&state, 0ULL) & 1) == (phase & 1)) __nanosleep(20);
+    __threadfence();
+#endif
+  }
+};
+
+}  // namespace lmc

@@ -1,0 +1,202 @@
+"""python -m lmcache_mm calibrate: measures which way transfers of a GPU are fastest, and keeps the answer."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from lmcache_mm import _C, transfer_paths
+from lmcache_mm.layout import KVLayout
+from lmcache_mm.transfer_paths import Paths
+
+FRAGMENT_BYTES = tuple((16 << 10) << i for i in range(9))  # 16 KiB to 4 MiB
+COUNTS = (16, 128, 1024)
+MOST_BYTES = 512 << 20
+LAYER_BLOCKS = (2, 4, 8, 16)
+LAYERS, LAYER_BYTES = 28, 8 << 20  # about 8,192 tokens of Qwen2-VL-7B
+ROUNDS = 9
+GAIN = 0.02  # what another way has to gain on the ring to be taken
+CHUNK_BYTES = 8 << 20
+BUFFERS, BUFFER_BYTES = 3, 16 << 20
+
+
+class Times(NamedTuple):
+    """Medians, in seconds, of one transfer."""
+
+    ring: float
+    batch: float
+
+
+class LayerTimes(NamedTuple):
+    """Medians, in seconds: a load by layers, and a fixed piece of compute beside it."""
+
+    load: float
+    compute: float
+
+
+def rows_of(times: Mapping[tuple[int, int], Times]) -> tuple[tuple[int, int], ...]:
+    """(count, least fragment bytes) from the times of (count, fragment bytes): with so many fragments a batch pays from
+    this length on, as it does with all longer ones that were measured. What greater counts do not add is left out."""
+    rows: list[tuple[int, int]] = []
+    for count in sorted({count for count, _ in times}):
+        pays = None
+        for size in sorted((size for c, size in times if c == count), reverse=True):
+            if times[count, size].batch > times[count, size].ring * (1 - GAIN):
+                break
+            pays = size
+        if pays is not None and all(pays < least for _, least in rows):
+            rows.append((count, pays))
+    return tuple(rows)
+
+
+def layer_blocks_of(ring: LayerTimes, kernels: Mapping[int, LayerTimes]) -> int:
+    """How many blocks of a kernel should do loads by layers: the fastest that gains on the ring without costing compute
+    beside it more; 0: none, the ring does."""
+    good = {
+        times.load: blocks
+        for blocks, times in kernels.items()
+        if times.load < ring.load * (1 - GAIN) and times.compute < ring.compute * (1 + GAIN)
+    }
+    return good[min(good)] if good else 0
+
+
+class Bench:
+    """Transfers of made-up pages of one GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pages = torch.randint(0, 256, (2 * MOST_BYTES,), dtype=torch.uint8, device=device)
+        self._host = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
+        ring = torch.empty(BUFFERS * BUFFER_BYTES, dtype=torch.uint8, device=device)
+        self._kept = ring
+        self._staging = _C.CudaStaging(device.index, ring.data_ptr(), BUFFER_BYTES, BUFFERS)
+
+    def times(self, direction: str, count: int, size: int) -> Times:
+        """Of a transfer of `count` fragments, in shuffled order."""
+        layout = self._layout(self._pages[: 2 * count * size], size)
+        order = torch.randperm(2 * count)[:count]
+        chunks = order.split(max(1, CHUNK_BYTES // size))
+        parts = []
+        at = self._host.data_ptr()
+        for ids in chunks:
+            parts.append((ids.data_ptr(), True, len(ids), len(ids), at, 0))
+            at += len(ids) * size
+
+        def run(least: int) -> None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            if direction == "store":
+                self._staging.store(layout.compiled, parts, stream, least).wait()
+            else:
+                self._staging.load(layout.compiled, parts, True, stream, least, 0).wait()
+
+        return Times(*medians([lambda: run(0), lambda: run(1)]))
+
+    def layer_times(self, blocks: int) -> LayerTimes:
+        """Of a load of LAYERS layers, one after the other, and of compute beside it. blocks: 0 for the ring."""
+        size = 32 << 10
+        count = LAYER_BYTES // size
+        layers = self._pages[: LAYERS * 2 * LAYER_BYTES].view(LAYERS, -1)
+        layouts = [self._layout(layer, size) for layer in layers]
+        ids = torch.randperm(2 * count)[:count]
+        a = torch.randn(4096, 4096, device=self._device, dtype=torch.bfloat16)
+        compute_stream = torch.cuda.Stream(self._device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        compute: list[float] = []
+
+        def load() -> None:
+            stream = torch.cuda.current_stream(self._device).cuda_stream
+            at = self._host.data_ptr()
+            jobs = []
+            for layout in layouts:
+                part = (ids.data_ptr(), True, count, count, at, 0)
+                jobs.append(self._staging.load(layout.compiled, [part], True, stream, 0, blocks))
+                at += LAYER_BYTES
+            for job in jobs:
+                job.wait()
+
+        def beside() -> None:
+            with torch.cuda.stream(compute_stream):
+                begin.record()
+                for _ in range(16):
+                    a @ a
+                end.record()
+            load()
+            end.synchronize()
+            compute.append(begin.elapsed_time(end) / 1e3)
+
+        (loaded,) = medians([load])
+        medians([beside])
+        return LayerTimes(loaded, statistics.median(compute))
+
+    def _layout(self, pages: torch.Tensor, size: int) -> KVLayout:
+        return KVLayout.from_tensors([pages.view(-1, size)], page_tokens=1, page_dim=0, opaque=True)
+
+
+def medians(works: list[Callable[[], None]]) -> list[float]:
+    """In seconds, timed in turn, after one untimed round."""
+    times: list[list[float]] = [[] for _ in works]
+    for _ in range(ROUNDS + 1):
+        for work, of_work in zip(works, times, strict=True):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            work()
+            of_work.append(time.perf_counter() - begun)
+    return [statistics.median(of_work[1:]) for of_work in times]
+
+
+def measure(device: torch.device) -> Iterator[str | Paths]:
+    """Says what it found, line by line; the last is the choice."""
+    bench = Bench(device)
+    rows = {}
+    for direction in ("store", "load"):
+        times = {}
+        for count in COUNTS:
+            for size in FRAGMENT_BYTES:
+                if count * size > MOST_BYTES:
+                    continue
+                found = times[count, size] = bench.times(direction, count, size)
+                ring, batch = (count * size / seconds / 1e9 for seconds in found)
+                fragments = f"{direction:5} {count:5} fragments of {size >> 10:5} KiB"
+                yield f"{fragments}: ring {ring:5.1f}, batch {batch:5.1f} GB/s"
+        rows[direction] = rows_of(times)
+    by_blocks = {blocks: bench.layer_times(blocks) for blocks in (0, *LAYER_BLOCKS)}
+    for blocks, found_layers in by_blocks.items():
+        speed = LAYERS * LAYER_BYTES / found_layers.load / 1e9
+        way = f"{blocks:2} blocks" if blocks else "ring     "
+        yield f"load by layers, {way}: {speed:5.1f} GB/s, compute beside it {found_layers.compute * 1e3:.2f} ms"
+    ring_layers = by_blocks.pop(0)
+    yield Paths(rows["store"], rows["load"], layer_blocks_of(ring_layers, by_blocks))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measures which way transfers between a GPU and the host are fastest, and keeps the answer."
+    parser.epilog = (
+        "Takes 1.2 GiB of the GPU's memory and 0.5 GiB of pinned memory, on a GPU that nothing else "
+        "uses. Processes that start afterwards go by it; without it they go by defaults."
+    )
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU, by its number (default: 0)")
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    count, why = _C.cuda_devices() if _C.cuda_version else (0, "this build has CPU operations only")
+    if not torch.cuda.is_available() or not 0 <= args.device < count:
+        reason = why or f"there are {count} GPUs"
+        print(f"python -m lmcache_mm calibrate: GPU {args.device} cannot be used: {reason}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", args.device)
+    for found in measure(device):
+        if isinstance(found, str):
+            print(found, flush=True)
+        else:
+            print(found)
+            if not args.dry_run:
+                file = transfer_paths.save(found, torch.cuda.get_device_name(device))
+                print(f"kept in {file}")
+    return 0

@@ -1,0 +1,88 @@
+"""Which way payloads go between a GPU's pages and the host: as `python -m lmcache_mm calibrate` measured on the device.
+
+Three ways are always right: through a ring of buffers in device memory; in one batch of copies straight from or to
+pages, which spares that ring and the kernels, and pays where fragments are long; and, for loads by layers, by a few
+blocks of a kernel. See docs/design.md, Transfers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+FORMAT = 1
+
+logger = logging.getLogger("lmcache_mm")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """A device's choices.
+
+    store, load: (count, bytes) each: a batch of at least `count` fragments pays if they are at least so many bytes long
+    on average. Without a measurement: 256 KiB, for a fragment of a batch costs about 0.1 µs beside its bytes on an H100
+    once it is longer than 28 KiB (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at 64 KiB), 2 % there.
+    layer_blocks: how many blocks of a kernel do a load by layers; 0: the ring does.
+    """
+
+    store: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
+    load: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
+    layer_blocks: int = 0
+
+    def store_fragment_bytes(self, total_bytes: int) -> int:
+        """How long the fragments of so many bytes have to be for a batch to pay; 0: they never are."""
+        return _least(self.store, total_bytes)
+
+    def load_fragment_bytes(self, total_bytes: int) -> int:
+        return _least(self.load, total_bytes)
+
+
+def _least(rows: tuple[tuple[int, int], ...], total_bytes: int) -> int:
+    return min((size for count, size in rows if count * size <= total_bytes), default=0)
+
+
+def file_of(device_name: str) -> Path:
+    """Where the choices for devices of this name are kept: in $XDG_CACHE_HOME/lmcache_mm, by default ~/.cache/…"""
+    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache_home) / "lmcache_mm" / f"paths-{re.sub('[^a-z0-9]+', '-', device_name.lower())}.json"
+
+
+def save(paths: Paths, device_name: str) -> Path:
+    """Keeps a measurement, instead of an earlier one, for processes that start from now on."""
+    file = file_of(device_name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "device": device_name, **asdict(paths)}
+    written = file.with_suffix(f".{os.getpid()}")
+    written.write_text(json.dumps(content, indent=1) + "\n")
+    written.replace(file)
+    return file
+
+
+def load(file: Path) -> Paths | None:
+    """What was kept; None if there is none, or it is none of this version's, which is logged."""
+    try:
+        content = json.loads(file.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        rows = {name: tuple((int(count), int(size)) for count, size in content[name]) for name in ("store", "load")}
+        if any(count < 1 or size < 1 for row in rows.values() for count, size in row) or content["layer_blocks"] < 0:
+            raise ValueError("expected positive counts and sizes")
+        return Paths(**rows, layer_blocks=int(content["layer_blocks"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is left aside: %s; python -m lmcache_mm calibrate makes a new one", file, error)
+        return None
+
+
+@cache
+def of_device(device: torch.device) -> Paths:
+    """The choices for a CUDA device: what was measured on one of its name, else the defaults."""
+    return load(file_of(torch.cuda.get_device_name(device))) or Paths()
