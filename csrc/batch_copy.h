@@ -28,7 +28,6 @@ inline PFN_cuMemcpyBatchAsync_v12080 batch_copy_function(const char* op) {
   cudaDriverEntryPointQueryResult found{};
   LMC_CUDA_CHECK(op,
                  cudaGetDriverEntryPointByVersion("cuMemcpyBatchAsync", &function, 12080, cudaEnableDefault, &found));
-  if (found != cudaDriverEntryPointSuccess) return nullptr;
   return reinterpret_cast<PFN_cuMemcpyBatchAsync_v12080>(function);
 }
 #endif

@@ -1,11 +1,8 @@
 // Copies into shared memory by Hopper's bulk copy engine: no thread and no register waits for the bytes.
 //
 // A barrier's phases complete one after the other, each when the copy that was begun in it has arrived. PTX ISA,
-// "Asynchronous Warpgroup / bulk copies" and "mbarrier": cp.async.bulk, mbarrier.try_wait.parity. On the host the
-// beginning thread copies, and completes the phase for those who wait.
+// data movement and conversion instructions (cp.async.bulk) and mbarrier.
 #pragma once
-
-#include <cstring>
 
 #include "launch.h"
 
@@ -23,8 +20,8 @@ struct BulkBarrier {
 #ifdef __CUDA_ARCH__
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()));
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#else
-    state = 0;  // phases that are complete
+#elif defined(LMC_HOST_CUDA)
+    host_cuda::mbarrier_init(&state);
 #endif
   }
 
@@ -37,10 +34,8 @@ struct BulkBarrier {
                      static_cast<u32>(__cvta_generic_to_shared(to))),
                  "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address())
                  : "memory");
-#else
-    std::memcpy(to, from, bytes);
-    __threadfence();
-    atomicAdd(&state, 1ULL);
+#elif defined(LMC_HOST_CUDA)
+    host_cuda::mbarrier_begin_copy(&state, to, from, bytes);
 #endif
   }
 
@@ -57,9 +52,8 @@ struct BulkBarrier {
           : "=r"(complete)
           : "r"(address()), "r"(phase & 1)
           : "memory");
-#else
-    while ((atomicAdd(&state, 0ULL) & 1) == (phase & 1)) __nanosleep(20);
-    __threadfence();
+#elif defined(LMC_HOST_CUDA)
+    host_cuda::mbarrier_wait(&state, phase & 1);
 #endif
   }
 };

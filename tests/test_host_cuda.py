@@ -654,7 +654,7 @@ STORE_LANE = "store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);
 ADD_SUMS = "add_to_checksum(copy.checksums + c, sums.total());"
 BULK_CHUNK = f"{NEXT_CHUNK}\n    }}"
 KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
-TRANSFER, FRAGMENTS, BULK = "transfer.cu", "batch_copy.h", "bulk_copy.h"
+TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
 FRAGMENTS_BEHIND = "LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));\n{}copy_fragments"
 
 
@@ -827,10 +827,6 @@ MUTATIONS = [
         "if (to) *in_global_memory(reinterpret_cast<uint4*>",
     ),
     Mutation(COPY, "where a part has its lanes", "work.first_lane + lane_index", "lane_index"),
-    Mutation(BULK, "a copy before its phase ends", "__threadfence();", "", "__threadfence();\n    atomicAdd"),
-    Mutation(BULK, "the end of a phase", "atomicAdd(&state, 1ULL);", "state += 1;"),
-    Mutation(BULK, "asking for a phase", "atomicAdd(&state, 0ULL)", "state"),
-    Mutation(BULK, "a phase before its bytes are read", "__threadfence();", "", "__threadfence();\n#endif\n  }\n};"),
     Mutation(COPY, "the cap of the grid", "blocks = std::min<u64>(blocks, call.where.max_blocks);", ""),
     Mutation(
         UPLOAD,
@@ -881,7 +877,6 @@ MUTATIONS = [
         "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;",
         "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_ANY;",
     ),
-    Mutation(FRAGMENTS, "a driver that does not know batches", "found != cudaDriverEntryPointSuccess", "false"),
     Mutation(FRAGMENTS, "a driver that does not support batches", "result != CUDA_ERROR_NOT_SUPPORTED", "true"),
     Mutation(FRAGMENTS, "looking at the driver's errors", "result == CUDA_SUCCESS", "true"),
     Mutation(TRANSFER, "refusing odd offsets", "chunks[i].offset % kLaneBytes", "false"),

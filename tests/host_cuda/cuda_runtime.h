@@ -234,6 +234,11 @@ void after_atomic(const void* address);
 
 void* shared_memory(std::size_t bytes);
 
+// Barriers in shared memory whose phases end with a bulk copy each, which is made some time after it was begun.
+void mbarrier_init(const void* barrier);
+void mbarrier_begin_copy(const void* barrier, void* to, const void* from, std::size_t bytes);
+void mbarrier_wait(const void* barrier, unsigned parity);
+
 struct Kernel {
   const void* function;
   dim3 grid, block;

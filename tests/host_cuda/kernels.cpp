@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <utility>
 
 #include "runtime.h"
 
@@ -77,6 +78,19 @@ struct Warp {
   Token order[kWarp][2] = {};
 };
 
+struct BulkCopy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+  Token begun;
+};
+
+struct Mbarrier {
+  unsigned phases = 0;             // complete
+  std::unique_ptr<BulkCopy> copy;  // under way
+  Token complete = {};
+};
+
 struct Grid {
   const Kernel& kernel;
   const std::function<void()>& call_one_thread;
@@ -94,6 +108,7 @@ struct Block {
   std::vector<Thread*> threads, ready;
   std::vector<Warp> warps;
   void* shared;
+  std::map<const void*, Mbarrier> mbarriers;
   Token order[2];  // of barriers, in turn: a thread may be late in leaving one when another comes to the next
 };
 
@@ -238,6 +253,25 @@ Block* start_block(Grid& grid, u64 number, unsigned set) {
 
 }  // namespace
 
+// Makes one of the bulk copies that the block has begun, on an identity of the engine's own; false if there is none.
+static bool make_bulk_copy(Block& block) {
+  std::vector<Mbarrier*> begun;
+  for (auto& [address, barrier] : block.mbarriers)
+    if (barrier.copy) begun.push_back(&barrier);
+  if (begun.empty()) return false;
+  Mbarrier& barrier = *take_random(begun);
+  static void* const engine = new_identity();
+  become(engine);
+  acquire(&barrier.copy->begun);
+  std::memcpy(barrier.copy->to, barrier.copy->from, barrier.copy->bytes);
+  release(&barrier.complete);
+  become(runtime().running->identity);
+  const Quiet quiet;
+  barrier.copy.reset();
+  ++barrier.phases;
+  return true;
+}
+
 void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thread, Operation& operation) {
   runtime().kernel = &kernel;
   gridDim = kernel.grid;
@@ -258,9 +292,11 @@ void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thre
       resident.push_back(start_block(grid, take_random(to_start), take_random(free_sets)));
     std::swap(resident[random_below(resident.size())], resident.back());
     Block& block = *resident.back();
+    if (random_below(runtime().policy == Policy::kEager ? 2 : 64) == 0) make_bulk_copy(block);
     if (block.ready.empty()) report_stuck(block);
     resume(*take_random(block.ready));
     if (block.exited < block.size) continue;
+    if (make_bulk_copy(block)) fail("the block exits before a bulk copy that it has begun is complete");
     const Quiet quiet;
     resident.pop_back();
     free_sets.push_back(block.set);
@@ -277,6 +313,38 @@ void* shared_memory(std::size_t bytes) {
   const std::size_t given = runtime().kernel->shared_bytes;
   if (bytes > given) fail("shared_memory of %zu bytes in a kernel launched with %zu", bytes, given);
   return thread.block->shared;
+}
+
+void mbarrier_init(const void* barrier) {
+  const Quiet quiet;
+  this_thread("an mbarrier").block->mbarriers[barrier] = Mbarrier();
+}
+
+void mbarrier_begin_copy(const void* address, void* to, const void* from, std::size_t bytes) {
+  Block& block = *this_thread("a bulk copy").block;
+  const auto all = reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from) | bytes;
+  const auto in_shared = static_cast<std::size_t>(static_cast<char*>(to) - static_cast<char*>(block.shared));
+  const Quiet quiet;
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail("a bulk copy on an mbarrier that is not initialised");
+  if (found->second.copy) fail("a bulk copy on an mbarrier that has one under way");
+  if (all % 16 || bytes == 0)
+    fail("a bulk copy of %zu bytes from %p to %p: multiples of 16 are needed", bytes, from, to);
+  if (in_shared + bytes > runtime().kernel->shared_bytes) fail("a bulk copy to %p, which is not shared memory", to);
+  if (!is_device_accessible(from, bytes)) fail("a bulk copy from %p, neither device nor pinned memory", from);
+  found->second.copy = std::make_unique<BulkCopy>(BulkCopy{to, from, bytes, {}});
+  release(&found->second.copy->begun);
+}
+
+void mbarrier_wait(const void* address, unsigned parity) {
+  Thread& thread = this_thread("an mbarrier");
+  const auto found = thread.block->mbarriers.find(address);
+  if (found == thread.block->mbarriers.end()) fail("waiting at an mbarrier that is not initialised");
+  while (found->second.phases % 2 == parity) {
+    make_ready(thread);
+    suspend();
+  }
+  acquire(&found->second.complete);
 }
 
 unsigned lane() { return this_thread("a warp collective").linear % kWarp; }

@@ -350,6 +350,10 @@ bool is_device(int device) { return device >= 0 && device < options().devices; }
 
 }  // namespace
 
+bool is_device_accessible(const void* pointer, std::size_t bytes) {
+  return type_of(pointer, bytes) != cudaMemoryTypeUnregistered;
+}
+
 void seed(u64 value) {
   const Entry entry;
   runtime().seed(value);
