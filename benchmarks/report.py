@@ -1,6 +1,7 @@
 """Turns a benchmark JSON into the README's tables: python benchmarks/report.py benchmarks/results/FILE.json [--write]
 
-Prints Markdown; --write puts it between the markers in README.md. Every figure in the README comes from here.
+Prints Markdown; --write puts it between the markers in README.md, and draws docs/benchmarks.svg. Every figure in the
+README comes from here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
+PLOT = README.parent / "docs" / "benchmarks.svg"
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 
 
@@ -110,39 +112,113 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
-def gpu(benchmarks: list[dict[str, Any]]) -> str:
+def transfers(benchmarks: list[dict[str, Any]], device: str) -> str:
+    """What bench_gpu.py measured, on a GPU or on the CPU."""
+    of_device = [one["extra_info"] for one in benchmarks if one["extra_info"].get("device") == device]
     rows = []
+    for facts in of_device:
+        if facts["gpu"] == "interference" or (device == "cpu" and ("run_bytes" in facts or facts["gpu"] == "keys")):
+            continue  # the latter have tables of their own
+        took, what = facts["device_s"], facts["gpu"]
+        if what == "keys":
+            what = f"keys of {facts['tokens']:,} tokens, {facts['cuts']:,} cuts"
+        elif "run_bytes" in facts:
+            what += f", runs of {facts['run_bytes']:,} bytes{', checksum' * facts['checksum']}"
+        elif "tokens" in facts:
+            what += f" of {facts['tokens']:,} tokens"
+        what += f", {facts['model']}" if "model" in facts else ""
+        first, *peers = facts["peers_s"].items() or [("", 0.0)]
+        others = [*peers, *facts["others_s"].items()]
+        share = f"{first[1] / took:.0%} of {first[0]}" if first[0] else ""
+        compared = ", ".join(f"{name} {first[1] / time:.0%}" for name, time in others if first[0])
+        compared = compared or ", ".join(f"{name} {seconds(time)}" for name, time in others)
+        rows.append([what, speed(facts["bytes"] / took) if "bytes" in facts else seconds(took), share, compared])
+    if not rows:
+        return ""
+    headings = [f"on the {device.upper()}", "ours", "share", "others, as shares of the same"]
+    beside = [facts for facts in of_device if facts["gpu"] == "interference"]
+    nothing = next((facts for facts in beside if facts["beside"] == "nothing"), None)
+    steps = [
+        [
+            facts["beside"],
+            *(
+                f"{seconds(facts[name])} ({facts[name] / nothing[name] - 1:+.1%})"
+                for name in ("median_s", "p99_s_of_step")
+            ),
+            speed(facts["transferred_bytes_per_s"]) if facts["transferred_bytes_per_s"] else "",
+        ]
+        for facts in (beside if nothing else [])
+    ]
+    heading = f"a step of compute on the {device.upper()}, beside"
+    return table(headings, rows) + ("\n" + table([heading, "median", "p99", "transferred"], steps) if steps else "")
+
+
+def on_gpu(benchmarks: list[dict[str, Any]]) -> str:
+    return transfers(benchmarks, "gpu") or "**GPU: not measured yet.**\n"
+
+
+def on_cpu(benchmarks: list[dict[str, Any]]) -> str:
+    return transfers(benchmarks, "cpu")
+
+
+def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
+    """Keys by the prompt's length, and copies within memory by the page's, as shares of memcpy's speed."""
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"  # the same figures make the same file
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure.suptitle(f"Medians on {place}", fontsize=9)
+    lines: dict[str, list[tuple[int, float]]] = {}
     for one in benchmarks:
         facts = one["extra_info"]
-        if "gpu" not in facts:
-            continue
-        took = facts["device_s"]
-        if facts["gpu"] == "keys":
-            rows.append([f"keys of {facts['tokens']:,} tokens, {facts['cuts']:,} cuts", seconds(took), ""])
-        elif "model" in facts:
-            share = facts["peers_s"]["one DMA"] / took
-            name = f"{facts['gpu']} of 16,384 tokens of {facts['model']}"
-            rows.append([name, speed(facts["bytes"] / took), f"{share:.0%} of one DMA"])
-        else:
-            share = facts["peers_s"]["memcpy"] / took
-            name = f"{facts['gpu']}, runs of {facts['run_bytes']:,} bytes{', checksum' * facts['checksum']}"
-            rows.append([name, speed(facts["bytes"] / took), f"{share:.0%} of memcpy"])
-    return table(["on the GPU", "median", ""], rows) if rows else "**GPU: not measured yet.**\n"
+        if (
+            one["name"].startswith("test_keys")
+            and facts["simd"] != "portable"
+            and facts["cuts"] == facts["tokens"] // 256
+        ):
+            lines.setdefault(f"ours, {facts['simd']}", []).append((facts["tokens"], one["stats"]["median"]))
+            for name, time in facts["peers_s"].items():
+                lines.setdefault(name, []).append((facts["tokens"], time))
+    for name, points in lines.items():
+        left.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="prefix keys, one core")
+    lines = {}
+    for one in benchmarks:
+        facts = one["extra_info"]
+        if "page_bytes" in facts and facts["threads"] == 1:
+            name = f"{facts['direction']}{', checksum' * facts['checksum']}"
+            share = facts["peers_s"]["memcpy"] / one["stats"]["median"]
+            lines.setdefault(name, []).append((facts["page_bytes"], share))
+    for name, points in lines.items():
+        right.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
+    right.axhline(1, color="grey", linewidth=1, label="memcpy of the same bytes")
+    right.set(xscale="log", ylim=(0, None), xlabel="bytes of a page", ylabel="speed, memcpy's being 1")
+    right.set_title("copies of shuffled pages, one thread")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def place_of(results: dict[str, Any]) -> str:
+    machine = results["machine_info"]["lmcache_mm"]
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
 
 
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
-    machine = results["machine_info"]["lmcache_mm"]
-    place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
-    heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm, gpu)]
+    heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm, on_cpu, on_gpu)]
     return "\n".join(part for part in (heading, *parts) if part)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a file written by make bench")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md and the picture")
     args = parser.parse_args()
     try:
         text = report(args.results.resolve())
@@ -150,7 +226,10 @@ def main() -> int:
         parser.error(f"{args.results}: not a result of make bench: {error}")
     if args.write:
         before, rest = README.read_text().split(BEGIN)
-        README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        picture = f"![{PLOT.stem}]({PLOT.relative_to(README.parent)})"
+        README.write_text(f"{before}{BEGIN}\n{picture}\n\n{text}\n{END}{rest.split(END)[1]}")
+        results = json.loads(args.results.read_text())
+        draw(results["benchmarks"], place_of(results))
     else:
         print(text)
     return 0

@@ -116,9 +116,11 @@ def main() -> int:
         return 1
     tests = [python, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider"]
     check.step("operations and transfers on cuda", [*tests, "tests/test_devices.py", "-k", "cuda or gpu"], 150)
+    check.step("doctor", [python, "-m", "lmcache_mm", "doctor"], 60)
+    check.step("calibrate", [python, "-m", "lmcache_mm", "calibrate", "--dry-run"], 60)
     results = check.out / "gpu_benchmarks.json"
     bench = [*tests[:-2], "benchmarks/bench_gpu.py", "-o", "python_files=bench_*.py", f"--benchmark-json={results}"]
-    check.step("benchmarks", bench, 200)
+    check.step("benchmarks", bench, 280)
     if results.exists():
         check.found["benchmarks"] = [
             {"name": one["name"], "median_s": one["stats"]["median"], **one["extra_info"]}
