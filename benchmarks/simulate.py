@@ -1,0 +1,371 @@
+"""What KV reuse saves in a deployment: a trace of questions about pictures, run through models of the stores.
+
+  python benchmarks/simulate.py                      the plans for 10, 1,000 and 100,000 hosts
+  python benchmarks/simulate.py --hosts 40 --tier shm:64GiB:8GB/s:0.0005 --tier valkey:1TiB:2GB/s:0.001:shared
+  python benchmarks/simulate.py --plot plan.svg      hit rate and time saved, drawn
+
+A tier is NAME:CAPACITY:BANDWIDTH:SECONDS[:shared], the fastest first: CAPACITY of one host, or of all together if it is
+shared; BANDWIDTH as one host gets it; SECONDS before a load begins. Each request asks one question about one picture on
+some host. Pictures are drawn by Zipf's law, all prompts begin with the same system prompt, and hits are of whole
+records, as in KVCache: chunks from the first on, then the picture's tail. What a tier has is put into those before it.
+
+Only some hosts are simulated; what all of them asked in the days before is in the shared tiers, as far as it fits.
+Under one law of popularity a full cache's hit rate does not depend on how many ask, only on what fits; how many ask
+decides the bandwidth that is needed, which is printed. Figures of hardware are what you say they are: nothing here is
+measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from report import speed, table
+
+CHUNK_TOKENS = 256
+GIB = 1 << 30
+PREFILL_S = 18 / 16_178  # a token; LMCache's report of its multimodal path, 2025: 18 s for 16,178 tokens
+TOKEN_BYTES = 28 << 10  # Qwen2-VL-2B
+
+
+class Sieve:
+    """Which records are in so many bytes, by SIEVE as shm: and file: evict. Zhang et al., NSDI 2024."""
+
+    def __init__(self, capacity: float) -> None:
+        self.capacity, self.used, self.evictions = capacity, 0, 0
+        self._sizes: dict[Hashable, int] = {}
+        self._visited: set[Hashable] = set()
+        self._order: list[Hashable] = []  # oldest first, with those that are gone
+        self._hand = 0
+
+    def settled(self) -> bool:
+        """Whether eviction has gone round a few times."""
+        return self.evictions > 3 * len(self._sizes)
+
+    def __contains__(self, key: Hashable) -> bool:
+        if key not in self._sizes:
+            return False
+        self._visited.add(key)
+        return True
+
+    def put(self, key: Hashable, size: int) -> None:
+        """A key that is there keeps its record; one that is larger than all of it is left out."""
+        if key in self._sizes or size > self.capacity:
+            return
+        while self.used + size > self.capacity:
+            self._evict()
+        self._sizes[key] = size
+        self._order.append(key)
+        self.used += size
+
+    def _evict(self) -> None:
+        while True:
+            if self._hand >= len(self._order):
+                self._order = [key for key in self._order if key is not None]
+                self._hand = 0
+            key = self._order[self._hand]
+            self._hand += 1
+            if key is None:
+                continue
+            if key in self._visited:
+                self._visited.discard(key)
+                continue
+            self._order[self._hand - 1] = None
+            self.used -= self._sizes.pop(key)
+            self.evictions += 1
+            return
+
+
+class Endless:
+    """Which records there are where none is ever evicted, `asked` requests having been made before."""
+
+    def __init__(self, load: Load, asked: float, rng: np.random.Generator, token_bytes: int) -> None:
+        self._load, self._asked, self._rng = load, asked, rng
+        edges = np.unique(np.geomspace(1, load.pictures + 1, 100_000).astype(np.int64))
+        middle = ((edges[1:] + edges[:-1]) // 2 - 1).astype(np.float64)
+        there = -np.expm1(-asked * share_of(load, middle))
+        self.used = float((there * np.diff(edges)).sum()) * np.mean(load.picture_tokens) * token_bytes
+        self._known: dict[int, bool] = {}  # of pictures, whether they were asked about before
+        self._since: set[Hashable] = set()
+
+    def __contains__(self, key: tuple[int, int]) -> bool:
+        picture = key[0]
+        if picture not in self._known:
+            there = -math.expm1(-self._asked * share_of(self._load, picture)) if picture >= 0 else 1.0
+            self._known[picture] = self._rng.random() < there
+        return self._known[picture] or key in self._since
+
+    def put(self, key: tuple[int, int], size: int) -> None:
+        self._since.add(key)
+
+
+@dataclass(frozen=True)
+class Tier:
+    name: str
+    capacity: float  # bytes
+    bandwidth: float  # bytes/s, of one host
+    latency: float  # s, before a load begins
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked."""
+
+    pictures: int = 100_000
+    zipf: float = 0.9
+    system_tokens: int = 512
+    picture_tokens: tuple[int, ...] = (1024, 4096, 16_384)  # each as often
+    question_tokens: int = 64
+    requests: int = 20_000  # of all simulated hosts, as many again before they are counted
+    requests_per_host_s: float = 0.2
+    days: float = 1.0  # for which all hosts have asked before
+
+
+class Request(NamedTuple):
+    host: int
+    records: list[tuple[Hashable, int]]  # keys and tokens, from the first on
+    tokens: int
+
+
+class Outcome(NamedTuple):
+    hit_rate: float  # of all tokens
+    of_tiers: list[float]
+    saved_s: float  # a request, loads deducted
+    prefill_s: float  # a request, were nothing kept
+    shared_bytes: float  # that shared tiers hold
+    shared_bytes_per_s: float  # that all hosts read from shared tiers
+
+
+def records_of(load: Load, picture: int) -> tuple[list[tuple[Hashable, int]], int]:
+    """A prompt's records and tokens: chunks, then what is left up to the picture's end. The question is always new, so
+    that its records are never asked for again. Those that hold no picture are of all prompts."""
+    end = load.system_tokens + load.picture_tokens[picture % len(load.picture_tokens)]
+    cuts = [*range(CHUNK_TOKENS, end + 1, CHUNK_TOKENS), *([end] if end % CHUNK_TOKENS else [])]
+    records = []
+    begin = 0
+    for cut in cuts:
+        records.append(((-1 if cut <= load.system_tokens else picture, cut), cut - begin))
+        begin = cut
+    return records, end + load.question_tokens
+
+
+def pictures(load: Load, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Ranks in [0, load.pictures), by Zipf's law with its continuous distribution, so that any number costs nothing."""
+    u, s, n = rng.random(count), load.zipf, load.pictures
+    ranks = np.exp(u * math.log(n + 1)) if s == 1 else (u * ((n + 1) ** (1 - s) - 1) + 1) ** (1 / (1 - s))
+    return np.minimum(ranks.astype(np.int64) - 1, n - 1)
+
+
+def share_of(load: Load, picture: Any) -> Any:
+    """How many of all requests are about the picture of this rank, or each of these."""
+    s, n = load.zipf, load.pictures
+    if s == 1:
+        return np.log((picture + 2) / (picture + 1)) / math.log(n + 1)
+    return ((picture + 2) ** (1 - s) - (picture + 1) ** (1 - s)) / ((n + 1) ** (1 - s) - 1)
+
+
+def fill(tiers: Sequence[Sieve], load: Load, asked: float, token_bytes: int, rng: np.random.Generator) -> None:
+    """Puts what was asked about in the last `asked` requests, as far back as there is room."""
+    while asked > 0 and not all(tier.settled() for tier in tiers):
+        count = int(min(asked, 1 << 20))
+        asked -= count
+        distinct, times = np.unique(pictures(load, count, rng), return_counts=True)
+        for i in rng.permutation(len(distinct)):
+            for key, tokens in records_of(load, int(distinct[i]))[0]:
+                for tier in tiers:
+                    tier.put(key, tokens * token_bytes)
+                    if times[i] > 1:
+                        tier.__contains__(key)
+            if all(tier.settled() for tier in tiers):
+                return
+
+
+def trace(load: Load, hosts: int, count: int, rng: np.random.Generator) -> Iterator[Request]:
+    for host, picture in zip(rng.integers(0, hosts, count), pictures(load, count, rng), strict=True):
+        yield Request(int(host), *records_of(load, int(picture)))
+
+
+def ask(request: Request, tiers: Sequence[Sieve | Endless], token_bytes: int) -> list[int]:
+    """How many tokens each tier gives, the fastest first; what they lack is put into all."""
+    given = [0] * len(tiers)
+    missing = False
+    for key, tokens in request.records:
+        found = next((i for i, tier in enumerate(tiers) if key in tier), None)
+        missing |= found is None
+        if found is not None and not missing:
+            given[found] += tokens
+        for tier in tiers if found is None else tiers[:found]:
+            tier.put(key, tokens * token_bytes)
+    return given
+
+
+def simulate(
+    load: Load,
+    tiers: Sequence[Tier],
+    hosts: int,
+    sample: int = 16,
+    token_bytes: int = TOKEN_BYTES,
+    prefill_s: float = PREFILL_S,
+    seed: int = 0,
+) -> Outcome:
+    """Of `sample` of the hosts."""
+    rng = np.random.default_rng(seed)
+    simulated = min(hosts, sample)
+    asked = hosts * load.requests_per_host_s * load.days * 86_400
+    shared = [
+        None
+        if not tier.shared
+        else Endless(load, asked, rng, token_bytes)
+        if tier.capacity == math.inf
+        else Sieve(tier.capacity)
+        for tier in tiers
+    ]
+    of_host = [
+        [kept or Sieve(tier.capacity) for tier, kept in zip(tiers, shared, strict=True)] for _ in range(simulated)
+    ]
+    fill([kept for kept in shared if isinstance(kept, Sieve)], load, asked, token_bytes, rng)
+    for request in trace(load, simulated, load.requests, rng):
+        ask(request, of_host[request.host], token_bytes)
+    tokens, saved, all_given = 0, 0.0, np.zeros(len(tiers))
+    for request in trace(load, simulated, load.requests, rng):
+        given = ask(request, of_host[request.host], token_bytes)
+        for tier, of_tier in zip(tiers, given, strict=True):
+            if of_tier:
+                saved -= tier.latency + of_tier * token_bytes / tier.bandwidth
+        saved += sum(given) * prefill_s
+        tokens += request.tokens
+        all_given += given
+    from_shared = sum(given for given, tier in zip(all_given, tiers, strict=True) if tier.shared)
+    return Outcome(
+        sum(all_given) / tokens,
+        [given / tokens for given in all_given],
+        saved / load.requests,
+        tokens * prefill_s / load.requests,
+        sum(kept.used for kept in shared if kept),
+        from_shared * token_bytes / load.requests * load.requests_per_host_s * hosts,
+    )
+
+
+# What to expect of hardware, for planning: DDR5 and an NVMe disk of one host, 25 and 100 Gbit/s networks.
+SHM = Tier("shm", 64 * GIB, 20e9, 100e-6)
+FILE = Tier("file", 1024 * GIB, 3e9, 1e-3)
+PLANS = {
+    10: (("shm only", [SHM]), ("shm, valkey of 512 GiB", [SHM, Tier("valkey", 512 * GIB, 2.5e9, 1e-3, True)])),
+    1000: (
+        ("shm, file", [SHM, FILE]),
+        ("shm, mooncake of 32 TiB", [SHM, Tier("mooncake", 32 * 1024 * GIB, 5e9, 1e-3, True)]),
+        ("shm, file, s3", [SHM, FILE, Tier("s3", math.inf, 1e9, 50e-3, True)]),
+    ),
+    100_000: (
+        ("shm, file", [SHM, FILE]),
+        ("shm, file, s3", [SHM, FILE, Tier("s3", math.inf, 1e9, 50e-3, True)]),
+    ),
+}
+PICTURES_OF_HOST = 2000  # more hosts have more users
+
+
+def units(text: str) -> float:
+    for suffix, unit in (
+        ("KiB", 1 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", GIB),
+        ("TiB", GIB << 10),
+        ("GB/s", 1e9),
+        ("MB/s", 1e6),
+    ):
+        if text.endswith(suffix):
+            return float(text.removesuffix(suffix)) * unit
+    return math.inf if text == "inf" else float(text)
+
+
+def to_tier(text: str) -> Tier:
+    parts = text.split(":")
+    name, capacity, bandwidth, latency, *more = parts if len(parts) > 3 else ("", "", "", "", text)
+    if more not in ([], ["shared"]):
+        raise argparse.ArgumentTypeError(f"expected NAME:CAPACITY:BANDWIDTH:SECONDS[:shared], got {text!r}")
+    try:
+        return Tier(name, units(capacity), units(bandwidth), float(latency), bool(more))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def row(hosts: int, name: str, outcome: Outcome, tiers: Sequence[Tier]) -> list[str]:
+    shares = ", ".join(f"{tier.name} {share:.0%}" for tier, share in zip(tiers, outcome.of_tiers, strict=True))
+    needs = [f"{outcome.shared_bytes / 2**40:,.1f} TiB", speed(outcome.shared_bytes_per_s)]
+    saved = f"{outcome.saved_s:.2f} of {outcome.prefill_s:.2f} s"
+    return [
+        f"{hosts:,}",
+        name,
+        f"{outcome.hit_rate:.0%}",
+        shares,
+        saved,
+        *(needs if outcome.shared_bytes else ["", ""]),
+    ]
+
+
+HEADINGS = ["hosts", "stores", "tokens hit", "by tier", "prefill saved a request", "shared tiers hold", "give"]
+
+
+def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
+    import matplotlib  # noqa: PLC0415
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot  # noqa: PLC0415
+
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(10, 0.45 * len(outcomes) + 1.6), sharey=True, layout="constrained"
+    )
+    names = [name for name, _ in outcomes]
+    left.barh(names, [outcome.hit_rate for _, outcome in outcomes])
+    left.set(xlabel="share of tokens that are hit", xlim=(0, 1))
+    right.barh(names, [outcome.prefill_s for _, outcome in outcomes], color="lightgrey", label="prefill without stores")
+    right.barh(names, [outcome.saved_s for _, outcome in outcomes], label="saved, loads deducted")
+    right.set(xlabel="seconds a request")
+    right.legend(fontsize=8)
+    left.invert_yaxis()
+    figure.savefig(file, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, help="instead of the plans")
+    parser.add_argument(
+        "--tier", type=to_tier, action="append", default=[], metavar="TIER", help="of --hosts, in order"
+    )
+    parser.add_argument("--pictures", type=int, help=f"how many there are (default: {PICTURES_OF_HOST:,} a host)")
+    parser.add_argument("--zipf", type=float, default=Load.zipf, help="the law's exponent (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=Load.requests, help="that are counted (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=Load.requests_per_host_s, help="requests/s of a host")
+    parser.add_argument("--days", type=float, default=Load.days, help="for which shared tiers were filled before")
+    parser.add_argument("--token-bytes", type=int, default=TOKEN_BYTES, help="KV of one token (default: Qwen2-VL-2B)")
+    parser.add_argument("--prefill", type=float, default=PREFILL_S, help="seconds a token (default: %(default).2g)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws it, as .png or .svg")
+    args = parser.parse_args(arguments)
+    if bool(args.hosts) != bool(args.tier) or (args.hosts or 1) < 1 or args.zipf <= 0 or args.requests < 1:
+        parser.error("expected --hosts with at least one --tier, or neither; numbers are positive")
+    plans = {args.hosts: (("as given", args.tier),)} if args.hosts else PLANS
+    base = Load(zipf=args.zipf, requests=args.requests, requests_per_host_s=args.rate, days=args.days)
+    rows, outcomes = [], []
+    for hosts, choices in plans.items():
+        load = replace(base, pictures=args.pictures or PICTURES_OF_HOST * hosts)
+        for name, tiers in choices:
+            print(f"{hosts:,} hosts, {name} ...", file=sys.stderr, flush=True)
+            outcome = simulate(load, tiers, hosts, token_bytes=args.token_bytes, prefill_s=args.prefill)
+            rows.append(row(hosts, name, outcome, tiers))
+            outcomes.append((f"{hosts:,} hosts: {name}", outcome))
+    print(table(HEADINGS, rows), end="")
+    if args.plot:
+        draw(args.plot, outcomes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
