@@ -329,7 +329,7 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     right.barh(names, [outcome.prefill_s for _, outcome in outcomes], color="lightgrey", label="prefill without stores")
     right.barh(names, [outcome.saved_s for _, outcome in outcomes], label="saved, loads deducted")
     right.set(xlabel="seconds a request")
-    right.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     left.invert_yaxis()
     figure.savefig(file, dpi=110)
 
