@@ -76,8 +76,9 @@ def _work_off(works: _Queue) -> None:
 @atexit.register
 def _close_all() -> None:
     """A thread that comes back from C++ while the interpreter ends would end the process."""
+    until = time.monotonic() + EXIT_S
     for lane in list(_open):
-        lane.close(EXIT_S)
+        lane.close(max(0.0, until - time.monotonic()))
 
 
 class Work:

@@ -26,13 +26,18 @@ def secret() -> bytes | None:
     Raises ValueError for fewer than 16 bytes, PermissionError for a file that others can read, OSError for none."""
     value = os.environb.get(b"LMCACHE_MM_SECRET")
     if name := os.environ.get("LMCACHE_MM_SECRET_FILE"):
-        path = Path(name)
-        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise PermissionError(f"LMCACHE_MM_SECRET_FILE: expected mode 0600 of {path}")
-        value = path.read_bytes().strip()
+        value = read_private("LMCACHE_MM_SECRET_FILE", Path(name))
     if value is not None and len(value) < LEAST_BYTES:
         raise ValueError(f"LMCACHE_MM_SECRET: expected at least {LEAST_BYTES} bytes, got {len(value)}")
     return value
+
+
+def read_private(variable: str, path: Path) -> bytes:
+    """A file's content without white space around it. PermissionError, naming the variable that told of it, if others
+    can read it."""
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise PermissionError(f"{variable}: expected mode 0600 of {path}")
+    return path.read_bytes().strip()
 
 
 class Seal:

@@ -1,15 +1,22 @@
 """What every store promises, and what mem:// does when it is full."""
 
+import atexit
+import functools
 import os
+import tempfile
 import uuid
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import servers
 from lmcache_mm import ops
 from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores.remote import RemoteStore
 
 
 def key(i):
@@ -23,32 +30,73 @@ def payload(i, size=100):
 OWNER, OTHER_OWNER = b"tenant-seven....", b"tenant-eight...."
 
 
+@functools.cache
+def server(scheme):
+    """A server of the tests' own, from when it is first asked for until they end."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    started = {"valkey": servers.valkey, "s3": servers.seaweed, "mooncake": servers.mooncake}[scheme](Path(folder.name))
+    atexit.register(started.stop)
+    return started
+
+
+def remote_url(scheme):
+    port = server(scheme).port
+    return {
+        "valkey": f"valkey://127.0.0.1:{port}?",
+        "s3": f"s3://{servers.BUCKET}/{scheme}?endpoint=http://127.0.0.1:{port}&",
+        "mooncake": f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{port + 1}&capacity=256MiB&",
+    }[scheme] + "timeout=20"
+
+
+@functools.cache
+def one_client(connecting):
+    """`connecting` with one client for all stores: Mooncake's takes seconds to set up and to close."""
+
+    @functools.cache
+    def connect(*arguments):
+        engine = connecting(*arguments)()
+        atexit.register(engine.close)
+        engine.close = lambda: None
+        return engine
+
+    return lambda *arguments: functools.partial(connect, *arguments)
+
+
 def new_store(scheme, folder, capacity="1MiB", options=""):
-    """(an open store of its own, a function that closes and removes it)"""
+    """(an open store of its own, a function that closes and removes it); remote: of a deployment of its own."""
     places = {
-        "mem": "mem://",
-        "shm": f"shm:///test-{uuid.uuid4().hex}",
-        "file": f"file://{folder}/{uuid.uuid4().hex}",
+        "mem": lambda: f"mem://?capacity={capacity}{options}",
+        "shm": lambda: f"shm:///test-{uuid.uuid4().hex}?capacity={capacity}{options}",
+        "file": lambda: f"file://{folder}/{uuid.uuid4().hex}?capacity={capacity}{options}",
     }
-    schemes = scheme.split(",")
-    urls = [f"{places[scheme]}?capacity={capacity}{options}" for scheme in schemes]
-    store = open_store(urls[0] if len(urls) == 1 else f"tiered:{','.join(urls)}")
+    if "mooncake" in scheme:
+        servers.need_mooncake()
+    urls = [places[one]() if one in places else remote_url(one) for one in scheme.split(",")]
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
+            environment.setenv(name, value)
+        if "mooncake" in scheme:
+            module = import_module("lmcache_mm.stores.mooncake")
+            environment.setattr(module, "connecting", one_client(module.connecting))
+        store = open_store(urls[0] if len(urls) == 1 else f"tiered:{','.join(urls)}")
 
     def remove():
         store.close()
         for url in urls:
-            if url.startswith("mem:"):
-                continue
-            assert slab.remove(slab_directory(url)[1])
+            if url.startswith(("shm:", "file:")):
+                assert slab.remove(slab_directory(url)[1])
 
     return store, remove
 
 
-SINGLE = ["mem", "shm", "file"]
+LOCAL = ["mem", "shm", "file"]
+REMOTE = ["valkey", "s3", "mooncake"]
 TIERED = ["mem,mem", "mem,file", "shm,file", "mem,shm,file"]
+TIERED_REMOTE = ["mem,valkey", "shm,s3", "file,mooncake"]
 
 
-@pytest.fixture(params=[*SINGLE, *TIERED])
+@pytest.fixture(params=[*LOCAL, *REMOTE, *TIERED, *TIERED_REMOTE])
 def store(request, tmp_path):
     """Any store."""
     store, remove = new_store(request.param, tmp_path)
@@ -56,12 +104,24 @@ def store(request, tmp_path):
     remove()
 
 
-@pytest.fixture(params=SINGLE)
+@pytest.fixture(params=[*LOCAL, *REMOTE])
 def single(request, tmp_path):
     """Any store that is not of tiers."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
+
+
+@pytest.fixture(params=LOCAL)
+def local(request, tmp_path):
+    """One that has a capacity."""
+    store, remove = new_store(request.param, tmp_path)
+    yield store
+    remove()
+
+
+def stats_of(store):
+    return {**store.stats(), **(store.sizes() if isinstance(store, RemoteStore) else {})}
 
 
 @pytest.fixture
@@ -92,7 +152,7 @@ def test_stats_count_what_was_done(single):
     get(single, 1)
     get(single, 2)
     get(single, 3)
-    stats = single.stats()
+    stats = stats_of(single)
     assert (stats["puts"], stats["hits"], stats["misses"], stats["records"]) == (2, 2, 1, 2)
 
 
@@ -167,14 +227,14 @@ def test_a_wrong_checksum_is_never_read_back(single):
     assert store.contains([key(1)]) == [False]
 
 
-def test_a_record_larger_than_the_store_is_dropped_and_counted(single):
-    single.put([key(1), key(2)], [bytes(2 << 20), payload(2)])
-    assert single.contains([key(1), key(2)]) == [False, True]
-    assert single.stats()["dropped_puts"] == 1
+def test_a_record_larger_than_the_store_is_dropped_and_counted(local):
+    local.put([key(1), key(2)], [bytes(2 << 20), payload(2)])
+    assert local.contains([key(1), key(2)]) == [False, True]
+    assert local.stats()["dropped_puts"] == 1
 
 
-def test_a_full_store_evicts_and_goes_on(single):
-    store = single
+def test_a_full_store_evicts_and_goes_on(local):
+    store = local
     for i in range(30):
         store.put([key(i)], [payload(i, 100_000)])
     there = store.contains([key(i) for i in range(30)])
@@ -185,7 +245,9 @@ def test_a_full_store_evicts_and_goes_on(single):
         assert get(store, i, 100_000) == (payload(i, 100_000) if there[i] else None)
 
 
-def test_what_is_held_is_not_evicted_until_it_is_given_back(store):
+@pytest.mark.parametrize("scheme", [*LOCAL, *TIERED])
+def test_what_is_held_is_not_evicted_until_it_is_given_back(scheme, tmp_path):
+    store, remove = new_store(scheme, tmp_path)
     store.put([key(1)], [payload(1, 200_000)])
     store.flush()
     for release in [store.hold([key(1), key(2)]) for _ in range(2)]:
@@ -196,6 +258,7 @@ def test_what_is_held_is_not_evicted_until_it_is_given_back(store):
     store.put([key(3)], [payload(3, 900_000)])
     store.flush()
     assert store.contains([key(1), key(3)]) == [False, True]
+    remove()
 
 
 def test_what_is_held_can_be_deleted(store):
@@ -217,19 +280,19 @@ def test_an_owner_is_forgotten_alone(store):
     assert store.forget(OWNER) == 0
 
 
-def test_stats_tell_capacity_use_and_records(single):
-    single.put([key(1)], [payload(1, 5000)])
-    stats = single.stats()
+def test_stats_tell_capacity_use_and_records(local):
+    local.put([key(1)], [payload(1, 5000)])
+    stats = local.stats()
     assert stats["records"] == 1
     assert 5000 <= stats["used_bytes"] <= 5064
     assert stats["capacity_bytes"] == 1 << 20
 
 
-@pytest.mark.parametrize("scheme", SINGLE)
+@pytest.mark.parametrize("scheme", [*LOCAL, *REMOTE])
 def test_any_sequence_of_calls_never_returns_a_wrong_payload(scheme, tmp_path):
     calls = st.lists(st.tuples(st.sampled_from("pppgdf"), st.integers(0, 9), st.integers(0, 60_000)), max_size=60)
 
-    @settings(max_examples=40, deadline=None)
+    @settings(max_examples=40 if scheme in LOCAL else 5, deadline=None)
     @given(calls)
     def run(calls):
         store, remove = new_store(scheme, tmp_path, capacity="128KiB")
@@ -246,10 +309,11 @@ def test_any_sequence_of_calls_never_returns_a_wrong_payload(scheme, tmp_path):
                 assert not any(store.contains([key(k) for k in range(1, 10, 2)]))
             elif store.contains([key(i)])[0]:
                 assert get(store, i, sizes[i]) == payload(i + sizes[i], sizes[i])
-            stats = store.stats()
-            assert stats["used_bytes"] <= stats["capacity_bytes"] == 128 << 10
+            if scheme in LOCAL:
+                stats = store.stats()
+                assert stats["used_bytes"] <= stats["capacity_bytes"] == 128 << 10
         store.delete([key(i) for i in range(10)])
-        assert store.stats()["records"] == store.stats()["used_bytes"] == 0
+        assert stats_of(store)["records"] == stats_of(store)["used_bytes"] == 0
         store.put([key(99)], [bytes(128 << 10)])
         assert store.contains([key(99)]) == [True]  # no room is lost
         remove()

