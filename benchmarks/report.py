@@ -101,6 +101,20 @@ def stores(benchmarks: list[dict[str, Any]]) -> str:
     return table(["stores, records of 7 MiB", "median", ""], rows)
 
 
+def remote(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "remote" in facts:
+            share = facts["peers_s"]["bare client"] / median
+            name = f"{facts['remote']}: {facts['direction']} of {facts['bytes'] // (7 << 20)}"
+            rows.append([name, speed(facts["bytes"] / median), f"{share:.0%} of the bare client"])
+        elif "mac_bytes" in facts:
+            rows.append(["the MAC alone, one thread", speed(facts["mac_bytes"] / median), ""])
+    headings = ["stores beyond one host, records of 7 MiB, servers on this machine", "median, MAC included", ""]
+    return table(headings, rows) if rows else ""
+
+
 def vllm(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -211,7 +225,7 @@ def place_of(results: dict[str, Any]) -> str:
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
     heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm, on_cpu, on_gpu)]
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, remote, vllm, on_cpu, on_gpu)]
     return "\n".join(part for part in (heading, *parts) if part)
 
 

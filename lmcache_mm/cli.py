@@ -8,8 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
+<<<<<<< X
 from lmcache_mm import calibrate, demo, doctor
 from lmcache_mm.stores import open_store, slab, slab_directory
+=======
+from lmcache_mm import demo, doctor
+from lmcache_mm.stores import REMOTE, open_store, slab, slab_directory
+from lmcache_mm.stores.remote import RemoteStore
+>>>>>>> Y
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
@@ -18,7 +24,7 @@ COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "e
 def stat(args: argparse.Namespace) -> int:
     """Prints a store's own figures, a line each."""
     with closing(open_store(args.url)) as store:
-        for name, value in store.stats().items():
+        for name, value in (store.sizes() if isinstance(store, RemoteStore) else store.stats()).items():
             if name.rpartition(".")[2] not in COUNTERS:
                 print(f"{name:16} {value}" + (f"  ({_readable(value)})" if name.endswith("_bytes") else ""))
     return 0
@@ -26,6 +32,11 @@ def stat(args: argparse.Namespace) -> int:
 
 def clear(args: argparse.Namespace) -> int:
     """Empties a store, and removes it if it is a slab that nobody has open."""
+    if args.url.startswith(REMOTE):
+        with closing(open_store(args.url)) as store:
+            assert isinstance(store, RemoteStore)
+            print(f"{store.clear()} records removed from {store.name}")
+        return 0
     kind, directory = slab_directory(args.url)
     if not os.path.lexists(directory):
         raise ValueError(f"store: there is none in {directory}")

@@ -64,8 +64,8 @@ class Seal:
         """32 bytes that stand for a record key outside: keyed_hash(derive_key("lmcache_mm v1 name", secret), key)."""
         return blake3(key, key=self._name_key).digest()
 
-    def mac(self, key: bytes, payload: Buffer) -> bytes:
+    def mac(self, key: bytes, payload: Buffer, threads: int = blake3.AUTO) -> bytes:
         """32 bytes: keyed_hash(derive_key("lmcache_mm v1 mac", secret), key ‖ u64 length ‖ payload)."""
         view = memoryview(payload).cast("B")
-        hasher = blake3(key=self._mac_key, max_threads=blake3.AUTO if len(view) >= HASHED_AT_ONCE else 1)
+        hasher = blake3(key=self._mac_key, max_threads=threads if len(view) >= HASHED_AT_ONCE else 1)
         return hasher.update(key + len(view).to_bytes(8, "little")).update(view).digest()

@@ -91,7 +91,7 @@ def seaweed(folder):
             *("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"),
             *(f"-{part}.port={port}" for part, port in ports.items()),
             *(f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
-            *("-volume.max=4", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0", "-master.telemetry=false"),
+            *("-volume.max=8", "-master.volumeSizeLimitMB=2048", "-volume.preStopSeconds=0", "-master.telemetry=false"),
         ],
         ports["s3"],
         folder,

@@ -257,7 +257,7 @@ def _open_remote(
     name: str, options: dict[str, str], connecting: Callable[[float, float], Any], connections: int, names_at_once: int
 ) -> Store:
     """connecting(timeout_s, ttl_s) is what `RemoteStore` connects by; connections: unless there is an option."""
-    seal = Seal.of_deployment(f"store: {name.partition(':')[0]}:")
+    seal = Seal.of_deployment(f"store: {name.partition(':')[0]}")
     timeout_s, ttl_s = _seconds("timeout", options.get("timeout", "2")), _seconds("ttl", options.get("ttl", "0"))
     wanted = options.get("connections", str(connections))
     if not re.fullmatch(r"[1-9]\d{0,2}", wanted, re.ASCII):
@@ -291,6 +291,7 @@ _OPENERS: dict[str, Callable[[str], Store]] = {
     **{"mem": _open_mem, "shm": _open_slab, "file": _open_slab},
     **{"valkey": _open_valkey, "s3": _open_s3, "mooncake": _open_mooncake},
 }
+REMOTE = ("valkey://", "s3://", "mooncake://")
 
 
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:

@@ -13,6 +13,8 @@ from mooncake.store import MooncakeDistributedStore
 LOCAL_BYTES = 64 << 20  # of the client's own buffers
 NO_SPACE, OBJECT_NOT_FOUND, BUFFER_TOO_SMALL = -200, -704, -600
 
+_left: list[MooncakeDistributedStore] = []
+
 
 def connecting(
     master: tuple[str, int],
@@ -24,17 +26,20 @@ def connecting(
     device: str = "",
     metadata: str = "P2PHANDSHAKE",
 ) -> Callable[[], MooncakeEngine]:
-    """What makes a connection, one for all lanes. capacity: bytes that this process lends. hostname: under which other
-    hosts reach it."""
+    """What makes a connection, one for all lanes. admin: the master's HTTP server. capacity: bytes that this process
+    lends. hostname: under which other hosts reach it."""
     engines: list[MooncakeEngine] = []
     lock = threading.Lock()
-    # Else it tries twenty times, for a minute and a half, while nobody waits for it any more.
+    # The client holds the interpreter's lock while it is set up and closed, so that nothing else runs: it tries once,
+    # with these limits, which hold for the process.
     os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
-    os.environ.setdefault("MC_RPC_TIMEOUT_MS", str(int(timeout_s * 1000)))
+    for name in ("MC_RPC_TIMEOUT_MS", "MC_RPC_CONNECT_TIMEOUT_MS"):
+        os.environ.setdefault(name, str(int(timeout_s * 1000)))
 
     def connect() -> MooncakeEngine:
         with lock:
             if not engines:
+                _ask(admin, "/health", timeout_s)  # for the same reason
                 store = MooncakeDistributedStore()
                 address = f"{master[0]}:{master[1]}"
                 code = store.setup(hostname, metadata, capacity, LOCAL_BYTES, protocol, device, address)
@@ -44,6 +49,19 @@ def connecting(
             return engines[0]
 
     return connect
+
+
+def _ask(admin: tuple[str, int], path: str, timeout_s: float) -> str:
+    """The master's answer."""
+    connection = http.client.HTTPConnection(*admin, timeout=timeout_s)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        if answer.status != http.client.OK:
+            raise ConnectionError(f"{path}: status {answer.status}")
+        return answer.read().decode()
+    finally:
+        connection.close()
 
 
 def _checked(what: str, code: int) -> int:
@@ -105,15 +123,13 @@ class MooncakeEngine:
 
     def names(self, prefix: str) -> Iterator[list[str]]:
         """The client cannot list; the master's HTTP server can."""
-        connection = http.client.HTTPConnection(*self._admin, timeout=self._timeout_s)
-        try:
-            connection.request("GET", "/get_all_keys")
-            answer = connection.getresponse()
-            if answer.status != http.client.OK:
-                raise ConnectionError(f"get_all_keys: status {answer.status}")
-            yield [name for name in answer.read().decode().split() if name.startswith(prefix)]
-        finally:
-            connection.close()
+        names = _ask(self._admin, "/get_all_keys", self._timeout_s).split()
+        yield [name for name in names if name.startswith(prefix)]
 
     def close(self) -> None:
-        self._store.close()
+        try:
+            _ask(self._admin, "/health", self._timeout_s)
+        except (OSError, http.client.HTTPException):
+            _left.append(self._store)  # to the end of the process: closing it would wait for the master
+        else:
+            self._store.close()

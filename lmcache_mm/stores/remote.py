@@ -316,7 +316,8 @@ class RemoteStore:
         record[FACTS.size : HEADER_BYTES] = bytes_of(self._mac(record, key))
 
     def _mac(self, record: np.ndarray, key: bytes) -> bytes:
-        return self._seal.mac(self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data)
+        # By one thread: the lanes are several.
+        return self._seal.mac(self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data, 1)
 
     def _read(self, engine: Engine, name: str, key: bytes, record: np.ndarray) -> _Head | None:
         """Reads the record of `key` that is as long as `record`; None if there is none. One that is damaged is removed,
@@ -324,15 +325,12 @@ class RemoteStore:
         size = engine.read(name, record.data)
         if size is None or size > len(record):
             return None
-        head = _Head.read(record[:size])
-        if size < len(record):
-            if head is None or head.payload_bytes + HEADER_BYTES == size:
-                return None  # of another length
-        elif bytes(record[: len(MAGIC)]) == MAGIC and head is None:
-            return None  # of another version
-        elif self._mac(record, key) == record[FACTS.size : HEADER_BYTES].tobytes():
-            assert head is not None
-            return head
+        if size >= HEADER_BYTES and record[: len(MAGIC)].tobytes() == MAGIC:
+            head = _Head.read(record)
+            if head is None or (size < len(record) and head.payload_bytes + HEADER_BYTES == size):
+                return None
+            if size == len(record) and self._mac(record, key) == record[FACTS.size : HEADER_BYTES].tobytes():
+                return head
         self._count("corrupt")
         engine.delete([name])
         return None
@@ -366,7 +364,7 @@ class RemoteStore:
             head = self._read(hand.engine, self._name(key), key, record)
             if head is None or (self._ttl_s and _age_s(head) > self._ttl_s):
                 return False
-            return call.touch(lambda: _copy(array, record[HEADER_BYTES:]))
+            return call.touch(lambda: np.copyto(array, record[HEADER_BYTES:]))
 
         found = [result is True for result in self._do(get, len(wanted))[0]]
         self._count("hits", found.count(True))
@@ -396,10 +394,11 @@ class RemoteStore:
         def send(hand: _Hand, call: _Call, item: int) -> bool:
             key = lacking[item]
             record = hand.memory(HEADER_BYTES + arrays[key].nbytes)
-            checksums: list[int] = []
-            if not call.touch(lambda: checksums.append(_copy(record[HEADER_BYTES:], arrays[key]))):
+            payload = record[HEADER_BYTES:]
+            # Not past the caches: it is read twice more, for the MAC and by the client.
+            if not call.touch(lambda: np.copyto(payload, arrays[key])):
                 return False
-            if given.get(key, checksums[0]) != checksums[0]:
+            if given and given[key] != _C.checksum(payload.ctypes.data, payload.nbytes):
                 self._count("corrupt")
                 return False
             self._fill(record, key, stored_at, whose)
@@ -538,8 +537,3 @@ class RemoteStore:
 
 def _age_s(head: _Head) -> float:
     return max(0.0, time.time() - head.stored_at / 1e6)
-
-
-def _copy(to: np.ndarray, source: np.ndarray) -> int:
-    """Copies; returns the checksum."""
-    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, 1)

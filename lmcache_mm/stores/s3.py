@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import obstore
-from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import S3Store
 
 LISTED_AT_ONCE = 1000
@@ -42,13 +42,15 @@ def connecting(
     def connect() -> S3Engine:
         try:
             next(iter(obstore.list(store, chunk_size=1)), None)
-        except (PermissionDeniedError, UnauthenticatedError):
-            raise PermissionError(
-                f"store: s3://{bucket} refuses the credentials of AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and so on: "
-                "they have to list the bucket and to get, put and delete objects"
-            ) from None
-        except FileNotFoundError:
-            raise ValueError(f"store: there is no bucket s3://{bucket}") from None
+        except (BaseError, FileNotFoundError) as error:
+            if "NoSuchBucket" in str(error):
+                raise ValueError(f"store: there is no bucket s3://{bucket}") from None
+            if "status: 403" in str(error) or isinstance(error, (PermissionDeniedError, UnauthenticatedError)):
+                raise PermissionError(
+                    f"store: s3://{bucket} refuses the credentials of AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and so "
+                    "on: they have to list the bucket, and to get, put and delete objects"
+                ) from None
+            raise
         return engine
 
     return connect

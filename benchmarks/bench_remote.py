@@ -1,0 +1,138 @@
+"""Stores beyond one host beside their bare clients, on servers of this machine; and what sealing costs of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
+
+import servers
+from lmcache_mm.secret import Seal
+from lmcache_mm.stores import mooncake, open_store, s3, valkey
+from lmcache_mm.stores.remote import HEADER_BYTES
+
+RECORD_BYTES = 7 << 20  # 256 tokens of Qwen2-VL-2B
+RECORDS = int(os.environ.get("LMCACHE_MM_BENCH_RECORDS", "64"))  # a prompt of 16 K tokens
+TIMEOUT_S = 60.0
+CONNECTIONS = {"valkey": 4, "s3": 16, "mooncake": 4}
+
+
+def key(i: int) -> bytes:
+    return i.to_bytes(36, "little")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], servers.Server]]:
+    started = []
+
+    @functools.cache
+    def start(scheme: str) -> servers.Server:
+        launch = {"valkey": servers.valkey, "s3": servers.seaweed, "mooncake": servers.mooncake}[scheme]
+        started.append(launch(tmp_path_factory.mktemp(scheme)))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+@pytest.fixture(params=["valkey", "s3", "mooncake"])
+def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """(scheme, the store, one engine of the bare client for each connection)"""
+    for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
+        monkeypatch.setenv(name, value)
+    scheme, port = request.param, server(request.param).port
+    connections = CONNECTIONS[scheme]
+    if scheme == "valkey":
+        url = f"valkey://127.0.0.1:{port}?"
+        connect = valkey.connecting("127.0.0.1", port, TIMEOUT_S, False, None, False)
+    elif scheme == "s3":
+        endpoint = f"http://127.0.0.1:{port}"
+        url = f"s3://{servers.BUCKET}/{uuid.uuid4().hex}?endpoint={endpoint}&"
+        connect = s3.connecting(servers.BUCKET, "bare", endpoint, None, TIMEOUT_S, 0)
+    else:
+        # A third client lends the memory, so that both transfer.
+        addresses = ("127.0.0.1", port), ("127.0.0.1", port + 1)
+        lend = mooncake.connecting(*addresses, 3 * RECORDS * (RECORD_BYTES + (1 << 20)), TIMEOUT_S)
+        lender = lend()
+        url = f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{port + 1}&"
+        connect = mooncake.connecting(*addresses, 0, TIMEOUT_S)
+    store = open_store(f"{url}timeout={TIMEOUT_S}")
+    engines = [connect() for _ in range(connections)]
+    yield scheme, store, engines
+    store.clear()
+    store.close()
+    engines[0].delete([f"bare-{i}" for i in range(RECORDS)])
+    for engine in [engines[0], lender] if scheme == "mooncake" else engines:
+        engine.close()
+
+
+def by_all(engines: list[Any], call: Callable[[Any, int, int], Any]) -> list[Any]:
+    """call(engine, number of the engine, i) for all records, each engine with a thread of its own."""
+
+    def work(number: int) -> list[Any]:
+        return [call(engines[number], number, i) for i in range(number, RECORDS, len(engines))]
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        return [one for results in pool.map(work, range(len(engines))) for one in results]
+
+
+def test_get(against, remote):
+    scheme, store, engines = remote
+    payloads = [np.random.default_rng(i).integers(0, 256, RECORD_BYTES, np.uint8) for i in range(2)]
+    keys = [key(i) for i in range(RECORDS)]
+    for i in range(RECORDS):
+        store.put([keys[i]], [payloads[i % 2]])
+    bare = np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8)
+    assert all(by_all(engines, lambda engine, _, i: engine.write(f"bare-{i}", bare.data, 0, False)))
+    buffers = [np.ones(RECORD_BYTES, np.uint8) for _ in keys]
+    memories = [np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8) for _ in engines]
+
+    def get() -> None:
+        assert all(store.get_into(keys, buffers))
+
+    def bare_get() -> None:
+        sizes = by_all(engines, lambda engine, number, i: engine.read(f"bare-{i}", memories[number].data))
+        assert set(sizes) == {RECORD_BYTES + HEADER_BYTES}
+
+    get()
+    assert all(np.array_equal(buffer, payloads[i % 2]) for i, buffer in enumerate(buffers))
+    against(get, {"bare client": bare_get}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="get")
+
+
+def test_put(against, remote):
+    scheme, store, engines = remote
+    payload = np.random.default_rng(0).integers(0, 256, RECORD_BYTES, np.uint8)
+    record = np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8)
+    keys = [key(i) for i in range(RECORDS)]
+    names = [f"bare-{i}" for i in range(RECORDS)]
+
+    # Each removes its own of the round before first: there need not be room for all rounds.
+    def put() -> None:
+        store.delete(keys)
+        puts = store.stats()["puts"]
+        store.put(keys, [payload] * RECORDS)
+        assert store.stats()["puts"] == puts + RECORDS
+
+    def bare_put() -> None:
+        engines[0].delete(names)
+        assert all(by_all(engines, lambda engine, _, i: engine.write(names[i], record.data, 0, False)))
+
+    against(put, {"bare client": bare_put}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="put")
+
+
+def test_mac(benchmark):
+    payload = np.random.default_rng(0).integers(0, 256, RECORD_BYTES, np.uint8)
+    seal = Seal(b"a secret of a deployment")
+    benchmark.pedantic(lambda: seal.mac(key(0), payload.data, 1), rounds=50, warmup_rounds=5)
+    benchmark.extra_info.update(mac_bytes=RECORD_BYTES)

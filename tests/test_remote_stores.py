@@ -1,0 +1,618 @@
+"""Stores beyond one host in bad weather: servers that die, hang or lie, wrong credentials, owners to be forgotten."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import uuid
+
+import numpy as np
+import pytest
+import trustme
+
+import servers
+from lmcache_mm import cli, ops
+from lmcache_mm.secret import Seal
+from lmcache_mm.stores import open_store, remote, tiered
+from lmcache_mm.stores.remote import HEADER_BYTES, RemoteStore
+from test_stores import OTHER_OWNER, OWNER, REMOTE, get, key, new_store, payload, remote_url, server, stats_of
+
+SLOW_S = 20.0  # how much more than a budget a call may take on a machine that is busy with other things
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("PASSWORD", "PASSWORD_FILE", "USERNAME"):
+        monkeypatch.delenv(f"LMCACHE_MM_VALKEY_{name}", raising=False)
+    return monkeypatch
+
+
+@pytest.fixture(params=REMOTE)
+def store(request, tmp_path):
+    store, remove = new_store(request.param, tmp_path)
+    yield store
+    remove()
+
+
+@pytest.fixture
+def far(tmp_path):
+    """A valkey: store."""
+    store, remove = new_store("valkey", tmp_path)
+    yield store
+    remove()
+
+
+@pytest.fixture
+def own_server(tmp_path, environment):
+    """A Valkey server that the test may stop."""
+    started = servers.valkey(tmp_path)
+    yield started
+    started.stop()
+
+
+def engine_of(store):
+    """The bare client, on the side."""
+    return store._hands[0]._connect()
+
+
+def read_record(store, i, size=100):
+    record = bytearray(HEADER_BYTES + size)
+    assert engine_of(store).read(store._name(key(i)), memoryview(record)) == len(record)
+    return record
+
+
+def write_record(store, i, record):
+    engine = engine_of(store)
+    engine.delete([store._name(key(i))])
+    assert engine.write(store._name(key(i)), memoryview(bytearray(record)), 0.0, False)
+
+
+# --- Records
+
+
+@pytest.mark.parametrize("place", [0, 10, 12, 20, 30, 40, 70, HEADER_BYTES, HEADER_BYTES + 99])
+def test_a_record_with_one_bit_changed_anywhere_is_a_miss_and_removed(store, place):
+    store.put([key(1)], [payload(1)], OWNER)
+    record = read_record(store, 1)
+    record[place] ^= 1
+    write_record(store, 1, record)
+    assert get(store, 1) is None
+    assert (store.stats()["corrupt"], store.stats()["misses"]) == (1, 1) or place == 10
+    assert store.contains([key(1)]) == [place == 10]  # of another version: it may be somebody's
+
+
+def test_two_records_that_are_exchanged_are_misses(store):
+    store.put([key(1), key(2)], [payload(1), payload(2)])
+    one, other = read_record(store, 1), read_record(store, 2)
+    write_record(store, 1, other)
+    write_record(store, 2, one)
+    assert get(store, 1) is get(store, 2) is None
+    assert store.stats()["corrupt"] == 2
+
+
+@pytest.mark.parametrize("size", [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 50])
+def test_a_truncated_record_is_a_miss_and_removed(store, size):
+    store.put([key(1)], [payload(1)])
+    write_record(store, 1, read_record(store, 1)[:size])
+    assert get(store, 1) is None
+    assert store.stats()["corrupt"] == 1
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+
+
+def test_a_record_of_another_length_stays_whatever_length_is_asked_for(store):
+    store.put([key(1)], [payload(1)])
+    for size in (0, 1, 99, 101, 5000):
+        assert get(store, 1, size) is None
+    assert get(store, 1) == payload(1)
+    assert store.stats()["corrupt"] == 0
+
+
+def test_every_other_one_of_many_keys_is_found(far):
+    keys = [key(i) for i in range(10_000)]
+    far.put(keys[::2], [payload(i, 10) for i in range(0, 10_000, 2)])
+    assert far.contains(keys) == [True, False] * 5000
+    assert far.stats()["puts"] == 5000
+    assert far.sizes()["records"] == 5000
+    assert far.clear() == 5000
+
+
+def test_two_writers_of_one_key_leave_one_of_both_records(store):
+    ready = threading.Barrier(2)
+
+    def write(i):
+        ready.wait()
+        for k in range(20):
+            store.put([key(k)], [payload(i)])
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(get(store, k) in (payload(1), payload(2)) for k in range(20))
+    assert store.stats()["corrupt"] == 0
+
+
+def test_wrong_checksums_never_leave_this_host(far):
+    right = ops.checksum(np.frombuffer(payload(2), np.uint8))
+    far.put([key(1), key(2)], [payload(1), payload(2)], checksums=[1, right])
+    assert far.contains([key(1), key(2)]) == [False, True]
+    assert (far.stats()["corrupt"], far.stats()["dropped_puts"], far.stats()["puts"]) == (1, 1, 1)
+
+
+def test_names_and_owners_outside_do_not_tell_keys_or_owners(far):
+    far.put([key(1)], [payload(1)], OWNER)
+    assert key(1).hex() not in far._name(key(1))
+    assert OWNER not in read_record(far, 1)
+
+
+# --- Deployments and processes
+
+
+@pytest.mark.parametrize("scheme", REMOTE)
+def test_deployments_with_different_secrets_share_nothing_on_one_server(scheme, tmp_path):
+    (one, remove_one), (other, remove_other) = (new_store(scheme, tmp_path) for _ in range(2))
+    one.put([key(1)], [payload(1)], OWNER)
+    assert other.contains([key(1)]) == [False]
+    assert get(other, 1) is None
+    assert other.forget(OWNER) == other.clear() == other.sizes()["records"] == 0
+    # Not even a record that is brought under the other's name.
+    write_record(other, 1, read_record(one, 1))
+    assert other.contains([key(1)]) == [True]
+    assert get(other, 1) is None
+    assert other.stats()["corrupt"] == 1
+    assert get(one, 1) == payload(1)
+    remove_one()
+    remove_other()
+
+
+WRITER = """
+import sys
+from lmcache_mm.stores import open_store
+store = open_store(sys.argv[1])
+key = (7).to_bytes(36, "little")
+assert store.contains([(1).to_bytes(36, "little")]) == [True]
+store.put([key], [b"from another process"], owner=b"tenant-seven....")
+store.flush()
+store.close()
+"""
+
+
+@pytest.mark.parametrize("scheme", ["valkey", "s3"])
+def test_processes_share_what_they_put(scheme, environment):
+    store = open_store(remote_url(scheme))
+    store.put([key(1)], [payload(1)], OTHER_OWNER)
+    subprocess.run([sys.executable, "-c", WRITER, remote_url(scheme)], check=True, timeout=120)
+    assert get(store, 7, 20) == b"from another process"
+    assert store.forget(OWNER) == 1
+    assert store.contains([key(1), key(7)]) == [True, False]
+    store.close()
+
+
+def test_processes_share_the_memory_that_one_lends_to_mooncake(environment):
+    servers.need_mooncake()
+    store = open_store(remote_url("mooncake"))
+    store.put([key(1)], [payload(1)])
+    url = remote_url("mooncake").replace("capacity=256MiB&", "")  # it lends none, and leaves without a trace
+    subprocess.run([sys.executable, "-c", WRITER, url], check=True, timeout=120)
+    assert get(store, 7, 20) == b"from another process"
+    assert store.forget(OWNER) == 1
+    store.close()
+
+
+def test_a_store_is_not_carried_over_a_fork(far):
+    far.put([key(1)], [payload(1)])
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            far.contains([key(1)])
+        except RuntimeError as error:
+            status = 0 if "open it again after a fork" in str(error) else 2
+        far.close()  # nothing, at once
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    assert get(far, 1) == payload(1)
+
+
+# --- Owners and ages
+
+
+def test_what_is_put_while_its_owner_is_forgotten_does_not_come_back(store, monkeypatch):
+    real = store._contains
+
+    def contains_and_forget(*arguments):
+        there = real(*arguments)
+        monkeypatch.undo()
+        store.forget(OWNER)
+        return there
+
+    monkeypatch.setattr(store, "_contains", contains_and_forget)
+    store.put([key(1)], [payload(1)], OWNER)
+    assert store.contains([key(1)]) == [False]
+    store.put([key(1)], [payload(1)], OWNER)
+    assert store.contains([key(1)]) == [True]
+
+
+def test_what_comes_from_another_store_and_was_forgotten_meanwhile_does_not_come_back(store):
+    moment = store.moment()
+    store.forget(OWNER)
+    store.put([key(1)], [payload(1)], OWNER, as_of=moment)
+    store.put([key(2)], [payload(2)], OTHER_OWNER, as_of=moment)
+    store.put([key(3)], [payload(3)], OWNER, as_of=store.moment())
+    assert store.contains([key(1), key(2), key(3)]) == [False, True, True]
+
+
+def test_what_is_promoted_while_it_is_forgotten_elsewhere_does_not_come_back(tmp_path, monkeypatch):
+    store, remove = new_store("mem,valkey", tmp_path)
+    store._tiers[1].put([key(1)], [payload(1)], OWNER)
+    read = store._tiers[1].get_into
+
+    def read_and_forget(*arguments):
+        found = read(*arguments)
+        store.forget(OWNER)
+        return found
+
+    monkeypatch.setattr(store._tiers[1], "get_into", read_and_forget)
+    assert store.get_into([key(1)], [bytearray(100)], OWNER) == [True]
+    assert store.contains([key(1)]) == [False]
+    remove()
+
+
+def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path):
+    store, remove = new_store("mem,valkey", tmp_path)
+    moments = store._moments()
+    store._tiers[1].forget(OWNER)
+    store._write_later([tiered._Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store.flush()
+    assert store._tiers[1].contains([key(1)]) == [False]
+    remove()
+
+
+@pytest.mark.parametrize("scheme", ["valkey", "s3"])
+def test_ages_go_on_and_old_records_are_gone(scheme, environment, monkeypatch):
+    store = open_store(remote_url(scheme) + "&ttl=100")
+    store.put([key(1)], [payload(1)])
+    store.put([key(2)], [payload(2)], age_s=90)
+    one, other, none = store.ages([key(1), key(2), key(3)])
+    assert 0 <= one < 50
+    assert 90 <= other < 140
+    assert none == 0
+    assert get(store, 1) == payload(1)
+    if scheme == "valkey":
+        left = engine_of(store)._client.pttl(store._name(key(2)))
+        assert 0 < left <= 10_000
+    now = time.time()
+    monkeypatch.setattr(remote.time, "time", lambda: now + 150)
+    assert get(store, 1) is None
+    store.close()
+
+
+# --- Servers that fail
+
+
+def opened(port, timeout="0.5"):
+    return open_store(f"valkey://127.0.0.1:{port}?timeout={timeout}")
+
+
+def later(monkeypatch, seconds):
+    now = time.monotonic()
+    monkeypatch.setattr(remote.time, "monotonic", lambda: now + seconds)
+
+
+def within(call, *arguments, budget_s=0.5, calls=1):
+    begin = time.monotonic()
+    result = call(*arguments)
+    assert time.monotonic() - begin < budget_s * calls + SLOW_S
+    return result
+
+
+@pytest.mark.parametrize("scheme", REMOTE)
+def test_a_server_that_never_answers_costs_its_budget_once(scheme, environment, caplog):
+    if scheme == "mooncake":
+        servers.need_mooncake()
+    with servers.mute() as port:
+        url = {
+            "valkey": f"valkey://127.0.0.1:{port}?",
+            "s3": f"s3://bucket?endpoint=http://127.0.0.1:{port}&",
+            "mooncake": f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{port}&",
+        }[scheme]
+        begin = time.monotonic()
+        store = open_store(f"{url}timeout=0.5")
+        for _ in range(200):
+            assert store.contains([key(1)]) == [False]
+            assert store.get_into([key(1)], [bytearray(100)]) == [False]
+            store.put([key(1)], [payload(1)])
+        assert time.monotonic() - begin < 0.5 + SLOW_S
+        stats = store.stats()
+        assert stats["timeouts"] + stats["errors"] == 1
+        assert (stats["misses"], stats["dropped_puts"], stats["down"]) == (200, 200, 1)
+        assert len([r for r in caplog.records if "is left alone for 10 s" in r.message]) == 1
+        with pytest.raises(RuntimeError, match="forget: not everything could be removed"):
+            store.forget(OWNER)
+        within(store.close)
+
+
+def test_a_server_that_hangs_in_the_middle_is_tried_again_after_a_while(own_server, monkeypatch):
+    store = opened(own_server.port)
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+    own_server.process.send_signal(19)  # SIGSTOP
+    assert within(get, store, 1) is None
+    assert store.stats()["down"] == 1
+    own_server.process.send_signal(18)
+    assert get(store, 1) is None  # left alone
+    later(monkeypatch, 11)
+    until = time.perf_counter() + SLOW_S
+    while get(store, 1) is None:
+        assert time.perf_counter() < until
+        later(monkeypatch, 11)
+        time.sleep(0.1)
+    assert store.stats()["down"] == 0
+    store.close()
+
+
+def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypatch):
+    """The client comes back long after its time with what was asked for."""
+    answer, asked = threading.Event(), threading.Event()
+    released = []
+
+    class Late:
+        def exists(self, names, peek):
+            return [False] * len(names)
+
+        def read(self, name, into):
+            asked.set()
+            answer.wait(30)
+            into[:] = remote.FACTS.pack(remote.MAGIC, remote.VERSION, 0, 100, b"") + b"x" * 132
+            released.append(name)
+            return len(into)
+
+        def write(self, name, record, ttl_s, replace):
+            return True
+
+        def close(self):
+            pass
+
+    store = RemoteStore("late", Late, Seal(b"a secret of a deployment"), 0.2, 1, 10)
+    monkeypatch.setattr(store, "_mac", lambda record, key: b"x" * 32)
+    buffer = bytearray(100)
+    assert store.get_into([key(1)], [buffer]) == [False]
+    assert asked.wait(10)
+    answer.set()
+    until = time.monotonic() + 10
+    while not released or store._hands[0].busy:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert buffer == bytes(100)
+    later(monkeypatch, 11)
+    assert store.get_into([key(1)], [buffer]) == [True]  # and what is in time arrives
+    assert buffer == b"x" * 100
+    store.close()
+
+
+def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
+    hang = threading.Event()
+    first = threading.Lock()
+
+    class Sometimes:
+        def exists(self, names, peek):
+            if first.acquire(blocking=False):
+                hang.wait(30)
+            return [True] * len(names)
+
+        def close(self):
+            pass
+
+    store = RemoteStore("sometimes", Sometimes, Seal(b"a secret of a deployment"), 0.3, 3, 10)
+    assert store.contains([key(i) for i in range(5)]) == [False] * 5
+    store._breaker.tell(True)
+    for _ in range(10):
+        assert store.contains([key(i) for i in range(50)]) == [True] * 50
+    within(store.close)
+    hang.set()
+
+
+def test_a_server_killed_in_the_middle_of_transfers_costs_misses_and_is_used_again(own_server, monkeypatch):
+    store = opened(own_server.port, "2")
+    payloads = [payload(i, 1000) * 4000 for i in range(8)]
+    keys, length = [key(i) for i in range(8)], 4_000_000
+    store.put(keys, payloads)
+    assert store.stats()["puts"] == 8
+    killed = threading.Timer(0.05, own_server.stop)
+    killed.start()
+    for _ in range(20):
+        buffers = [bytearray(length) for _ in keys]
+        found = store.get_into(keys, buffers)
+        assert all(not hit or buffers[i] == payloads[i] for i, hit in enumerate(found))
+    killed.join()
+    assert get(store, 1, length) is None
+    own_server.start()
+    later(monkeypatch, 11)
+    until = time.perf_counter() + SLOW_S
+    while not store.contains([key(1)])[0]:
+        store.put([key(1)], [payload(1)])
+        assert time.perf_counter() < until
+        time.sleep(0.1)
+        later(monkeypatch, 11)
+    assert get(store, 1) == payload(1)
+    assert get(store, 2, length) is None  # the server had kept nothing
+    store.close()
+
+
+def test_a_store_opens_while_its_server_is_down_and_is_used_once_it_is_there(own_server, monkeypatch, caplog):
+    own_server.stop()
+    store = within(opened, own_server.port)
+    assert "is left alone for 10 s" in caplog.text
+    store.put([key(1)], [payload(1)])
+    assert store.stats()["dropped_puts"] == 1
+    own_server.start()
+    later(monkeypatch, 11)
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+    store.close()
+
+
+def test_a_full_server_drops_puts_and_is_not_taken_for_a_broken_one(own_server):
+    store = opened(own_server.port, "20")
+    engine_of(store)._client.config_set({"maxmemory": "10mb", "maxmemory-policy": "noeviction"})
+    for i in range(20):
+        store.put([key(i)], [bytes(1 << 20)])
+    stats = store.stats()
+    assert 0 < stats["puts"] < 20
+    assert stats["puts"] + stats["dropped_puts"] == 20
+    assert (stats["down"], stats["errors"]) == (0, 0)
+    store.close()
+
+
+# --- Opening
+
+
+def test_passwords_come_from_the_environment_or_a_private_file(environment, tmp_path):
+    server = servers.valkey(tmp_path, "--requirepass", "the right one")
+    url = f"valkey://127.0.0.1:{server.port}?timeout=20"
+    for wrong in (None, "the wrong one"):
+        if wrong:
+            environment.setenv("LMCACHE_MM_VALKEY_PASSWORD", wrong)
+        with pytest.raises(PermissionError, match="LMCACHE_MM_VALKEY_PASSWORD") as raised:
+            open_store(url)
+        assert "wrong" not in str(raised.value)
+    environment.setenv("LMCACHE_MM_VALKEY_PASSWORD", "the right one")
+    open_store(url).close()
+    environment.delenv("LMCACHE_MM_VALKEY_PASSWORD")
+    file = tmp_path / "password"
+    file.write_text("the right one\n")
+    file.chmod(0o600)
+    environment.setenv("LMCACHE_MM_VALKEY_PASSWORD_FILE", str(file))
+    store = open_store(url)
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+    store.close()
+    file.chmod(0o644)
+    with pytest.raises(PermissionError, match="LMCACHE_MM_VALKEY_PASSWORD_FILE: expected mode 0600"):
+        open_store(url)
+    server.stop()
+
+
+def test_wrong_keys_of_s3_and_buckets_that_are_not_there_are_errors(environment):
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "another")
+    with pytest.raises(PermissionError, match="refuses the credentials of AWS_ACCESS_KEY_ID") as raised:
+        open_store(remote_url("s3"))
+    assert "another" not in str(raised.value)
+    environment.setenv("AWS_SECRET_ACCESS_KEY", servers.AWS["AWS_SECRET_ACCESS_KEY"])
+    with pytest.raises(ValueError, match="there is no bucket s3://none-such"):
+        open_store(remote_url("s3").replace("bucket/", "none-such/"))
+
+
+def test_tls_checks_the_servers_certificate(environment, tmp_path):
+    authority = trustme.CA()
+    (tmp_path / "ca.pem").write_bytes(authority.cert_pem.bytes())
+    (tmp_path / "other.pem").write_bytes(trustme.CA().cert_pem.bytes())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    proxy = servers.TlsProxy(server("valkey").port, context)
+    url = f"valkey://127.0.0.1:{proxy.port}?timeout=5&tls=1&ca={tmp_path}"
+    store = open_store(f"{url}/ca.pem")
+    store.put([key(1)], [payload(1, 1_000_000)])
+    assert get(store, 1, 1_000_000) == payload(1, 1_000_000)
+    store.close()
+    store = open_store(f"{url}/other.pem")
+    assert store.stats()["down"] == 1
+    store.close()
+    proxy.close()
+
+
+def test_without_the_secret_no_store_beyond_this_host_opens(environment):
+    environment.delenv("LMCACHE_MM_SECRET")
+    for url in ("valkey://127.0.0.1:1", "s3://bucket", "mooncake://127.0.0.1:1"):
+        with pytest.raises(ValueError, match=r"store: \w+: needs the deployment's secret"):
+            open_store(url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "valkey://user:hunter2@host:6379",
+        "valkey:user:hunter2@host:6379",
+        "s3://bucket?endpoint=https://user:hunter2@host",
+        "tiered:mem://?capacity=1MiB,valkey://:hunter2@host:6379",
+        "tiered:mem://?capacity=1MiB,valkey:hunter2@host:6379",
+        "valkey://host:6379?password=hunter2",
+    ],
+)
+def test_a_password_in_a_url_is_refused_and_not_repeated(url, environment):
+    for one in (url, [url]):
+        with pytest.raises(ValueError) as raised:
+            open_store(one)
+        assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "url, text",
+    [
+        ("valkey://", "expected valkey://HOST:PORT, got valkey://"),
+        ("valkey://host", "expected valkey://HOST:PORT"),
+        ("valkey://host:70000", "expected valkey://HOST:PORT"),
+        ("valkey://host:1/2", "expected valkey://HOST:PORT"),
+        ("valkey://host:1?capacity=1GiB", "unknown option 'capacity'"),
+        ("valkey://host:1?tls=yes", "tls: expected 0 or 1, got 'yes'"),
+        ("valkey://host:1?ca=/x", "ca: expected with tls=1 only"),
+        ("valkey://host:1?timeout=0", "timeout: expected more than 0 seconds"),
+        ("valkey://host:1?timeout=soon", "timeout: expected seconds, got 'soon'"),
+        ("valkey://host:1?connections=0", "connections: expected 1 to 999, got '0'"),
+        ("s3://", "expected s3://BUCKET/PREFIX"),
+        ("s3://bucket?endpoint=host", "endpoint: expected a URL that begins with http"),
+        ("mooncake://host", "expected mooncake://HOST:PORT"),
+        ("mooncake://host:1?ttl=5", "unknown option 'ttl'"),
+    ],
+)
+def test_urls_of_stores_beyond_this_host_that_open_none_say_why(url, text, environment):
+    with pytest.raises(ValueError, match=text):
+        open_store(url)
+
+
+@pytest.mark.parametrize(
+    "scheme, package", [("valkey", "glide_sync"), ("s3", "obstore"), ("mooncake", "mooncake.store")]
+)
+def test_a_client_that_is_not_installed_is_named_with_its_extra(scheme, package, environment):
+    environment.setitem(sys.modules, package, None)
+    environment.delitem(sys.modules, f"lmcache_mm.stores.{scheme}", raising=False)
+    with pytest.raises(RuntimeError, match=rf"store: {scheme}: .*pip install 'lmcache-mm\[{scheme}\]'"):
+        open_store({"s3": "s3://bucket"}.get(scheme, f"{scheme}://host:1"))
+
+
+def test_stat_and_clear_work_on_stores_beyond_this_host(environment, capsys):
+    url = remote_url("valkey")
+    store = open_store(url)
+    store.put([key(1), key(2)], [payload(1), payload(2)])
+    assert cli.main(["stat", url]) == 0
+    assert "records          2" in capsys.readouterr().out.splitlines()
+    assert cli.main(["clear", url]) == 0
+    assert "2 records removed" in capsys.readouterr().out
+    assert stats_of(store)["records"] == 0
+    store.close()
+    with servers.mute() as port:
+        assert cli.main(["stat", f"valkey://127.0.0.1:{port}?timeout=0.2"]) == 2
+    assert "python -m lmcache_mm: valkey://127.0.0.1" in capsys.readouterr().err
+
+
+def test_the_demo_starts_warm_in_a_second_process_by_a_server(environment, tmp_path):
+    command = [sys.executable, "-m", "lmcache_mm", "demo", "--image-size", "112", "--max-new-tokens", "2"]
+    hits = []
+    for run in ("first", "second"):
+        report = tmp_path / f"{run}.json"
+        options = ["--store", remote_url("valkey"), "--json", report]
+        subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
+        rows = json.loads(report.read_text())["rows"]
+        assert all(row["equal"] for row in rows)
+        hits.append([row["total_tokens"] - row["kv_hits"] for row in rows])
+    assert hits[0][0] > 1
+    assert hits[1] == [1] * 8
