@@ -123,7 +123,7 @@ def mooncake(folder):
         [
             binary,
             *(f"--rpc_port={port}", "--rpc_interface=lo", f"--metrics_port={admin}", "--metrics_host=127.0.0.1"),
-            *("--default_kv_lease_ttl=200ms", "--rpc_thread_num=2"),
+            *("--default_kv_lease_ttl=2s", "--rpc_thread_num=2"),
         ],
         port,
         folder,

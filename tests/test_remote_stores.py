@@ -399,6 +399,64 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
     store.close()
 
 
+def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten_meanwhile():
+    kept, arrive, arriving = {}, threading.Event(), threading.Event()
+
+    class Kept:
+        slow = False
+
+        def exists(self, names, peek):
+            return [name in kept for name in names]
+
+        def heads(self, names, size):
+            return [kept.get(name, b"")[:size] or None for name in names]
+
+        def read(self, name, into):
+            if name not in kept:
+                return None
+            into[: len(kept[name])] = kept[name]
+            return len(kept[name])
+
+        def write(self, name, record, ttl_s, replace):
+            if self.slow:
+                arriving.set()
+                arrive.wait(30)
+            kept[name] = bytes(record)
+            return True
+
+        def delete(self, names):
+            for name in names:
+                kept.pop(name, None)
+
+        def names(self, prefix):
+            yield [name for name in kept if name.startswith(prefix)]
+
+        def close(self):
+            pass
+
+    class Slow(Kept):
+        slow = True
+
+    seal = Seal(b"a secret of a deployment")
+    slow, other = (RemoteStore("kept", engine, seal, 0.2, 1, 10) for engine in (Slow, Kept))
+    for forgotten in (True, False):
+        owner = OWNER if forgotten else OTHER_OWNER
+        slow._breaker.tell(True)
+        slow.put([key(1)], [payload(1)], owner)
+        assert arriving.wait(10)
+        assert other.forget(OWNER) == 0
+        arrive.set()
+        until = time.monotonic() + 10
+        while slow._hands[0].busy:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert other.contains([key(1)]) == [not forgotten]
+        arrive.clear()
+        arriving.clear()
+    slow.close()
+    other.close()
+
+
 def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
     hang = threading.Event()
     first = threading.Lock()
@@ -604,15 +662,16 @@ def test_stat_and_clear_work_on_stores_beyond_this_host(environment, capsys):
     assert "python -m lmcache_mm: valkey://127.0.0.1" in capsys.readouterr().err
 
 
-def test_the_demo_starts_warm_in_a_second_process_by_a_server(environment, tmp_path):
-    command = [sys.executable, "-m", "lmcache_mm", "demo", "--image-size", "112", "--max-new-tokens", "2"]
+def test_the_demo_starts_warm_from_what_an_earlier_run_left_on_a_server(environment, tmp_path, capsys):
+    pytest.importorskip("transformers", reason="the demo needs its packages: pip install 'lmcache-mm[demo]'")
     hits = []
     for run in ("first", "second"):
         report = tmp_path / f"{run}.json"
-        options = ["--store", remote_url("valkey"), "--json", report]
-        subprocess.run([*command, *options], check=True, capture_output=True, timeout=300)
+        options = ["--image-size", "112", "--max-new-tokens", "2", "--store", remote_url("valkey")]
+        assert cli.main(["demo", *options, "--json", str(report)]) == 0
         rows = json.loads(report.read_text())["rows"]
         assert all(row["equal"] for row in rows)
         hits.append([row["total_tokens"] - row["kv_hits"] for row in rows])
+    assert "Keys from content" in capsys.readouterr().out
     assert hits[0][0] > 1
     assert hits[1] == [1] * 8

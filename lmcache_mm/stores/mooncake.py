@@ -11,7 +11,9 @@ import numpy as np
 from mooncake.store import MooncakeDistributedStore
 
 LOCAL_BYTES = 64 << 20  # of the client's own buffers
-NO_SPACE, OBJECT_NOT_FOUND, BUFFER_TOO_SMALL = -200, -704, -600
+# Of mooncake-store/include/types.h: no handle, parameters (a buffer that is too small); being written, not found, and
+# read for longer than its lease, after which it may have been another's memory.
+NO_SPACE, BUFFER_TOO_SMALL, NOT_THERE = -200, -600, (-703, -704, -707)
 
 _left: list[MooncakeDistributedStore] = []
 
@@ -96,7 +98,7 @@ class MooncakeEngine:
 
     def read(self, name: str, into: memoryview) -> int | None:
         size = self._store.get_into(name, self._address(into), len(into))
-        if size == OBJECT_NOT_FOUND:
+        if size in NOT_THERE:
             return None
         return len(into) + 1 if size == BUFFER_TOO_SMALL else _checked("get", size)
 
@@ -107,7 +109,7 @@ class MooncakeEngine:
             ((code,),) = self._store.get_into_ranges(
                 [self._address(memory.data)], [[name]], [[[0]]], [[[0]]], [[[size]]]
             )[0]
-            heads.append(None if code == OBJECT_NOT_FOUND else memory[: _checked("get", code)].tobytes())
+            heads.append(None if code in NOT_THERE else memory[: _checked("get", code)].tobytes())
         return heads
 
     def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
@@ -118,7 +120,7 @@ class MooncakeEngine:
 
     def delete(self, names: Sequence[str]) -> None:
         for code in self._store.batch_remove(list(names), True):
-            if code != OBJECT_NOT_FOUND:
+            if code not in NOT_THERE:
                 _checked("remove", code)
 
     def names(self, prefix: str) -> Iterator[list[str]]:

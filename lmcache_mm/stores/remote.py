@@ -403,7 +403,10 @@ class RemoteStore:
                 return False
             self._fill(record, key, stored_at, whose)
             ttl_s = max(1.0, self._ttl_s - age_s) if self._ttl_s else 0.0
-            return hand.engine.write(self._name(key), record.data, ttl_s, False)
+            stored = hand.engine.write(self._name(key), record.data, ttl_s, False)
+            if call.over and owner and self._forgotten_at(hand, owner) >= moment:  # nobody else looks any more
+                hand.engine.delete([self._name(key)])
+            return stored
 
         if as_of is not None and owner and self._forgotten(owner, moment, until):
             return
@@ -440,13 +443,12 @@ class RemoteStore:
 
     def _forgotten(self, owner: bytes, since: int, until: float | None = None) -> bool:
         """Whether all of the owner's was forgotten after the moment `since`."""
-
-        def ask(hand: _Hand, call: _Call, item: int) -> int:
-            head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
-            return 0 if head is None else head.stored_at
-
-        (at,), _ = self._do(ask, 1, until)
+        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until)
         return at is not None and at >= since
+
+    def _forgotten_at(self, hand: _Hand, owner: bytes) -> int:
+        head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
+        return 0 if head is None else head.stored_at
 
     def forget(self, owner: bytes) -> int:
         """Removes all records of an owner, whoever put them; returns their number. Looks at every record's header.
