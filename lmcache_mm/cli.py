@@ -8,14 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-<<<<<<< X
 from lmcache_mm import calibrate, demo, doctor
-from lmcache_mm.stores import open_store, slab, slab_directory
-=======
-from lmcache_mm import demo, doctor
 from lmcache_mm.stores import REMOTE, open_store, slab, slab_directory
 from lmcache_mm.stores.remote import RemoteStore
->>>>>>> Y
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
