@@ -16,7 +16,7 @@ OWNER_CONTEXT = "lmcache_mm v1 owner"
 REQUEST_FIELDS = ("salt", "lora", "prompt_embeds")
 NAMESPACE_FIELDS = (
     *("secret", "model", "weights", "quantisation", "rope", "hf_overrides", "dtype", "kv_dtype", "layout"),
-    *("tp", "pp", "cp", "speculative"),
+    *("tp", "pp", "cp", "speculative", "encoder"),
 )
 
 
@@ -81,7 +81,7 @@ def checked_items(items: Any) -> tuple[Item, ...]:
 
 
 class Namespace:
-    """Everything beside the prompt that decides what the KV bytes are.
+    """Everything beside the prompt that decides what the KV bytes are, or encoder outputs.
 
     Namespace(model=..., weights=..., dtype=...): see NAMESPACE_FIELDS for the names, all optional, each to be given
     where it applies. Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out.

@@ -90,6 +90,33 @@ def checksum(payload: torch.Tensor) -> int:
     return total - 2**64 if total >> 63 else total
 
 
+def encoder_key(root: bytes, item: Item) -> bytes:
+    """The key of the output of an item's encoder; the item's place does not matter."""
+    return blake3(root + item_digest(item), derive_key_context="lmcache_mm v1 encoder output").digest()
+
+
+def encoder_description(tensors: Sequence[torch.Tensor], is_list: bool) -> bytes:
+    """The payload of the record under an encoder key."""
+    out = bytes([is_list]) + len(tensors).to_bytes(4, "little")
+    for tensor in tensors:
+        out += _str(str(tensor.dtype).removeprefix("torch.")) + tensor.ndim.to_bytes(4, "little")
+        out += b"".join(size.to_bytes(8, "little") for size in tensor.shape)
+    return out + bytes(4096 - len(out))
+
+
+def encoder_payload(tensors: Sequence[torch.Tensor]) -> bytes:
+    """The payload of the record under `encoder_payload_key`."""
+    out = b""
+    for tensor in tensors:
+        out += bytes(-len(out) % 64)
+        out += bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+    return out
+
+
+def encoder_payload_key(key: bytes, description: bytes) -> bytes:
+    return blake3(key + description, derive_key_context="lmcache_mm v1 encoder payload").digest()
+
+
 def page_addresses(layout: KVLayout) -> np.ndarray:
     """int64 [page byte]: where each byte of a page lies behind the page's beginning."""
     runs = np.arange(layout.runs, dtype=np.int64)[:, None] * layout.run_stride

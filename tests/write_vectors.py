@@ -19,6 +19,21 @@ def as_fields(items):
     return [[i.identifier, i.offset, i.length, i.modality] for i in items]
 
 
+def as_encoder_vector(item, output):
+    """Of a list of tensors; the description without the zeros at its end."""
+    key = reference.encoder_key(ROOT, item)
+    tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in output]
+    description = reference.encoder_description(tensors, is_list=True)
+    return {
+        "root": ROOT.hex(),
+        "item": as_fields([item])[0],
+        "tensors": output,
+        "key": key.hex(),
+        "description": description.rstrip(b"\0").hex(),
+        "payload_key": reference.encoder_payload_key(key, description).hex(),
+    }
+
+
 def main():
     items = [
         Item("", 0, 1),
@@ -60,6 +75,12 @@ def main():
             layers=["a", "b", "c"],
         ),
     ]
+    outputs = [
+        [("bfloat16", (256, 1536))],
+        [("float32", ()), ("bool", (0, 3)), ("float8_e4m3fn", (7, 1, 2))],
+        [],
+        [("int64", (1,))],
+    ]
     payloads = [0, 1, 15, 16, 17, 100]
     vectors = {
         "blake3": json.loads(PATH.read_text())["blake3"],
@@ -99,6 +120,7 @@ def main():
             for layout in layouts
             for mode in ("page", "token")
         ],
+        "encoder": [as_encoder_vector(item, output) for item, output in zip(items, outputs, strict=True)],
         "checksums": [
             {"bytes": size, "checksum": reference.checksum((torch.arange(size) % 251).to(torch.uint8))}
             for size in payloads

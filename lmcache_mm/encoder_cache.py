@@ -1,0 +1,312 @@
+"""EncoderCache: outputs of vision and audio encoders, by what was encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from blake3 import blake3
+
+from lmcache_mm.prompt import Namespace, owner_of, utf8
+from lmcache_mm.stores import Store, open_store
+
+OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
+PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"
+DIGEST_CONTEXT = "lmcache_mm v1 item digest"
+DESCRIPTION_BYTES = 4096  # one size, for stores look records up by key and length
+ALIGNMENT = 64  # a tensor begins on a cache line, so that its bytes can be viewed in its dtype
+MOST_ELEMENTS = 1 << 48  # of a tensor
+
+Output = torch.Tensor | Sequence[torch.Tensor]
+
+
+class EncoderCache:
+    """Outputs of encoders, kept in a store: one tensor or a list of them, of any dtypes and shapes.
+
+    namespace: everything beside the item that decides the output: model, weights, dtype, and as `encoder` whatever else
+    an engine can set. store: a URL or a list of them (see `open_store`), or an open store, which stays the caller's to
+    close; the same one may hold KV. Methods may be called from several threads.
+
+    An item is named by `identifier` and `modality`, as in `Item`: its place in a prompt and the text around it do not
+    matter. The identifier must come from the data that the encoder is given; one that a client may choose is none.
+    salt: of the tenant; other salts share nothing. lora: a fingerprint of an adapter that changes the encoder.
+    """
+
+    def __init__(self, namespace: Namespace, store: str | Sequence[str] | Store) -> None:
+        if not isinstance(namespace, Namespace):
+            raise TypeError(f"namespace: expected lmcache_mm.Namespace, got {type(namespace).__name__}")
+        self._namespace = namespace
+        self._owns_store = isinstance(store, Sequence)
+        self.backend = open_store(store) if isinstance(store, Sequence) else store
+
+    def close(self) -> None:
+        """Closes the store if this cache opened it."""
+        if self._owns_store:
+            self._owns_store = False
+            self.backend.close()
+
+    def __enter__(self) -> EncoderCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def contains(
+        self, identifier: str, modality: str = "image", *, salt: str | bytes | None = None, lora: str | None = None
+    ) -> bool:
+        """Whether the output could be loaded now. Nothing is reserved: it may be gone when it is loaded."""
+        key = self._key(identifier, modality, salt, lora)
+        description = read_description(self.backend, key, owner_of(salt))
+        return description is not None and has_payload(self.backend, key, description)
+
+    def load(
+        self,
+        identifier: str,
+        modality: str = "image",
+        *,
+        device: torch.device | str = "cpu",
+        salt: str | bytes | None = None,
+        lora: str | None = None,
+    ) -> torch.Tensor | list[torch.Tensor] | None:
+        """The output as it was saved, a tensor or a list of them, on `device`; None if it is not there or damaged.
+
+        On CUDA it is copied from pinned memory on torch's current stream of the device, and nothing waits for that:
+        work on that stream may use it at once. The pinned memory is torch's, which reuses it when the copy is done.
+        """
+        device = torch.device(device)
+        key = self._key(identifier, modality, salt, lora)
+        packed = read(self.backend, key, owner_of(salt), pinned=device.type == "cuda")
+        return None if packed is None else packed.unpack(device)
+
+    def load_into(
+        self,
+        identifier: str,
+        output: Output,
+        modality: str = "image",
+        *,
+        salt: str | bytes | None = None,
+        lora: str | None = None,
+    ) -> bool:
+        """Fills tensors of the dtypes and shapes that were saved, of any strides. False, and they are as before, if
+        there is no such output or it is damaged. On CUDA: as of `load`. Raises as `save` does."""
+        into = as_tensors(output)
+        key, description = self._key(identifier, modality, salt, lora), describe(output)
+        pinned = any(tensor.is_cuda for tensor in into)
+        packed = read_payload(self.backend, key, description, owner_of(salt), pinned)
+        if packed is None:
+            return False
+        with torch.no_grad():
+            for tensor, saved in zip(into, packed.views(), strict=True):
+                tensor.copy_(saved, non_blocking=tensor.is_cuda)
+        return True
+
+    def save(
+        self,
+        identifier: str,
+        output: Output,
+        modality: str = "image",
+        *,
+        salt: str | bytes | None = None,
+        lora: str | None = None,
+    ) -> bool:
+        """Stores a copy of the output. False: the store has it.
+
+        On CUDA it is copied behind what torch's current streams of its devices hold, and save waits for the copy.
+        Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
+        """
+        key, description = self._key(identifier, modality, salt, lora), describe(output)
+        there = read_description(self.backend, key, owner_of(salt)) == description
+        if there and has_payload(self.backend, key, description):
+            return False
+        packed = pack(output)
+        for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        write(self.backend, key, packed, owner_of(salt))
+        return True
+
+    def forget(self, salt: str | bytes) -> int:
+        """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""
+        if not salt:
+            raise ValueError("salt: expected one, got none")
+        return self.backend.forget(owner_of(salt))
+
+    def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
+        return output_key(self._namespace.root(salt, lora), identifier, modality)
+
+
+# --- Keys
+
+
+def output_key(root: bytes, identifier: str, modality: str) -> bytes:
+    """The 32-byte key of an encoder output: that of the record of its description. root: see `Namespace.root`."""
+    parts = utf8("modality", modality), utf8("identifier", identifier)
+    material = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+    digest = blake3(material, derive_key_context=DIGEST_CONTEXT).digest()
+    return blake3(root + digest, derive_key_context=OUTPUT_CONTEXT).digest()
+
+
+def payload_key(key: bytes, description: bytes) -> bytes:
+    """The key of the record of an output's bytes, which exists for this description alone."""
+    return blake3(key + description, derive_key_context=PAYLOAD_CONTEXT).digest()
+
+
+# --- Descriptions
+
+
+def as_tensors(output: Output) -> list[torch.Tensor]:
+    """Of an output its tensors; TypeError or ValueError for what cannot be kept."""
+    tensors = [output] if isinstance(output, torch.Tensor) else list(output)
+    for i, tensor in enumerate(tensors):
+        name = "output" if isinstance(output, torch.Tensor) else f"output[{i}]"
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout} of {tensor.dtype}")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
+    return tensors
+
+
+def describe(output: Output) -> bytes:
+    """An output's dtypes and shapes, DESCRIPTION_BYTES long. ValueError for more than that can hold."""
+    tensors = as_tensors(output)
+    parts = [bytes([not isinstance(output, torch.Tensor)]), len(tensors).to_bytes(4, "little")]
+    for tensor in tensors:
+        dtype = str(tensor.dtype).removeprefix("torch.").encode()
+        parts += [len(dtype).to_bytes(4, "little"), dtype, tensor.ndim.to_bytes(4, "little")]
+        parts += [size.to_bytes(8, "little") for size in tensor.shape]
+    description = b"".join(parts)
+    if len(description) > DESCRIPTION_BYTES:
+        raise ValueError(
+            f"output: expected tensors that {DESCRIPTION_BYTES} bytes can describe, got {len(tensors)}, which need "
+            f"{len(description)}"
+        )
+    return description.ljust(DESCRIPTION_BYTES, b"\0")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in a payload a tensor lies."""
+
+    begin: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def _places(description: bytes) -> tuple[bool, list[_Place]]:
+    """Whether it is a list, and the tensors. ValueError for what this version does not know."""
+    at = 0
+
+    def take(size: int) -> bytes:
+        nonlocal at
+        at += size
+        if at > len(description):
+            raise ValueError("description: it ends early")
+        return description[at - size : at]
+
+    def number(size: int) -> int:
+        return int.from_bytes(take(size), "little")
+
+    is_list, count = number(1), number(4)
+    places, begin = [], 0
+    for _ in range(count):
+        name = take(number(4)).decode()
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"description: no dtype of torch: {name!r}")
+        shape = tuple(number(8) for _ in range(number(4)))
+        if prod(max(size, 1) for size in shape) >= MOST_ELEMENTS:
+            raise ValueError(f"description: no tensor has the shape {shape}")
+        end = begin + prod(shape) * dtype.itemsize
+        places.append(_Place(begin, end, dtype, shape))
+        begin = -(-end // ALIGNMENT) * ALIGNMENT
+    if is_list > 1 or (count != 1 and not is_list) or any(description[at:]):
+        raise ValueError("description: it is none of this version")
+    return bool(is_list), places
+
+
+def payload_bytes(description: bytes) -> int:
+    _, places = _places(description)
+    return places[-1].end if places else 0
+
+
+# --- Outputs in host memory
+
+
+@dataclass(eq=False)
+class Packed:
+    """An encoder output in host memory, as stores have it. payload: uint8 [payload_bytes(description)]."""
+
+    description: bytes
+    payload: torch.Tensor
+
+    def views(self) -> list[torch.Tensor]:
+        """Its tensors, in the payload's memory."""
+        return [
+            self.payload[place.begin : place.end].view(place.dtype).view(place.shape)
+            for place in _places(self.description)[1]
+        ]
+
+    def unpack(self, device: torch.device) -> torch.Tensor | list[torch.Tensor]:
+        """The output on `device`: on the CPU in the payload's memory; on CUDA as of `EncoderCache.load`."""
+        there = self.payload
+        if device.type == "cuda":
+            there = (there if there.is_pinned() else there.pin_memory()).to(device, non_blocking=True)
+        tensors = Packed(self.description, there).views()
+        return tensors if _places(self.description)[0] else tensors[0]
+
+
+def pack(output: Output) -> Packed:
+    """A copy in host memory. On CUDA it is there when torch's current streams of the tensors' devices have passed."""
+    tensors = as_tensors(output)
+    description = describe(output)
+    pinned = any(tensor.is_cuda for tensor in tensors)
+    packed = Packed(description, torch.zeros(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned))
+    for tensor, into in zip(tensors, packed.views(), strict=True):
+        into.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    return packed
+
+
+# --- Records
+
+
+def read_description(store: Store, key: bytes, owner: bytes) -> bytes | None:
+    """None if there is none, or one of another version."""
+    description = bytearray(DESCRIPTION_BYTES)
+    if not store.get_into([key], [description], owner)[0]:
+        return None
+    try:
+        _places(bytes(description))
+    except ValueError:
+        return None
+    return bytes(description)
+
+
+def has_payload(store: Store, key: bytes, description: bytes) -> bool:
+    return store.contains([payload_key(key, description)])[0]
+
+
+def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
+    packed = Packed(description, torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned))
+    buffer = packed.payload.numpy().data
+    if not store.get_into([payload_key(key, description)], [buffer], owner)[0]:
+        return None
+    return packed
+
+
+def read(store: Store, key: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
+    """The output, verified, in memory of its own; None if one of its records is not there or damaged."""
+    description = read_description(store, key, owner)
+    if description is None or not has_payload(store, key, description):  # before memory is allocated for it
+        return None
+    return read_payload(store, key, description, owner, pinned)
+
+
+def write(store: Store, key: bytes, packed: Packed, owner: bytes) -> None:
+    """The payload first, so that who finds the description finds the payload."""
+    keys = [payload_key(key, packed.description), key]
+    store.put(keys[:1], [packed.payload.numpy().data], owner)
+    store.put(keys[1:], [packed.description], owner)
