@@ -14,7 +14,7 @@ def check_version(version: str) -> None:
     if version.startswith(f"{SUPPORTED}.") or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
         return
     raise RuntimeError(
-        f"LMCacheMMConnector supports vLLM {SUPPORTED}, and this is {version}. LMCACHE_MM_ANY_VLLM=1 tries it all the "
+        f"lmcache_mm supports vLLM {SUPPORTED}, and this is {version}. LMCACHE_MM_ANY_VLLM=1 tries it all the "
         "same: its hooks may mean something else by now, and answers be wrong"
     )
 
@@ -22,6 +22,13 @@ def check_version(version: str) -> None:
 check_version(vllm.__version__)
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none  # noqa: E402
+from vllm.distributed.ec_transfer.ec_connector.base import (  # noqa: E402
+    ECConnectorBase,
+    ECConnectorMetadata,
+    ECConnectorRole,
+    ECConnectorWorkerMetadata,
+)
+from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats  # noqa: E402
 from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockStored, KVCacheEvent  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
@@ -45,7 +52,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     group_kernel_blocks,
 )
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
-from vllm.v1.outputs import KVConnectorOutput  # noqa: E402
+from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
 
 __all__ = [
@@ -53,6 +60,13 @@ __all__ = [
     "MEDIUM_STORAGE",
     "BlockStored",
     "CacheHitSource",
+    "ECConnectorBase",
+    "ECConnectorMetadata",
+    "ECConnectorOutput",
+    "ECConnectorPromMetrics",
+    "ECConnectorRole",
+    "ECConnectorStats",
+    "ECConnectorWorkerMetadata",
     "KVCacheBlocks",
     "KVCacheConfig",
     "KVCacheEvent",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,12 +21,28 @@ ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 MOST_IDENTIFIERS = 1 << 17
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+# Fields that only size an item's placeholders, as vLLM 0.32 declares them (embedding_fields of its parsers).
+METADATA_FIELDS = {
+    *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps"),
+    *("audio_num_tokens", "audio_feature_lengths"),
+}
+# Settings of vLLM that decide what an item's encoder puts out.
+ENCODER_SETTINGS = (
+    *("mm_encoder_tp_mode", "mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path"),
+    *("video_pruning_rate", "video_pruning_method", "mm_processor_kwargs", "mm_device_do_normalize"),
+)
 
+epoch: str | None = None  # what `weights` are since vLLM was last told to forget what it had cached, in this process
+_items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # of items' data, by id: modality, digest
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
 
 
 class Unknown(Exception):
     """Something that decides the KV bytes has no digest: what depends on it is not cached."""
+
+
+class Missing(Unknown):
+    """An item comes without what its encoder needs."""
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
@@ -63,7 +80,31 @@ def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> 
         tp=parallel.tensor_parallel_size,
         pp=parallel.pipeline_parallel_size,
         speculative=None if speculative is None else f"{speculative.method} {speculative.model}",
+        encoder=_encoder_settings(model),
     )
+
+
+def encoder_namespace_of(config: Any, weights: str | None) -> Namespace:
+    """The namespace of an engine's encoder outputs, as of `namespace_of`."""
+    model = config.model_config
+    return Namespace(
+        secret=secret(),
+        model=str(model.model),
+        weights=weights or _weights(config),
+        quantisation=None if model.quantization is None else str(model.quantization),
+        hf_overrides=json.dumps(model.hf_overrides, sort_keys=True, default=str) if model.hf_overrides else None,
+        dtype=model.dtype,
+        tp=config.parallel_config.tensor_parallel_size,
+        encoder=_encoder_settings(model),
+    )
+
+
+def _encoder_settings(model: Any) -> str | None:
+    settings = model.multimodal_config
+    if settings is None:
+        return None
+    given = {name: getattr(settings, name, None) for name in ENCODER_SETTINGS}
+    return json.dumps({name: value for name, value in given.items() if value is not None}, sort_keys=True, default=str)
 
 
 def _weights(config: Any) -> str:
@@ -79,8 +120,8 @@ def _weights(config: Any) -> str:
     if commit:
         return str(commit)
     raise ValueError(
-        f"LMCacheMMConnector: the weights of {model.model!r} can be told neither by files nor by a commit; say what "
-        'they are with "weights" in kv_connector_extra_config, another word for other weights'
+        f"lmcache_mm: the weights of {model.model!r} can be told neither by files nor by a commit; say what "
+        'they are with "weights" in the extra config of the connector, another word for other weights'
     )
 
 
@@ -93,6 +134,19 @@ def digest_of_lora(request: Any) -> str | None:
     if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
         raise Unknown(f"the adapter {request.lora_name!r} is in no local directory")
     return digest_of_files(path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".json"))
+
+
+def digest_of_item(feature: Any) -> str:
+    """`digest_of_data` of one of vLLM's multimodal features. Computed once for data that vLLM hands on again and again,
+    to both connectors and, from its cache, with every request about the same picture."""
+    data = feature.data
+    known = _items.get(id(data))
+    if known is not None and known[0]() is data and known[1] == feature.modality:
+        return known[2]
+    digest = digest_of_data(feature.modality, data)
+    number = id(data)
+    _items[number] = (weakref.ref(data, lambda _: _items.pop(number, None)), feature.modality, digest)
+    return digest
 
 
 def digest_of_data(modality: str, data: Any) -> str:
@@ -124,6 +178,11 @@ def digest_of_data(modality: str, data: Any) -> str:
     add("modality", modality.encode())
     if not data:
         raise Unknown("an item comes without data")
+    if all(
+        name in METADATA_FIELDS or getattr(getattr(data[name], "field", None), "keep_on_cpu", False) for name in data
+    ):
+        # With a connector, vLLM takes items of which there is no more than how many embeddings they have.
+        raise Missing("an item comes without what is encoded")
     for name in sorted(data):
         if name == "address":  # vLLM's shared-memory cache: the bytes are elsewhere
             raise Unknown("an item's data lies in another process")

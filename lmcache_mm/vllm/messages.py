@@ -1,4 +1,4 @@
-"""What the connector's side in the scheduler and its sides in the workers tell each other."""
+"""What the connectors' sides in the scheduler and in the workers tell each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lmcache_mm.vllm.api import KVConnectorHandshakeMetadata, KVConnectorMetadata, KVConnectorWorkerMetadata
+from lmcache_mm.encoder_cache import Packed
+from lmcache_mm.vllm.api import (
+    ECConnectorMetadata,
+    ECConnectorWorkerMetadata,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
 
 NULL_BLOCK = 0
 
@@ -80,3 +87,31 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
             self.stored + other.stored,
             self.dropped | other.dropped,
         )
+
+
+class OutputKey(NamedTuple):
+    """Under what an encoder output is stored."""
+
+    key: bytes
+    owner: bytes
+
+
+@dataclass
+class EncoderMetadata(ECConnectorMetadata):
+    """Of one step, by vLLM's identifiers: the outputs that workers take instead of encoding, and what those that they
+    compute are called in the store."""
+
+    loads: dict[str, Packed] = field(default_factory=dict)
+    saves: dict[str, OutputKey] = field(default_factory=dict)
+
+
+@dataclass
+class EncoderWorkerMetadata(ECConnectorWorkerMetadata):
+    """What a worker stored since it last told."""
+
+    stored: int = 0
+    failed: int = 0
+
+    def aggregate(self, other: ECConnectorWorkerMetadata) -> EncoderWorkerMetadata:
+        assert isinstance(other, EncoderWorkerMetadata)
+        return EncoderWorkerMetadata(self.stored + other.stored, self.failed + other.failed)

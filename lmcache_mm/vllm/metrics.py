@@ -1,12 +1,19 @@
-"""What the connector counts: in vLLM's log line and, as vllm:lmcache_mm_*_total, in /metrics."""
+"""What the connectors count: in vLLM's log lines and, as vllm:lmcache_mm_*_total, in /metrics."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from lmcache_mm.vllm.api import KVConnectorPromMetrics, KVConnectorStats
+from lmcache_mm.vllm.api import (
+    ECConnectorPromMetrics,
+    ECConnectorStats,
+    KVConnectorPromMetrics,
+    KVConnectorStats,
+)
+
+S = TypeVar("S", bound="_Counts")
 
 COUNTERS = {
     "queried_tokens": "Tokens of requests that the store was asked for.",
@@ -17,11 +24,20 @@ COUNTERS = {
     "failed_loads": "Requests whose load failed and that were computed instead.",
     "failed_stores": "Stores that failed.",
 }
+ENCODER_COUNTERS = {
+    "encoder_queried_items": "Images, videos and audio whose encoder output the store was asked for.",
+    "encoder_hit_items": "Those that the store had, verified.",
+    "encoder_loaded_items": "Those that were not encoded, for the store had them.",
+    "encoder_stored_items": "Encoder outputs that were handed to the store.",
+    "encoder_failed_lookups": "Requests whose items were encoded because the store failed or took too long.",
+    "encoder_failed_stores": "Encoder outputs that could not be stored.",
+}
 
 
-@dataclass
-class Stats(KVConnectorStats):
+class _Counts:
     """Counts since they were last taken."""
+
+    data: dict[str, Any]
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -31,16 +47,16 @@ class Stats(KVConnectorStats):
             for name, count in counts.items():
                 self.data[name] = self.data.get(name, 0) + count
 
-    def take(self) -> Stats | None:
+    def take(self: S) -> S | None:
         with self._lock:
             taken = dict(self.data)
             self.data.clear()
-        return Stats(data=taken) if any(taken.values()) else None
+        return type(self)(data=taken) if any(taken.values()) else None  # type: ignore[call-arg]
 
     def reset(self) -> None:
         self.data.clear()
 
-    def aggregate(self, other: KVConnectorStats) -> Stats:
+    def aggregate(self: S, other: Any) -> S:
         self.add(**other.data)
         return self
 
@@ -57,16 +73,41 @@ class Stats(KVConnectorStats):
         self.__init__(data=state["data"])  # type: ignore[misc]
 
 
-class PromMetrics(KVConnectorPromMetrics):
+@dataclass
+class Stats(_Counts, KVConnectorStats):
+    pass
+
+
+@dataclass
+class EncoderStats(_Counts, ECConnectorStats):
+    pass
+
+
+class _Counters:
+    """In /metrics. Of vLLM's base class: how it makes counters, and the label values of every engine."""
+
+    names: dict[str, str]
+
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._counters = {}
-        for name, text in COUNTERS.items():
-            counter = self._counter_cls(name=f"vllm:lmcache_mm_{name}", documentation=text, labelnames=self._labelnames)
-            self._counters[name] = {
-                engine: counter.labels(*values) for engine, values in self.per_engine_labelvalues.items()
-            }
+        self._counters: dict[str, dict[int, Any]] = {}
+        for name, text in self.names.items():
+            counter = self._counter_cls(  # type: ignore[attr-defined]
+                name=f"vllm:lmcache_mm_{name}",
+                documentation=text,
+                labelnames=self._labelnames,  # type: ignore[attr-defined]
+            )
+            engines = self.per_engine_labelvalues.items()  # type: ignore[attr-defined]
+            self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, count in transfer_stats_data.items():
             self._counters[name][engine_idx].inc(count)
+
+
+class PromMetrics(_Counters, KVConnectorPromMetrics):
+    names = COUNTERS
+
+
+class EncoderPromMetrics(_Counters, ECConnectorPromMetrics):
+    names = ENCODER_COUNTERS

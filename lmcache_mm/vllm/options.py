@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
@@ -15,6 +15,7 @@ from lmcache_mm.vllm.api import (
 )
 
 NAME = "LMCacheMMConnector"
+ENCODER_NAME = "LMCacheMMEncoderConnector"
 GROUPS_OF_TABLE = 256
 CHOICES = {"load": ("async", "sync", "layers"), "identifiers": ("verify", "trust")}
 KINDS = {
@@ -26,41 +27,52 @@ KINDS = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """kv_connector_extra_config, checked: see LMCacheMMConnector."""
+class EncoderOptions:
+    """ec_connector_extra_config, checked: see LMCacheMMEncoderConnector."""
+
+    connector: ClassVar[str] = ENCODER_NAME
 
     store: str | list[str]
+    weights: str | None = None
+    timeout_s: float = 5.0
+
+    @classmethod
+    def of(cls, extra: dict[str, Any]) -> Self:
+        known = [field.name for field in fields(cls)]
+        name_of_connector = cls.connector
+        for name in extra:
+            if name not in known:
+                raise ValueError(f"{name_of_connector}: unknown option {name!r}; expected some of {', '.join(known)}")
+        if "store" not in extra:
+            raise ValueError(f'{name_of_connector}: "store" is missing, such as "shm:///vllm?capacity=32GiB"')
+        for name, allowed in CHOICES.items():
+            if extra.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{name_of_connector}: {name}: expected {' or '.join(allowed)}, got {extra[name]!r}")
+        for name in ("opaque_tails", "store_generated"):
+            if not isinstance(extra.get(name, False), bool):
+                raise ValueError(f"{name_of_connector}: {name}: expected true or false, got {extra[name]!r}")
+        for name, kinds in (("chunk_tokens", int), ("timeout_s", (int, float))):
+            value = extra.get(name, 1)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
+                raise ValueError(f"{name_of_connector}: {name}: expected a number above 0, got {value!r}")
+        options = cls(**extra)
+        urls = options.store if isinstance(options.store, list) else [options.store]
+        if any(url.startswith(("mem:", "tiered:mem:")) for url in urls):
+            raise ValueError(f"{name_of_connector}: store: mem: is one process's alone, and vLLM has several")
+        return options
+
+
+@dataclass(frozen=True)
+class Options(EncoderOptions):
+    """kv_connector_extra_config, checked: see LMCacheMMConnector."""
+
+    connector: ClassVar[str] = NAME
+
     chunk_tokens: int = 256
     load: str = "async"
     identifiers: str = "verify"
     opaque_tails: bool = False
     store_generated: bool = False
-    weights: str | None = None
-    timeout_s: float = 5.0
-
-    @classmethod
-    def of(cls, extra: dict[str, Any]) -> Options:
-        known = [field.name for field in fields(cls)]
-        for name in extra:
-            if name not in known:
-                raise ValueError(f"{NAME}: unknown option {name!r}; expected some of {', '.join(known)}")
-        if "store" not in extra:
-            raise ValueError(f'{NAME}: "store" is missing, such as "shm:///vllm?capacity=32GiB"')
-        for name, allowed in CHOICES.items():
-            if extra.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"{NAME}: {name}: expected {' or '.join(allowed)}, got {extra[name]!r}")
-        for name in ("opaque_tails", "store_generated"):
-            if not isinstance(extra.get(name, False), bool):
-                raise ValueError(f"{NAME}: {name}: expected true or false, got {extra[name]!r}")
-        for name, kinds in (("chunk_tokens", int), ("timeout_s", (int, float))):
-            value = extra.get(name, 1)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"{NAME}: {name}: expected a number above 0, got {value!r}")
-        options = cls(**extra)
-        urls = options.store if isinstance(options.store, list) else [options.store]
-        if any(url.startswith(("mem:", "tiered:mem:")) for url in urls):
-            raise ValueError(f"{NAME}: store: mem: is one process's alone, and vLLM has several")
-        return options
 
 
 @dataclass

@@ -106,7 +106,7 @@ class Scheduler:
 
     def reset(self) -> None:
         """What was stored before is never matched again by this engine: its weights may be others now."""
-        self._epoch = f"after a reset {uuid.uuid4().hex}"
+        self._epoch = identity.epoch = f"after a reset {uuid.uuid4().hex}"
         self._make_namespace()
         for ours in self._requests.values():
             ours.loads = ours.saves = False
@@ -168,7 +168,7 @@ class Scheduler:
         names = []
         for feature in request.mm_features:
             try:
-                names.append(identity.digest_of_data(feature.modality, feature.data))
+                names.append(identity.digest_of_item(feature))
             except Exception:  # whatever data they are
                 names.append("")
         agreed = [

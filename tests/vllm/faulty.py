@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from vllm.distributed.ec_transfer import get_ec_transfer
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+from lmcache_mm.encoder_cache import DESCRIPTION_BYTES
 from lmcache_mm.transfer import Transfer
 
 gate = threading.Event()  # what hangs goes on when it is set
@@ -102,6 +104,16 @@ class HangsToStore(_Store):
         self.store.put(*arguments)
 
 
+class Emptied(_Store):
+    """Loses everything at once when it has told what it has."""
+
+    def get_into(self, keys: Any, *arguments: Any) -> list[bool]:
+        found = list(self.store.get_into(keys, *arguments))
+        if len(arguments[0][0]) != DESCRIPTION_BYTES:
+            self.store.clear()
+        return found
+
+
 IN_SCHEDULER_TOO = (Lies, FailsToTell, HangsToTell)
 
 
@@ -123,3 +135,20 @@ def misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
         for transfer in worker._transfers:
             transfer.close()
         scheduler._store, worker._store, worker._transfers = before
+
+
+@contextmanager
+def encoder_misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
+    """The encoder connector's store misbehaves, as of `misbehaving`."""
+    sides = [llm.llm_engine.engine_core.engine_core.scheduler.ec_connector._scheduler, get_ec_transfer()._worker]
+    before = [side._store for side in sides]
+    gate.clear()
+    store = kind(before[0])
+    for side in sides:
+        side._store = store
+    try:
+        yield
+    finally:
+        gate.set()
+        for side, one in zip(sides, before, strict=True):
+            side._store = one

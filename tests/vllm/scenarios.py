@@ -55,8 +55,16 @@ def prompt(text: str, *images: Image.Image, **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def engine(store: str | None = None, *, model: str = "vlm", multi: Sequence[str] = (), **options: Any):
-    """store: with the connector on it; None: without any. multi: several, on these stores, inside MultiConnector."""
+def engine(
+    store: str | None = None,
+    *,
+    model: str = "vlm",
+    multi: Sequence[str] = (),
+    encoder: str | None = None,
+    **options: Any,
+):
+    """store: with the connector on it; None: without any. multi: several, on these stores, inside MultiConnector.
+    encoder: with the encoder connector, on this store."""
     settings: dict[str, Any] = {
         "model": str(FOLDER / model),
         "dtype": "float32",
@@ -89,6 +97,13 @@ def engine(store: str | None = None, *, model: str = "vlm", multi: Sequence[str]
         }
     elif store:
         settings["kv_transfer_config"] = ours[0]
+    if encoder:
+        settings["ec_transfer_config"] = {
+            "ec_connector": "LMCacheMMEncoderConnector",
+            "ec_connector_module_path": "lmcache_mm.vllm.encoder_connector",
+            "ec_role": "ec_both",
+            "ec_connector_extra_config": {"store": encoder, **options.pop("encoder_extra", {})},
+        }
     llm = LLM(**{**settings, **options})
     try:
         yield llm
@@ -474,6 +489,139 @@ def adapters() -> dict[str, Any]:
     return seen
 
 
+@contextmanager
+def encoded(llm: LLM):
+    """Gives a list of the numbers of patches of the images and videos that the vision encoder is given meanwhile."""
+    seen: list[int] = []
+
+    def note(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        grids = named.get("grid_thw", arguments[1] if len(arguments) > 1 else None)
+        seen.extend(int(np.prod(grid)) for grid in np.asarray(grids))
+
+    hooks = llm.apply_model(lambda model: model.visual.register_forward_pre_hook(note, with_kwargs=True))
+    yield seen
+    hooks[0].remove()
+
+
+def asking(llm: LLM, *prompts: Any, **options: Any) -> dict[str, Any]:
+    """Their answers, and what was encoded for them."""
+    with encoded(llm) as seen:
+        return {"rows": ask(llm, *prompts, **options), "encoded": list(seen)}
+
+
+def forgetful(llm: LLM) -> None:
+    """vLLM's own cache holds one image from here on, of 36 embeddings, and none that nobody needs beside a new one."""
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager
+    assert manager.num_freeable_slots == manager.cache_size
+    manager.cached.clear()
+    manager.num_embeds_by_hash.clear()
+    manager.freeable.clear()
+    manager.cache_size = manager.num_free_slots = manager.num_freeable_slots = 40
+
+
+ABOUT = [
+    prompt(f"{text} | ?", image(0)) for text in ("what is", "one more time, what is", "and again, in other words,")
+]
+BOTH = prompt("first | and then | ?", image(0), image(1))
+
+
+def encoder() -> dict[str, Any]:
+    """Images and a video seen before, at other places and in other engines, without and with LMCacheMMConnector."""
+    with engine() as llm:
+        questions = [*ABOUT, BOTH, about_video(0), about_video(1)]
+        seen: dict[str, Any] = {"expected": asking(llm, *questions)}
+    with store() as url:
+        with engine(encoder=url) as llm:
+            seen["first"] = asking(llm, ABOUT[0], about_video(0))
+        with (
+            engine(encoder=url, max_num_batched_tokens=64, enable_chunked_prefill=True) as llm,
+            encoded(llm) as patches,
+        ):
+            seen["at once"] = {"rows": ask_at_once(llm, ABOUT), "encoded": list(patches)}
+            patches.clear()
+            seen["one of two known"] = {"rows": ask(llm, BOTH), "encoded": list(patches)}
+            seen["videos"] = asking(llm, about_video(0), about_video(1))
+            seen["counts"] = counts(llm)
+            llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
+            seen["after vLLM forgot"] = asking(llm, BOTH)
+        options = {"extra": {"opaque_tails": True}, "enable_prefix_caching": True}
+        with engine(url, encoder=url, **options) as llm:
+            seen["with KV"] = asking(llm, *ABOUT, BOTH)
+            seen["with KV, again"] = asking(llm, *ABOUT, BOTH)
+            llm.reset_prefix_cache(reset_connector=True)
+            llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
+            seen["after a reset"] = asking(llm, ABOUT[0])
+    return seen
+
+
+def encoder_identity() -> dict[str, Any]:
+    """Identifiers that clients choose, tenants, requests that want no cache, items that are not there."""
+    one, two, three = (prompt("| what is it? ", image(i)) for i in range(3))
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": asking(llm, one, two, three)}
+
+    def named(about: dict[str, Any], *uuids: str) -> dict[str, Any]:
+        return {**about, "multi_modal_uuids": {"image": list(uuids)}}
+
+    with store() as url, engine(encoder=url, mm_processor_cache_gb=0) as llm:
+        # Identifiers of vLLM are counters here, where clients do not choose them.
+        forgetful(llm)
+        seen["counters"] = asking(llm, one, two, one, two)
+        seen["one uuid"] = asking(llm, named(one, "x"), three, named(two, "x"), three, named(one, "x"))
+        seen["honest"] = asking(llm, one, two, three)
+        seen["tenants"] = asking(llm, *({**one, "cache_salt": salt} for salt in ("a", "b", "a", "b")))
+        four = prompt("| what is it? ", image(3))
+        seen["no store"] = asking(llm, four, sampling=wishing({"store": False}))
+        seen["not stored"] = asking(llm, four)
+        seen["no load"] = asking(llm, four, sampling=wishing({"load": False}))
+        seen["stored"] = asking(llm, four)
+        grid = {"image_grid_thw": torch.tensor([[1, 12, 12]])}
+        seen["no image"] = asking(llm, {"prompt": one["prompt"], "multi_modal_data": {"image": grid}})
+        seen["afterwards"] = asking(llm, one)
+    with store() as url, engine(encoder=url, mm_processor_cache_gb=0) as llm:
+        seen["one uuid twice"] = asking(llm, named(prompt("| and | ?", image(0), image(1)), "y", "y"), one, two)
+    return seen
+
+
+ENCODER_FAULTS = (
+    *("Fails", "FailsToTell", "Lies", "Loses", "Hangs", "HangsToTell", "Emptied"),
+    *("FailsToStore", "HangsToStore", "Corrupts"),
+)
+
+
+def encoder_trouble() -> dict[str, Any]:
+    """Stores that fail, lie, lose, corrupt and hang, and one that is emptied when it has been read."""
+    about = {fault: prompt(f"{fault}: | ?", image(i)) for i, fault in enumerate(ENCODER_FAULTS)}
+    other = prompt("| what is it? ", image(100))
+    with engine() as llm:
+        seen: dict[str, Any] = {fault: {"expected": ask(llm, one)} for fault, one in about.items()}
+    with store() as url, engine(encoder=url, encoder_extra={"timeout_s": 1}) as llm:
+        forgetful(llm)
+        for fault, one in about.items():
+            if not fault.endswith("ToStore"):
+                ask(llm, one, other)
+            before, begun = counts(llm), time.monotonic()
+            with faulty.encoder_misbehaving(llm, getattr(faulty, fault)):
+                seen[fault] |= asking(llm, one)
+                ask(llm, other)
+                seen[fault]["seconds"] = time.monotonic() - begun
+                until = time.monotonic() + 1
+                while fault == "HangsToStore" and time.monotonic() < until:
+                    time.sleep(0.1)  # what comes behind a store that hangs is not stored
+                seen[fault]["then"] = asking(llm, {**one, "prompt": one["prompt"] + "again"}, prompt("words"))
+            after = counts(llm)
+            seen[fault]["counts"] = {name: after[name] - before[name] for name in after}
+    return seen
+
+
+def encoder_ranks() -> dict[str, Any]:
+    """Two workers in processes of their own."""
+    with store() as url, engine(encoder=url, tensor_parallel_size=2) as llm:
+        forgetful(llm)
+        other = prompt("| what is it? ", image(1))
+        return {"got": ask(llm, ABOUT[0], other, ABOUT[1], other, ABOUT[2]), "counts": counts(llm)}
+
+
 def make_models() -> dict[str, Any]:
     tiny_qwen2_vl.write_checkpoint(FOLDER / "vlm")
     processor = tiny_qwen2_vl.build_processor(tiny_qwen2_vl.shape("tiny"))
@@ -519,6 +667,10 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         share,
         evicting,
         inside_multi,
+        encoder,
+        encoder_identity,
+        encoder_trouble,
+        encoder_ranks,
     )
 }
 

@@ -1,0 +1,278 @@
+"""The encoder connector's side in the scheduler: which items need no encoder, for their outputs are at hand.
+
+vLLM asks by identifier, which a client may have chosen, and its engine dies when an output that was claimed is not in
+the step. So an item is claimed for the request that vLLM is about to schedule, by the digest of that request's own
+data, and once its output is verified and in this process's memory; from here it goes to the workers inside the step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import weakref
+from concurrent.futures import wait
+from dataclasses import dataclass, field
+
+from lmcache_mm.encoder_cache import Packed, has_payload, output_key, payload_bytes, read_description, read_payload
+from lmcache_mm.lane import Lane, Work
+from lmcache_mm.prompt import Namespace, owner_of
+from lmcache_mm.stores import Store, open_store
+from lmcache_mm.vllm import identity
+from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
+from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
+from lmcache_mm.vllm.metrics import EncoderStats
+from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
+
+AT_ONCE_S = 0.001  # how long a step waits for what is under way; longer, and vLLM asks again in the next
+MOST_HELD_BYTES = 1 << 30  # of outputs in memory, for requests that wait; beyond it items are encoded
+PASSED_THROUGH = "prompt_embeds"  # the modality that has no encoder
+
+logger = logging.getLogger("vllm.lmcache_mm")
+
+
+@dataclass
+class _Request:
+    request: Request
+    loads: bool
+    saves: bool
+    identifying: Work | None  # its keys under way
+    keys: list[OutputKey | None]  # of its items; None: what it is is not known
+    missing: set[int] = field(default_factory=set)  # items that come without what is encoded
+    fetching: dict[int, Work] = field(default_factory=dict)  # outputs under way, by item
+    outputs: dict[int, Packed | None] = field(default_factory=dict)  # those that have come; None: not there
+    asked_at: float = 0.0  # when it began to wait
+
+
+class EncoderScheduler:
+    """See the module."""
+
+    def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
+        self.stats = EncoderStats()
+        self._options = options
+        self._namespace = identity.encoder_namespace_of(config, options.weights)
+        self._epoch = identity.epoch
+        lora = config.lora_config
+        self._lora_changes_encoder = lora is not None and lora.enable_tower_connector_lora
+        self._adapters = identity.Adapters()
+        self._store: Store = open_store(options.store)
+        self._identifying, self._fetches = Lane("lmcache_mm identify items"), Lane("lmcache_mm encoder outputs")
+        self._requests: dict[str, _Request] = {}
+        self._held: weakref.WeakValueDictionary[bytes, Packed] = weakref.WeakValueDictionary()
+        self._in_engine: set[str] = set()  # identifiers whose outputs vLLM has in its own cache
+        self._claims: dict[str, Packed] = {}  # by identifier, for the request that is being scheduled
+        self._claims_of = ""
+        self._planned: dict[str, Packed] = {}  # for the next step
+        self._unavailable: set[str] = set()
+        self._at_once_left_s = AT_ONCE_S
+
+    def close(self) -> None:
+        for lane in (self._identifying, self._fetches):
+            lane.close(self._options.timeout_s)
+        self._store.close()
+
+    # --- Before a request is scheduled
+
+    def ensure(self, request: Request, computed_tokens: int) -> bool:
+        """Whether it is known what can be claimed of the request's items behind `computed_tokens`, or will not be."""
+        self._forget_other_weights()
+        self._claims, self._claims_of = {}, request.request_id
+        needed = [
+            i
+            for i, feature in enumerate(request.mm_features)
+            if feature.mm_position.offset + feature.mm_position.length > computed_tokens
+            and feature.identifier not in self._in_engine
+        ]
+        if not needed or getattr(request, "resumable", False):
+            return True
+        ours = self._requests.get(request.request_id) or self._add(request)
+        ours.asked_at = ours.asked_at or time.monotonic()
+        if ours.identifying is not None:
+            if not self._is_done(ours.identifying):
+                return self._give_up(ours, self._identifying)
+            (ours.keys, ours.missing), ours.identifying = ours.identifying.future.result(), None
+        if not ours.missing.isdisjoint(needed):
+            self._unavailable.add(request.request_id)
+            return False
+        if ours.loads and not all([self._fetch(request, ours, i) for i in needed]):
+            return self._give_up(ours, self._fetches)
+        ours.asked_at = 0.0
+        self._claim(request, ours, needed)
+        return True
+
+    def _forget_other_weights(self) -> None:
+        """What vLLM was told to forget. Only the KV connector is told that; this one looks."""
+        if identity.epoch == self._epoch or identity.epoch is None:
+            return
+        self._epoch = identity.epoch
+        self._namespace = self._namespace.with_weights(self._epoch)
+        for ours in self._requests.values():
+            self._abandon(ours)
+        self._requests, self._planned = {}, {}
+        self._in_engine.clear()
+
+    def _add(self, request: Request) -> _Request:
+        wishes = [(p or {}).get("lmcache_mm") for p in (request.ec_transfer_params, request.kv_transfer_params)]
+        wish = next((w for w in wishes if isinstance(w, dict)), {})
+        namespace = self._namespace
+        identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
+        unknown: list[OutputKey | None] = [None] * len(request.mm_features)
+        ours = _Request(request, bool(wish.get("load", True)), bool(wish.get("store", True)), identifying, unknown)
+        self._requests[request.request_id] = ours
+        return ours
+
+    def _identify(self, request: Request, namespace: Namespace) -> tuple[list[OutputKey | None], set[int]]:
+        """Under what the outputs of a request's items are stored, and which are missing. Runs beside the scheduler."""
+        keys: list[OutputKey | None] = [None] * len(request.mm_features)
+        missing: set[int] = set()
+        try:
+            lora = self._adapters.digest(request.lora_request) if self._lora_changes_encoder else None
+            salt = request.cache_salt or None
+            root, owner = namespace.root(salt, lora), owner_of(salt)
+        except Exception as error:  # of whatever the request names
+            logger.warning("%s: request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
+            return keys, missing
+        for i, feature in enumerate(request.mm_features):
+            if feature.modality == PASSED_THROUGH:
+                continue
+            try:
+                keys[i] = OutputKey(output_key(root, identity.digest_of_item(feature), feature.modality), owner)
+            except identity.Missing:
+                missing.add(i)
+            except Exception as error:  # of the item's data, whatever they are
+                logger.warning("%s: an item of request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
+        return keys, missing
+
+    def _fetch(self, request: Request, ours: _Request, item: int) -> bool:
+        """Whether it is known what the store has of an item."""
+        key = ours.keys[item]
+        if key is None or item in ours.outputs:
+            return True
+        if item not in ours.fetching:
+            self.stats.add(encoder_queried_items=1)
+            ours.fetching[item] = self._fetches.submit(lambda _: self._read(key))
+        if not self._is_done(ours.fetching[item]):
+            return False
+        output: Packed | None = ours.fetching.pop(item).future.result()
+        self.stats.add(encoder_hit_items=output is not None)
+        ours.outputs[item] = output
+        return True
+
+    def _read(self, key: OutputKey) -> Packed | None:
+        """An output, verified, in memory. One for all who wait for it."""
+        output = self._held.get(key.key)
+        if output is not None:
+            return output
+        try:
+            description = read_description(self._store, key.key, key.owner)
+            if description is None or not has_payload(self._store, key.key, description):
+                return None
+            held_bytes = sum(one.payload.nbytes for one in list(self._held.values()))
+            if held_bytes + payload_bytes(description) > MOST_HELD_BYTES:
+                return None
+            output = read_payload(self._store, key.key, description, key.owner)
+        except Exception:
+            logger.exception("%s: a store could not be read", ENCODER_NAME)
+            self.stats.add(encoder_failed_lookups=1)
+            return None
+        if output is not None:
+            self._held[key.key] = output
+        return output
+
+    def _is_done(self, work: Work) -> bool:
+        """Waits for it, all together for a moment in each step."""
+        if not work.future.done() and self._at_once_left_s > 0:
+            begun = time.monotonic()
+            wait([work.future], self._at_once_left_s)
+            self._at_once_left_s -= time.monotonic() - begun
+        return work.future.done()
+
+    def _give_up(self, ours: _Request, lane: Lane) -> bool:
+        """False: ask again. True if the request has waited for too long, or waits for what does not move."""
+        timeout_s = self._options.timeout_s
+        if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
+            return False
+        if ours.identifying is not None:
+            ours.saves = False
+        self._abandon(ours)
+        ours.loads, ours.identifying = False, None
+        self.stats.add(encoder_failed_lookups=1)
+        return True
+
+    def _abandon(self, ours: _Request) -> None:
+        """What is under way need not begin any more."""
+        for work in [*ours.fetching.values(), *([ours.identifying] if ours.identifying else [])]:
+            work.abandon()
+        ours.fetching.clear()
+
+    def _claim(self, request: Request, ours: _Request, needed: list[int]) -> None:
+        """Sets what vLLM will be told. An identifier that stands for two contents in one request stands for none."""
+        keys: dict[str, set[bytes]] = {}
+        for i in needed:
+            output, key = ours.outputs.get(i), ours.keys[i]
+            feature = request.mm_features[i]
+            keys.setdefault(feature.identifier, set()).add(key.key if key else b"")
+            if output is not None and ours.loads and _fits(output, request.get_num_encoder_embeds(i)):
+                self._claims[feature.identifier] = output
+        self._claims = {name: output for name, output in self._claims.items() if len(keys[name]) == 1}
+
+    def claims(self, identifier: str) -> bool:
+        """Of the request that `ensure` was asked about last."""
+        return identifier in self._claims
+
+    # --- When it is scheduled
+
+    def plan(self, request: Request, item: int) -> None:
+        """The item's output is in vLLM's cache after the next step: from here if it was claimed, else encoded."""
+        identifier = request.mm_features[item].identifier
+        output = self._claims.pop(identifier, None) if self._claims_of == request.request_id else None
+        if output is None:
+            return
+        self._planned[identifier] = output
+        self._in_engine.add(identifier)
+        self.stats.add(encoder_loaded_items=1)
+        ours = self._requests[request.request_id]
+        ours.outputs = {i: one for i, one in ours.outputs.items() if one is not output}
+
+    def plan_step(self, step: SchedulerOutput) -> EncoderMetadata:
+        self._at_once_left_s = AT_ONCE_S
+        self._claims = {}
+        for identifier in step.free_encoder_mm_hashes:
+            self._in_engine.discard(identifier)
+            self._planned.pop(identifier, None)
+        metadata = EncoderMetadata()
+        for request_id, items in step.scheduled_encoder_inputs.items():
+            ours = self._requests.get(request_id)
+            if ours is None:
+                continue
+            for item in items:
+                identifier = ours.request.mm_features[item].identifier
+                self._in_engine.add(identifier)
+                key = ours.keys[item] if ours.saves else None
+                if key is not None:
+                    metadata.saves[identifier] = key
+        if step.total_num_scheduled_tokens:  # else workers do not look at it
+            metadata.loads, self._planned = self._planned, {}
+        return metadata
+
+    # --- Afterwards
+
+    def take_output(self, output: ECConnectorOutput) -> None:
+        told = output.ec_connector_worker_meta
+        if isinstance(told, EncoderWorkerMetadata):
+            self.stats.add(encoder_stored_items=told.stored, encoder_failed_stores=told.failed)
+
+    def take_unavailable(self) -> set[str]:
+        """Requests with an item that neither vLLM nor the store has, and that cannot be encoded: see `Missing`."""
+        unavailable, self._unavailable = self._unavailable, set()
+        return unavailable
+
+    def drop(self, request: Request) -> None:
+        ours = self._requests.pop(request.request_id, None)
+        if ours is not None:
+            self._abandon(ours)
+
+
+def _fits(output: Packed, embeds: int) -> bool:
+    """Whether it is what vLLM keeps of an item: a row for each of its embeddings."""
+    tensors = output.views()
+    return len(tensors) == 1 and tensors[0].ndim == 2 and len(tensors[0]) == embeds

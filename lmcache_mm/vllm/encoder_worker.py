@@ -1,0 +1,92 @@
+"""The encoder connector's side in a worker: outputs that came with the step, and outputs that were computed."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+
+from lmcache_mm.encoder_cache import Packed, pack, write
+from lmcache_mm.lane import Lane
+from lmcache_mm.stores import Store, open_store
+from lmcache_mm.vllm.api import VllmConfig
+from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
+from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
+
+MOST_WAITING_BYTES = 256 << 20  # of outputs that wait to be stored; what comes then is not
+
+logger = logging.getLogger("vllm.lmcache_mm")
+
+
+class EncoderWorker:
+    """See the module. The workers of an engine compute the same outputs; the first one stores them."""
+
+    def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
+        self._timeout_s = options.timeout_s
+        parallel = config.parallel_config
+        first = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size) == 0
+        self._store: Store | None = open_store(options.store) if first else None
+        self._puts = Lane("lmcache_mm encoder store")
+        self._lock = threading.Lock()
+        self._waiting_bytes = 0
+        self._news = EncoderWorkerMetadata()
+
+    def close(self) -> None:
+        if self._puts.close(self._timeout_s) and self._store is not None:
+            self._store.close()
+
+    def load(self, encoder_cache: dict[str, torch.Tensor], step: EncoderMetadata, device: torch.device) -> None:
+        """Puts what the step brought into vLLM's cache. Nothing is read from a store, and nothing can be missing. On
+        CUDA: as of `EncoderCache.load`, on the stream of the forward pass."""
+        for identifier, output in step.loads.items():
+            # A copy, for other requests may take the same, and vLLM's cache is vLLM's to change.
+            own = output if device.type == "cuda" else Packed(output.description, output.payload.clone())
+            loaded = own.unpack(device)
+            assert isinstance(loaded, torch.Tensor)
+            encoder_cache[identifier] = loaded
+
+    def save(self, encoder_cache: dict[str, torch.Tensor], identifier: str, step: EncoderMetadata) -> None:
+        """Copies an output that was computed in this step; the store gets it behind the engine's back."""
+        key, store = step.saves.get(identifier), self._store
+        if key is None or store is None:
+            return
+        output = encoder_cache[identifier]
+        with self._lock:
+            fits = self._waiting_bytes + output.nbytes <= MOST_WAITING_BYTES
+        if not fits or self._puts.stalled_s() >= self._timeout_s:
+            self._tell(stored=False)
+            return
+        try:
+            packed = pack(output)
+        except Exception:  # no memory, or no tensor
+            logger.exception("%s: an output could not be copied", ENCODER_NAME)
+            self._tell(stored=False)
+            return
+        copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
+        with self._lock:
+            self._waiting_bytes += packed.payload.nbytes
+        self._puts.submit(lambda _: self._put(store, key, packed, copied))
+
+    def _put(self, store: Store, key: OutputKey, packed: Packed, copied: torch.cuda.Event | None) -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            write(store, key.key, packed, key.owner)
+            self._tell(stored=True)
+        except Exception:
+            logger.exception("%s: an output could not be stored", ENCODER_NAME)
+            self._tell(stored=False)
+        finally:
+            with self._lock:
+                self._waiting_bytes -= packed.payload.nbytes
+
+    def _tell(self, stored: bool) -> None:
+        with self._lock:
+            self._news.stored += stored
+            self._news.failed += not stored
+
+    def take_news(self) -> EncoderWorkerMetadata | None:
+        with self._lock:
+            news, self._news = self._news, EncoderWorkerMetadata()
+        return news if news.stored or news.failed else None
