@@ -84,6 +84,19 @@ def cache(benchmarks: list[dict[str, Any]]) -> str:
     return table([*headings, *(f"{store}:" for store in stores)], [[name, *row] for name, row in cells.items()])
 
 
+def encoder(benchmarks: list[dict[str, Any]]) -> str:
+    rows: dict[str, dict[str, str]] = {}
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "encoder_store" in facts:
+            encoding = facts["peers_s"]["encoder"]
+            row = rows.setdefault(facts["tower"], {"encoder": seconds(encoding)})
+            row[facts["encoder_store"]] = f"{seconds(median)} ({encoding / median:,.0f}×)"
+    cells = [[name, *(row.get(column, "") for column in ("encoder", "mem", "shm"))] for name, row in rows.items()]
+    headings = ["EncoderCache, one image", "encoded again", "loaded from mem:", "from shm:"]
+    return table(headings, cells) if cells else ""
+
+
 def stores(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -225,7 +238,7 @@ def place_of(results: dict[str, Any]) -> str:
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
     heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, remote, vllm, on_cpu, on_gpu)]
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, vllm, on_cpu, on_gpu)]
     return "\n".join(part for part in (heading, *parts) if part)
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Photograph
     from rich.console import Console
 
-    from lmcache_mm.paged_qwen2_vl import Image, Request
+    from lmcache_mm.paged_qwen2_vl import Image, PagedQwen2VL, Request
 
 PAGE_TOKENS = 16
 CHUNK_TOKENS = 256
@@ -58,6 +58,8 @@ alike: they show the wrong answers that keys from content prevent.
 
   KV hits   tokens whose KV was restored from the store. Measured: the request's pages are filled with NaN before, and
             tokens without a NaN in any layer are counted after. The last token is always computed, for its logits.
+  encoder   images whose vision encoder output came from the same store, wherever in a prompt the image was before, and
+            how much less time that took than the encoder. Images that KV covers need neither.
   TTFT      time to first token of a tokenised prompt: hashing the image, looking up, restoring, computing the rest.
   equal     the answer is, token for token, the one computed without any cache, and the restored KV is the prompt's own
             (with raw token ids only the answer counts). On the CPU in float32 the answer without a cache is that of
@@ -70,8 +72,8 @@ Chunks have {CHUNK_TOKENS} tokens, pages {PAGE_TOKENS}."""
 EPILOG = """\
 exit status: 0 all answers equal; 1 an answer with keys from content differs; 2 wrong usage.
 
---json writes {"rows": [{"query", "total_tokens", "kv_hits", "hit_rate" (0 to 1), "ttft_s" (seconds), "equal"}, ...],
-"raw_id_rows": [the same]}.
+--json writes {"rows": [{"query", "total_tokens", "kv_hits", "hit_rate" (0 to 1), "encoder_hits", "encoder_saved_s",
+"ttft_s" (seconds), "equal"}, ...], "raw_id_rows": [the same]}.
 
 examples:
   python -m lmcache_mm demo
@@ -82,12 +84,17 @@ examples:
 
 @dataclass(frozen=True)
 class Row:
-    """What one question showed, named as in the JSON. hit_rate = kv_hits / total_tokens; ttft_s in seconds."""
+    """What one question showed, named as in the JSON. hit_rate = kv_hits / total_tokens; times in seconds.
+
+    encoder_saved_s: what encoding took for the images of encoder_hits, in the answer without cache, less their loading.
+    """
 
     query: str
     total_tokens: int
     kv_hits: int
     hit_rate: float
+    encoder_hits: int
+    encoder_saved_s: float
     ttft_s: float
     equal: bool
 
@@ -218,6 +225,7 @@ class _Demo:
         longest = max(len(request.token_ids) for _, request in self.queries) + self.max_new_tokens
         # One request needs pages at a time; out of four times as many they come well scattered.
         self.loop = PagedQwen2VL(self.model, num_pages=4 * -(-longest // PAGE_TOKENS), page_tokens=PAGE_TOKENS)
+        self.namespace = lmc.Namespace(model=self.model_name, weights=self.weights, dtype=self.loop.dtype)
         self._generated: dict[Request, list[int]] = {}
 
     def _request(self, *parts: str | Photograph) -> Request:
@@ -272,10 +280,13 @@ class _Demo:
         # Room for all records: of each prompt the whole chunks, and those that end with its image and with itself.
         chunks = sum(-(-len(request.token_ids) // CHUNK_TOKENS) + 2 for request in requests)
         chunk_bytes = CHUNK_TOKENS // PAGE_TOKENS * sum(pages[0].nbytes for pages in kv_caches)
+        hidden: int = self.model.config.text_config.hidden_size
+        image_tokens = sum(image.length for request in requests for image in request.images)
+        room = 2 * (chunks * chunk_bytes + image_tokens * hidden * self.loop.dtype.itemsize)
         return lmc.KVCache(
             lmc.KVLayout.from_tensors(kv_caches, page_tokens=PAGE_TOKENS, page_dim=0, token_dim=2),
-            store=store or f"mem://?capacity={2 + 2 * chunks * chunk_bytes // 2**20}MiB",
-            namespace=lmc.Namespace(model=self.model_name, weights=self.weights, dtype=self.loop.dtype),
+            store=store or f"mem://?capacity={2 + room // 2**20}MiB",
+            namespace=self.namespace,
             chunk_tokens=CHUNK_TOKENS,
         )
 
@@ -300,26 +311,32 @@ class _Demo:
 
         loop.synchronize()
         begin = time.perf_counter()
-        tokens = loop.generate(request, block_ids, min(restored, n - 1), self.max_new_tokens)
+        encoder = _Encoder(loop, lmc.EncoderCache(self.namespace, cache.backend) if by_content else None)
+        tokens = loop.generate(request, block_ids, min(restored, n - 1), self.max_new_tokens, encoder.encode)
         answer = [next(tokens)]
         ttft_s += time.perf_counter() - begin
         answer += tokens
         cache.store(prompt, prompt_block_ids).wait()
+        encoder.save_new()
         loop.free(block_ids)
 
-        expected, own_kv = self._answer_without_cache(request, restored)
+        expected, own_kv, encoding_s = self._answer_without_cache(request, restored)
+        saved_s = sum(encoding_s[name] - took_s for name, took_s in encoder.loading_s.items())
         equal = answer == expected
         if by_content:  # raw token ids restore the KV of another image: there only the answer is of interest
             equal = equal and written == restored and self._same_kv(restored_kv, own_kv)
         hits = min(written, n - 1)
-        return Row(query, n, hits, hits / n, ttft_s, equal), answer, expected
+        row = Row(query, n, hits, hits / n, len(encoder.loading_s), saved_s, ttft_s, equal)
+        return row, answer, expected
 
-    def _answer_without_cache(self, request: Request, split: int) -> tuple[list[int], torch.Tensor]:
-        """The answer that no store had a part in, and the prompt's own KV of the tokens [0, split)."""
+    def _answer_without_cache(self, request: Request, split: int) -> tuple[list[int], torch.Tensor, dict[str, float]]:
+        """The answer that no store had a part in, the prompt's own KV of the tokens [0, split), and how many seconds
+        each image took to encode."""
         loop, n = self.loop, len(request.token_ids)
         block_ids = loop.allocate(n + self.max_new_tokens)
         loop.poison(block_ids)
-        next(loop.generate(request, block_ids, 0, 1))
+        encoder = _Encoder(loop, None)
+        next(loop.generate(request, block_ids, 0, 1, encoder.encode))
         own_kv = loop.read_kv(block_ids, split)
         if not self.exact:
             expected = list(loop.generate(request, block_ids, min(split, n - 1), self.max_new_tokens))
@@ -330,7 +347,7 @@ class _Demo:
             output = self.model.generate(**request.inputs, max_new_tokens=self.max_new_tokens, **greedy)
             expected = self._generated[request] = output[0, n:].tolist()
         loop.free(block_ids)
-        return expected, own_kv
+        return expected, own_kv, encoder.encoding_s
 
     def _same_kv(self, restored: torch.Tensor, own: torch.Tensor) -> bool:
         # Swapped pages or slots may leave an answer as it is (attention does not ask for the order of its keys), so
@@ -343,6 +360,35 @@ class _Demo:
         if self.weights.startswith("random"):  # there are no words behind these tokens
             return " ".join(map(str, answer))
         return repr(self.processor.tokenizer.decode(answer, skip_special_tokens=True))
+
+
+class _Encoder:
+    """The loop's vision encoder, behind a cache if there is one, with the seconds that it took by images' names."""
+
+    def __init__(self, loop: PagedQwen2VL, cache: lmc.EncoderCache | None) -> None:
+        self._loop, self._cache = loop, cache
+        self._new: dict[str, torch.Tensor] = {}
+        self.encoding_s: dict[str, float] = {}
+        self.loading_s: dict[str, float] = {}
+
+    def encode(self, image: Image) -> torch.Tensor:
+        name = _identifier(image)
+        self._loop.synchronize()
+        begin = time.perf_counter()
+        features = None if self._cache is None else self._cache.load(name, device=self._loop.device)
+        times = self.encoding_s if features is None else self.loading_s
+        if features is None:
+            features = self._new[name] = self._loop.encode(image)
+        self._loop.synchronize()
+        times[name] = time.perf_counter() - begin
+        assert isinstance(features, torch.Tensor)
+        return features
+
+    def save_new(self) -> None:
+        """When the answer is there."""
+        if self._cache is not None:
+            for name, features in self._new.items():
+                self._cache.save(name, features)
 
 
 def _identifier(image: Image) -> str:
@@ -457,11 +503,18 @@ def _print_table(console: Console, title: str, rows: list[Row]) -> None:
     from rich.table import Table
 
     table = Table("", "query", title=title, title_justify="left")
-    for heading in ("tokens", "KV hits", "hit rate", "TTFT"):
+    for heading in ("tokens", "KV hits", "hit rate", "encoder", "TTFT"):
         table.add_column(heading, justify="right")
     table.add_column("equal")
     for number, row in enumerate(rows, 1):
-        figures = (f"{row.total_tokens}", f"{row.kv_hits}", f"{row.hit_rate:.1%}", f"{row.ttft_s * 1e3:.1f} ms")
+        encoder = f"{row.encoder_hits} hit, {-row.encoder_saved_s * 1e3:+.1f} ms" if row.encoder_hits else ""
+        figures = (
+            f"{row.total_tokens}",
+            f"{row.kv_hits}",
+            f"{row.hit_rate:.1%}",
+            encoder,
+            f"{row.ttft_s * 1e3:.1f} ms",
+        )
         table.add_row(f"{number}", escape(row.query), *figures, "yes" if row.equal else "[bold red]NO[/]")
     console.print(table)
 

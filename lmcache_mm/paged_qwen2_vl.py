@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,11 +144,27 @@ class PagedQwen2VL:
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def generate(self, request: Request, block_ids: list[int], start: int, max_new_tokens: int) -> Iterator[int]:
+    def encode(self, image: Image) -> torch.Tensor:
+        """What the vision encoder makes of an image: [image.length, hidden]."""
+        features: torch.Tensor = self.model.model.get_image_features(
+            image.pixel_values.to(self.device), image.grid.to(self.device)
+        ).pooler_output[0]
+        return features
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        request: Request,
+        block_ids: list[int],
+        start: int,
+        max_new_tokens: int,
+        encode: Callable[[Image], torch.Tensor] | None = None,
+    ) -> Iterator[int]:
         """Yields the greedy answer, token by token, up to and including an end token.
 
         block_ids: pages of the sequence from token 0 on, enough for prompt and answer. start: tokens [0, start) have
-        their KV in these pages already; 0 ≤ start < prompt tokens, since the last one's logits are needed.
+        their KV in these pages already; 0 ≤ start < prompt tokens, since the last one's logits are needed. encode: what
+        is asked for the outputs of the vision encoder, instead of this class's own `encode`.
 
         The prefill makes a stop where the last image ends. So the KV of an image does not depend on how long the
         question after it is (kernels are chosen by size and round differently), and whoever reuses it up to there
@@ -159,7 +175,7 @@ class PagedQwen2VL:
             raise ValueError(f"start: expected 0 to {len(token_ids) - 1}, got {start}")
         block_table = torch.tensor(block_ids, device=self.device)
         cache = Cache(layers=[_PagedLayer(pages, block_table, start) for pages in self.kv_caches])
-        embeddings, positions = self._embed(request, start), self._positions(request)
+        embeddings, positions = self._embed(request, start, encode or self.encode), self._positions(request)
         stops = [image.end - start for image in request.images[-1:] if start < image.end < len(token_ids)]
         for begin, end in zip([0, *stops], [*stops, len(token_ids) - start], strict=True):
             logits = self._forward(embeddings[begin:end], positions[:, start + begin : start + end], cache)
@@ -193,16 +209,13 @@ class PagedQwen2VL:
         )[0]
         return positions[:, 0].to(self.device)
 
-    def _embed(self, request: Request, start: int) -> torch.Tensor:
+    def _embed(self, request: Request, start: int, encode: Callable[[Image], torch.Tensor]) -> torch.Tensor:
         """Embeddings of the tokens [start, n): [n − start, hidden]. Images with KV for all their tokens are skipped."""
         token_ids = torch.tensor(request.token_ids[start:], device=self.device)
         embeddings: torch.Tensor = self.model.get_input_embeddings()(token_ids)
         for image in request.images:
             if image.end > start:
-                features = self.model.model.get_image_features(
-                    image.pixel_values.to(self.device), image.grid.to(self.device)
-                ).pooler_output[0]
                 # The encoder always sees the whole image, even where only the features of its last tokens are needed.
                 first = max(image.offset, start)
-                embeddings[first - start : image.end - start] = features[first - image.offset :]
+                embeddings[first - start : image.end - start] = encode(image)[first - image.offset :]
         return embeddings

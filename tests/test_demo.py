@@ -66,7 +66,9 @@ def test_the_report_has_eight_rows_of_either_kind_with_the_documented_fields(out
     report = outcome[1]
     assert list(report) == ["rows", "raw_id_rows"]
     for row in report["rows"] + report["raw_id_rows"]:
-        assert list(row) == ["query", "total_tokens", "kv_hits", "hit_rate", "ttft_s", "equal"]
+        assert list(row) == [
+            *("query", "total_tokens", "kv_hits", "hit_rate", "encoder_hits", "encoder_saved_s", "ttft_s", "equal")
+        ]
         assert row["hit_rate"] == row["kv_hits"] / row["total_tokens"]
         assert row["ttft_s"] > 0
     assert [row["query"] for row in report["rows"]] == [row["query"] for row in report["raw_id_rows"]]
@@ -93,6 +95,14 @@ def test_another_question_about_the_first_image_hits_everything_up_to_the_end_of
 
 def test_other_text_before_the_first_image_hits_nothing(rows):
     assert rows[TEXT_BEFORE]["kv_hits"] == 0
+
+
+def test_the_first_image_is_not_encoded_again_behind_other_text(rows, raw_id_rows):
+    """What KV covers needs no encoder, and all other rows show an image or a text for the first time."""
+    assert [row["encoder_hits"] for row in rows] == [row == TEXT_BEFORE for row in range(8)]
+    assert rows[TEXT_BEFORE]["equal"]
+    assert all((row["encoder_saved_s"] != 0) == row["encoder_hits"] for row in rows)
+    assert not any(row["encoder_hits"] for row in raw_id_rows)
 
 
 def test_a_text_of_several_chunks_hits_all_but_its_last_token_the_second_time(rows):

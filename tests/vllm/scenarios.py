@@ -603,6 +603,7 @@ def encoder_trouble() -> dict[str, Any]:
             before, begun = counts(llm), time.monotonic()
             with faulty.encoder_misbehaving(llm, getattr(faulty, fault)):
                 seen[fault] |= asking(llm, one)
+                seen[fault]["loaded"] = counts(llm)["encoder_loaded_items"] - before["encoder_loaded_items"]
                 ask(llm, other)
                 seen[fault]["seconds"] = time.monotonic() - begun
                 until = time.monotonic() + 1

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(
 # Each is a process of its own; the longest first. Those that tests need run two at a time.
 SCENARIOS = (
     *("answers", "trouble:async", "trouble:sync", "trouble:layers", "pressure", "identity", "adapters"),
-    *("inside_multi", "sliding_windows"),
+    *("encoder_trouble", "encoder", "encoder_identity", "encoder_ranks", "inside_multi", "sliding_windows"),
 )
 
 
@@ -317,6 +317,131 @@ def test_multi_connector_stores_in_all_and_loads_from_one(inside_multi):
         assert (tokens(inside_multi[name]), cached(inside_multi[name])) == ([one, two], [59, 59])
 
 
+PATCHES, VIDEO_PATCHES = 144, 128  # of the images and videos that are asked about
+
+
+def test_an_image_is_encoded_once_whatever_the_text_around_it(encoder):
+    """By the first engine; the second has it from the store, for three prompts at once and in steps of 64 tokens."""
+    expected = tokens(encoder["expected"]["rows"])
+    assert len({tuple(answer) for answer in expected}) == 6
+    assert encoder["expected"]["encoded"] == [PATCHES] * 2 + [VIDEO_PATCHES] * 2
+    assert encoder["first"]["encoded"] == [PATCHES, VIDEO_PATCHES]
+    assert tokens(encoder["first"]["rows"]) == [expected[0], expected[4]]
+    assert (tokens(encoder["at once"]["rows"]), encoder["at once"]["encoded"]) == (expected[:3], [])
+
+
+def test_of_two_images_the_one_that_is_new_is_encoded(encoder):
+    both = encoder["one of two known"]
+    assert (tokens(both["rows"]), both["encoded"]) == (tokens(encoder["expected"]["rows"])[3:4], [PATCHES])
+
+
+def test_a_video_seen_before_is_not_encoded(encoder):
+    videos = encoder["videos"]
+    assert (tokens(videos["rows"]), videos["encoded"]) == (tokens(encoder["expected"]["rows"])[4:], [VIDEO_PATCHES])
+
+
+def test_what_was_encoded_loaded_and_stored_is_counted(encoder):
+    """Other prompts about what vLLM's own cache has ask for nothing. What was stored last is told with another step."""
+    names = ("queried_items", "hit_items", "loaded_items", "failed_lookups", "failed_stores")
+    assert [encoder["counts"][f"encoder_{name}"] for name in names] == [4, 2, 2, 0, 0]
+    assert encoder["counts"]["encoder_stored_items"] >= 1
+
+
+def test_an_image_that_vllm_has_forgotten_is_computed_or_loaded(encoder):
+    assert tokens(encoder["after vLLM forgot"]["rows"]) == tokens(encoder["expected"]["rows"])[3:4]
+
+
+def test_both_connectors_share_a_store_and_each_has_its_own_hits(encoder):
+    """The store knows both images, but no KV at first: nothing is ever encoded."""
+    expected = tokens(encoder["expected"]["rows"])[:4]
+    first, again = encoder["with KV"], encoder["with KV, again"]
+    assert tokens(first["rows"]) == tokens(again["rows"]) == expected
+    assert first["encoded"] == again["encoded"] == []
+    assert cached(first["rows"]) == [0, 0, 0, 0]
+    assert cached(again["rows"]) == [row["prompt_tokens"] for row in again["rows"]]
+
+
+def test_after_a_reset_of_the_kv_connector_images_are_encoded_again(encoder):
+    after = encoder["after a reset"]
+    assert (tokens(after["rows"]), after["encoded"]) == (tokens(encoder["expected"]["rows"])[:1], [PATCHES])
+
+
+def answers_of(identity: dict[str, Any], images: str) -> list[list[int]]:
+    """By images' numbers."""
+    expected = tokens(identity["expected"]["rows"])
+    return [expected[int(i)] for i in images]
+
+
+def test_images_are_known_by_their_data_where_identifiers_are_counters(encoder_identity):
+    seen = encoder_identity["counters"]
+    assert (tokens(seen["rows"]), seen["encoded"]) == (answers_of(encoder_identity, "0101"), [PATCHES] * 2)
+
+
+def test_an_image_under_anothers_uuid_is_loaded_for_nobody_else(encoder_identity):
+    """Two images in turn under one uuid, each pushed out of vLLM's own cache before the next; only a third is new."""
+    seen = encoder_identity["one uuid"]
+    assert (tokens(seen["rows"]), seen["encoded"]) == (answers_of(encoder_identity, "02120"), [PATCHES])
+    honest = encoder_identity["honest"]
+    assert (tokens(honest["rows"]), honest["encoded"]) == (answers_of(encoder_identity, "012"), [])
+
+
+def test_two_images_under_one_uuid_in_one_prompt_are_stored_as_what_was_encoded(encoder_identity):
+    """vLLM encodes the first one and takes it for both."""
+    seen = encoder_identity["one uuid twice"]
+    assert (tokens(seen["rows"])[1:], seen["encoded"]) == (answers_of(encoder_identity, "01"), [PATCHES] * 2)
+
+
+def test_tenants_share_no_encoder_output_through_the_store(encoder_identity):
+    seen = encoder_identity["tenants"]
+    assert (tokens(seen["rows"]), seen["encoded"]) == (answers_of(encoder_identity, "0000"), [PATCHES] * 2)
+
+
+def test_a_request_that_wants_no_cache_stores_and_loads_no_encoder_output(encoder_identity):
+    answers = {name: encoder_identity[name] for name in ("no store", "not stored", "no load", "stored")}
+    assert [seen["encoded"] for seen in answers.values()] == [[PATCHES], [PATCHES], [PATCHES], []]
+    assert len({tuple(seen["rows"][0]["answer"]) for seen in answers.values()}) == 1
+
+
+def test_a_request_that_describes_an_image_and_brings_none_ends_and_nothing_else_does(encoder_identity):
+    """vLLM takes such requests where there is a connector; encoding what is not there would end the engine."""
+    assert [row["finish"] for row in encoder_identity["no image"]["rows"]] == ["error"]
+    after = encoder_identity["afterwards"]
+    assert (tokens(after["rows"]), after["encoded"]) == (answers_of(encoder_identity, "0"), [])
+
+
+ENCODER_COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stores"} | dict.fromkeys(
+    ("Fails", "FailsToTell", "Hangs", "HangsToTell"), "failed_lookups"
+)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("Fails", "FailsToTell", "Lies", "Loses", "Corrupts", "Hangs", "HangsToTell", "Emptied"),
+        *("FailsToStore", "HangsToStore"),
+    ],
+)
+def test_an_encoder_store_that_misbehaves_costs_an_encoding_and_nothing_else(encoder_trouble, fault):
+    """An image that was stored and then pushed out of vLLM's own cache; what a store loses once it has been read is
+    missed by nobody."""
+    found = encoder_trouble[fault]
+    assert tokens(found["rows"]) == tokens(found["expected"])
+    assert found["encoded"] == ([] if fault == "Emptied" else [PATCHES])
+    assert found["loaded"] == (fault == "Emptied")
+    assert all(row["finish"] == "length" for row in found["then"]["rows"])
+    assert found["seconds"] < 30
+    if fault in ENCODER_COUNTED:
+        assert found["counts"][f"encoder_{ENCODER_COUNTED[fault]}"] >= 1
+
+
+def test_workers_in_processes_of_their_own_load_what_the_scheduler_read(encoder_ranks, encoder, encoder_identity):
+    one, two, three = tokens(encoder["expected"]["rows"])[:3]
+    other = answers_of(encoder_identity, "1")[0]
+    assert tokens(encoder_ranks["got"]) == [one, other, two, other, three]
+    assert encoder_ranks["counts"]["encoder_loaded_items"] == 3
+    assert encoder_ranks["counts"]["encoder_stored_items"] == 2
+
+
 @pytest.fixture
 def shared_store():
     url = f"shm:///vllm-test-{uuid.uuid4().hex}"
@@ -411,21 +536,30 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_sto
         log.close()
 
 
-def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", (HERE.parent.parent / "docs" / "vllm.md").read_text(), re.DOTALL)
+def run_example(number: int, folder: Path, shared_store: str, tmp_path: Path) -> str:
+    """What the documentation's example prints."""
+    code = re.findall(r"```python\n(.*?)```", (HERE.parent.parent / "docs" / "vllm.md").read_text(), re.DOTALL)[number]
     code = code.replace("shm:///vllm", shared_store).replace("tiny-qwen2-vl", str(folder / "vlm"))
     (tmp_path / "example.py").write_text(code)
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "example.py"],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+    )
+    return done.stdout
+
+
+def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path):
     for again in (False, True):
-        done = subprocess.run(
-            [sys.executable, tmp_path / "example.py"],
-            check=True,
-            stdout=subprocess.PIPE,
-            text=True,
-            timeout=300,
-            env=environment,
-        )
-        reused = [int(n) for n in re.findall(r"(\d+) of \d+ tokens reused", done.stdout)]
+        printed = run_example(0, folder, shared_store, tmp_path)
+        reused = [int(n) for n in re.findall(r"(\d+) of \d+ tokens reused", printed)]
         assert len(reused) == 3
         assert min(reused[1:]) >= 1024  # the picture's tokens
         assert (reused[0] >= 1024) == again
+
+
+def test_the_example_of_the_encoder_connector_runs(folder, shared_store, tmp_path):
+    assert "0 pictures not encoded" in run_example(1, folder, shared_store, tmp_path)
