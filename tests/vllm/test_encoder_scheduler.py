@@ -1,0 +1,266 @@
+"""What the encoder connector claims in the scheduler, and what it sends to workers, without an engine."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_mm import Namespace
+from lmcache_mm.encoder_cache import output_key, pack, write
+from lmcache_mm.lane import Lane
+from lmcache_mm.prompt import owner_of
+from lmcache_mm.stores import open_store
+from lmcache_mm.vllm import identity
+
+VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+
+pytestmark = pytest.mark.skipif(
+    (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
+    reason="no vLLM (tests/vllm/requirements*.txt)",
+)
+
+NAMESPACE = Namespace(model="m")
+
+
+class Data(dict[str, Any]):
+    """An item's processed data, as of vLLM: fields with data."""
+
+
+def item(content: int, identifier: str, offset: int = 0, embeds: int = 4, **fields: Any) -> Any:
+    pixels = SimpleNamespace(data=torch.full((8,), content), field=SimpleNamespace(keep_on_cpu=False))
+    data = Data(fields or {"pixel_values": pixels})
+    place = SimpleNamespace(offset=offset, length=embeds)
+    return SimpleNamespace(data=data, modality="image", identifier=identifier, mm_position=place)
+
+
+def request(name: str, *items: Any, salt: str | None = None, lora: Any = None) -> Any:
+    return SimpleNamespace(
+        request_id=name,
+        mm_features=list(items),
+        cache_salt=salt,
+        lora_request=lora,
+        ec_transfer_params=None,
+        kv_transfer_params=None,
+        get_num_encoder_embeds=lambda i: items[i].mm_position.length,
+    )
+
+
+def step(tokens: int = 1, encode: dict[str, list[int]] | None = None, freed: list[str] | None = None) -> Any:
+    return SimpleNamespace(
+        total_num_scheduled_tokens=tokens, scheduled_encoder_inputs=encode or {}, free_encoder_mm_hashes=freed or []
+    )
+
+
+def config(tower_lora: bool = False) -> Any:
+    return SimpleNamespace(lora_config=SimpleNamespace(enable_tower_connector_lora=tower_lora))
+
+
+@pytest.fixture(scope="module")
+def encoder_scheduler() -> Any:
+    """Not at the top, where it would bring vLLM into every run of any test."""
+    return importlib.import_module("lmcache_mm.vllm.encoder_scheduler")
+
+
+@pytest.fixture
+def store():
+    store = open_store("mem://?capacity=1MiB")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def new_scheduler(encoder_scheduler, monkeypatch, store):
+    monkeypatch.setattr(identity, "encoder_namespace_of", lambda *_: NAMESPACE)
+    monkeypatch.setattr(identity, "epoch", None)
+    monkeypatch.setattr(encoder_scheduler, "open_store", lambda _: store)
+    opened = []
+
+    def new(**options: Any) -> Any:
+        settings = encoder_scheduler.EncoderOptions("shm:///unused", timeout_s=2)
+        opened.append(encoder_scheduler.EncoderScheduler(config(**options), settings))
+        return opened[-1]
+
+    yield new
+    for one in opened:
+        for lane in (one._identifying, one._fetches):
+            lane.close()
+
+
+@pytest.fixture
+def scheduler(new_scheduler):
+    return new_scheduler()
+
+
+def keep(store: Any, of: Any, rows: int = 4, **wishes: Any) -> torch.Tensor:
+    """Stores an output of an item's content."""
+    output = torch.full((rows, 3), float(of.data["pixel_values"].data[0]))
+    digest = identity.digest_of_data("image", of.data)
+    salt = wishes.get("salt")
+    write(store, output_key(NAMESPACE.root(salt, wishes.get("lora")), digest, "image"), pack(output), owner_of(salt))
+    return output
+
+
+def ensure(scheduler: Any, one: Any, computed: int = 0) -> None:
+    until = time.monotonic() + 10
+    while not scheduler.ensure(one, computed):
+        scheduler._at_once_left_s = 0.001
+        assert time.monotonic() < until
+
+
+def test_what_the_store_has_is_claimed_for_its_request_and_sent_with_the_step(scheduler, store):
+    known, new = item(1, "a"), item(2, "b", offset=10)
+    output = keep(store, known)
+    one = request("1", known, new)
+    ensure(scheduler, one)
+    assert [scheduler.claims(name) for name in ("a", "b")] == [True, False]
+    scheduler.plan(one, 0)
+    scheduler.plan(one, 1)
+    metadata = scheduler.plan_step(step(encode={"1": [1]}))
+    assert list(metadata.loads) == ["a"]
+    assert torch.equal(metadata.loads["a"].unpack(torch.device("cpu")), output)
+    assert list(metadata.saves) == ["b"]
+    assert metadata.saves["b"].key == output_key(NAMESPACE.root(), identity.digest_of_item(new), "image")
+    assert not scheduler.claims("a")
+    assert not scheduler.plan_step(step()).loads
+
+
+def test_a_claim_is_one_requests_and_another_may_have_other_data_under_that_identifier(scheduler, store):
+    keep(store, item(1, "a"))
+    ensure(scheduler, request("1", item(1, "a")))
+    assert scheduler.claims("a")
+    ensure(scheduler, request("2", item(2, "a")))
+    assert not scheduler.claims("a")
+
+
+def test_an_identifier_of_two_contents_in_one_request_is_not_claimed_and_saved_as_what_is_encoded(scheduler, store):
+    one = request("1", item(1, "a"), item(2, "a", offset=10))
+    keep(store, one.mm_features[1])
+    ensure(scheduler, one)
+    assert not scheduler.claims("a")
+    saved = scheduler.plan_step(step(encode={"1": [0]})).saves["a"]
+    assert saved.key == output_key(NAMESPACE.root(), identity.digest_of_item(one.mm_features[0]), "image")
+
+
+def test_an_output_of_another_form_is_not_claimed(scheduler, store):
+    keep(store, item(1, "a"), rows=5)
+    ensure(scheduler, request("1", item(1, "a")))
+    assert not scheduler.claims("a")
+
+
+def test_other_tenants_claim_nothing(scheduler, store):
+    keep(store, item(1, "a"), salt="s")
+    for salt, claimed in (("t", False), (None, False), ("s", True)):
+        ensure(scheduler, request(str(salt), item(1, "a"), salt=salt))
+        assert scheduler.claims("a") == claimed
+
+
+def test_adapters_count_where_they_change_the_encoder_and_only_there(new_scheduler, store, monkeypatch):
+    monkeypatch.setattr(identity.Adapters, "digest", lambda _, adapter: adapter)
+    keep(store, item(1, "a"), lora="l")
+    keep(store, item(2, "b"))
+    for tower, lora, claimed in ((True, "l", "a"), (True, "k", ""), (True, None, "b"), (False, "l", "b")):
+        scheduler = new_scheduler(tower_lora=tower)
+        ensure(scheduler, request("1", item(1, "a"), item(2, "b", offset=10), lora=lora))
+        assert [name for name in "ab" if scheduler.claims(name)] == list(claimed)
+
+
+def test_items_that_are_computed_or_in_vllms_own_cache_are_not_asked_for(scheduler, store):
+    keep(store, item(1, "a"))
+    assert scheduler.ensure(request("1", item(1, "a")), 4)
+    one = request("2", item(1, "a"))
+    ensure(scheduler, one)
+    scheduler.plan(one, 0)
+    scheduler.plan_step(step())
+    assert scheduler.ensure(request("3", item(1, "a")), 0)
+    assert not scheduler.claims("a")
+    assert scheduler.stats.data["encoder_queried_items"] == 1
+    scheduler.plan_step(step(freed=["a"]))
+    ensure(scheduler, request("4", item(1, "a")))
+    assert scheduler.claims("a")
+
+
+def test_a_load_waits_for_a_step_that_workers_look_at_or_until_vllm_forgets_the_item(scheduler, store):
+    """A request may be preempted in the step that was to load for it."""
+    for i, name in ((1, "a"), (2, "b")):
+        keep(store, item(i, name))
+        one = request(name, item(i, name))
+        ensure(scheduler, one)
+        scheduler.plan(one, 0)
+    assert not scheduler.plan_step(step(tokens=0)).loads
+    assert list(scheduler.plan_step(step(freed=["b"])).loads) == ["a"]
+
+
+def test_an_output_that_is_claimed_stays_whatever_becomes_of_the_record(scheduler, store):
+    output = keep(store, item(1, "a"))
+    one = request("1", item(1, "a"))
+    ensure(scheduler, one)
+    store.close()
+    scheduler.plan(one, 0)
+    assert torch.equal(scheduler.plan_step(step()).loads["a"].unpack(torch.device("cpu")), output)
+
+
+def test_a_request_without_what_is_to_be_encoded_is_reported_and_never_scheduled(scheduler):
+    on_cpu = SimpleNamespace(data=torch.tensor([1, 2, 2]), field=SimpleNamespace(keep_on_cpu=True))
+    sizes = SimpleNamespace(data=torch.tensor([28, 28]), field=SimpleNamespace(keep_on_cpu=False))
+    for name, fields in (("1", {"grid": on_cpu}), ("2", {"image_sizes": sizes})):
+        one = request(name, item(1, "a", **fields))
+        until = time.monotonic() + 10
+        while not (unavailable := scheduler.take_unavailable()):
+            assert not scheduler.ensure(one, 0)
+            assert time.monotonic() < until
+        assert unavailable == {name}
+
+
+def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store, monkeypatch):
+    keep(store, item(1, "a"))
+    one = request("1", item(1, "a"))
+    ensure(scheduler, one)
+    monkeypatch.setattr(identity, "epoch", "after a reset")
+    ensure(scheduler, one)
+    assert not scheduler.claims("a")
+
+
+def test_outputs_that_wait_are_bounded_and_shared(encoder_scheduler, scheduler, store, monkeypatch):
+    keep(store, item(1, "a"))
+    keep(store, item(2, "b"))
+    monkeypatch.setattr(encoder_scheduler, "MOST_HELD_BYTES", 60)  # of 48 each
+    for name in ("1", "2"):
+        ensure(scheduler, request(name, item(1, "a")))
+        assert scheduler.claims("a")
+    ensure(scheduler, request("3", item(2, "b")))
+    assert not scheduler.claims("b")
+
+
+def test_an_items_digest_is_computed_once_as_long_as_vllm_hands_on_the_same_data(monkeypatch):
+    one = item(1, "a")
+    digest = identity.digest_of_item(one)
+    assert digest == identity.digest_of_data("image", one.data)
+    monkeypatch.setattr(identity, "digest_of_data", lambda *_: "another")
+    assert identity.digest_of_item(one) == digest
+    assert identity.digest_of_item(item(1, "a")) == "another"
+    one.modality = "video"
+    assert identity.digest_of_item(one) == "another"
+
+
+def test_a_lane_that_hangs_is_waited_for_once(scheduler, store):
+    keep(store, item(1, "a"))
+    lane = Lane("test")
+    scheduler._fetches, before = lane, scheduler._fetches
+    try:
+        lane.submit(lambda _: time.sleep(5))
+        begun = time.monotonic()
+        for name in ("1", "2"):
+            ensure(scheduler, request(name, item(1, "a")))
+            assert not scheduler.claims("a")
+        assert 2 <= time.monotonic() - begun < 4.5
+        assert scheduler.stats.data["encoder_failed_lookups"] == 2
+    finally:
+        lane.close()
+        scheduler._fetches = before
