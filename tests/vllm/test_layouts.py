@@ -192,7 +192,7 @@ def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monk
     ("extra", "text"),
     [
         ({}, '"store" is missing, such as "shm:///vllm'),
-        ({"store": "shm:///x", "chunk": 3}, "unknown option 'chunk'; expected some of store, chunk_tokens, load"),
+        ({"store": "shm:///x", "chunk": 3}, "unknown option 'chunk'; expected some of store, weights"),
         ({"store": "mem://?capacity=1MiB"}, "mem: is one process's alone"),
         ({"store": ["mem://?capacity=1MiB"]}, "mem: is one process's alone"),
         ({"store": "shm:///x", "load": "lazy"}, "load: expected async or sync or layers, got 'lazy'"),
