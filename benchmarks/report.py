@@ -238,7 +238,9 @@ def place_of(results: dict[str, Any]) -> str:
 def report(path: Path) -> str:
     results = json.loads(path.read_text())
     heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, vllm, on_cpu, on_gpu)]
+    parts = [
+        part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, vllm, on_cpu, on_gpu)
+    ]
     return "\n".join(part for part in (heading, *parts) if part)
 
 
