@@ -39,8 +39,8 @@ struct BulkBarrier {
 #endif
   }
 
-  // Returns when phase number `phase`, counted from 0, is complete, and its copy visible. At most the one before it may
-  // be incomplete too.
+  // Returns when phase number `phase`, counted from 0, is complete, and its copy visible. All phases before it are
+  // complete, and the one after it is not.
   __device__ void wait(u32 phase) {
 #ifdef __CUDA_ARCH__
     u32 complete = 0;

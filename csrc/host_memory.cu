@@ -11,7 +11,8 @@ void register_host(int device, void* address, u64 bytes, u64 piece_bytes) {
   u64 done = 0;
   try {
     for (; done < bytes; done += piece_bytes)
-      LMC_CUDA_CHECK(op, cudaHostRegister(first + done, std::min(piece_bytes, bytes - done), cudaHostRegisterPortable));
+      LMC_CUDA_CHECK(op, cudaHostRegister(first + done, std::min(piece_bytes, bytes - done),
+                                          cudaHostRegisterPortable | cudaHostRegisterMapped));
   } catch (...) {
     for (u64 i = 0; i < done; i += piece_bytes) cudaHostUnregister(first + i);
     throw;

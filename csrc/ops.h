@@ -163,10 +163,10 @@ class Staging {
   // behind all that `behind` (a cudaStream_t of the device) holds now. Chunks of whole pages whose fragments,
   // contiguous in cache and payload, are at least fragment_bytes long on average (0: none) are copied without the ring,
   // in one call a step. kernel_blocks > 0: loads are done by so many blocks of a kernel that reads the host's memory.
-  // Throws std::invalid_argument for a chunk that does not fit into a buffer; after an exception nothing is under way.
-  std::unique_ptr<Job> store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* behind,
-                             u64 fragment_bytes);
-  std::unique_ptr<Job> load(const PagedCache& cache, const std::vector<Chunk>& chunks, bool checksums, void* behind,
+  // Payloads in memory that is not pinned go through the ring all the same, slowly. Throws std::invalid_argument for a
+  // chunk that does not fit into a buffer; after an exception nothing is under way.
+  std::unique_ptr<Job> store(const PagedCache& cache, std::vector<Chunk> chunks, void* behind, u64 fragment_bytes);
+  std::unique_ptr<Job> load(const PagedCache& cache, std::vector<Chunk> chunks, bool checksums, void* behind,
                             u64 fragment_bytes, u32 kernel_blocks);
 
  private:

@@ -308,11 +308,12 @@ u32 multiprocessors(const char* op, int device) {
   return static_cast<u32>(count);
 }
 
-// Whether a scatter from host memory can be done by the bulk copy engine.
+// Whether a scatter from host memory can be done by the bulk copy engine: the code for this device, which may be older
+// than the device, has it.
 bool has_bulk_copies(const Call& call) {
-  int major = 0;
-  LMC_CUDA_CHECK(call.op, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, call.where.device));
-  return major >= 9;
+  cudaFuncAttributes code{};
+  LMC_CUDA_CHECK(call.op, cudaFuncGetAttributes(&code, scatter_bulk_kernel));
+  return code.ptxVersion >= 90;
 }
 
 // Uploads the tables and runs the kernel. checksums: device memory, one a chunk, or null.

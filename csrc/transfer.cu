@@ -75,7 +75,8 @@ std::vector<Fragment> long_fragments(const PagedCache& cache, const Chunk& chunk
       if (chunk.id(i) >= cache.num_pages) return {};
       for (u64 in_page = 0; in_page < cache.page_bytes; in_page += cache.run_bytes) {
         u8* run = plane + chunk.id(i) * cache.page_stride + in_page / cache.run_bytes * cache.run_stride;
-        if (!fragments.empty() && fragments.back().cache + fragments.back().bytes == run) {
+        const bool begins_plane = i == 0 && in_page == 0;  // whose memory may be another allocation
+        if (!fragments.empty() && !begins_plane && fragments.back().cache + fragments.back().bytes == run) {
           fragments.back().bytes += cache.run_bytes;
         } else {
           if (fragments.size() == bytes / least_bytes) return {};
@@ -113,10 +114,27 @@ std::vector<Step> steps_of(const char* op, const PagedCache& cache, const std::v
   return steps;
 }
 
-u8* device_address(const char* op, u8* host) {
-  void* address = nullptr;
-  LMC_CUDA_CHECK(op, cudaHostGetDevicePointer(&address, host, 0));
-  return static_cast<u8*>(address);
+// How each chunk travels. Where that is not through the ring, its payload becomes what devices call it; memory that is
+// not pinned has no such address, and goes through the ring.
+std::vector<Path> choose_paths(const PagedCache& cache, std::vector<Chunk>& chunks, u64 fragment_bytes,
+                               u32 kernel_blocks) {
+  std::vector<Path> paths;
+  for (Chunk& chunk : chunks) {
+    Path path = Path::kStaged;
+    if (kernel_blocks)
+      path = Path::kKernel;
+    else if (!long_fragments(cache, chunk, fragment_bytes).empty())
+      path = Path::kFragments;
+    void* address = nullptr;
+    if (path != Path::kStaged && cudaHostGetDevicePointer(&address, chunk.payload, 0) == cudaSuccess) {
+      chunk.payload = static_cast<u8*>(address);
+    } else if (path != Path::kStaged) {
+      cudaGetLastError();
+      path = Path::kStaged;
+    }
+    paths.push_back(path);
+  }
+  return paths;
 }
 
 }  // namespace
@@ -230,22 +248,19 @@ struct Staging::State {
   }
 
   // The step's chunks as a kernel takes them.
-  std::vector<Chunk> for_kernel(const char* op, const Step& step, u8* buffer) const {
+  std::vector<Chunk> for_kernel(const Step& step, u8* buffer) const {
     std::vector<Chunk> chunks = step.chunks;
     for (std::size_t i = 0; i < chunks.size(); ++i) {
-      u8*& payload = chunks[i].payload;
-      payload = step.path == Path::kStaged   ? buffer + step.payloads_at[i]
-                : step.path == Path::kKernel ? device_address(op, payload)
-                                             : nullptr;
+      if (step.path == Path::kStaged) chunks[i].payload = buffer + step.payloads_at[i];
+      if (step.path == Path::kFragments) chunks[i].payload = nullptr;
     }
     return chunks;
   }
 
-  // All fragments of a step, by the payloads' device addresses, which the copies of a batch need.
-  std::vector<Fragment> fragments(const char* op, const PagedCache& cache, const Step& step) const {
+  // All fragments of a step.
+  std::vector<Fragment> fragments(const PagedCache& cache, const Step& step) const {
     std::vector<Fragment> all;
-    for (Chunk chunk : step.chunks) {
-      chunk.payload = device_address(op, chunk.payload);
+    for (const Chunk& chunk : step.chunks) {
       const std::vector<Fragment> of_chunk = long_fragments(cache, chunk, 1);
       all.insert(all.end(), of_chunk.begin(), of_chunk.end());
     }
@@ -304,15 +319,13 @@ u64 Staging::least_buffer_bytes(const PagedCache& cache, u64 pages) {
   return place(cache, Path::kStaged, 0, {Chunk{nullptr, pages, pages * cache.page_tokens, nullptr, true}}).bytes;
 }
 
-std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std::vector<Chunk>& chunks, void* stream,
+std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vector<Chunk> chunks, void* stream,
                                              u64 fragment_bytes) {
   const char* op = "store";
   State& s = *state_;
-  std::vector<Path> paths;
-  for (const Chunk& chunk : chunks)
-    paths.push_back(long_fragments(cache, chunk, fragment_bytes).empty() ? Path::kStaged : Path::kFragments);
-  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   const DeviceGuard guard(op, s.device);
+  const std::vector<Path> paths = choose_paths(cache, chunks, fragment_bytes, 0);
+  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   std::unique_ptr<Job> job = s.new_job(op, chunks.size());
   s.all_or_nothing(*job, [&](Job::State& j) {
     s.begin(op, stream);
@@ -322,11 +335,11 @@ std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std:
       u8* buffer = s.ring + b * s.buffer_bytes;
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
       auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      gather(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
+      gather(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
       if (step.path == Path::kFragments) {
         LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-        copy_fragments(op, s.fragments(op, cache, step), true, s.copies);
+        copy_fragments(op, s.fragments(cache, step), true, s.copies);
         reads_last = s.copies;  // which waits for kernels
       }
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.filled[b]));
@@ -344,17 +357,13 @@ std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, const std:
   return job;
 }
 
-std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::vector<Chunk>& chunks, bool checksums,
+std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector<Chunk> chunks, bool checksums,
                                             void* stream, u64 fragment_bytes, u32 kernel_blocks) {
   const char* op = "load";
   State& s = *state_;
-  std::vector<Path> paths;
-  for (const Chunk& chunk : chunks)
-    paths.push_back(kernel_blocks                                          ? Path::kKernel
-                    : long_fragments(cache, chunk, fragment_bytes).empty() ? Path::kStaged
-                                                                           : Path::kFragments);
-  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   const DeviceGuard guard(op, s.device);
+  const std::vector<Path> paths = choose_paths(cache, chunks, fragment_bytes, kernel_blocks);
+  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
   std::unique_ptr<Job> job = s.new_job(op, checksums ? chunks.size() : 0);
   s.all_or_nothing(*job, [&](Job::State& j) {
     s.begin(op, stream);
@@ -374,15 +383,15 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, const std::
                                   cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
         if (step.path == Path::kFragments) {
           LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-          copy_fragments(op, s.fragments(op, cache, step), false, s.copies);
+          copy_fragments(op, s.fragments(cache, step), false, s.copies);
         }
         LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
         LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
       }
       if (step.path != Path::kFragments)
-        scatter(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, where);
+        scatter(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, where);
       else if (checksums)
-        gather(cache, Mode::kPage, s.for_kernel(op, step, buffer), true, sums, where);
+        gather(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, where);
       if (checksums)
         LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
                                            cudaMemcpyDeviceToHost, s.kernels));

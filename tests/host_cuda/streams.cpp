@@ -673,3 +673,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   runtime().shared_bytes_optin[kernel] = bytes;
   return cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  ENTER;
+  attributes->ptxVersion = options().compute_capability;
+  return cudaSuccess;
+}

@@ -79,9 +79,22 @@ struct Pages {
   }
 };
 
+// Pinned, or, as of a store that could not be pinned, not.
+struct HostMemory {
+  PinnedMemory pinned;
+  std::unique_ptr<u8[]> pageable;
+
+  u8* get() const { return pinned ? pinned.get() : pageable.get(); }
+};
+
+HostMemory host_memory(Random& random, u64 bytes) {
+  if (random() % 8 == 0) return {nullptr, std::make_unique<u8[]>(bytes)};
+  return {pinned_memory(bytes), nullptr};
+}
+
 struct Record {
   std::vector<i64> ids;
-  PinnedMemory payload;
+  HostMemory payload;
   u64 bytes;
   std::vector<u8> want;
   u64 offset = 0;  // in a longer payload
@@ -191,9 +204,9 @@ void run(u64 seed) {
     caller.write(pages, content);
     Store store;
     for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), nullptr, 0, {}};
+      Record record{std::move(ids), {}, 0, {}};
       record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = pinned_memory(record.bytes);
+      record.payload = host_memory(random, record.bytes);
       record.want.assign(record.bytes, 0);
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
         if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.run_bytes);
@@ -220,9 +233,9 @@ void run(u64 seed) {
     std::vector<Record> records;
     std::vector<u64> sums;
     for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), nullptr, 0, {}};
+      Record record{std::move(ids), {}, 0, {}};
       record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = pinned_memory(record.bytes);
+      record.payload = host_memory(random, record.bytes);
       record.want = random_bytes(random, record.bytes);
       std::memcpy(record.payload.get(), record.want.data(), record.bytes);
       record.offset = random() % 4 * 16;
@@ -264,7 +277,7 @@ void run(u64 seed) {
   for (Record& record : outliving) {
     record.ids = {1, 2};
     record.bytes = pages.payload_bytes(2);
-    record.payload = pinned_memory(record.bytes);
+    record.payload = host_memory(random, record.bytes);
     std::memset(record.payload.get(), 0, record.bytes);
   }
   std::vector<Chunk> both = chunks_of(outliving);
@@ -287,9 +300,9 @@ void fail_every_call(u64 seed) {
     caller.write(pages, content);
     std::vector<Record> records;
     for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), nullptr, 0, {}};
+      Record record{std::move(ids), {}, 0, {}};
       record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = pinned_memory(record.bytes);
+      record.payload = host_memory(random, record.bytes);
       records.push_back(std::move(record));
     }
     host_cuda::calls().until_failure = call;
