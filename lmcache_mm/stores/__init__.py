@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlsplit
 
+from lmcache_mm.secret import Seal
+from lmcache_mm.stores.channel import Tls, host_and_port
 from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.peer import PeerStore
 from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
 from lmcache_mm.stores.slab_files import shm_directory
 from lmcache_mm.stores.tiered import TieredSlotStore, TieredStore
@@ -33,6 +36,11 @@ class Store(Protocol):
     @property
     def local(self) -> bool:
         """Whether `contains` and `hold` look at memory of this host only, and so never wait."""
+        ...
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it ignores puts and deletions, and counts puts as dropped."""
         ...
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
@@ -123,10 +131,12 @@ def open_store(url: str | Sequence[str]) -> Store:
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
     file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
                                      (DIR is made, its parent is not)
+    peer://HOST:PORT?tls=/DIR        another host's shm: store, to be read; its server is `python -m lmcache_mm serve`
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
     shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
-    gone. Their capacity may be left out where there is a store already.
+    gone. Their capacity may be left out where there is a store already. peer: takes connections=4, how many carry one
+    call at once, and timeout=2, the most seconds that a call takes; tls may be left out on loopback addresses only.
 
     Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
     opened (see `SlabStore.open`).
@@ -186,8 +196,33 @@ def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
     return FileStore, Path(path)
 
 
+def _open_peer(url: str) -> Store:
+    place, options = _split(url, PEER_OPTIONS)
+    try:
+        host, port = host_and_port(place)
+    except ValueError as error:
+        raise ValueError(f"store: {error} in {url!r}") from None
+    connections, timeout = options.get("connections", "4"), options.get("timeout", "2")
+    if not connections.isascii() or not connections.isdigit() or not 1 <= int(connections) <= 64:
+        raise ValueError(f"store: connections: expected 1 to 64, got {connections!r}")
+    try:
+        timeout_s = float(timeout)
+    except ValueError:
+        timeout_s = 0.0
+    if not 0 < timeout_s < 3600:
+        raise ValueError(f"store: timeout: expected seconds, got {timeout!r}")
+    tls = Tls(Path(options["tls"])) if "tls" in options else None
+    return PeerStore(host, port, Seal.of_deployment(f"peer://{place}"), tls, int(connections), timeout_s)
+
+
 SLAB_OPTIONS = ("capacity", "quota", "ttl")
-_OPENERS: dict[str, Callable[[str], Store]] = {"mem": _open_mem, "shm": _open_slab, "file": _open_slab}
+PEER_OPTIONS = ("tls", "connections", "timeout")
+_OPENERS: dict[str, Callable[[str], Store]] = {
+    "mem": _open_mem,
+    "shm": _open_slab,
+    "file": _open_slab,
+    "peer": _open_peer,
+}
 
 
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:

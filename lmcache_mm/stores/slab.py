@@ -129,6 +129,7 @@ class SlabStore:
 
     scheme: ClassVar[str]
     local = True
+    read_only = False
 
     @classmethod
     def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
