@@ -45,7 +45,7 @@ class Server:
     ValueError for an address outside this host without certificates, OSError where it cannot be bound."""
 
     def __init__(
-        self, store: ShmStore, address: tuple[str, int], seal: Seal, tls: Tls | None, connections: int
+        self, store: ShmStore, address: tuple[str, int], seal: Seal, tls: Tls | None, connections: int = 64
     ) -> None:
         self._store, self._seal, self._tls, self._most = store, seal, tls, connections
         family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]

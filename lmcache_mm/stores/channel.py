@@ -121,12 +121,6 @@ class Channel:
         """A payload of the view's length."""
         _receive_into(self._sock, view, self.deadline)
 
-    def await_frame(self) -> None:
-        """Returns when there is something to read, by the deadline."""
-        pending = isinstance(self._sock, ssl.SSLSocket) and self._sock.pending()
-        if not pending and not select.select([self._sock], [], [], _left(self.deadline))[0]:
-            raise TimeoutError("nothing came")
-
     @property
     def ended(self) -> bool:
         """Whether an idle connection has been closed by the other side, or has something to read that nobody asked
@@ -229,10 +223,14 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def check_loopback(address: str, tls: Tls | None) -> None:
-    """ValueError for an address outside this host without certificates."""
-    if tls is None and not ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+    """ValueError for an address outside this host, or a name, without certificates."""
+    try:
+        loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    except ValueError:
+        loopback = False
+    if tls is None and not loopback:
         raise ValueError(
-            f"{address} is not on this host: that takes certificates on both sides, see `python -m lmcache_mm "
+            f"{address} is no loopback address: that takes certificates on both sides, see `python -m lmcache_mm "
             "certificates --help`"
         )
 

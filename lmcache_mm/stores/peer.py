@@ -61,7 +61,10 @@ class PeerStore:
         """`connections`: how many carry one call's payloads at once. Raises ValueError for a host that is not this one
         without certificates."""
         if tls is None and host != "localhost":
-            _check_literal(host)
+            try:
+                check_loopback(host, None)
+            except ValueError as error:
+                raise ValueError(f"store: {error}") from None
         self._host, self._port, self._seal, self._tls = host, port, seal, tls
         self._connections, self._timeout_s = connections, timeout_s
         self._pid = os.getpid()
@@ -289,13 +292,6 @@ class PeerStore:
             idle, self._idle = self._idle, []
         for channel in idle:
             channel.close()
-
-
-def _check_literal(host: str) -> None:
-    try:
-        check_loopback(host, None)
-    except ValueError as error:
-        raise ValueError(f"store: {error}; or else expected a loopback address such as 127.0.0.1") from None
 
 
 def _shares(sizes: Sequence[int], connections: int) -> list[range]:
