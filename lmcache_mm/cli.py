@@ -9,10 +9,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from lmcache_mm import demo, doctor
+from lmcache_mm.nixl_agent import SlabAgent, interface_of
 from lmcache_mm.secret import Seal
 from lmcache_mm.serve import Server
 from lmcache_mm.stores import open_store, slab, slab_directory
@@ -52,17 +53,27 @@ def serve(args: argparse.Namespace) -> int:
     stopped = threading.Event()
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        if args.nixl and not args.trusted_network:
+            raise ValueError("serve: --nixl lends to whoever reaches its port: say --trusted-network where that is so")
         address = host_and_port(args.listen)
         tls = Tls(args.tls) if args.tls else None
         seal = Seal.of_deployment("serve")
         with closing(open_store(args.store)) as store:
             if not isinstance(store, slab.ShmStore):
                 raise ValueError(f"store: expected shm:///NAME, got {args.store!r}")
-            with closing(Server(store, address, seal, tls, args.connections)) as server:
+            agent = None
+            with ExitStack() as opened:
+                if args.nixl:
+                    interface = interface_of(address[0])
+                    agent = opened.enter_context(closing(SlabAgent(store.directory / "slab", interface)))
+                server = opened.enter_context(closing(Server(store, address, seal, tls, args.connections, agent)))
                 host, port = server.address
                 place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-                print(f"{args.store} is lent at {place}, {'with TLS' if tls else 'without TLS'}", flush=True)
-                stopped.wait()
+                how = ("with TLS" if tls else "without TLS") + ", and through NIXL" * args.nixl
+                print(f"{args.store} is lent at {place}, {how}", flush=True)
+                while not stopped.wait(1):
+                    if agent and agent.ended:
+                        raise RuntimeError("serve: the process that lends through NIXL has ended")
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -141,6 +152,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve_parser.add_argument("--tls", metavar="DIR", type=Path, help="this host's ca.pem, cert.pem and key.pem")
     serve_parser.add_argument(
         "--connections", metavar="N", type=int, default=64, help="the most at once, default %(default)s"
+    )
+    serve_parser.add_argument(
+        "--nixl",
+        action="store_true",
+        help="lend to nixl://HOST:PORT too; HOST is an IPv4 address, whose interface is used",
+    )
+    serve_parser.add_argument(
+        "--trusted-network", action="store_true", help="needed for --nixl: all who reach the port may read the slab"
     )
     serve_parser.add_argument("--verbose", action="store_true", help="log connections to standard error")
     serve_parser.set_defaults(run=_on_store(serve))

@@ -1,4 +1,4 @@
-"""Lends this host's shm: store to other hosts: the server of peer: stores."""
+"""Lends this host's shm: store to other hosts: the server of peer: and nixl: stores."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lmcache_mm import _C
+from lmcache_mm.nixl_agent import SlabAgent
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores.channel import (
+    AGENT,
     AGES,
     DONE,
     GET,
+    LEASE,
+    LEASED,
     LOOK,
     RECORD,
+    RETURN,
     Channel,
     ProtocolError,
     Tls,
@@ -26,6 +31,7 @@ from lmcache_mm.stores.channel import (
     check_loopback,
     unpack_keys,
 )
+from lmcache_mm.stores.nixl import LEASED_SLOT
 from lmcache_mm.stores.peer import RECORD_HEAD
 from lmcache_mm.stores.slab import ShmStore, Slot
 
@@ -41,13 +47,20 @@ logger = logging.getLogger("lmcache_mm")
 class Server:
     """Serves `store` at an address until `close`, a thread a connection. `store` stays the caller's, and open.
 
-    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, others are closed. Raises
-    ValueError for an address outside this host without certificates, OSError where it cannot be bound."""
+    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, others are closed. `agent`:
+    lends to nixl: stores too. Raises ValueError for an address outside this host without certificates, OSError where it
+    cannot be bound."""
 
     def __init__(
-        self, store: ShmStore, address: tuple[str, int], seal: Seal, tls: Tls | None, connections: int = 64
+        self,
+        store: ShmStore,
+        address: tuple[str, int],
+        seal: Seal,
+        tls: Tls | None,
+        connections: int = 64,
+        agent: SlabAgent | None = None,
     ) -> None:
-        self._store, self._seal, self._tls, self._most = store, seal, tls, connections
+        self._store, self._seal, self._tls, self._most, self._agent = store, seal, tls, connections, agent
         family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         check_loopback(str(where[0]), tls)
         self._mac = functools.lru_cache(MACS_KEPT)(self._make_mac)
@@ -130,6 +143,10 @@ class Server:
             return self._look
         if kind == GET:
             return self._get
+        if kind == AGENT and self._agent:
+            return self._describe_agent
+        if kind == LEASE and self._agent:
+            return self._lease
         raise ProtocolError(f"a request of kind {kind}")
 
     def _look(self, channel: Channel, body: bytes) -> None:
@@ -153,6 +170,28 @@ class Server:
             finally:
                 self._store.release([slot for slot in lent if slot])
         channel.send(DONE, b"")
+
+    def _describe_agent(self, channel: Channel, body: bytes) -> None:
+        assert self._agent is not None
+        channel.send(AGENT, self._agent.described)
+
+    def _lease(self, channel: Channel, body: bytes) -> None:
+        """Lends slots to be read through NIXL until the client returns them, which it must do within LEASE_S."""
+        assert self._agent is not None
+        keys, sizes, peek = unpack_keys(body, sized=True)
+        channel.deadline = time.monotonic() + LEASE_S
+        lent = self._store.lend(keys, sizes, peek=peek)
+        try:
+            with self._agent.busy():
+                slots = [
+                    LEASED_SLOT.pack(place, self._store.offset(slot), mac)
+                    for place, slot in enumerate(lent)
+                    if slot and (mac := self._verified(slot))
+                ]
+                channel.send(LEASED, b"".join(slots))
+                channel.expect(RETURN)
+        finally:
+            self._store.release([slot for slot in lent if slot])
 
     def _verified(self, slot: Slot) -> bytes | None:
         """A lent slot's MAC; None, and its record removed, where it is damaged."""

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores.channel import Tls, host_and_port
 from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.nixl import NixlStore
 from lmcache_mm.stores.peer import PeerStore
 from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
 from lmcache_mm.stores.slab_files import shm_directory
@@ -132,11 +133,13 @@ def open_store(url: str | Sequence[str]) -> Store:
     file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
                                      (DIR is made, its parent is not)
     peer://HOST:PORT?tls=/DIR        another host's shm: store, to be read; its server is `python -m lmcache_mm serve`
+    nixl://HOST:PORT?trusted_network=1   the same, read through NIXL, where the network may be trusted
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
     shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
     gone. Their capacity may be left out where there is a store already. peer: takes connections=4, how many carry one
     call at once, and timeout=2, the most seconds that a call takes; tls may be left out on loopback addresses only.
+    nixl: takes timeout and tls, too.
 
     Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
     opened (see `SlabStore.open`).
@@ -198,30 +201,49 @@ def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
 
 def _open_peer(url: str) -> Store:
     place, options = _split(url, PEER_OPTIONS)
-    try:
-        host, port = host_and_port(place)
-    except ValueError as error:
-        raise ValueError(f"store: {error} in {url!r}") from None
-    connections, timeout = options.get("connections", "4"), options.get("timeout", "2")
+    connections = options.get("connections", "4")
     if not connections.isascii() or not connections.isdigit() or not 1 <= int(connections) <= 64:
         raise ValueError(f"store: connections: expected 1 to 64, got {connections!r}")
+    address, tls, timeout_s = _peer(url, place, options)
+    return PeerStore(*address, Seal.of_deployment(f"peer://{place}"), tls, int(connections), timeout_s)
+
+
+def _open_nixl(url: str) -> Store:
+    place, options = _split(url, NIXL_OPTIONS)
+    if options.get("trusted_network") != "1":
+        raise ValueError(
+            f"store: {url!r} reads payloads unencrypted, from a process that trusts whoever reaches its port: say "
+            "trusted_network=1 where that is so, or use peer:"
+        )
+    address, tls, timeout_s = _peer(url, place, options)
+    return NixlStore(*address, Seal.of_deployment(f"nixl://{place}"), tls, timeout_s)
+
+
+def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, int], Tls | None, float]:
+    """Host and port, certificates, and the most seconds of a call."""
+    try:
+        address = host_and_port(place)
+    except ValueError as error:
+        raise ValueError(f"store: {error} in {url!r}") from None
+    timeout = options.get("timeout", "2")
     try:
         timeout_s = float(timeout)
     except ValueError:
         timeout_s = 0.0
     if not 0 < timeout_s < 3600:
         raise ValueError(f"store: timeout: expected seconds, got {timeout!r}")
-    tls = Tls(Path(options["tls"])) if "tls" in options else None
-    return PeerStore(host, port, Seal.of_deployment(f"peer://{place}"), tls, int(connections), timeout_s)
+    return address, Tls(Path(options["tls"])) if "tls" in options else None, timeout_s
 
 
 SLAB_OPTIONS = ("capacity", "quota", "ttl")
 PEER_OPTIONS = ("tls", "connections", "timeout")
+NIXL_OPTIONS = ("trusted_network", "tls", "timeout")
 _OPENERS: dict[str, Callable[[str], Store]] = {
     "mem": _open_mem,
     "shm": _open_slab,
     "file": _open_slab,
     "peer": _open_peer,
+    "nixl": _open_nixl,
 }
 
 

@@ -39,7 +39,7 @@ _NUMBER = struct.Struct("<Q")
 _TAG_BYTES = 32
 
 # Kinds of frames.
-LOOK, AGES, GET, RECORD, DONE, LEASE, LEASED, RETURN, RETURNED, AGENT = range(1, 11)
+LOOK, AGES, GET, RECORD, DONE, AGENT, LEASE, LEASED, RETURN = range(1, 10)
 
 
 class ProtocolError(ConnectionError):
@@ -120,6 +120,10 @@ class Channel:
     def receive_into(self, view: memoryview) -> None:
         """A payload of the view's length."""
         _receive_into(self._sock, view, self.deadline)
+
+    @property
+    def own_address(self) -> str:
+        return str(self._sock.getsockname()[0])
 
     @property
     def ended(self) -> bool:
