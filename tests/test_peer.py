@@ -120,7 +120,7 @@ def store(lent, reader):
     return Written(lent, reader)
 
 
-for test in (
+for contract in (
     test_stores.test_what_was_put_is_contained_and_read_back,
     test_stores.test_payloads_of_any_size_at_any_address_are_read_back,
     test_stores.test_a_record_of_another_length_is_a_miss_and_stays,
@@ -130,7 +130,7 @@ for test in (
     test_stores.test_deleted_records_are_gone_and_unknown_keys_are_ignored,
     test_stores.test_keys_of_another_length_are_refused,
 ):
-    globals()[test.__name__] = test
+    globals()[contract.__name__] = contract
 
 
 def test_a_peer_is_read_and_nothing_else(lent, reader):
