@@ -99,6 +99,18 @@ def stores(benchmarks: list[dict[str, Any]]) -> str:
     return table(["stores, records of 7 MiB", "median", ""], rows)
 
 
+def network(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "network" not in facts:
+            continue
+        shares = [f"{time / median:.0%} of {name}" for name, time in facts["peers_s"].items()]
+        rows.append([facts["network"], speed(facts["bytes"] / median), ", ".join(shares)])
+    headings = ["64 records of 7 MiB over loopback", "median", "of the same bytes over bare connections"]
+    return table(headings, rows) if rows else ""
+
+
 def vllm(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -135,7 +147,7 @@ def report(path: Path) -> str:
     machine = results["machine_info"]["lmcache_mm"]
     place = f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
     heading = f"Medians on {place} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
-    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, vllm, gpu)]
+    parts = [part(results["benchmarks"]) for part in (keys, copies, cache, stores, network, vllm, gpu)]
     return "\n".join(part for part in (heading, *parts) if part)
 
 
