@@ -128,6 +128,18 @@ def remote(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
+def network(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "network" not in facts:
+            continue
+        shares = [f"{time / median:.0%} of {name}" for name, time in facts["peers_s"].items()]
+        rows.append([facts["network"], speed(facts["bytes"] / median), ", ".join(shares)])
+    headings = ["64 records of 7 MiB over loopback", "median", "of the same bytes over bare connections"]
+    return table(headings, rows) if rows else ""
+
+
 def vllm(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -239,7 +251,8 @@ def report(path: Path) -> str:
     results = json.loads(path.read_text())
     heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
     parts = [
-        part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, vllm, on_cpu, on_gpu)
+        part(results["benchmarks"])
+        for part in (keys, copies, cache, encoder, stores, remote, network, vllm, on_cpu, on_gpu)
     ]
     return "\n".join(part for part in (heading, *parts) if part)
 

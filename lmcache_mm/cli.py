@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from pathlib import Path
 
 from lmcache_mm import calibrate, demo, doctor
+from lmcache_mm.nixl_agent import SlabAgent, interface_of
+from lmcache_mm.secret import Seal
+from lmcache_mm.serve import Server
 from lmcache_mm.stores import REMOTE, open_store, slab, slab_directory
+from lmcache_mm.stores.channel import Tls, host_and_port
 from lmcache_mm.stores.remote import RemoteStore
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
@@ -40,6 +48,52 @@ def clear(args: argparse.Namespace) -> int:
         return 0
     with closing(kind.open(directory, None)) as store:
         print(f"{store.clear()} records removed; {directory} stays, for processes have it open")
+    return 0
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Lends a store to other hosts until SIGINT or SIGTERM."""
+    if args.verbose:
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        logging.getLogger("lmcache_mm").setLevel(logging.INFO)
+    stopped = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if args.nixl and not args.trusted_network:
+            raise ValueError("serve: --nixl lends to whoever reaches its port: say --trusted-network where that is so")
+        address = host_and_port(args.listen)
+        tls = Tls(args.tls) if args.tls else None
+        seal = Seal.of_deployment("serve")
+        with closing(open_store(args.store)) as store:
+            if not isinstance(store, slab.ShmStore):
+                raise ValueError(f"store: expected shm:///NAME, got {args.store!r}")
+            agent = None
+            with ExitStack() as opened:
+                if args.nixl:
+                    interface = interface_of(address[0])
+                    agent = opened.enter_context(closing(SlabAgent(store.directory / "slab", interface)))
+                server = opened.enter_context(closing(Server(store, address, seal, tls, args.connections, agent)))
+                host, port = server.address
+                place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                how = ("with TLS" if tls else "without TLS") + ", and through NIXL" * args.nixl
+                print(f"{args.store} is lent at {place}, {how}", flush=True)
+                while not stopped.wait(1):
+                    if agent and agent.ended:
+                        raise RuntimeError("serve: the process that lends through NIXL has ended")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return 0
+
+
+def make_certificates(args: argparse.Namespace) -> int:
+    """Makes certificates for hosts, and a CA if there is none; prints where they are."""
+    try:
+        from lmcache_mm import certificates  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(f"certificates: needs the extra: pip install 'lmcache-mm[peer]' ({error})") from None
+    for place in certificates.make(args.directory, args.hosts, args.days):
+        print(f"{place}: to be copied to that host, and named by --tls and ?tls=")
     return 0
 
 
@@ -79,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("url", metavar="URL", help="such as shm:///NAME or file:///DIR, capacity may be left out")
         command.set_defaults(run=_on_store(run))
+    _add_serve(commands)
+    _add_certificates(commands)
     text = "what this machine offers, what is wrong with it, and how to mend that"
     commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
         run=lambda _: doctor.run()
@@ -88,3 +144,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate_parser.set_defaults(run=calibrate.run)
     args = parser.parse_args(arguments)
     return int(args.run(args))
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve_parser = commands.add_parser(
+        "serve",
+        help="lend a shm: store to other hosts, which open it as peer://HOST:PORT",
+        description="Lends a shm: store to other hosts, which open it as peer://HOST:PORT and can read it, no more. "
+        "Both sides need the deployment's secret, in LMCACHE_MM_SECRET_FILE or LMCACHE_MM_SECRET, and certificates "
+        "(python -m lmcache_mm certificates) unless the address is this host's loopback. Ends on SIGINT or SIGTERM.",
+    )
+    serve_parser.add_argument("--store", metavar="URL", required=True, help="shm:///NAME, capacity may be left out")
+    serve_parser.add_argument(
+        "--listen", metavar="HOST:PORT", required=True, help="the address to bind, and no other; port 0 is any free one"
+    )
+    serve_parser.add_argument("--tls", metavar="DIR", type=Path, help="this host's ca.pem, cert.pem and key.pem")
+    serve_parser.add_argument(
+        "--connections", metavar="N", type=int, default=64, help="the most at once, default %(default)s"
+    )
+    serve_parser.add_argument(
+        "--nixl",
+        action="store_true",
+        help="lend to nixl://HOST:PORT too; HOST is an IPv4 address, whose interface is used",
+    )
+    serve_parser.add_argument(
+        "--trusted-network", action="store_true", help="needed for --nixl: all who reach the port may read the slab"
+    )
+    serve_parser.add_argument("--verbose", action="store_true", help="log connections to standard error")
+    serve_parser.set_defaults(run=_on_store(serve))
+
+
+def _add_certificates(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    certificates_parser = commands.add_parser(
+        "certificates",
+        help="make the certificates that hosts need to lend stores to each other",
+        description="Makes DIR/HOST for each host, with ca.pem, cert.pem and key.pem, for `serve --tls` and peer: "
+        "stores' ?tls=. The CA is made with the first; DIR/ca.key signs for hosts that come later, and stays here.",
+    )
+    certificates_parser.add_argument("directory", metavar="DIR", type=Path, help="made if there is none")
+    certificates_parser.add_argument(
+        "hosts", metavar="HOST", nargs="+", help="a name or address as in peer://HOST:PORT"
+    )
+    certificates_parser.add_argument(
+        "--days", metavar="N", type=int, default=365, help="for how long they are valid, default %(default)s"
+    )
+    certificates_parser.set_defaults(run=_on_store(make_certificates))

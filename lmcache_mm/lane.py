@@ -147,23 +147,45 @@ class Work:
     def leave_pages(self, patience_s: float, planes: int = ALL_PLANES) -> bool:
         """Returns when the pages are left alone, having touched them here if the work is early, or those of the first
         `planes` planes; False: it was given up."""
-        while self.wait_for(lambda: self.left_pages or self._touch is not None, patience_s):
-            touch = self._touch
-            if touch is None:
+        while self.wait_for(self._asks, patience_s):
+            if self._touch is None:
                 return True
-            with self._pages:
-                if self.abandoned:
-                    return False
-                try:
-                    done = touch(planes)
-                except BaseException as error:
-                    self._error, done = error, True
-            if done:
-                self._touch = None
-            self.advance(left_pages=done and self._touch_is_last)
-            if not done:
+            if self.abandoned:
+                return False
+            if not self._touch_here(planes):
                 return True
         return False
+
+    def read_pages(self, deadline: float | None) -> None:
+        """Touches the pages of early work here, as often as it asks, until they are left alone, or `deadline` by
+        time.monotonic()."""
+        while True:
+            with self._changed:
+                if not self._changed.wait_for(self._asks, None if deadline is None else deadline - time.monotonic()):
+                    return
+            if self._touch is None or self.abandoned:
+                return
+            self._touch_here(ALL_PLANES)
+
+    def _asks(self) -> bool:
+        return self.left_pages or self._touch is not None
+
+    def _touch_here(self, planes: int) -> bool:
+        """Whether what the thread asks for is done, by this or another one."""
+        touch = self._touch
+        with self._pages:
+            if touch is None or self._touch is not touch or self.abandoned:
+                return True
+            last = self._touch_is_last
+            try:
+                done = touch(planes)
+            except BaseException as error:
+                self._error, done = error, True
+            if done:
+                with self._changed:
+                    self._touch = None
+        self.advance(left_pages=done and last)
+        return done
 
     def abandon(self) -> bool:
         """Whether the pages will not be touched any more."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 NAME_CONTEXT = "lmcache_mm v1 name"
 MAC_CONTEXT = "lmcache_mm v1 mac"
+CONNECTION_CONTEXT = "lmcache_mm v1 connection"
 MAC_BYTES = 32
 LEAST_BYTES = 16
 HASHED_AT_ONCE = 1 << 20  # bytes from which on several threads hash one payload
@@ -48,6 +49,7 @@ class Seal:
             raise ValueError(f"secret: expected at least {LEAST_BYTES} bytes, got {len(secret)}")
         self._name_key = blake3(secret, derive_key_context=NAME_CONTEXT).digest()
         self._mac_key = blake3(secret, derive_key_context=MAC_CONTEXT).digest()
+        self._connection_key = blake3(secret, derive_key_context=CONNECTION_CONTEXT).digest()
 
     @classmethod
     def of_deployment(cls, what: str) -> Seal:
@@ -69,3 +71,8 @@ class Seal:
         view = memoryview(payload).cast("B")
         hasher = blake3(key=self._mac_key, max_threads=threads if len(view) >= HASHED_AT_ONCE else 1)
         return hasher.update(key + len(view).to_bytes(8, "little")).update(view).digest()
+
+    def connection_key(self, transcript: bytes) -> bytes:
+        """32 bytes for one connection, by what both sides said when it began:
+        keyed_hash(derive_key("lmcache_mm v1 connection", secret), transcript)."""
+        return blake3(transcript, key=self._connection_key).digest()

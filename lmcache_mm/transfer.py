@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import mmap
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise, takewhile
@@ -44,9 +47,10 @@ class Job(Generic[T]):
     def wait(self, timeout_s: float | None = None) -> T:
         """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
         a store that was asked for early or by layers, it reads the pages that have not been read."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self._work.early:
-            self._work.leave_pages(threading.TIMEOUT_MAX if timeout_s is None else timeout_s)
-        return self._result_of(self._work.future.result(timeout_s))
+            self._work.read_pages(deadline)
+        return self._result_of(self._work.future.result(None if deadline is None else deadline - time.monotonic()))
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
@@ -80,9 +84,10 @@ class Job(Generic[T]):
 
     def layer_written(self, layer: str, patience_s: float) -> bool:
         """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
-        CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, where the
-        store has slots in memory; else with the last layer's. False: as of `pages_free`. ValueError for a layer that
-        the layout does not name."""
+        CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, as far as
+        there is room for all of the job's payloads: in a store with slots in memory there is, elsewhere for 16 MiB; the
+        rest is read with the last layer's. False: as of `pages_free`. ValueError for a layer that the layout does not
+        name."""
         return self._work.leave_pages(patience_s, self._planes_until(layer))
 
     def _planes_until(self, layer: str) -> int:
@@ -125,8 +130,8 @@ class Transfer:
         self._in_place = isinstance(store, SlotStore)
         self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, _whole_pages(largest))
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
-        staging_bytes = 0 if self._in_place else self._step_bytes
-        self._load_staging, self._store_staging = (_staging(staging_bytes, layout.device) for _ in range(2))
+        self._load_staging, self._store_staging = self._staging(), self._staging()
+        self._by_layer: weakref.WeakSet[Job[int]] = weakref.WeakSet()
         self._loading, self._storing = (
             _Ring(layout, largest) if layout.device.type == "cuda" else _HostCopies() for _ in range(2)
         )
@@ -135,7 +140,10 @@ class Transfer:
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
 
     def close(self, patience_s: float | None = None) -> bool:
-        """Finishes all jobs; with a patience, those that end within it. Whether these are all."""
+        """Finishes all jobs; with a patience, those that end within it. Whether these are all. Stores by layers whose
+        layers have not all been written are given up."""
+        for job in list(self._by_layer):
+            job.abandon()
         return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
 
     def stores_stalled_s(self) -> float:
@@ -154,7 +162,16 @@ class Transfer:
         tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
         is asked already, and they are read by the thread that waits for `Job.pages_free`, or, by_layer, that says
         `Job.layer_written`."""
-        return self._submit(self._stores, self._put, chunks, owner, by_layer, early=early or by_layer)
+        if not by_layer:
+            return self._submit(self._stores, self._put, chunks, owner, self._store_staging, False, early=early)
+        # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
+        lane = Lane("lmcache_mm store by layers")
+        job = self._submit(lane, self._put, chunks, owner, self._staging(), True, early=True)
+        self._by_layer.add(job)
+        return job
+
+    def _staging(self) -> torch.Tensor:
+        return _staging(0 if self._in_place else self._step_bytes, self.layout.device)
 
     def _submit(
         self,
@@ -218,7 +235,7 @@ class Transfer:
             if layers is None:
                 found = self._scatter(work, step[: len(there)], views, checksums=True)
             else:
-                found = self._scatter_layers(work, step, views, layers, ready=True)
+                found = self._scatter_layers(work, step, views, layers, verify=True, ready=True)
             matches = [a == slot.checksum for a, slot in zip(found, there, strict=True)]
             for slot, match in zip(there, matches, strict=True):
                 if not match:
@@ -234,18 +251,27 @@ class Transfer:
         return [ops.checksum_of_parts([total]) for total in sums]
 
     def _scatter_layers(
-        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], layers: list[_Layer], ready: bool
+        self,
+        work: Work,
+        chunks: list[Chunk],
+        payloads: list[torch.Tensor],
+        layers: list[_Layer],
+        verify: bool,
+        ready: bool,
     ) -> list[int]:
-        """Scatters layer after layer; the payloads' checksums. ready: they are then."""
+        """Scatters layer after layer; the payloads' checksums, if they are to be verified. ready: layers are then."""
 
         def scatter() -> list[list[int]]:
-            for i, (end, layout) in enumerate(self._layers):
-                parts = self._parts(chunks, payloads, True, i)
-                layers.append(_Layer(end, self._loading.load(layout, parts, self._whole_lanes)))
-                work.advance(planes=end if ready else 0)
-            return [layer.started.wait() for layer in layers]
+            with _waiting_for_all(layers):
+                for i, (end, layout) in enumerate(self._layers):
+                    parts = self._parts(chunks, payloads, True, i)
+                    started = self._loading.load(layout, parts, verify and self._whole_lanes)
+                    layers.append(_Layer(end, started))
+                    work.advance(planes=end if ready else 0)
+                return [layer.started.wait() for layer in layers]
 
-        return self._sums_of_layers(payloads, self._touch(work, scatter))
+        sums = self._touch(work, scatter)
+        return self._sums_of_layers(payloads, sums) if verify else []
 
     @cached_property
     def _layers(self) -> list[_Planes]:
@@ -287,19 +313,20 @@ class Transfer:
         whole = len(list(takewhile(bool, found)))
         if layers is not None and whole == len(step):
             of_step: list[_Layer] = layers if last else []
-            self._scatter_layers(work, step, payloads, of_step, last)
+            self._scatter_layers(work, step, payloads, of_step, verify=False, ready=last)
         elif whole and layers is None:
             self._scatter(work, step[:whole], payloads[:whole], checksums=False)
         return whole
 
-    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes, by_layer: bool) -> int:
+    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool) -> int:
         whole = [chunk for chunk in chunks if -1 not in chunk.pages]
         if not self._in_place:
             present = self._store.contains([chunk.key for chunk in whole])
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
-        store = self._store_slots if self._in_place else self._store_staged
-        return sum(store(work, step, owner, by_layer, i == len(steps)) for i, step in enumerate(steps, 1))
+        if self._in_place:
+            return sum(self._store_slots(work, step, owner, by_layer, step is steps[-1]) for step in steps)
+        return sum(self._store_staged(work, step, owner, staging, by_layer, step is steps[-1]) for step in steps)
 
     def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
         """Gathers straight into slots of the store; of how many tokens."""
@@ -317,8 +344,10 @@ class Transfer:
         store.publish(reserved, sums)
         return sum(chunk.tokens for chunk in chunks)
 
-    def _store_staged(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
-        payloads = self._payloads(step, self._store_staging)
+    def _store_staged(
+        self, work: Work, step: list[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool, last: bool
+    ) -> int:
+        payloads = self._payloads(step, staging)
         sums = self._gather(work, step, payloads, by_layer, last)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
         return sum(chunk.tokens for chunk in step)
@@ -328,7 +357,7 @@ class Transfer:
     ) -> list[int]:
         """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; their
         checksums."""
-        started: list[_Started] = []
+        started: list[_Layer] = []
         layers = self._layers if by_layer else [_Planes(len(self.layout.planes), self.layout)]
 
         def gather(planes: int) -> bool:
@@ -336,15 +365,19 @@ class Transfer:
                 if end > planes:
                     return False
                 parts = self._parts(chunks, payloads, self.layout.opaque, i)
-                started.append(self._storing.store(layout, parts, self._whole_lanes or not by_layer))
+                copies = self._storing.store(layout, parts, self._whole_lanes or not by_layer)
+                started.append(_Layer(end, copies))
             if work.early:  # the caller's thread goes on, its stream behind the reads
-                started[-1].order(_current_stream(self.layout.device))
+                started[-1].started.order(_current_stream(self.layout.device))
             else:
-                started[-1].wait()
+                started[-1].started.wait()
             return True
 
-        work.touch_pages(gather, last)
-        sums = [of_layer.wait() for of_layer in started]
+        with _waiting_for_all(started):
+            work.touch_pages(gather, last)
+            sums = [layer.started.wait() for layer in started]
+        if len(sums) != len(layers):
+            raise RuntimeError(f"store: {len(sums)} of {len(layers)} layers were read")
         return self._sums_of_layers(payloads, sums) if by_layer else [ops.checksum_of_parts([s]) for s in sums[0]]
 
     def _payload_bytes(self, chunk: Chunk) -> int:
@@ -373,6 +406,18 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += _whole_pages(size)
         return payloads
+
+
+@contextmanager
+def _waiting_for_all(layers: list[_Layer]) -> Iterator[None]:
+    """Of copies that were begun, none is under way when an exception leaves: what they read and write is given back."""
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            with suppress(Exception):
+                layer.started.wait()
+        raise
 
 
 _Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
@@ -418,20 +463,25 @@ class _Ring:
 
     def __init__(self, layout: KVLayout, largest: int) -> None:
         self._device, self._planes = layout.device, len(layout.planes)
+        self._lock = threading.Lock()  # stores by layers have a thread each
         pages = largest // layout.payload_bytes(1)
         buffer_bytes = max(RING_BUFFER_BYTES, _C.cuda_least_buffer_bytes(layout.compiled, pages))
-        self._memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
-        self._staging = _C.CudaStaging(layout.device.index, self._memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
+        torch.cuda.current_stream(layout.device).synchronize()  # what had this memory before is done with it
+        self._staging = _C.CudaStaging(layout.device.index, memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        self._memory = memory  # let go behind what uses it
         self._paths = transfer_paths.of_device(layout.device)
 
     def store(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
         least = self._paths.store_fragment_bytes(_bytes_of(layout, parts))
-        return self._staging.store(layout.compiled, parts, _current_stream(self._device), least)
+        with self._lock:
+            return self._staging.store(layout.compiled, parts, _current_stream(self._device), least)
 
     def load(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
         least = self._paths.load_fragment_bytes(_bytes_of(layout, parts))
         blocks = self._paths.layer_blocks if len(layout.planes) < self._planes else 0
-        return self._staging.load(layout.compiled, parts, checksums, _current_stream(self._device), least, blocks)
+        with self._lock:
+            return self._staging.load(layout.compiled, parts, checksums, _current_stream(self._device), least, blocks)
 
 
 def _bytes_of(layout: KVLayout, parts: list[_Part]) -> int:

@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import sys
+import uuid
 
 import pytest
 import torch
@@ -23,6 +24,9 @@ import transformers
 
 from lmcache_mm import demo, tiny_qwen2_vl
 from lmcache_mm.paged_qwen2_vl import PagedQwen2VL, Request
+from lmcache_mm.secret import Seal
+from lmcache_mm.serve import Server
+from lmcache_mm.stores import open_store, slab, slab_directory
 
 FIRST, AGAIN, OTHER_IMAGE, OTHER_QUESTION, TEXT_BEFORE, TEXT, TEXT_AGAIN, THIRD_IMAGE = range(8)
 IMAGE_TOKENS = 1024
@@ -154,6 +158,27 @@ def test_a_second_process_starts_warm_from_the_store_of_the_first(tmp_path):
         hits.append([row["total_tokens"] - row["kv_hits"] for row in rows["rows"]])
     assert hits[0][0] > 1
     assert hits[1] == [1] * 8
+
+
+def test_a_second_host_starts_warm_from_the_store_of_the_first(tmp_path, monkeypatch):
+    """Two hosts: processes with stores of their own, of which the second reads the first's over the network."""
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of two hosts")
+    one, other = (f"shm:///test-{uuid.uuid4().hex}?capacity=64MiB" for _ in range(2))
+    sizes = ["--image-size", "196", "--max-new-tokens", "2", "--json", tmp_path / "rows.json"]
+    try:
+        with contextlib.closing(open_store(one)) as lent, contextlib.redirect_stdout(io.StringIO()):
+            assert run_demo(*sizes, "--store", one) == 0
+            seal = Seal.of_deployment("test")
+            with contextlib.closing(Server(lent, ("127.0.0.1", 0), seal, None)) as server:
+                peer = f"peer://127.0.0.1:{server.address[1]}?timeout=20"
+                command = [sys.executable, "-m", "lmcache_mm", "demo", *sizes, "--store", f"tiered:{other},{peer}"]
+                subprocess.run(command, check=True, capture_output=True, timeout=300)
+        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+        assert all(row["equal"] for row in rows)
+        assert [row["total_tokens"] - row["kv_hits"] for row in rows] == [1] * 8
+    finally:
+        for url in (one, other):
+            slab.remove(slab_directory(url)[1])
 
 
 def test_the_exit_status_is_1_if_identifiers_do_not_tell_images_apart(monkeypatch, capsys):

@@ -240,7 +240,8 @@ class Late(HostCopies):
 
     def __init__(self):
         self.queue = []
-        self.ordered = []
+        self.ordered, self.made = [], []
+        self.lock = threading.Lock()
 
     def store(self, *arguments):
         return self._later(super().store, arguments)
@@ -262,13 +263,14 @@ class Late(HostCopies):
                 return own["done"].wait()
 
         kept = [arguments[0], list(arguments[1]), *arguments[2:]]
-        self.queue.append(lambda: own.update(done=copy(*kept)))
+        self.queue.append(lambda: own.update(done=copy(*kept)) or self.made.append(number))
         return Started()
 
     def run(self, number):
-        for i in range(number + 1):
-            copy, self.queue[i] = self.queue[i], lambda: None
-            copy()
+        with self.lock:
+            for i in range(number + 1):
+                copy, self.queue[i] = self.queue[i], lambda: None
+                copy()
 
 
 def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, row):
@@ -292,6 +294,102 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
         for chunk in chunks:
             assert torch.equal(kv[i][chunk.pages], want[i][chunk.pages])
     assert job.wait(10) == 2
+
+
+def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
+    """And one that is not waits for none of them."""
+    kv = layers(row=row)
+    want = layers(row=row, seed=1)
+    first, second, third = chunks_of([3, 1, 7], [0, 11], [5])
+    _, transfer = make(kv)
+    jobs = [transfer.store([chunk], b"", by_layer=True) for chunk in (first, second)]
+    assert transfer.store([third], b"").wait(10) == 4
+    assert transfer.stores_stalled_s() == 0
+    for i, layer in enumerate(kv):
+        layer.copy_(want[i])
+        for job in jobs[:: 1 if i % 2 else -1]:
+            assert job.layer_written(f"layer{i}", PATIENCE_S * 50)
+    assert [job.wait(10) for job in jobs] == [12, 8]
+    kv.zero_()
+    assert transfer.load([first, second], b"").wait() == 2
+    for chunk in (first, second):
+        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+
+
+def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
+    store, remove = new_store("shm", tmp_path, capacity="4MiB")
+    transfer = Transfer(layout_of(layers()), store, 1 << 16)
+    late = transfer._storing = Late()
+    job = transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True)
+    assert job.layer_written("layer0", 10)
+    made_before = []
+    abandon = store.abandon
+    store.abandon = lambda slots: made_before.append(list(late.made)) or abandon(slots)
+    assert not late.made
+    assert job.abandon()
+    with pytest.raises(Abandoned):
+        job.wait(10)
+    assert made_before == [[0]]
+    transfer.close()
+    store.close()
+    remove()
+
+
+def test_a_load_by_layers_that_fails_in_between_leaves_its_pages_first(make, row):
+    kv = layers(row=row)
+    chunks = chunks_of([3, 1, 7])
+    _, transfer = make(kv)
+    transfer.store(chunks, b"").wait()
+    kv.zero_()
+    late = transfer._loading = Late()
+    load = late.load
+    late.load = lambda *arguments: load(*arguments) if len(late.queue) < 2 else 1 / 0
+    job = transfer.load(chunks, b"", by_layer=True)
+    with pytest.raises(ZeroDivisionError):
+        job.wait(10)
+    assert job.pages_free(1)
+    before = kv.clone()
+    late.run(1)
+    assert torch.equal(kv, before)
+
+
+def test_a_wait_that_ends_gives_nothing_up(make, store):
+    kv = layers()
+    chunks = chunks_of([3, 1, 7])
+    gate, transfer = make(kv, hangs(store, "store"))
+    job = transfer.store(chunks, b"", early=True)
+    with pytest.raises(TimeoutError):
+        job.wait(PATIENCE_S)
+    gate.open.set()
+    assert job.wait(10) == 12
+    kv.zero_()
+    assert transfer.load(chunks, b"").wait() == 1
+
+
+def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+    kv = layers()
+    want = kv.clone()
+    chunks = chunks_of(*([page] for page in range(PAGES)))
+    _, transfer = make(kv, largest=1)
+    gather = HostCopies.store
+
+    def slow(*arguments):
+        time.sleep(0.002)
+        return gather(*arguments)
+
+    monkeypatch.setattr(HostCopies, "store", slow)
+    job = transfer.store(chunks, b"", early=True)
+    threads = [threading.Thread(target=job.pages_free, args=(10,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert job.wait(10) == PAGES * PAGE_TOKENS
+    kv.zero_()
+    assert transfer.load(chunks, b"").wait() == PAGES
+    assert torch.equal(kv, want)
 
 
 def test_layers_that_share_pages_or_bytes_are_ready_with_them():

@@ -10,7 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.secret import Seal
+from lmcache_mm.stores.channel import Tls, host_and_port
 from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores.nixl import NixlStore
+from lmcache_mm.stores.peer import PeerStore
 from lmcache_mm.stores.remote import RemoteStore
 from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
 from lmcache_mm.stores.slab_files import shm_directory
@@ -37,6 +40,11 @@ class Store(Protocol):
     @property
     def local(self) -> bool:
         """Whether `contains` and `hold` look at memory of this host only, and so never wait."""
+        ...
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it ignores puts and deletions, and counts puts as dropped."""
         ...
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
@@ -131,10 +139,14 @@ def open_store(url: str | Sequence[str]) -> Store:
     s3://BUCKET/PREFIX               objects in S3, or what speaks its language at endpoint=URL; region=NAME
     mooncake://MASTER:PORT           the pooled memory of a Mooncake Store, to which this process lends capacity=SIZE;
                                      hostname=THIS_HOST, protocol=tcp, device=NAME, metadata=URL, admin=HOST:PORT
+    peer://HOST:PORT?tls=/DIR        another host's shm: store, to be read; its server is `python -m lmcache_mm serve`
+    nixl://HOST:PORT?trusted_network=1   the same, read through NIXL, where the network may be trusted
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
     shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
-    gone. Their capacity may be left out where there is a store already.
+    gone. Their capacity may be left out where there is a store already. peer: takes connections=4, how many carry one
+    call at once, and timeout=2, the most seconds that a call takes; tls may be left out on loopback addresses only.
+    nixl: takes timeout and tls, too.
 
     valkey:, s3: and mooncake: need the deployment's secret (see `lmcache_mm.secret`) and take timeout=SECONDS, the most
     that a call waits, and connections=NUMBER, of requests at a time; the former two also ttl=SECONDS. Credentials come
@@ -198,7 +210,35 @@ def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
     return FileStore, Path(path)
 
 
+def _open_peer(url: str) -> Store:
+    place, options = _split(url, PEER_OPTIONS)
+    address, tls, timeout_s = _peer(url, place, options)
+    return PeerStore(*address, Seal.of_deployment(f"peer://{place}"), tls, _connections(options, 4), timeout_s)
+
+
+def _open_nixl(url: str) -> Store:
+    place, options = _split(url, NIXL_OPTIONS)
+    if options.get("trusted_network") != "1":
+        raise ValueError(
+            f"store: {url!r} reads payloads unencrypted, from a process that trusts whoever reaches its port: say "
+            "trusted_network=1 where that is so, or use peer:"
+        )
+    address, tls, timeout_s = _peer(url, place, options)
+    return NixlStore(*address, Seal.of_deployment(f"nixl://{place}"), tls, timeout_s)
+
+
+def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, int], Tls | None, float]:
+    """Host and port, certificates, and the most seconds of a call."""
+    try:
+        address = host_and_port(place)
+    except ValueError as error:
+        raise ValueError(f"store: {error} in {url!r}") from None
+    return address, Tls(Path(options["tls"])) if "tls" in options else None, _timeout(options)
+
+
 SLAB_OPTIONS = ("capacity", "quota", "ttl")
+PEER_OPTIONS = ("tls", "connections", "timeout")
+NIXL_OPTIONS = ("trusted_network", "tls", "timeout")
 _CREDENTIALS = re.compile(r"^[a-z0-9+]+:[^/?#]*@|://[^/?#]*@")
 
 
@@ -258,13 +298,23 @@ def _open_remote(
 ) -> Store:
     """connecting(timeout_s, ttl_s) is what `RemoteStore` connects by; connections: unless there is an option."""
     seal = Seal.of_deployment(f"store: {name.partition(':')[0]}")
-    timeout_s, ttl_s = _seconds("timeout", options.get("timeout", "2")), _seconds("ttl", options.get("ttl", "0"))
-    wanted = options.get("connections", str(connections))
+    timeout_s, ttl_s = _timeout(options), _seconds("ttl", options.get("ttl", "0"))
+    wanted = _connections(options, connections)
+    return RemoteStore(name, connecting(timeout_s, ttl_s), seal, timeout_s, wanted, names_at_once, ttl_s)
+
+
+def _connections(options: Mapping[str, str], default: int) -> int:
+    wanted = options.get("connections", str(default))
     if not re.fullmatch(r"[1-9]\d{0,2}", wanted, re.ASCII):
         raise ValueError(f"store: connections: expected 1 to 999, got {wanted!r}")
+    return int(wanted)
+
+
+def _timeout(options: Mapping[str, str]) -> float:
+    timeout_s = _seconds("timeout", options.get("timeout", "2"))
     if not timeout_s:
         raise ValueError("store: timeout: expected more than 0 seconds")
-    return RemoteStore(name, connecting(timeout_s, ttl_s), seal, timeout_s, int(wanted), names_at_once, ttl_s)
+    return timeout_s
 
 
 def _seconds(name: str, text: str) -> float:
@@ -290,6 +340,7 @@ def _flag(name: str, options: dict[str, str]) -> bool:
 _OPENERS: dict[str, Callable[[str], Store]] = {
     **{"mem": _open_mem, "shm": _open_slab, "file": _open_slab},
     **{"valkey": _open_valkey, "s3": _open_s3, "mooncake": _open_mooncake},
+    **{"peer": _open_peer, "nixl": _open_nixl},
 }
 REMOTE = ("valkey://", "s3://", "mooncake://")
 

@@ -40,6 +40,7 @@ class MemStore:
     """See `Store`. `capacity`: bytes of the buffer, a multiple of 64 of which is used."""
 
     local = True
+    read_only = False
 
     def __init__(self, capacity: int) -> None:
         if capacity < ALIGNMENT:

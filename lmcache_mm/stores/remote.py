@@ -24,6 +24,7 @@ from lmcache_mm import _C
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.secret import MAC_BYTES, Seal
 from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
@@ -34,7 +35,6 @@ MAGIC = b"lmcache_mm"
 # its payload has, and whose it is.
 FACTS = struct.Struct("<10sH4xQQ32s")
 HEADER_BYTES = FACTS.size + MAC_BYTES  # 96
-PAUSE_S = 10.0  # how long a store that failed is left alone
 FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; no put takes as long
 
 logger = logging.getLogger("lmcache_mm")
@@ -167,36 +167,6 @@ class _Hand:
             self._engine.close()
 
 
-class _Breaker:
-    """Lets calls through until one fails, then none for PAUSE_S, then one at a time to try."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._open_until: float | None = None
-        self._trying = False
-
-    @property
-    def open(self) -> bool:
-        return self._open_until is not None
-
-    def admit(self) -> bool:
-        with self._lock:
-            if self._open_until is None:
-                return True
-            if self._trying or time.monotonic() < self._open_until:
-                return False
-            self._trying = True
-            return True
-
-    def tell(self, good: bool) -> bool:
-        """How a call ended; whether that changed anything."""
-        with self._lock:
-            changed = good == self.open
-            self._open_until = None if good else time.monotonic() + PAUSE_S
-            self._trying = False
-            return changed
-
-
 class RemoteStore:
     """See `Store`.
 
@@ -210,7 +180,7 @@ class RemoteStore:
     then one tries again. `forget` and `clear` alone raise RuntimeError if they could not do it.
     """
 
-    local = False
+    local = read_only = False
 
     def __init__(
         self,
@@ -228,7 +198,7 @@ class RemoteStore:
         self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # names begin with
         self._pid = os.getpid()
         self._closed = False
-        self._breaker = _Breaker()
+        self._breaker = Breaker()
         names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
         self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._lock = threading.Lock()  # guards the counts and how busy the hands are

@@ -129,6 +129,7 @@ class SlabStore:
 
     scheme: ClassVar[str]
     local = True
+    read_only = False
 
     @classmethod
     def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
@@ -642,9 +643,13 @@ class ShmStore(SlabStore):
                     f"{self.directory}: its memory cannot be pinned, transfers are slower: {error}", stacklevel=2
                 )
 
+    def offset(self, slot: Slot) -> int:
+        """Where a slot begins in the slab, in bytes."""
+        return slot.start * self._granule_bytes
+
     def view(self, slot: Slot) -> np.ndarray:
         """The bytes of a slot, uint8, in place: to be used only while it is lent or reserved."""
-        begin = slot.start * self._granule_bytes
+        begin = self.offset(slot)
         view = self._slab[begin : begin + slot.payload_bytes]
         if not self._mapped.is_set():
             _C.read_pages(view.ctypes.data, view.nbytes)

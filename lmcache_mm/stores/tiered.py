@@ -17,6 +17,7 @@ import numpy as np
 
 from lmcache_mm import _C
 from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.breaker import PAUSE_S
 from lmcache_mm.stores.slab import Slot
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MOST_WAITING = 1 << 16  # records that wait to be written downwards
 MOST_COPIED_BYTES = 256 << 20  # of payloads that wait because the first tier did not take them
 BATCH_BYTES = 16 << 20
-PAUSE_S = 10.0  # how long a tier that failed is left alone
 
 logger = logging.getLogger("lmcache_mm")
 
@@ -53,13 +53,15 @@ class TieredStore:
 
     A put is in the first tier when it returns, and in the others some time later: what waits is bounded, and lost with
     the process. `flush` and `close` wait for it. A hit in a slower tier is put into those before it. A tier that raises
-    is left alone for 10 s, as if it held nothing. stats() has the tiers' own as `tier0.hits` and so on.
+    is left alone for 10 s, as if it held nothing; nothing is written to one that is read only. stats() has the tiers'
+    own as `tier0.hits` and so on.
     """
 
     def __init__(self, tiers: Sequence[Store]) -> None:
         if not tiers:
             raise ValueError("tiers: expected at least one store, got none")
         self._tiers = list(tiers)
+        self._written = [tier for tier in range(1, len(tiers)) if not tiers[tier].read_only]  # behind the caller's back
         self._pid = os.getpid()
         self._down_until = [0.0] * len(tiers)
         self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "promoted", "dropped_puts", "errors"), 0))
@@ -76,6 +78,10 @@ class TieredStore:
     @property
     def local(self) -> bool:
         return all(tier.local for tier in self._tiers)
+
+    @property
+    def read_only(self) -> bool:
+        return self._tiers[0].read_only
 
     def _ask(self, tier: int, otherwise: Any, method: str, *arguments: Any) -> Any:
         """What the tier's method returns; `otherwise` if it raises, or has done so a short while ago."""
@@ -139,7 +145,7 @@ class TieredStore:
             if hits and tier:
                 up_keys, up_buffers = [keys[i] for i in hits], [buffers[i] for i in hits]
                 age_s = max(self._ask(tier, [0.0], "ages", up_keys))
-                for above in range(tier):
+                for above in (t for t in range(tier) if t == 0 or t in self._written):
                     self._ask(above, None, "put", up_keys, up_buffers, owner, None, moments[above], age_s)
                 self._count("promoted", len(hits))
         self._count("hits", found.count(True))
@@ -179,7 +185,7 @@ class TieredStore:
         )
 
     def _write_later(self, records: Iterable[_Waiting]) -> None:
-        if len(self._tiers) == 1:
+        if not self._written:
             return
         for record in records:
             with self._state:
@@ -223,7 +229,7 @@ class TieredStore:
     def _write_down(self, batch: list[_Waiting], staging: np.ndarray) -> None:
         """Writes what waited to the tiers behind the first that lack it."""
         keys = [record.key for record in batch]
-        lacking = {tier: self._contains(keys, [tier], peek=True) for tier in range(1, len(self._tiers))}
+        lacking = {tier: self._contains(keys, [tier], peek=True) for tier in self._written}
         lacking = {tier: there for tier, there in lacking.items() if not all(there)}
         if not lacking:
             return

@@ -1,0 +1,212 @@
+"""Lends this host's shm: store to other hosts: the server of peer: and nixl: stores."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from lmcache_mm import _C
+from lmcache_mm.nixl_agent import SlabAgent
+from lmcache_mm.secret import Seal
+from lmcache_mm.stores.channel import (
+    AGENT,
+    AGES,
+    DONE,
+    GET,
+    LEASE,
+    LEASED,
+    LOOK,
+    RECORD,
+    RETURN,
+    Channel,
+    ProtocolError,
+    Tls,
+    accept,
+    check_loopback,
+    unpack_keys,
+)
+from lmcache_mm.stores.nixl import LEASED_SLOT
+from lmcache_mm.stores.peer import RECORD_HEAD
+from lmcache_mm.stores.slab import ShmStore, Slot
+
+HANDSHAKE_S = 5.0
+IDLE_S = 600.0  # a connection that asks nothing for so long is closed
+LEASE_S = 30.0  # for how long slots stay pinned while they are sent
+LENT_AT_ONCE = 16  # slots
+MACS_KEPT = 1 << 14
+
+logger = logging.getLogger("lmcache_mm")
+
+
+class Server:
+    """Serves `store` at an address until `close`, a thread a connection. `store` stays the caller's, and open.
+
+    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, others are closed. `agent`:
+    lends to nixl: stores too. Raises ValueError for an address outside this host without certificates, OSError where it
+    cannot be bound."""
+
+    def __init__(
+        self,
+        store: ShmStore,
+        address: tuple[str, int],
+        seal: Seal,
+        tls: Tls | None,
+        connections: int = 64,
+        agent: SlabAgent | None = None,
+    ) -> None:
+        self._store, self._seal, self._tls, self._most, self._agent = store, seal, tls, connections, agent
+        family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        check_loopback(str(where[0]), tls)
+        self._mac = functools.lru_cache(MACS_KEPT)(self._make_mac)
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, threading.Thread] = {}
+        self._closing = False
+        self._listener = socket.socket(family, kind, protocol)
+        try:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            self._listener.bind(where)
+            self._listener.listen(connections)
+        except BaseException:
+            self._listener.close()
+            raise
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._acceptor = threading.Thread(target=self._accept, name="lmcache_mm accept", daemon=True)
+        self._acceptor.start()
+
+    def close(self) -> None:
+        """Ends all connections; gives back what they had pinned."""
+        self._closing = True
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._acceptor.join()
+        self._listener.close()
+        with self._lock:
+            threads = list(self._open.values())
+            for sock in self._open:
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+        for thread in threads:
+            thread.join()
+
+    def _accept(self) -> None:
+        while not self._closing:
+            try:
+                sock, where = self._listener.accept()
+            except OSError as error:
+                if not self._closing:
+                    logger.warning("a connection could not be accepted: %s", error)
+                    time.sleep(0.1)  # out of descriptors, say
+                continue
+            with self._lock:
+                if len(self._open) >= self._most:
+                    logger.warning("%s is refused, for there are %d connections", where[0], self._most)
+                    sock.close()
+                    continue
+                thread = threading.Thread(target=self._serve, args=(sock, where), daemon=True)
+                self._open[sock] = thread
+                thread.start()
+
+    def _serve(self, sock: socket.socket, where: tuple[str, int]) -> None:
+        """One connection, to its end; whatever its client does ends it alone."""
+        name = f"{where[0]}:{where[1]}"
+        try:
+            # A second handle: TLS takes it over, and `close` must be able to end the connection all the while.
+            channel = accept(sock.dup(), self._tls, self._seal, time.monotonic() + HANDSHAKE_S)
+            logger.info("%s is connected", name)
+            try:
+                while True:
+                    channel.deadline = time.monotonic() + IDLE_S
+                    kind, body = channel.receive()
+                    channel.deadline = time.monotonic() + LEASE_S
+                    self._answers(kind)(channel, body)
+            finally:
+                channel.close()
+        except ProtocolError as error:
+            logger.warning("%s is disconnected: %s", name, error)
+        except OSError as error:
+            logger.info("%s is gone: %s", name, error)
+        except Exception:
+            logger.exception("%s is disconnected", name)
+        finally:
+            with self._lock:
+                del self._open[sock]
+            sock.close()
+
+    def _answers(self, kind: int) -> Callable[[Channel, bytes], None]:
+        if kind == LOOK:
+            return self._look
+        if kind == GET:
+            return self._get
+        if kind == AGENT and self._agent:
+            return self._describe_agent
+        if kind == LEASE and self._agent:
+            return self._lease
+        raise ProtocolError(f"a request of kind {kind}")
+
+    def _look(self, channel: Channel, body: bytes) -> None:
+        keys, _, peek = unpack_keys(body, sized=False)
+        there = self._store.contains(keys, peek)
+        ages = self._store.ages(keys)
+        answer = [max(0.0, age) if is_there else -1.0 for is_there, age in zip(there, ages, strict=True)]
+        channel.send(AGES, struct.pack(f"<{len(answer)}d", *answer))
+
+    def _get(self, channel: Channel, body: bytes) -> None:
+        keys, sizes, peek = unpack_keys(body, sized=True)
+        for begin in range(0, len(keys), LENT_AT_ONCE):
+            end = begin + LENT_AT_ONCE
+            channel.deadline = time.monotonic() + LEASE_S
+            lent = self._store.lend(keys[begin:end], sizes[begin:end], peek=peek)
+            try:
+                for place, slot in enumerate(lent, begin):
+                    if slot and (mac := self._verified(slot)):
+                        payload = self._store.view(slot).data
+                        channel.send(RECORD, RECORD_HEAD.pack(place, slot.payload_bytes, mac), payload)
+            finally:
+                self._store.release([slot for slot in lent if slot])
+        channel.send(DONE, b"")
+
+    def _describe_agent(self, channel: Channel, body: bytes) -> None:
+        assert self._agent is not None
+        channel.send(AGENT, self._agent.described)
+
+    def _lease(self, channel: Channel, body: bytes) -> None:
+        """Lends slots to be read through NIXL until the client returns them, which it must do within LEASE_S."""
+        assert self._agent is not None
+        keys, sizes, peek = unpack_keys(body, sized=True)
+        channel.deadline = time.monotonic() + LEASE_S
+        lent = self._store.lend(keys, sizes, peek=peek)
+        try:
+            with self._agent.busy():
+                slots = [
+                    LEASED_SLOT.pack(place, self._store.offset(slot), mac)
+                    for place, slot in enumerate(lent)
+                    if slot and (mac := self._verified(slot))
+                ]
+                channel.send(LEASED, b"".join(slots))
+                channel.expect(RETURN)
+        finally:
+            self._store.release([slot for slot in lent if slot])
+
+    def _verified(self, slot: Slot) -> bytes | None:
+        """A lent slot's MAC; None, and its record removed, where it is damaged."""
+        try:
+            return self._mac(slot)
+        except _DamagedError:
+            self._store.discard(slot)
+            return None
+
+    def _make_mac(self, slot: Slot) -> bytes:
+        view = self._store.view(slot)
+        if _C.checksum(view.ctypes.data, view.nbytes) != slot.checksum:
+            raise _DamagedError
+        return self._seal.mac(slot.key, view.data)
+
+
+class _DamagedError(Exception):
+    """A slot does not have its checksum."""

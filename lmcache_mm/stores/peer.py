@@ -1,0 +1,306 @@
+"""peer: another host's shm: store, read over the network; its server is `python -m lmcache_mm serve`."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmcache_mm.secret import MAC_BYTES, Seal
+from lmcache_mm.stores.arguments import check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.breaker import PAUSE_S, Breaker
+from lmcache_mm.stores.channel import (
+    AGES,
+    DONE,
+    GET,
+    LOOK,
+    MOST_KEYS,
+    RECORD,
+    Channel,
+    ProtocolError,
+    Tls,
+    check_loopback,
+    connect,
+    pack_keys,
+)
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores import Buffer
+
+LEAST_SHARE_BYTES = 8 << 20  # of what one connection carries where several could
+
+RECORD_HEAD = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, length, MAC
+
+logger = logging.getLogger("lmcache_mm")
+
+
+class PeerStore:
+    """See `Store`: what another host's store holds, to be read only.
+
+    A call takes `timeout_s` at most, and what has not come by then is a miss. A peer that failed, was too slow or sent
+    what does not verify is left alone for 10 s, as if it held nothing; one call probes it then. Puts are ignored and
+    counted as dropped, deletions are ignored, `forget` raises RuntimeError: the other host must forget by itself.
+    `hold` does nothing. `stats` counts what this process asked for; room and records are the other host's, so 0.
+    """
+
+    local = False
+    read_only = True
+    scheme = "peer"
+
+    def __init__(self, host: str, port: int, seal: Seal, tls: Tls | None, connections: int, timeout_s: float) -> None:
+        """`connections`: how many carry one call's payloads at once. Raises ValueError for a host that is not this one
+        without certificates."""
+        if tls is None and host != "localhost":
+            try:
+                check_loopback(host, None)
+            except ValueError as error:
+                raise ValueError(f"store: {error}") from None
+        self._host, self._port, self._seal, self._tls = host, port, seal, tls
+        self._connections, self._timeout_s = connections, timeout_s
+        self._pid = os.getpid()
+        self._closed = False
+        names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors")
+        self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
+        self._lock = threading.Lock()
+        self._idle: list[Channel] = []
+        self._breaker = Breaker()
+        self._pool = ThreadPoolExecutor(connections, f"lmcache_mm {self.scheme}")
+        # Names are resolved apart: that has no timeout, and nothing waits for it beyond its own.
+        self._resolver = ThreadPoolExecutor(1, f"lmcache_mm {self.scheme} names")
+
+    # --- Records
+
+    def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
+        return [age >= 0 for age in self._look(keys, peek)]
+
+    def ages(self, keys: Sequence[bytes]) -> list[float]:
+        return [max(0.0, age) for age in self._look(keys, True)]
+
+    def _look(self, keys: Sequence[bytes], peek: bool) -> list[float]:
+        """For how long the records have been stored; -1 for what is not there."""
+        self._check()
+        check_keys(keys)
+        ages = [-1.0] * len(keys)
+
+        def look(channel: Channel) -> None:
+            for begin in range(0, len(keys), MOST_KEYS):
+                asked = keys[begin : begin + MOST_KEYS]
+                channel.send(LOOK, pack_keys(asked, peek=peek))
+                _, body = channel.expect(AGES)
+                if len(body) != 8 * len(asked):
+                    raise ProtocolError(f"{len(body)} bytes about {len(asked)} keys")
+                ages[begin : begin + MOST_KEYS] = struct.unpack(f"<{len(asked)}d", body)
+
+        if keys:
+            self._exchange([look])
+        return ages
+
+    def get_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
+    ) -> list[bool]:
+        self._check()
+        check_keys(keys)
+        checked_owner(owner)
+        arrays = writable(buffers)
+        found = [False] * len(keys)
+
+        def read(places: Sequence[int]) -> Callable[[Channel], None]:
+            def work(channel: Channel) -> None:
+                for begin in range(0, len(places), MOST_KEYS):
+                    self._get(channel, places[begin : begin + MOST_KEYS], keys, arrays, peek, found)
+
+            return work
+
+        sizes = [array.nbytes for array in arrays]
+        if len(sizes) != len(keys):
+            raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(sizes)}")
+        if keys:
+            self._exchange([read(places) for places in _shares(sizes, self._connections)])
+        self._count("hits", found.count(True))
+        self._count("misses", found.count(False))
+        return found
+
+    def _get(
+        self,
+        channel: Channel,
+        places: Sequence[int],
+        keys: Sequence[bytes],
+        arrays: Sequence[np.ndarray],
+        peek: bool,
+        found: list[bool],
+    ) -> None:
+        """One request: fills arrays at `places`, and says in `found` which."""
+        channel.send(GET, pack_keys([keys[i] for i in places], [arrays[i].nbytes for i in places], peek))
+        last = -1
+        while True:
+            kind, body = channel.expect(RECORD, DONE)
+            if kind == DONE:
+                return
+            if len(body) != RECORD_HEAD.size:
+                raise ProtocolError("a record without length and MAC")
+            place, payload_bytes, mac = RECORD_HEAD.unpack(body)
+            if not last < place < len(places) or payload_bytes != arrays[places[place]].nbytes:
+                raise ProtocolError("a record that was not asked for, or of another length")
+            last = place
+            i = places[place]
+            channel.receive_into(memoryview(arrays[i]))
+            if not hmac.compare_digest(self._seal.mac(keys[i], arrays[i].data), mac):
+                self._count("corrupt")
+                raise ProtocolError("a payload that does not have its MAC")
+            found[i] = True
+
+    def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
+        self._check()
+        check_keys(keys)
+        return lambda: None
+
+    def put(
+        self,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes = b"",
+        checksums: Sequence[int] | None = None,
+        as_of: int | None = None,
+        age_s: float = 0.0,
+    ) -> None:
+        self._check()
+        check_keys(keys)
+        checked_owner(owner)
+        self._count("dropped_puts", len(keys))
+
+    def moment(self) -> int:
+        return 0
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        self._check()
+        check_keys(keys)
+
+    def forget(self, owner: bytes) -> int:
+        self._check()
+        raise RuntimeError(f"forget: {self._name} is read only: its host's own store must forget")
+
+    def flush(self) -> None:
+        self._check()
+
+    def stats(self) -> Mapping[str, int]:
+        self._check()
+        with self._lock:
+            return {**self._counts, "capacity_bytes": 0, "used_bytes": 0, "records": 0}
+
+    def close(self) -> None:
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            self._closed = True
+        self._pool.shutdown()
+        self._resolver.shutdown(wait=False)
+        self._drop_idle()
+
+    # --- Connections
+
+    @property
+    def _name(self) -> str:
+        return f"{self.scheme}://{self._host}:{self._port}"
+
+    def _check(self) -> None:
+        check_process(self._pid)
+        if self._closed:
+            raise RuntimeError("store: it is closed")
+
+    def _count(self, name: str, by: int = 1) -> None:
+        with self._lock:
+            self._counts[name] += by
+
+    def _exchange(self, works: Sequence[Callable[[Channel], None]]) -> None:
+        """Does each work on a connection of its own; returns when all have ended, which they do by their deadline: no
+        buffer of the caller's is touched after that."""
+        if not self._breaker.admit():
+            return
+        good = False
+        try:
+            deadline = time.monotonic() + self._timeout_s
+            jobs = [self._pool.submit(self._do, work, deadline) for work in works]
+            wait(jobs)
+            errors = [error for job in jobs if (error := job.result())]
+            if errors:
+                logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, errors[0])
+                self._count("errors")
+                self._drop_idle()
+            good = not errors
+        finally:
+            self._breaker.tell(good)
+
+    def _do(self, work: Callable[[Channel], None], deadline: float) -> OSError | None:
+        channel = None
+        done = False
+        try:
+            channel = self._connection(deadline)
+            work(channel)
+            done = True
+        except OSError as error:
+            return error
+        finally:
+            if channel:
+                if done:
+                    with self._lock:
+                        self._idle.append(channel)
+                else:
+                    channel.close()
+        return None
+
+    def _connection(self, deadline: float) -> Channel:
+        """One that is idle, or a new one."""
+        while True:
+            with self._lock:
+                channel = self._idle.pop() if self._idle else None
+            if channel is None:
+                return self._connect(deadline)
+            if not channel.ended:
+                channel.deadline = deadline
+                return channel
+            channel.close()
+
+    def _connect(self, deadline: float) -> Channel:
+        resolving = self._resolver.submit(socket.getaddrinfo, self._host, self._port, type=socket.SOCK_STREAM)
+        try:
+            found = resolving.result(max(0.0, deadline - time.monotonic()))
+        finally:
+            resolving.cancel()
+        address = str(found[0][4][0])
+        try:
+            check_loopback(address, self._tls)
+        except ValueError as error:
+            raise ProtocolError(str(error)) from None
+        return connect((address, self._port), self._host, self._tls, self._seal, deadline)
+
+    def _drop_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for channel in idle:
+            channel.close()
+
+
+def _shares(sizes: Sequence[int], connections: int) -> list[range]:
+    """Places of records, in runs of about equal bytes: one a connection, but none of much less than 8 MiB."""
+    total = sum(sizes)
+    count = max(1, min(connections, len(sizes), total // LEAST_SHARE_BYTES))
+    shares: list[range] = []
+    begin = done = 0
+    for i, size in enumerate(sizes):
+        done += size
+        if done * count >= total * (len(shares) + 1) and len(shares) < count - 1:
+            shares.append(range(begin, i + 1))
+            begin = i + 1
+    if begin < len(sizes):
+        shares.append(range(begin, len(sizes)))
+    return shares
