@@ -1,8 +1,8 @@
 """Keys, copies and transfers on the GPU, by shapes of real models, each beside what the device itself does in the same
 run and beside what others do. Without a GPU the same runs on the CPU, on less, and says so.
 
-Times on a GPU are of CUDA events around the call, or of the host's clock where the call waits for the device. Before
-each timed call the L2 cache is written over.
+Times on a GPU are of CUDA events around the call, or, of transfers, of the host's clock until the device is idle: they
+run on streams of their own. Before each timed call the L2 cache is written over and the device is idle.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is nothing like it on a
 
 
 class Clock:
-    """Times of calls, in seconds: on a GPU by events on the current stream, the L2 cache being cold."""
+    """Times of calls, in seconds, the L2 cache being cold: on a GPU by events on the current stream, or by_host."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_host: bool) -> None:
         self._cold = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE) if ON_GPU else None
+        self._by_host = by_host
 
     def __call__(self, work: Callable[[], Any]) -> float:
-        if self._cold is None:
+        if self._cold is not None:
+            self._cold.zero_()
+            torch.cuda.synchronize()
+        if self._by_host or self._cold is None:
             begun = time.perf_counter()
             work()
+            if self._cold is not None:
+                torch.cuda.synchronize()
             return time.perf_counter() - begun
-        self._cold.zero_()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         work()
@@ -56,8 +61,9 @@ class Clock:
 def compare(
     benchmark: Any, ours: dict[str, Callable[[], Any]], peers: dict[str, Callable[[], Any]], **facts: Any
 ) -> None:
-    """Medians of all of `ours`, of which the first is ours as it is used, and of each peer, timed in turn."""
-    clock = Clock()
+    """Medians of all of `ours`, of which the first is ours as it is used, and of each peer, timed in turn; of whole
+    transfers, which have a model, by the host's clock."""
+    clock = Clock(by_host="model" in facts or facts["gpu"] in ("retrieve", "pin and unpin"))
     times: dict[str, list[float]] = {name: [] for name in (*peers, *ours)}
     begun = time.monotonic()
     for i in range(ROUNDS + 2):
@@ -192,6 +198,15 @@ class Pages:
         self.host, self.plain = (host_memory(self.bytes) for _ in range(2))
         self.chunks = list(self.ids.split(CHUNK_TOKENS // PAGE_TOKENS))
 
+    def check_loads(self, load: Callable[[], Any]) -> None:
+        """That it fills all pages again, bit by bit, from what was stored of them."""
+        ids = self.ids.to(DEVICE)
+        want = [layer[:, ids].clone() for layer in self.kv]
+        for layer in self.kv:
+            layer.zero_()
+        load()
+        assert all(torch.equal(layer[:, ids], before) for layer, before in zip(self.kv, want, strict=True))
+
     def copies(self) -> Any:
         return _Ring(self.layout, self.chunk_bytes) if ON_GPU else _HostCopies()
 
@@ -221,7 +236,7 @@ def plain_copies(pages: Pages, direction: str) -> tuple[dict[str, Callable[[], A
         from cupy.cuda import runtime  # noqa: PLC0415
     except ImportError:
         return peers, device
-    if not ON_GPU:
+    if not ON_GPU or pages.bytes > 1 << 30:  # a loop in Python over half a million copies
         return peers, device
     layout, size = pages.layout, pages.layout.page_bytes
     addresses = []
@@ -266,19 +281,33 @@ def lmcache_peer(pages: Pages, direction: str) -> tuple[dict[str, Callable[[], A
             calls.append((payload, slots))
             at += size
 
-        def transfer() -> None:
+        def transfer(buffered: bool) -> None:
             slots_of_all = pages.layout.num_pages * PAGE_TOKENS
             for payload, slots in calls:
+                there = buffer[: payload.numel()].view(payload.shape) if buffered else payload
+                if buffered and direction == "load":
+                    there.copy_(payload, non_blocking=True)
                 multi_layer_kv_transfer(
-                    *(payload, pointers, slots, DEVICE, slots_of_all, which),
+                    *(there, pointers, slots, DEVICE, slots_of_all, which),
                     *(EngineKVFormat.NL_X_TWO_NB_BS_NH_HS, PAGE_TOKENS),
                 )
+                if buffered and direction == "store":
+                    payload.copy_(there, non_blocking=True)
 
-        transfer()
-        torch.cuda.synchronize()
+        buffer = torch.empty_like(calls[0][0], device=DEVICE).view(-1)
+        for buffered in (True, False):
+            pages.plain.zero_()
+            transfer(buffered)
+            torch.cuda.synchronize()
+            if direction == "store":
+                kept = pages.kv[0][:, pages.chunks[0].to(DEVICE)].reshape(2, -1, hidden).cpu()
+                assert torch.equal(calls[0][0][:, 0], kept), "LMCache's kernel stores something else"
     except Exception as error:
         return {}, f"{type(error).__name__}: {error}"[:300]
-    return {"LMCache's kernel": transfer}, ""
+    return {
+        "LMCache, by a buffer": lambda: transfer(True),
+        "LMCache, straight": lambda: transfer(False),
+    }, ""
 
 
 @pytest.mark.parametrize("model, tokens", CASES)
@@ -291,6 +320,7 @@ def test_transfers(benchmark, direction, model, tokens):
     payloads = pages.host.split(pages.chunk_bytes)
     assert [ops.checksum_of_parts([total]) for total in sums] == [ops.checksum(payload) for payload in payloads]
     assert torch.equal(payloads[-1], ops.gather_pages(pages.layout, pages.chunks[-1]).cpu())
+    pages.check_loads(lambda: copies.load(pages.layout, pages.parts(), True).wait())
     peers, _kept = plain_copies(pages, direction)
     ours: dict[str, Callable[[], Any]] = {
         "ours": lambda: getattr(copies, direction)(pages.layout, pages.parts(), True).wait()
@@ -302,6 +332,8 @@ def test_transfers(benchmark, direction, model, tokens):
         staging = copies._staging
         more = (True, stream, 1, 0) if direction == "load" else (stream, 1)
         ours["batch"] = lambda: getattr(staging, direction)(pages.layout.compiled, pages.parts(), *more).wait()
+        pages.check_loads(lambda: staging.load(pages.layout.compiled, pages.parts(), True, stream, 1, 0).wait())
+        assert staging.store(pages.layout.compiled, pages.parts(), stream, 1).wait() == sums
         facts["device_bytes"] = copies._memory.numel()
         facts["buffers"] = RING_BUFFERS
     compare(benchmark, ours, peers | lmcache, gpu=direction, model=model, tokens=tokens, bytes=pages.bytes, **facts)
@@ -360,9 +392,11 @@ def test_loads_by_layers(benchmark, model):
         return [one.wait() for one in started]
 
     assert [sum(parts) % (1 << 64) for parts in zip(*by_layers(), strict=True)] == want
+    pages.check_loads(by_layers)
     ours: dict[str, Callable[[], Any]] = {"ours": by_layers}
     for blocks in (2, 4, 8, 16) if ON_GPU else ():
         assert [sum(parts) % (1 << 64) for parts in zip(*by_layers(blocks), strict=True)] == want
+        pages.check_loads(lambda blocks=blocks: by_layers(blocks))
         ours[f"{blocks} blocks"] = lambda blocks=blocks: by_layers(blocks)
     peers, _kept = plain_copies(pages, "load")
     peers.pop("a copy a page", None)
@@ -439,6 +473,22 @@ def interfering() -> Iterator[tuple[str, Callable[[Pages, Any], Callable[[], Non
             yield f"loads by {blocks} blocks", lambda pages, copies, blocks=blocks: loads(pages, copies, blocks, 0)
 
 
+def time_of_step(a: torch.Tensor) -> float:
+    """In seconds: on a GPU of the device's work alone, whatever the interpreter does meanwhile."""
+    if not ON_GPU:
+        begun = time.perf_counter()
+        for _ in range(4):
+            a @ a
+        return time.perf_counter() - begun
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(4):
+        a @ a
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 @pytest.mark.parametrize("what, make", list(interfering()), ids=lambda value: value if isinstance(value, str) else "")
 def test_interference(benchmark, what, make):
     """Steps of compute, of about 1 ms, while another thread transfers without a pause."""
@@ -461,13 +511,12 @@ def test_interference(benchmark, what, make):
     if make:
         thread.start()
     steps = []
+    before = transfers
+    begun = time.perf_counter()
     for _ in range(STEPS):
-        begun = time.perf_counter()
-        for _ in range(4):
-            a @ a
-        if ON_GPU:
-            torch.cuda.current_stream().synchronize()
-        steps.append(time.perf_counter() - begun)
+        steps.append(time_of_step(a))
+    seconds = time.perf_counter() - begun
+    moved = (transfers - before) * pages.bytes
     stop.set()
     if make:
         thread.join()
@@ -480,5 +529,5 @@ def test_interference(benchmark, what, make):
         steps=STEPS,
         median_s=float(np.median(steps)),
         p99_s_of_step=float(np.quantile(steps, 0.99)),
-        transferred_bytes_per_s=transfers * pages.bytes / sum(steps),
+        transferred_bytes_per_s=moved / seconds,
     )

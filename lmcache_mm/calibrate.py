@@ -88,13 +88,14 @@ class Bench:
             parts.append((ids.data_ptr(), True, len(ids), len(ids), at, 0))
             at += len(ids) * size
 
-        def run(least: int) -> None:
+        def run(least: int) -> list[int]:
             stream = torch.cuda.current_stream(self._device).cuda_stream
             if direction == "store":
-                self._staging.store(layout.compiled, parts, stream, least).wait()
-            else:
-                self._staging.load(layout.compiled, parts, True, stream, least, 0).wait()
+                return self._staging.store(layout.compiled, parts, stream, least).wait()
+            return self._staging.load(layout.compiled, parts, True, stream, least, 0).wait()
 
+        if run(0) != run(1):
+            raise RuntimeError(f"calibrate: {direction}: a batch copies something else than the ring")
         return Times(*medians([lambda: run(0), lambda: run(1)]))
 
     def layer_times(self, blocks: int) -> LayerTimes:
@@ -109,7 +110,7 @@ class Bench:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         compute: list[float] = []
 
-        def load() -> None:
+        def load(blocks: int = blocks) -> list[list[int]]:
             stream = torch.cuda.current_stream(self._device).cuda_stream
             at = self._host.data_ptr()
             jobs = []
@@ -117,8 +118,10 @@ class Bench:
                 part = (ids.data_ptr(), True, count, count, at, 0)
                 jobs.append(self._staging.load(layout.compiled, [part], True, stream, 0, blocks))
                 at += LAYER_BYTES
-            for job in jobs:
-                job.wait()
+            return [job.wait() for job in jobs]
+
+        if load() != load(0):
+            raise RuntimeError(f"calibrate: {blocks} blocks load something else than the ring")
 
         def beside() -> None:
             with torch.cuda.stream(compute_stream):
@@ -138,7 +141,7 @@ class Bench:
         return KVLayout.from_tensors([pages.view(-1, size)], page_tokens=1, page_dim=0, opaque=True)
 
 
-def medians(works: list[Callable[[], None]]) -> list[float]:
+def medians(works: list[Callable[[], object]]) -> list[float]:
     """In seconds, timed in turn, after one untimed round."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS + 1):

@@ -13,6 +13,7 @@ import torch
 import lmcache_mm as lmc
 from conftest import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
 from lmcache_mm import _C, ops, reference
+from lmcache_mm.transfer_paths import Paths
 from test_stores import new_store
 
 HAS_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
@@ -169,6 +170,40 @@ def test_a_loop_retrieves_layer_by_layer(loop: Loop):
         assert not torch.isnan(loop.kv[0, ids]).any()
         assert job.wait() == 48
         assert loop.holds(48, ids, 1.0)
+
+
+def test_a_loop_stores_layer_by_layer(loop: Loop):
+    prompt = lmc.Prompt([1] * 48)
+    ids = torch.randperm(64)[:12]
+    with loop.on_stream:
+        job = loop.cache.store(prompt, ids, by_layer=True)
+        for i in range(3):
+            for position in range(48):
+                loop.kv[i, ids[position // 4], position % 4] = 2.0 + position / 1024
+            assert job.layer_written(f"layer{i}", 10)
+        loop.kv.fill_(float("nan"))
+        assert job.wait() == 48
+        assert loop.cache.retrieve(prompt, ids).wait() == 48
+        assert loop.holds(48, ids, 2.0)
+
+
+@NO_GPU
+@pytest.mark.parametrize("paths", [Paths(((1, 1),), ((1, 1),), 0), Paths((), (), 4)], ids=["batches", "kernels"])
+def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
+    store, remove = new_store("shm", tmp_path, capacity="4MiB")
+    loop = Loop(torch.device("cuda", 0), store)
+    prompt, ids = lmc.Prompt([1] * 48), torch.randperm(64)[:12]
+    for ring in (loop.cache._transfer._loading, loop.cache._transfer._storing):
+        ring._paths = paths
+    with loop.on_stream:
+        loop.compute(48, ids, 1.0)
+        assert loop.cache.store(prompt, ids).wait() == 48
+        for by_layer in (False, True):
+            loop.kv.fill_(float("nan"))
+            assert loop.cache.retrieve(prompt, ids, by_layer=by_layer).wait() == 48
+            assert loop.holds(48, ids, 1.0)
+    loop.cache.close()
+    remove()
 
 
 def test_an_early_store_holds_what_was_computed_when_its_pages_were_asked_for(loop: Loop):
