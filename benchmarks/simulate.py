@@ -318,6 +318,7 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"
     from matplotlib import pyplot  # noqa: PLC0415
 
     figure, (left, right) = pyplot.subplots(
@@ -331,7 +332,7 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     right.set(xlabel="seconds a request")
     right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     left.invert_yaxis()
-    figure.savefig(file, dpi=110)
+    figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
