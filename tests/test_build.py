@@ -55,6 +55,7 @@ def test_the_stub_of_the_module_agrees_with_it(tmp_path):
     absent = tmp_path / "allowed"
     absent.write_text("" if CUDA_BUILD else "lmcache_mm\\._C\\.[Cc]uda.*\n")
     command = [sys.executable, "-m", "mypy.stubtest", "lmcache_mm._C", "--ignore-unused-allowlist"]
+    command += ["--mypy-config-file", "pyproject.toml"]
     run = subprocess.run([*command, "--allowlist", str(absent)], cwd=ROOT, check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
 

@@ -171,6 +171,7 @@ struct Store {
     const bool asks = random() % 2;
     while (asks && !job->finished()) {
     }
+    if (cudaGetLastError() != cudaSuccess) fail("asking leaves an error behind");
     std::vector<u64> sums;
     if (!asks) sums = job->wait();
     for (const Record& record : records)
