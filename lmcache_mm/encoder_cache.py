@@ -117,9 +117,11 @@ class EncoderCache:
         Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
         """
         key, description = self._key(identifier, modality, salt, lora), describe(output)
-        there = read_description(self.backend, key, owner_of(salt)) == description
-        if there and has_payload(self.backend, key, description):
+        there = read_description(self.backend, key, owner_of(salt))
+        if there == description and has_payload(self.backend, key, description):
             return False
+        if there is not None and there != description:
+            self.backend.delete([key])  # it would keep its place, and name a payload that is not this one
         packed = pack(output)
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()

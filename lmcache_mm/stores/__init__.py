@@ -239,7 +239,7 @@ def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, 
 SLAB_OPTIONS = ("capacity", "quota", "ttl")
 PEER_OPTIONS = ("tls", "connections", "timeout")
 NIXL_OPTIONS = ("trusted_network", "tls", "timeout")
-_CREDENTIALS = re.compile(r"^[a-z0-9+]+:[^/?#]*@|://[^/?#]*@")
+_CREDENTIALS = re.compile(r"^[a-z0-9+]+:[^/?#]*@|://[^/?#]*@|\b(?:valkey|s3|mooncake|peer|nixl):[^?]*@")
 
 
 def _client(extra: str) -> Any:
@@ -266,8 +266,8 @@ def _open_valkey(url: str) -> Store:
 def _open_s3(url: str) -> Store:
     path, options = _split(url, (*_REMOTE_OPTIONS, "ttl", "endpoint", "region"))
     bucket, _, prefix = path.partition("/")
-    if not bucket:
-        raise ValueError("store: expected s3://BUCKET/PREFIX, got no bucket")
+    if not bucket or ":" in bucket:
+        raise ValueError(f"store: expected s3://BUCKET/PREFIX, got {'another bucket' if bucket else 'no bucket'}")
 
     def connecting(timeout_s: float, ttl_s: float) -> Any:
         endpoint, region = options.get("endpoint"), options.get("region")

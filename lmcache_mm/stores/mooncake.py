@@ -78,6 +78,7 @@ class MooncakeEngine:
     def __init__(self, store: MooncakeDistributedStore, admin: tuple[str, int], timeout_s: float) -> None:
         self._store, self._admin, self._timeout_s = store, admin, timeout_s
         self._lock = threading.Lock()
+        self._of_thread = threading.local()
         self._registered: dict[int, np.ndarray] = {}  # kept for as long as the client may use it
 
     def _address(self, memory: memoryview) -> int:
@@ -93,6 +94,13 @@ class MooncakeEngine:
                 self._registered[address] = array
         return address
 
+    def _head_memory(self, size: int) -> np.ndarray:
+        """Of this thread, for what the client may write to it as late as it likes."""
+        known: np.ndarray | None = getattr(self._of_thread, "memory", None)
+        if known is None or len(known) < size:
+            known = self._of_thread.memory = np.empty(size, np.uint8)
+        return known
+
     def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
         return [_checked("exists", code) == 1 for code in self._store.batch_is_exist(list(names))]
 
@@ -104,8 +112,8 @@ class MooncakeEngine:
 
     def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
         heads: list[bytes | None] = []
+        memory = self._head_memory(size)
         for name in names:
-            memory = np.empty(size, np.uint8)
             ((code,),) = self._store.get_into_ranges(
                 [self._address(memory.data)], [[name]], [[[0]]], [[[0]]], [[[size]]]
             )[0]

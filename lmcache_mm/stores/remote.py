@@ -13,7 +13,7 @@ import os
 import struct
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -35,6 +35,7 @@ MAGIC = b"lmcache_mm"
 # its payload has, and whose it is.
 FACTS = struct.Struct("<10sH4xQQ32s")
 HEADER_BYTES = FACTS.size + MAC_BYTES  # 96
+MOST_UNSETTLED = 4096  # puts
 FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; no put takes as long
 
 logger = logging.getLogger("lmcache_mm")
@@ -132,6 +133,11 @@ class _Call:
             if self.over or not self._left:
                 self._changed.notify_all()
 
+    @property
+    def moved(self) -> bool:
+        """Whether anything was done."""
+        return self._left < len(self.results)
+
     def wait(self) -> bool:
         """Whether all is done; what is not by the deadline will leave the caller's buffers alone."""
         with self._changed:
@@ -162,9 +168,22 @@ class _Hand:
             self._memory = np.frombuffer(mmap.mmap(-1, 1 << (size - 1).bit_length()), np.uint8)
         return self._memory[:size]
 
-    def close(self, patience_s: float) -> None:
-        if self.lane.close(patience_s) and self._engine is not None:
-            self._engine.close()
+    @property
+    def connected(self) -> Engine | None:
+        return self._engine
+
+
+class _LeftAlone(ConnectionError):
+    """Nothing was asked."""
+
+
+class _Unsettled(NamedTuple):
+    """A put of which it is not known whether its owner was forgotten meanwhile."""
+
+    after: float  # by time.monotonic(), when to look
+    owner: bytes
+    moment: int
+    keys: list[bytes]
 
 
 class RemoteStore:
@@ -194,11 +213,12 @@ class RemoteStore:
     ) -> None:
         self.name = name
         self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
-        deployment = f"lmcache_mm-{seal.name(b'deployment')[:8].hex()}"
+        deployment = f"lmcache_mm-{VERSION}-{seal.name(b'deployment')[:8].hex()}"
         self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # names begin with
         self._pid = os.getpid()
         self._closed = False
         self._breaker = Breaker()
+        self._unsettled: deque[_Unsettled] = deque(maxlen=MOST_UNSETTLED)
         names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
         self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._lock = threading.Lock()  # guards the counts and how busy the hands are
@@ -216,18 +236,22 @@ class RemoteStore:
             raise RuntimeError("store: it is closed")
 
     def _do(
-        self, work: Callable[[_Hand, _Call, int], Any], items: int, until: float | None = None
+        self,
+        work: Callable[[_Hand, _Call, int], Any],
+        items: int,
+        until: float | None = None,
+        looks_all_the_same: bool = False,
     ) -> tuple[list[Any], BaseException | None]:
         """work(hand, call, item) for all items, by several hands: the results, None of those that were not done, and
-        why. until: of the monotonic clock, where several of these share a budget."""
+        why. until: of the monotonic clock, where several of these share a budget. looks_all_the_same: even if the store
+        is left alone."""
         if not items:
             return [], None
-        if not self._breaker.admit():
-            return [None] * items, ConnectionError("it failed a short while ago and is left alone")
+        if not looks_all_the_same and not self._breaker.admit():
+            return [None] * items, _LeftAlone("it failed a short while ago and is left alone")
         call = _Call(work, items, self._timeout_s if until is None else until - time.monotonic())
         with self._lock:
-            hands = [hand for hand in self._hands if not hand.busy] or self._hands
-            hands = hands[:items]
+            hands = sorted(self._hands, key=lambda hand: hand.busy)[:items]
             for hand in hands:
                 hand.busy += 1
         for hand in hands:
@@ -236,7 +260,9 @@ class RemoteStore:
         error = call.error or (None if good else TimeoutError(f"no answer within {self._timeout_s:g} s"))
         if error is not None:
             self._count("timeouts" if call.error is None else "errors")
-        if self._breaker.tell(good) and not good:
+        # One that is slow with much is not down: something has come.
+        healthy = good or (call.error is None and call.moved)
+        if self._breaker.tell(healthy) and not healthy:
             logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
         return list(call.results), error
 
@@ -325,6 +351,7 @@ class RemoteStore:
         self._check()
         check_keys(keys)
         checked_owner(owner)
+        self._settle()
         arrays = writable(buffers)
         wanted = list(zip(keys, arrays, strict=True))
 
@@ -353,6 +380,7 @@ class RemoteStore:
         self._check()
         check_keys(keys)
         whose = checked_owner(owner)
+        self._settle()
         arrays = dict(zip(keys, map(bytes_of, buffers), strict=True))
         given = dict(zip(keys, checksums, strict=True)) if checksums is not None else {}
         until = time.monotonic() + self._timeout_s
@@ -380,12 +408,30 @@ class RemoteStore:
 
         if as_of is not None and owner and self._forgotten(owner, moment, until):
             return
-        sent, _ = self._do(send, len(lacking), until)
+        sent, error = self._do(send, len(lacking), until)
         self._count("puts", sent.count(True))
         self._count("dropped_puts", len(lacking) - sent.count(True))
         # Whoever forgets writes that down and then looks for records. So either they find these, or it is found here.
-        if owner and lacking and self._forgotten(owner, moment):
-            self.delete(lacking)
+        if owner and lacking and not isinstance(error, _LeftAlone):
+            forgotten = self._forgotten(owner, moment, looks_all_the_same=True)
+            if forgotten:
+                self.delete(lacking)
+            if forgotten is None or error is not None:  # not known, or some of it may arrive yet
+                self._unsettled.append(_Unsettled(time.monotonic() + PAUSE_S, owner, moment, lacking))
+
+    def _settle(self) -> None:
+        """Looks after a put that could not."""
+        try:
+            put = self._unsettled.popleft()
+        except IndexError:
+            return
+        forgotten = None
+        if time.monotonic() >= put.after and not self._breaker.open:
+            forgotten = self._forgotten(put.owner, put.moment)
+        if forgotten:
+            self.delete(put.keys)
+        if forgotten is None:
+            self._unsettled.append(put)
 
     def moment(self) -> int:
         """Microseconds since 1970, by this host's clock."""
@@ -411,10 +457,16 @@ class RemoteStore:
         key = b"forgotten:" + owner  # shorter than any other record's
         return self._forgets + self._seal.name(key).hex(), key
 
-    def _forgotten(self, owner: bytes, since: int, until: float | None = None) -> bool:
-        """Whether all of the owner's was forgotten after the moment `since`."""
-        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until)
-        return at is not None and at >= since
+    def _forgotten(
+        self, owner: bytes, since: int, until: float | None = None, looks_all_the_same: bool = False
+    ) -> bool | None:
+        """Whether all of the owner's was forgotten after the moment `since`; None if that cannot be known now."""
+        look = partial(self._look_forgotten, owner)
+        (at,), _ = self._do(look, 1, until, looks_all_the_same)
+        return None if at is None else bool(at >= since)
+
+    def _look_forgotten(self, owner: bytes, hand: _Hand, call: _Call, item: int) -> int:
+        return self._forgotten_at(hand, owner)
 
     def _forgotten_at(self, hand: _Hand, owner: bytes) -> int:
         head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
@@ -429,10 +481,10 @@ class RemoteStore:
         whose = self._seal.name(checked_owner(owner))
         name, key = self._forgets_of(owner)
 
-        def write_down(engine: Engine) -> None:
-            record = np.empty(HEADER_BYTES, np.uint8)
+        def write_down(hand: _Hand) -> None:
+            record = hand.memory(HEADER_BYTES)
             self._fill(record, key, self.moment(), owner)
-            if not engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
+            if not hand.engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
                 raise RuntimeError("there is no room to write it down")
 
         return self._remove("forget", lambda head: head is not None and head.owner == whose, write_down)
@@ -441,11 +493,11 @@ class RemoteStore:
         """Removes everything that this deployment has on the server; returns how many records. Raises RuntimeError if
         it could not."""
         self._check()
-        return self._remove("clear", lambda head: True, lambda engine: None)
+        return self._remove("clear", lambda head: True, lambda hand: None)
 
-    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[Engine], None]) -> int:
+    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[_Hand], None]) -> int:
         def remove(hand: _Hand, call: _Call, item: int) -> int:
-            first(hand.engine)
+            first(hand)
             removed = 0
             for names, heads in self._all_heads(hand.engine, call):
                 gone = [name for name, head in zip(names, heads, strict=True) if chosen(head)]
@@ -464,12 +516,14 @@ class RemoteStore:
         """Of every record of the deployment, some at a time."""
         seen: set[str] = set()
         for listed in engine.names(self._records):
+            if call.over:
+                return
+            call.extend()  # there may be many names of others in between
             names = [name for name in listed if name not in seen]
             seen.update(names)
             for part in self._parts(names):
                 heads = engine.heads(part, HEADER_BYTES)
                 there = [(name, head) for name, head in zip(part, heads, strict=True) if head is not None]
-                call.extend()
                 yield [name for name, _ in there], [_Head.read(head) for _, head in there]
 
     def sizes(self) -> Mapping[str, int]:
@@ -504,7 +558,20 @@ class RemoteStore:
         self._closed = True
         until = time.monotonic() + self._timeout_s
         for hand in self._hands:
-            hand.close(max(0.0, until - time.monotonic()))
+            hand.lane.close(0)  # all are told before one is waited for
+        ended: dict[int, tuple[Engine, bool]] = {}  # of each connection, which hands may share, whether nobody uses it
+        for hand in self._hands:
+            done = hand.lane.close(max(0.0, until - time.monotonic()))
+            if (engine := hand.connected) is not None:
+                ended[id(engine)] = (engine, done and ended.get(id(engine), (engine, True))[1])
+        for engine, nobody_uses_it in ended.values():
+            if nobody_uses_it:
+                engine.close()
+            else:
+                _left.append(engine)
+
+
+_left: list[Engine] = []  # in use when their stores were closed: kept to the end of the process
 
 
 def _age_s(head: _Head) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,11 +16,20 @@ from obstore.store import S3Store
 LISTED_AT_ONCE = 1000
 
 
+_pid = 0  # of the process that used the client first: its threads are not there in a forked child
+
+
 def connecting(
     bucket: str, prefix: str, endpoint: str | None, region: str | None, timeout_s: float, ttl_s: float
 ) -> Callable[[], S3Engine]:
     """What makes a connection, with credentials and what else AWS_* variables of the environment say. ValueError for an
     endpoint that is none."""
+    global _pid  # noqa: PLW0603
+    _pid = _pid or os.getpid()
+    if os.getpid() != _pid:
+        raise RuntimeError(
+            f"store: s3: the client was used in process {_pid} and does not survive a fork: start this one by spawn"
+        )
     settings: dict[str, Any] = {"region": region} if region else {}
     if endpoint:
         if not endpoint.startswith(("http://", "https://")):

@@ -37,7 +37,6 @@ class _Request:
     saves: bool
     identifying: Work | None  # its keys under way
     keys: list[OutputKey | None]  # of its items; None: what it is is not known
-    missing: set[int] = field(default_factory=set)  # items that come without what is encoded
     fetching: dict[int, Work] = field(default_factory=dict)  # outputs under way, by item
     outputs: dict[int, Packed | None] = field(default_factory=dict)  # those that have come; None: not there
     asked_at: float = 0.0  # when it began to wait
@@ -66,9 +65,9 @@ class EncoderScheduler:
         self._at_once_left_s = AT_ONCE_S
 
     def close(self) -> None:
-        for lane in (self._identifying, self._fetches):
-            lane.close(self._options.timeout_s)
-        self._store.close()
+        ended = [lane.close(self._options.timeout_s) for lane in (self._identifying, self._fetches)]
+        if all(ended):  # else one of them is still in the store
+            self._store.close()
 
     # --- Before a request is scheduled
 
@@ -76,12 +75,19 @@ class EncoderScheduler:
         """Whether it is known what can be claimed of the request's items behind `computed_tokens`, or will not be."""
         self._forget_other_weights()
         self._claims, self._claims_of = {}, request.request_id
+        # First, and whatever else is known: vLLM may have its output now and not when it is needed, and nobody could
+        # make it then; nor is whoever names a picture one that has shown it.
+        if any(identity.lacks_what_is_encoded(feature.data) for feature in request.mm_features):
+            self._unavailable.add(request.request_id)
+            return False
         needed = [
             i
             for i, feature in enumerate(request.mm_features)
             if feature.mm_position.offset + feature.mm_position.length > computed_tokens
             and feature.identifier not in self._in_engine
         ]
+        if known := self._requests.get(request.request_id):
+            known.outputs = {i: output for i, output in known.outputs.items() if i in needed}
         if not needed or getattr(request, "resumable", False):
             return True
         ours = self._requests.get(request.request_id) or self._add(request)
@@ -89,10 +95,7 @@ class EncoderScheduler:
         if ours.identifying is not None:
             if not self._is_done(ours.identifying):
                 return self._give_up(ours, self._identifying)
-            (ours.keys, ours.missing), ours.identifying = ours.identifying.future.result(), None
-        if not ours.missing.isdisjoint(needed):
-            self._unavailable.add(request.request_id)
-            return False
+            ours.keys, ours.identifying = ours.identifying.future.result(), None
         if ours.loads and not all([self._fetch(request, ours, i) for i in needed]):
             return self._give_up(ours, self._fetches)
         ours.asked_at = 0.0
@@ -120,27 +123,24 @@ class EncoderScheduler:
         self._requests[request.request_id] = ours
         return ours
 
-    def _identify(self, request: Request, namespace: Namespace) -> tuple[list[OutputKey | None], set[int]]:
-        """Under what the outputs of a request's items are stored, and which are missing. Runs beside the scheduler."""
+    def _identify(self, request: Request, namespace: Namespace) -> list[OutputKey | None]:
+        """Under what the outputs of a request's items are stored. Runs beside the scheduler."""
         keys: list[OutputKey | None] = [None] * len(request.mm_features)
-        missing: set[int] = set()
         try:
             lora = self._adapters.digest(request.lora_request) if self._lora_changes_encoder else None
             salt = request.cache_salt or None
             root, owner = namespace.root(salt, lora), owner_of(salt)
         except Exception as error:  # of whatever the request names
             logger.warning("%s: request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
-            return keys, missing
+            return keys
         for i, feature in enumerate(request.mm_features):
             if feature.modality == PASSED_THROUGH:
                 continue
             try:
                 keys[i] = OutputKey(output_key(root, identity.digest_of_item(feature), feature.modality), owner)
-            except identity.Missing:
-                missing.add(i)
             except Exception as error:  # of the item's data, whatever they are
                 logger.warning("%s: an item of request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
-        return keys, missing
+        return keys
 
     def _fetch(self, request: Request, ours: _Request, item: int) -> bool:
         """Whether it is known what the store has of an item."""

@@ -24,7 +24,7 @@ WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # Fields that only size an item's placeholders, as vLLM 0.32 declares them (embedding_fields of its parsers).
 METADATA_FIELDS = {
     *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps"),
-    *("audio_num_tokens", "audio_feature_lengths"),
+    *("audio_num_tokens", "audio_feature_lengths", "feature_attention_mask", "patch_positions"),
 }
 # Settings of vLLM that decide what an item's encoder puts out.
 ENCODER_SETTINGS = (
@@ -149,6 +149,14 @@ def digest_of_item(feature: Any) -> str:
     return digest
 
 
+def lacks_what_is_encoded(data: Any) -> bool:
+    """Whether an item says no more than how many embeddings it has: with a connector, vLLM takes such items. By the
+    names of its fields alone."""
+    return bool(data) and all(
+        name in METADATA_FIELDS or getattr(getattr(data[name], "field", None), "keep_on_cpu", False) for name in data
+    )
+
+
 def digest_of_data(modality: str, data: Any) -> str:
     """A digest of an item's processed data: modality, then of each field its name, dtypes, shapes and bytes."""
     hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)
@@ -178,10 +186,7 @@ def digest_of_data(modality: str, data: Any) -> str:
     add("modality", modality.encode())
     if not data:
         raise Unknown("an item comes without data")
-    if all(
-        name in METADATA_FIELDS or getattr(getattr(data[name], "field", None), "keep_on_cpu", False) for name in data
-    ):
-        # With a connector, vLLM takes items of which there is no more than how many embeddings they have.
+    if lacks_what_is_encoded(data):
         raise Missing("an item comes without what is encoded")
     for name in sorted(data):
         if name == "address":  # vLLM's shared-memory cache: the bytes are elsewhere
