@@ -457,6 +457,63 @@ def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten
     other.close()
 
 
+class Shared:
+    """A client that all connections are; asking takes a while."""
+
+    def __init__(self, asking_s):
+        self.asking_s, self.asked_at_once, self.most_at_once, self.closed = asking_s, 0, 0, []
+        self.lock = threading.Lock()
+
+    def exists(self, names, peek):
+        with self.lock:
+            self.asked_at_once += 1
+            self.most_at_once = max(self.most_at_once, self.asked_at_once)
+        time.sleep(self.asking_s)
+        with self.lock:
+            self.asked_at_once -= 1
+        return [True] * len(names)
+
+    def close(self):
+        self.closed.append(self.asked_at_once)
+
+
+def test_calls_are_spread_over_the_connections_and_one_that_is_slow_with_much_is_not_down():
+    client = Shared(0.05)
+    store = RemoteStore("shared", lambda: client, Seal(b"a secret of a deployment"), 30, 4, 1)
+    callers = [threading.Thread(target=store.contains, args=([key(i)],)) for i in range(16)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert client.most_at_once == 4
+    assert [hand.busy for hand in store._hands] == [0] * 4
+    store.close()
+    slow = RemoteStore("slow", lambda: client, Seal(b"a secret of a deployment"), 0.5, 1, 1)
+    found = slow.contains([key(i) for i in range(100)])
+    assert 0 < sum(found) < 100
+    assert slow.stats()["down"] == 0
+    assert slow.stats()["timeouts"] == 1
+    slow.close()
+
+
+def test_a_client_is_closed_once_and_behind_what_it_does():
+    client = Shared(0.3)
+    store = RemoteStore("shared", lambda: client, Seal(b"a secret of a deployment"), 10, 4, 1)
+    callers = [threading.Thread(target=store.contains, args=([key(i)],)) for i in range(4)]
+    for caller in callers:
+        caller.start()
+    time.sleep(0.1)
+    store.close()
+    assert client.closed == [0]
+    for caller in callers:
+        caller.join()
+    hangs = Shared(3)
+    store = RemoteStore("hangs", lambda: hangs, Seal(b"a secret of a deployment"), 0.2, 2, 1)
+    store.contains([key(1)])
+    store.close()
+    assert hangs.closed == []  # in use: it is left to itself
+
+
 def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
     hang = threading.Event()
     first = threading.Lock()

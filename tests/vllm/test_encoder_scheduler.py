@@ -218,6 +218,26 @@ def test_a_request_without_what_is_to_be_encoded_is_reported_and_never_scheduled
         assert unavailable == {name}
 
 
+@pytest.mark.parametrize(
+    "how", ["in the engine", "resumable", "identification hangs", "adapter unknown", "behind a hit"]
+)
+def test_a_request_without_what_is_to_be_encoded_is_refused_whatever_else_is_known(new_scheduler, how):
+    """vLLM may have its output under that identifier now, and not when it is needed; then nobody could make it."""
+    scheduler = new_scheduler(tower_lora=how == "adapter unknown")
+    lora = SimpleNamespace(lora_name="a", lora_path="none/such") if how == "adapter unknown" else None
+    grid = {"image_grid_thw": SimpleNamespace(data=torch.tensor([1, 4, 4]))}
+    asked = request("asks", item(1, "x", **grid), lora=lora)
+    asked.resumable = how == "resumable"
+    if how == "in the engine":
+        shown = request("shows", item(1, "x"))
+        ensure(scheduler, shown)
+        scheduler.plan_step(step(encode={"shows": [0]}))
+    if how == "identification hangs":
+        scheduler._identifying.submit(lambda _: time.sleep(0.5))
+    assert not scheduler.ensure(asked, 100 if how == "behind a hit" else 0)
+    assert scheduler.take_unavailable() == {"asks"}
+
+
 def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store, monkeypatch):
     keep(store, item(1, "a"))
     one = request("1", item(1, "a"))
