@@ -1,6 +1,7 @@
 """NIXL agents bound to one interface, and the process that maps a slab read-only and lets other hosts read it.
 
-UCX, below NIXL, trusts whoever reaches its port. So that process has nothing but the slab, and can only read that.
+UCX, below NIXL, trusts whoever reaches its port: over TCP it reads and writes any memory of the process, registered or
+not. So that process has the slab, read-only, and as little else as it can run with: no secret, no credentials.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import numpy as np
 
 IDLE_POLL_S = 0.05
 START_S = 60.0
+NEEDED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")  # of the environment
 SIOCGIFADDR = 0x8915  # <linux/sockios.h>
 
 _AGENT = struct.Struct("<QQI")  # where the slab lies in the agent's process, its bytes, bytes of metadata
@@ -87,7 +89,16 @@ class SlabAgent:
         check_package()
         program = "import sys; from lmcache_mm.nixl_agent import main; main(*sys.argv[1:])"
         command = [sys.executable, "-c", program, str(slab), interface]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+        environment = {n: v for n, v in os.environ.items() if n in NEEDED or n.startswith(("UCX_", "NIXL_"))}
+        # Of a session of its own, so that an interrupt is its parent's alone: it ends with its input.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env=environment,
+            start_new_session=True,
+        )
         self._lock = threading.Lock()
         assert self._process.stdout is not None
         ready = select.select([self._process.stdout], [], [], START_S)[0]

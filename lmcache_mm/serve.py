@@ -110,7 +110,12 @@ class Server:
                     continue
                 thread = threading.Thread(target=self._serve, args=(sock, where), daemon=True)
                 self._open[sock] = thread
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # out of threads
+                    logger.warning("%s is refused: %s", where[0], error)
+                    del self._open[sock]
+                    sock.close()
 
     def _serve(self, sock: socket.socket, where: tuple[str, int]) -> None:
         """One connection, to its end; whatever its client does ends it alone."""
@@ -194,19 +199,12 @@ class Server:
             self._store.release([slot for slot in lent if slot])
 
     def _verified(self, slot: Slot) -> bytes | None:
-        """A lent slot's MAC; None, and its record removed, where it is damaged."""
-        try:
-            return self._mac(slot)
-        except _DamagedError:
-            self._store.discard(slot)
-            return None
-
-    def _make_mac(self, slot: Slot) -> bytes:
+        """A lent slot's MAC; None where it is damaged, if only since it was made. The record is then removed."""
         view = self._store.view(slot)
         if _C.checksum(view.ctypes.data, view.nbytes) != slot.checksum:
-            raise _DamagedError
-        return self._seal.mac(slot.key, view.data)
+            self._store.discard(slot)
+            return None
+        return self._mac(slot)
 
-
-class _DamagedError(Exception):
-    """A slot does not have its checksum."""
+    def _make_mac(self, slot: Slot) -> bytes:
+        return self._seal.mac(slot.key, self._store.view(slot).data)

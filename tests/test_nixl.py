@@ -123,6 +123,40 @@ def test_the_process_that_lends_has_the_slab_read_only_and_listens_on_one_interf
     assert set(listening) == {struct.pack(">I", 0x7F000001)[::-1].hex().upper()}
 
 
+def test_the_process_that_lends_is_given_no_secret(lent):
+    """Who reaches its port can read its memory."""
+    assert "LMCACHE_MM_SECRET" in os.environ
+    with closing(nixl_agent.SlabAgent(lent.directory / "slab", "lo")) as agent:
+        environment = Path(f"/proc/{agent._process.pid}/environ").read_text()
+    names = {entry.partition("=")[0] for entry in environment.split("\0") if entry}
+    assert "UCX_TLS" in names
+    assert {name for name in names if not name.startswith(("UCX_", "NIXL_"))} <= set(nixl_agent.NEEDED)
+
+
+def test_a_transfer_that_fails_under_way_leaves_a_store_that_works(lent, reader):
+    """As when the other side's process is killed."""
+    lent.put([key(1)], [large(1)])
+    assert get(reader, 1, LARGE) == large(1)
+    real = reader._agent
+
+    class Fails:
+        def __getattr__(self, name):
+            return getattr(real, name)
+
+        def check_xfer_state(self, transfer):
+            raise LookupError("NIXL_ERR_REMOTE_DISCONNECT")
+
+        def transfer(self, transfer):
+            real.transfer(transfer)
+            return "PROC"
+
+    reader._agent = Fails()
+    assert get(reader, 1, LARGE) is None
+    assert reader.stats()["errors"] == 1
+    reader._agent = real
+    until(lambda: reader._breaker.tell(True) or get(reader, 1, LARGE) == large(1), "it is not read again")
+
+
 def test_a_network_must_be_called_trusted(url, capsys):
     with pytest.raises(ValueError, match="say trusted_network=1 where that is so, or use peer:"):
         open_store("nixl://127.0.0.1:7700")

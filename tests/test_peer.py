@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +158,47 @@ def test_a_damaged_record_is_a_miss_and_is_removed_where_it_lies(lent, reader):
     assert lent.contains([key(1), key(2), key(3)]) == [False, False, True]
     assert lent.stats()["corrupt"] == 2
     assert reader.stats()["errors"] == 0
+
+
+def test_a_record_damaged_after_it_was_read_once_is_a_miss_and_the_peer_is_not_left_alone(lent, reader):
+    """A MAC that is kept says nothing about the bytes of now."""
+    lent.put([key(1), key(2)], [payload(1), payload(2)])
+    assert get(reader, 1) == payload(1)
+    (slot,) = lent.lend([key(1)], [100])
+    lent.view(slot)[50] ^= 1
+    lent.release([slot])
+    assert get(reader, 1) is None
+    assert lent.contains([key(1)]) == [False]
+    assert get(reader, 2) == payload(2)
+    assert reader.stats()["corrupt"] == reader.stats()["errors"] == 0
+
+
+def test_what_no_socket_says_is_a_miss_too(monkeypatch):
+    with closing(open_store("peer://127.0.0.1:1?timeout=1")) as reader:
+
+        def fails(deadline):
+            raise UnicodeError("a label is too long")
+
+        monkeypatch.setattr(reader, "_connection", fails)
+        assert reader.contains([key(1)]) == [False]
+        assert reader.stats()["errors"] == 1
+
+
+def test_no_job_begins_after_its_call_has_ended():
+    call, begun, go_on = peer._Call(), threading.Event(), threading.Event()
+    running = threading.Thread(target=call.run, args=(lambda: begun.set() or go_on.wait(10),))
+    running.start()
+    assert begun.wait(10)
+    ended = threading.Thread(target=call.end)
+    ended.start()
+    ended.join(0.1)
+    assert ended.is_alive()  # it waits for what has begun
+    go_on.set()
+    ended.join(10)
+    assert not ended.is_alive()
+    ran = []
+    call.run(ran.append, 1)
+    assert not ran
 
 
 def test_ten_thousand_keys_of_which_every_other_is_missing(lent, reader):

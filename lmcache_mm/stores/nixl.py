@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -82,10 +83,9 @@ class NixlStore(PeerStore):
     def _meet(self, channel: Channel) -> None:
         """Makes this side's agent, and adds the one that the connection's server has."""
         if self._under_way is not None:
-            if self._agent.check_xfer_state(self._under_way) == "PROC":
+            if self._is_under_way(self._under_way):
                 raise TimeoutError("a transfer that took too long is still under way")
-            self._agent.release_xfer_handle(self._under_way)
-            self._under_way = None
+            self._let_go()
         if self._agent is None:
             self._agent = new_agent(interface_of(channel.own_address))
         if self._of is channel:
@@ -100,6 +100,18 @@ class NixlStore(PeerStore):
         except Exception as error:  # NIXL's own classes
             raise ProtocolError(f"the other side's agent cannot be added: {error}") from None
         self._remote, self._of = (name.decode() if isinstance(name, bytes) else name, base, slab_bytes), channel
+
+    def _is_under_way(self, transfer: Any) -> bool:
+        try:
+            return bool(self._agent.check_xfer_state(transfer) == "PROC")
+        except Exception:  # NIXL's own classes: the other side is gone, say
+            return False
+
+    def _let_go(self) -> None:
+        """Of a transfer that has ended, however."""
+        transfer, self._under_way = self._under_way, None
+        with suppress(Exception):
+            self._agent.release_xfer_handle(transfer)
 
     def _leased(self, body: bytes, sizes: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
         """(place, offset in the slab, MAC) of what the server holds for us."""
@@ -184,11 +196,12 @@ class NixlStore(PeerStore):
                     raise TimeoutError("a transfer takes too long")
                 time.sleep(0)  # other threads may want to run
                 state = agent.check_xfer_state(transfer)
-            self._under_way = None
-            agent.release_xfer_handle(transfer)
+            self._let_go()
         except OSError:
             raise
         except Exception as error:  # NIXL's own classes
+            if self._under_way is not None:
+                self._let_go()
             raise ConnectionError(f"NIXL: {error}") from None
         if state != "DONE":
             raise ConnectionError(f"NIXL: a transfer ended as {state}")

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -42,6 +42,31 @@ LEAST_SHARE_BYTES = 8 << 20  # of what one connection carries where several coul
 RECORD_HEAD = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, length, MAC
 
 logger = logging.getLogger("lmcache_mm")
+
+
+class _Call:
+    """The jobs of one call: none begins after its end, which waits for those that have begun."""
+
+    def __init__(self) -> None:
+        self._running, self._ended = 0, False
+        self._changed = threading.Condition()
+
+    def run(self, do: Callable[..., Exception | None], *arguments: Any) -> Exception | None:
+        with self._changed:
+            if self._ended:
+                return None
+            self._running += 1
+        try:
+            return do(*arguments)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._running)
 
 
 class PeerStore:
@@ -227,9 +252,10 @@ class PeerStore:
         if not self._breaker.admit():
             return
         good = False
+        call = _Call()
         try:
             deadline = time.monotonic() + self._timeout_s
-            jobs = [self._pool.submit(self._do, work, deadline) for work in works]
+            jobs = [self._pool.submit(call.run, self._do, work, deadline) for work in works]
             wait(jobs)
             errors = [error for job in jobs if (error := job.result())]
             if errors:
@@ -238,9 +264,10 @@ class PeerStore:
                 self._drop_idle()
             good = not errors
         finally:
+            call.end()
             self._breaker.tell(good)
 
-    def _do(self, work: Callable[[Channel], None], deadline: float) -> OSError | None:
+    def _do(self, work: Callable[[Channel], None], deadline: float) -> Exception | None:
         channel = None
         done = False
         try:
@@ -248,6 +275,9 @@ class PeerStore:
             work(channel)
             done = True
         except OSError as error:
+            return error
+        except Exception as error:  # of the engine below, or out of threads: the caller's path raises nothing
+            logger.warning("%s: unexpected", self._name, exc_info=True)
             return error
         finally:
             if channel:
