@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, cli, ops
 from lmcache_mm.transfer import RING_BUFFERS, _HostCopies, _Ring
 
 ON_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
@@ -174,6 +174,7 @@ MODELS = {
     "DeepSeek-V3 MLA": Model(61, 1, 1, 576),
 }
 PROMPTS = (1024, 16_384, 131_072)
+TOKENS = PROMPTS[1] if ON_GPU else PROMPTS[0]  # where one prompt is enough
 CASES = [
     (name, tokens)
     for tokens in PROMPTS
@@ -341,7 +342,7 @@ def test_transfers(benchmark, direction, model, tokens):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_stores_and_loads_at_once(benchmark, model):
-    pages, others = Pages(model, PROMPTS[0 if not ON_GPU else 1]), Pages(model, PROMPTS[0 if not ON_GPU else 1])
+    pages, others = Pages(model, TOKENS), Pages(model, TOKENS)
     storing, loading = pages.copies(), others.copies()
     storing.store(others.layout, others.parts(), True).wait()
 
@@ -371,7 +372,7 @@ def test_stores_and_loads_at_once(benchmark, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_loads_by_layers(benchmark, model):
     """One layer's part of all payloads after the other."""
-    pages = Pages(model, PROMPTS[0 if not ON_GPU else 1])
+    pages = Pages(model, TOKENS)
     copies = pages.copies()
     want = copies.store(pages.layout, pages.parts(), True).wait()
     ends = sorted(set(pages.layout.planes_until.values()))
@@ -413,10 +414,10 @@ def test_one_chunk(benchmark, direction):
     compare(benchmark, ours, peers, gpu=f"{direction} of one chunk", model="Qwen2-VL-2B", bytes=pages.bytes)
 
 
-def test_a_retrieve_and_the_copies_in_it(benchmark, tmp_path):
+def test_a_retrieve_and_the_copies_in_it(benchmark):
     """What keys, index, threads and Python add to the copies of one retrieve from shm:."""
-    pages = Pages("Qwen2-VL-2B", PROMPTS[0 if not ON_GPU else 1])
-    prompt = lmc.Prompt(list(range(PROMPTS[0 if not ON_GPU else 1])))
+    pages = Pages("Qwen2-VL-2B", TOKENS)
+    prompt = lmc.Prompt(list(range(TOKENS)))
     url = f"shm:///bench-gpu-{os.getpid()}"
     with lmc.KVCache(pages.layout, f"{url}?capacity=1GiB", lmc.Namespace(model="m"), CHUNK_TOKENS) as cache:
         cache.store(prompt, pages.ids).wait()
@@ -427,8 +428,6 @@ def test_a_retrieve_and_the_copies_in_it(benchmark, tmp_path):
             "its copies": lambda: copies.load(pages.layout, pages.parts(), True).wait(),
         }
         compare(benchmark, ours, {}, gpu="retrieve", bytes=pages.bytes, tokens=len(prompt))
-    from lmcache_mm import cli  # noqa: PLC0415
-
     assert cli.main(["clear", url]) == 0
 
 
@@ -492,7 +491,7 @@ def time_of_step(a: torch.Tensor) -> float:
 @pytest.mark.parametrize("what, make", list(interfering()), ids=lambda value: value if isinstance(value, str) else "")
 def test_interference(benchmark, what, make):
     """Steps of compute, of about 1 ms, while another thread transfers without a pause."""
-    pages = Pages("Qwen2-VL-7B", PROMPTS[0 if not ON_GPU else 1])
+    pages = Pages("Qwen2-VL-7B", TOKENS)
     copies = pages.copies()
     size = 4096 if ON_GPU else 512
     a = torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16 if ON_GPU else torch.float32)

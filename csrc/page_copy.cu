@@ -152,6 +152,12 @@ __device__ void add_to_checksum(unsigned long long* checksum, u64 sum) {
   if (threadIdx.x % kWarp == 0) atomicAdd(checksum, sum);
 }
 
+// The first lane of a tile in the payload of its chunk.
+template <u32 kUnit, typename Index>
+__device__ Index tile_begin(const Copy<Index>& copy, u32 c, u64 tile) {
+  return static_cast<Index>((tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<kUnit>);
+}
+
 // A block copies a contiguous range of tiles, chunk after chunk.
 template <Mode kMode, bool kGather, u32 kUnit>
 __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
@@ -166,7 +172,7 @@ __device__ void copy_tiles(const Copy<typename IndexOf<kUnit>::type>& copy) {
     const ChunkWork<Index> work = copy.chunks[c];
     u8* payload = in_global_memory(work.chunk.payload);
     const bool vector = reinterpret_cast<std::uintptr_t>(payload) % kLaneBytes == 0;
-    Index first = static_cast<Index>((tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<kUnit> + threadIdx.x);
+    Index first = tile_begin<kUnit>(copy, c, tile) + threadIdx.x;
     LaneSums sums;
     for (; tile < tiles_end && tile < work.tiles_end; ++tile, first += kTileLanes<kUnit>) {
       Lane lanes[kLanes<kUnit>];
@@ -228,7 +234,7 @@ struct TileRing {
 __device__ void fill_stage(const Copy<u32>& copy, TileRing& ring, u32 stage, u64 tile, u32& c) {
   while (copy.chunks[c].tiles_end <= tile) ++c;
   const ChunkWork<u32>& work = copy.chunks[c];
-  const u32 first = static_cast<u32>(tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<16>;
+  const u32 first = tile_begin<16>(copy, c, tile);
   const u32 lanes = at_most(work.units - first, kTileLanes<16>);
   ring.filled[stage].begin_copy(ring.tiles[stage], work.chunk.payload + static_cast<u64>(first) * kLaneBytes,
                                 lanes * kLaneBytes);
@@ -256,7 +262,7 @@ __global__ void __launch_bounds__(kThreads) scatter_bulk_kernel(const __grid_con
       while (copy.chunks[c].tiles_end <= tile) ++c;
     }
     const ChunkWork<u32>& work = copy.chunks[c];
-    const u32 first = static_cast<u32>(tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<16>;
+    const u32 first = tile_begin<16>(copy, c, tile);
     const u32 stage = static_cast<u32>((tile - begin) % kStages);
     ring.filled[stage].wait(static_cast<u32>((tile - begin) / kStages));
     LMC_UNROLL

@@ -125,16 +125,37 @@ std::vector<Path> choose_paths(const PagedCache& cache, std::vector<Chunk>& chun
       path = Path::kKernel;
     else if (!long_fragments(cache, chunk, fragment_bytes).empty())
       path = Path::kFragments;
-    void* address = nullptr;
-    if (path != Path::kStaged && cudaHostGetDevicePointer(&address, chunk.payload, 0) == cudaSuccess) {
-      chunk.payload = static_cast<u8*>(address);
-    } else if (path != Path::kStaged) {
-      cudaGetLastError();
-      path = Path::kStaged;
+    if (path != Path::kStaged) {
+      void* address = nullptr;
+      if (cudaHostGetDevicePointer(&address, chunk.payload, 0) == cudaSuccess) {
+        chunk.payload = static_cast<u8*>(address);
+      } else {
+        cudaGetLastError();
+        path = Path::kStaged;
+      }
     }
     paths.push_back(path);
   }
   return paths;
+}
+
+// The step's chunks as a kernel takes them.
+std::vector<Chunk> for_kernel(const Step& step, u8* buffer) {
+  std::vector<Chunk> chunks = step.chunks;
+  for (std::size_t i = 0; i < chunks.size(); ++i) {
+    if (step.path == Path::kStaged) chunks[i].payload = buffer + step.payloads_at[i];
+    if (step.path == Path::kFragments) chunks[i].payload = nullptr;
+  }
+  return chunks;
+}
+
+std::vector<Fragment> all_fragments(const PagedCache& cache, const Step& step) {
+  std::vector<Fragment> all;
+  for (const Chunk& chunk : step.chunks) {
+    const std::vector<Fragment> of_chunk = long_fragments(cache, chunk, 1);
+    all.insert(all.end(), of_chunk.begin(), of_chunk.end());
+  }
+  return all;
 }
 
 }  // namespace
@@ -247,26 +268,6 @@ struct Staging::State {
     if (copies) quietly(cudaStreamDestroy(copies));
   }
 
-  // The step's chunks as a kernel takes them.
-  std::vector<Chunk> for_kernel(const Step& step, u8* buffer) const {
-    std::vector<Chunk> chunks = step.chunks;
-    for (std::size_t i = 0; i < chunks.size(); ++i) {
-      if (step.path == Path::kStaged) chunks[i].payload = buffer + step.payloads_at[i];
-      if (step.path == Path::kFragments) chunks[i].payload = nullptr;
-    }
-    return chunks;
-  }
-
-  // All fragments of a step.
-  std::vector<Fragment> fragments(const PagedCache& cache, const Step& step) const {
-    std::vector<Fragment> all;
-    for (const Chunk& chunk : step.chunks) {
-      const std::vector<Fragment> of_chunk = long_fragments(cache, chunk, 1);
-      all.insert(all.end(), of_chunk.begin(), of_chunk.end());
-    }
-    return all;
-  }
-
   // Kernels come behind what the caller's stream holds now.
   void begin(const char* op, void* stream) {
     LMC_CUDA_CHECK(op, cudaEventRecord(behind, static_cast<cudaStream_t>(stream)));
@@ -335,11 +336,11 @@ std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vecto
       u8* buffer = s.ring + b * s.buffer_bytes;
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
       auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      gather(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
+      gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
       if (step.path == Path::kFragments) {
         LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-        copy_fragments(op, s.fragments(cache, step), true, s.copies);
+        copy_fragments(op, all_fragments(cache, step), true, s.copies);
         reads_last = s.copies;  // which waits for kernels
       }
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.filled[b]));
@@ -383,15 +384,15 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector
                                   cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
         if (step.path == Path::kFragments) {
           LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-          copy_fragments(op, s.fragments(cache, step), false, s.copies);
+          copy_fragments(op, all_fragments(cache, step), false, s.copies);
         }
         LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
         LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
       }
       if (step.path != Path::kFragments)
-        scatter(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, where);
+        scatter(cache, Mode::kPage, for_kernel(step, buffer), true, sums, where);
       else if (checksums)
-        gather(cache, Mode::kPage, s.for_kernel(step, buffer), true, sums, where);
+        gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, where);
       if (checksums)
         LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
                                            cudaMemcpyDeviceToHost, s.kernels));

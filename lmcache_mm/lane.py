@@ -92,7 +92,7 @@ class Work:
         self.abandoned = False
         self.left_pages = False
         self.planes_ready = 0
-        self._lane = lane
+        self.lane = lane
         self.early = early
         self._pages = threading.Lock()
         self._changed = threading.Condition()
@@ -114,12 +114,12 @@ class Work:
         else:
             self.advance()
             self.future.set_result(result)
-        self._lane._finished()
+        self.lane._finished()
         self.advance(left_pages=True)
 
     def advance(self, planes: int = 0, left_pages: bool = False) -> None:
         """Says that there is progress: `planes` leading planes are as they will be; the pages are left alone."""
-        self._lane.progress = time.monotonic()
+        self.lane.progress = time.monotonic()
         with self._changed:
             self.planes_ready = max(planes, self.planes_ready)
             self.left_pages |= left_pages
@@ -199,7 +199,7 @@ class Work:
 
     def give_up(self, patience_s: float) -> bool:
         """Whether it is abandoned, for the lane has not moved for `patience_s` seconds, be it with earlier work."""
-        return self._lane.stalled_s() >= patience_s and self.abandon()
+        return self.lane.stalled_s() >= patience_s and self.abandon()
 
     def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
         """True once `reached`; False if it was given up."""
@@ -207,5 +207,5 @@ class Work:
             while not reached():
                 if self.give_up(patience_s):
                     return reached()
-                self._changed.wait(max(patience_s - self._lane.stalled_s(), patience_s / 16))
+                self._changed.wait(max(patience_s - self.lane.stalled_s(), patience_s / 16))
             return True

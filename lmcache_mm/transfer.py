@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 import torch
 
 from lmcache_mm import _C, ops, transfer_paths
-from lmcache_mm.lane import Lane, Work
+from lmcache_mm.lane import EXIT_S, Lane, Work
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
 
@@ -36,47 +36,47 @@ class Job(Generic[T]):
         self,
         work: Work,
         layout: KVLayout,
-        layers: list[_Layer],
+        layers: Sequence[_Layer],
         result_of: Callable[[Any], T] = lambda result: result,
     ) -> None:
-        self._work, self._layout, self._layers, self._result_of = work, layout, layers, result_of
+        self.work, self._layout, self._layers, self._result_of = work, layout, layers, result_of
 
     def done(self) -> bool:
-        return self._work.future.done()
+        return self.work.future.done()
 
     def wait(self, timeout_s: float | None = None) -> T:
         """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
         a store that was asked for early or by layers, it reads the pages that have not been read."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if self._work.early:
-            self._work.read_pages(deadline)
-        return self._result_of(self._work.future.result(None if deadline is None else deadline - time.monotonic()))
+        if self.work.early:
+            self.work.read_pages(deadline)
+        return self._result_of(self.work.future.result(None if deadline is None else deadline - time.monotonic()))
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
-        return Job(self._work, self._layout, self._layers, lambda result: result_of(self._result_of(result)))
+        return Job(self.work, self._layout, self._layers, lambda result: result_of(self._result_of(result)))
 
     def give_up(self, patience_s: float) -> bool:
         """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
-        return self._work.give_up(patience_s)
+        return self.work.give_up(patience_s)
 
     def abandon(self) -> bool:
         """Gives the job up, unless it is at its pages this moment. True: it will leave them alone."""
-        return self._work.abandon()
+        return self.work.abandon()
 
     def pages_free(self, patience_s: float) -> bool:
         """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
         progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too.
 
         The pages of a store that was asked for early are read in here."""
-        return self._work.leave_pages(patience_s)
+        return self.work.leave_pages(patience_s)
 
     def layer_ready(self, layer: str, patience_s: float) -> bool:
         """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
         on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
         `pages_free`. ValueError for a layer that the layout does not name."""
         planes = self._planes_until(layer)
-        ready = self._work.wait_for(lambda: self._work.planes_ready >= planes or self._work.left_pages, patience_s)
+        ready = self.work.wait_for(lambda: self.work.planes_ready >= planes or self.work.left_pages, patience_s)
         started = next((started for end, started in self._layers if end >= planes), None)
         if started:
             started.order(_current_stream(self._layout.device))
@@ -88,7 +88,7 @@ class Job(Generic[T]):
         there is room for all of the job's payloads: in a store with slots in memory there is, elsewhere for 16 MiB; the
         rest is read with the last layer's. False: as of `pages_free`. ValueError for a layer that the layout does not
         name."""
-        return self._work.leave_pages(patience_s, self._planes_until(layer))
+        return self.work.leave_pages(patience_s, self._planes_until(layer))
 
     def _planes_until(self, layer: str) -> int:
         if layer not in self._layout.planes_until:
@@ -131,7 +131,7 @@ class Transfer:
         self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, _whole_pages(largest))
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
         self._load_staging, self._store_staging = self._staging(), self._staging()
-        self._by_layer: weakref.WeakSet[Job[int]] = weakref.WeakSet()
+        self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores
         self._loading, self._storing = (
             _Ring(layout, largest) if layout.device.type == "cuda" else _HostCopies() for _ in range(2)
         )
@@ -142,9 +142,11 @@ class Transfer:
     def close(self, patience_s: float | None = None) -> bool:
         """Finishes all jobs; with a patience, those that end within it. Whether these are all. Stores by layers whose
         layers have not all been written are given up."""
-        for job in list(self._by_layer):
-            job.abandon()
-        return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
+        by_layer = list(self._by_layer)
+        for work in by_layer:
+            work.abandon()
+        given_up = [work.lane.close(EXIT_S) for work in by_layer]
+        return all([*given_up, *(lane.close(patience_s) for lane in (self._loads, self._stores))])
 
     def stores_stalled_s(self) -> float:
         """For how long there has been something to store and nothing has moved."""
@@ -154,8 +156,8 @@ class Transfer:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
         wait by `Job.layer_ready`; then it is all chunks or none."""
-        layers: list[_Layer] | None = [] if by_layer else None
-        return self._submit(self._loads, self._load, chunks, owner, layers, layers=layers)
+        layers: list[_Layer] = []
+        return self._submit(self._loads, self._load, chunks, owner, layers if by_layer else None, layers=layers)
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
@@ -167,11 +169,15 @@ class Transfer:
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
         lane = Lane("lmcache_mm store by layers")
         job = self._submit(lane, self._put, chunks, owner, self._staging(), True, early=True)
-        self._by_layer.add(job)
+        self._by_layer.add(job.work)
         return job
 
     def _staging(self) -> torch.Tensor:
-        return _staging(0 if self._in_place else self._step_bytes, self.layout.device)
+        """uint8 of host memory for the payloads of one step, beginning at a page, pinned where pages are on a GPU."""
+        size = 0 if self._in_place else self._step_bytes
+        if self.layout.device.type == "cuda" or size == 0:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
+        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
     def _submit(
         self,
@@ -179,14 +185,12 @@ class Transfer:
         run: Callable[..., int],
         *arguments: Any,
         early: bool = False,
-        layers: list[_Layer] | None = None,
+        layers: Sequence[_Layer] = (),
     ) -> Job[int]:
         """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
-            return Job(
-                lane.submit(lambda work: run(work, *arguments), early), self.layout, [] if layers is None else layers
-            )
+            return Job(lane.submit(lambda work: run(work, *arguments), early), self.layout, layers)
         before = torch.cuda.current_stream(device).record_event()
 
         def on_own_stream(work: Work) -> int:
@@ -195,17 +199,17 @@ class Transfer:
             with torch.cuda.stream(stream):
                 return run(work, *arguments)
 
-        return Job(lane.submit(on_own_stream, early), self.layout, [] if layers is None else layers)
+        return Job(lane.submit(on_own_stream, early), self.layout, layers)
 
-    def _touch(self, work: Work, touch: Callable[[], T], last: bool = False) -> T:
-        """What `touch` returns: it alone reads or writes pages. They are left alone afterwards; last: for good."""
+    def _touch(self, work: Work, touch: Callable[[], T]) -> T:
+        """What `touch` returns: it alone reads or writes pages, which are left alone afterwards."""
         results: list[T] = []
 
         def touch_all(_: int) -> bool:
             results.append(touch())
             return True
 
-        work.touch_pages(touch_all, last)
+        work.touch_pages(touch_all)
         return results[0]
 
     def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, layers: list[_Layer] | None) -> int:
@@ -495,10 +499,3 @@ def _current_stream(device: torch.device) -> int:
 
 def _whole_pages(size: int) -> int:
     return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def _staging(size: int, device: torch.device) -> torch.Tensor:
-    """uint8 [size] of host memory that begins at a page, pinned where pages are on a GPU."""
-    if device.type == "cuda" or size == 0:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)

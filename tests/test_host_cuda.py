@@ -869,7 +869,7 @@ MUTATIONS = [
         "",
         FRAGMENTS_BEHIND.format(" " * 10),
     ),
-    Mutation(TRANSFER, "memory that is not pinned", "path = Path::kStaged;", "", "path = Path::kStaged;\n    }"),
+    Mutation(TRANSFER, "memory that is not pinned", "path = Path::kStaged;", "", "path = Path::kStaged;\n      }"),
     Mutation(TRANSFER, "fragments of whole pages only", "chunk.id(i) >= cache.num_pages", "false"),
     Mutation(TRANSFER, "fragments that end", "fragments.back().cache + fragments.back().bytes == run", "true"),
     Mutation(

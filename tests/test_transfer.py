@@ -235,6 +235,15 @@ def test_a_store_by_layers_that_is_given_up_in_between_leaves_nothing_behind(mak
     assert store.stats().get("pending", 0) == 0
 
 
+def test_closing_gives_up_a_store_by_layers_that_nobody_finishes(make, store):
+    _, transfer = make(layers())
+    assert transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True).layer_written("layer0", 10)
+    gc.collect()  # the job is nobody's any more
+    assert transfer.close(10)
+    assert store.stats()["records"] == 0
+    assert store.stats().get("pending", 0) == 0
+
+
 class Late(HostCopies):
     """Copies as a GPU makes them: some time after they were asked for, in order."""
 

@@ -44,7 +44,7 @@ class NixlStore(PeerStore):
     def __init__(self, host: str, port: int, seal: Seal, tls: Tls | None, timeout_s: float) -> None:
         check_package()
         super().__init__(host, port, seal, tls, 1, timeout_s)
-        self._using = threading.Lock()  # guards all below
+        # All below is touched by the pool's one thread, and by `close` when that has ended.
         self._agent: Any = None
         self._remote: tuple[str, int, int] | None = None  # the agent's name, where its slab lies, the slab's bytes
         self._of: Channel | None = None  # that `_remote` was told over
@@ -55,10 +55,9 @@ class NixlStore(PeerStore):
     def close(self) -> None:
         super().close()
         if os.getpid() == self._pid:
-            with self._using:
-                if self._registered is not None and self._under_way is None:
-                    self._agent.deregister_memory(self._registered)
-                self._agent = self._registered = self._of = None
+            if self._registered is not None and self._under_way is None:
+                self._agent.deregister_memory(self._registered)
+            self._agent = self._registered = self._of = None
 
     def _get(
         self,
@@ -69,16 +68,11 @@ class NixlStore(PeerStore):
         peek: bool,
         found: list[bool],
     ) -> None:
-        if not self._using.acquire(timeout=max(0.0, channel.deadline - time.monotonic())):
-            raise TimeoutError("another call is reading")
-        try:
-            self._meet(channel)
-            channel.send(LEASE, pack_keys([keys[i] for i in places], [arrays[i].nbytes for i in places], peek))
-            leased = list(self._leased(channel.expect(LEASED)[1], [arrays[i].nbytes for i in places]))
-            self._read(channel, [(places[place], offset, mac) for place, offset, mac in leased], keys, arrays, found)
-            channel.send(RETURN, b"")
-        finally:
-            self._using.release()
+        self._meet(channel)
+        channel.send(LEASE, pack_keys([keys[i] for i in places], [arrays[i].nbytes for i in places], peek))
+        leased = list(self._leased(channel.expect(LEASED)[1], [arrays[i].nbytes for i in places]))
+        self._read(channel, [(places[place], offset, mac) for place, offset, mac in leased], keys, arrays, found)
+        channel.send(RETURN, b"")
 
     def _meet(self, channel: Channel) -> None:
         """Makes this side's agent, and adds the one that the connection's server has."""

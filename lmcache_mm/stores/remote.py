@@ -154,23 +154,19 @@ class _Hand:
         self.lane = Lane(name)
         self.busy = 0
         self._connect = connect
-        self._engine: Engine | None = None
+        self.connected: Engine | None = None
         self._memory = np.empty(0, np.uint8)
 
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._connect()
-        return self._engine
+        if self.connected is None:
+            self.connected = self._connect()
+        return self.connected
 
     def memory(self, size: int) -> np.ndarray:
         if size > len(self._memory):
             self._memory = np.frombuffer(mmap.mmap(-1, 1 << (size - 1).bit_length()), np.uint8)
         return self._memory[:size]
-
-    @property
-    def connected(self) -> Engine | None:
-        return self._engine
 
 
 class _LeftAlone(ConnectionError):
@@ -461,12 +457,8 @@ class RemoteStore:
         self, owner: bytes, since: int, until: float | None = None, looks_all_the_same: bool = False
     ) -> bool | None:
         """Whether all of the owner's was forgotten after the moment `since`; None if that cannot be known now."""
-        look = partial(self._look_forgotten, owner)
-        (at,), _ = self._do(look, 1, until, looks_all_the_same)
+        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, looks_all_the_same)
         return None if at is None else bool(at >= since)
-
-    def _look_forgotten(self, owner: bytes, hand: _Hand, call: _Call, item: int) -> int:
-        return self._forgotten_at(hand, owner)
 
     def _forgotten_at(self, hand: _Hand, owner: bytes) -> int:
         head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
