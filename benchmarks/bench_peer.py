@@ -154,9 +154,8 @@ def test_peer(against, serve, lent, buffers, tls, stack, over, mac):
     options = f"timeout=60&connections={CONNECTIONS}" + (f"&tls={tls}" if directory else "")
     store = stack.enter_context(closing(open_store(f"peer://127.0.0.1:{port}?{options}")))
     read = check(store, buffers)
-    if not mac:  # what the check of the MACs costs: they are known here
-        macs = {key(i): SEAL.mac(key(i), payload(i).data) for i in range(RECORDS)}
-        store._seal.mac = lambda record_key, _: macs[record_key]
+    if not mac:
+        store._seal.verify = lambda *_: True
     peers = {f"bare {n}": bare(n, directory, buffers, stack) for n in (1, CONNECTIONS)}
     against(read, peers, 8, bytes=TOTAL_BYTES, network=f"peer: over {over}" + ("" if mac else ", MACs not checked"))
 

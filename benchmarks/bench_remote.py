@@ -87,33 +87,36 @@ def by_all(engines: list[Any], call: Callable[[Any, int, int], Any]) -> list[Any
         return [one for results in pool.map(work, range(len(engines))) for one in results]
 
 
-def test_get(against, remote):
+@pytest.fixture(scope="module")
+def payloads() -> list[np.ndarray]:
+    """What a prompt has: as many different ones as records, behind room for a header each."""
+    return [np.random.default_rng(i).integers(0, 256, HEADER_BYTES + RECORD_BYTES, np.uint8) for i in range(RECORDS)]
+
+
+def test_get(against, remote, payloads):
     scheme, store, engines = remote
-    payloads = [np.random.default_rng(i).integers(0, 256, RECORD_BYTES, np.uint8) for i in range(2)]
     keys = [key(i) for i in range(RECORDS)]
-    for i in range(RECORDS):
-        store.put([keys[i]], [payloads[i % 2]])
-    bare = np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8)
-    assert all(by_all(engines, lambda engine, _, i: engine.write(f"bare-{i}", bare.data, 0, False)))
-    buffers = [np.ones(RECORD_BYTES, np.uint8) for _ in keys]
-    memories = [np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8) for _ in engines]
+    store.put(keys, [payload[HEADER_BYTES:] for payload in payloads])
+    assert all(by_all(engines, lambda engine, _, i: engine.write(f"bare-{i}", payloads[i].data, 0, False)))
+    buffers = [np.ones(HEADER_BYTES + RECORD_BYTES, np.uint8) for _ in keys]
 
     def get() -> None:
-        assert all(store.get_into(keys, buffers))
+        assert all(store.get_into(keys, [buffer[HEADER_BYTES:] for buffer in buffers]))
 
     def bare_get() -> None:
-        sizes = by_all(engines, lambda engine, number, i: engine.read(f"bare-{i}", memories[number].data))
-        assert set(sizes) == {RECORD_BYTES + HEADER_BYTES}
+        sizes = by_all(engines, lambda engine, _, i: engine.read(f"bare-{i}", buffers[i].data))
+        assert set(sizes) == {HEADER_BYTES + RECORD_BYTES}
 
-    get()
-    assert all(np.array_equal(buffer, payloads[i % 2]) for i, buffer in enumerate(buffers))
+    for read, begin in (get, HEADER_BYTES), (bare_get, 0):
+        read()
+        assert all(
+            np.array_equal(buffer[begin:], payload[begin:]) for buffer, payload in zip(buffers, payloads, strict=True)
+        )
     against(get, {"bare client": bare_get}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="get")
 
 
-def test_put(against, remote):
+def test_put(against, remote, payloads):
     scheme, store, engines = remote
-    payload = np.random.default_rng(0).integers(0, 256, RECORD_BYTES, np.uint8)
-    record = np.ones(RECORD_BYTES + HEADER_BYTES, np.uint8)
     keys = [key(i) for i in range(RECORDS)]
     names = [f"bare-{i}" for i in range(RECORDS)]
 
@@ -121,12 +124,12 @@ def test_put(against, remote):
     def put() -> None:
         store.delete(keys)
         puts = store.stats()["puts"]
-        store.put(keys, [payload] * RECORDS)
+        store.put(keys, [payload[HEADER_BYTES:] for payload in payloads])
         assert store.stats()["puts"] == puts + RECORDS
 
     def bare_put() -> None:
         engines[0].delete(names)
-        assert all(by_all(engines, lambda engine, _, i: engine.write(names[i], record.data, 0, False)))
+        assert all(by_all(engines, lambda engine, _, i: engine.write(names[i], payloads[i].data, 0, False)))
 
     against(put, {"bare client": bare_put}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="put")
 
@@ -134,5 +137,5 @@ def test_put(against, remote):
 def test_mac(benchmark):
     payload = np.random.default_rng(0).integers(0, 256, RECORD_BYTES, np.uint8)
     seal = Seal(b"a secret of a deployment")
-    benchmark.pedantic(lambda: seal.mac(key(0), payload.data, 1), rounds=50, warmup_rounds=5)
+    benchmark.pedantic(lambda: seal.mac(key(0), payload.data), rounds=50, warmup_rounds=5)
     benchmark.extra_info.update(mac_bytes=RECORD_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import os
 import stat
 from pathlib import Path
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 NAME_CONTEXT = "lmcache_mm v1 name"
 MAC_CONTEXT = "lmcache_mm v1 mac"
 CONNECTION_CONTEXT = "lmcache_mm v1 connection"
-MAC_BYTES = 32
+NONCE_BYTES = TAG_BYTES = 16
+MAC_BYTES = NONCE_BYTES + TAG_BYTES
 LEAST_BYTES = 16
-HASHED_AT_ONCE = 1 << 20  # bytes from which on several threads hash one payload
+MOST_AT_ONCE = 1 << 30  # bytes that the cipher takes in a call
 
 
 def secret() -> bytes | None:
@@ -42,9 +44,17 @@ def read_private(variable: str, path: Path) -> bytes:
 
 
 class Seal:
-    """What those who know the secret, and nobody else, can make and check. Raises ValueError for a short one."""
+    """What those who know the secret, and nobody else, can make and check. Raises ValueError for a short one,
+    RuntimeError where the package cryptography is not installed."""
 
     def __init__(self, secret: bytes) -> None:
+        try:
+            from cryptography.hazmat.primitives import ciphers  # noqa: PLC0415
+        except ImportError as error:
+            raise RuntimeError(
+                f"store: {error}: pip install 'lmcache-mm[EXTRA]', EXTRA being the store's scheme"
+            ) from error
+        self._ciphers = ciphers
         if len(secret) < LEAST_BYTES:
             raise ValueError(f"secret: expected at least {LEAST_BYTES} bytes, got {len(secret)}")
         self._name_key = blake3(secret, derive_key_context=NAME_CONTEXT).digest()
@@ -66,11 +76,30 @@ class Seal:
         """32 bytes that stand for a record key outside: keyed_hash(derive_key("lmcache_mm v1 name", secret), key)."""
         return blake3(key, key=self._name_key).digest()
 
-    def mac(self, key: bytes, payload: Buffer, threads: int = blake3.AUTO) -> bytes:
-        """32 bytes: keyed_hash(derive_key("lmcache_mm v1 mac", secret), key ‖ u64 length ‖ payload)."""
+    def mac(self, key: bytes, payload: Buffer) -> bytes:
+        """32 bytes, other ones each time: 16 random ones (the nonce), and AES-256-GMAC (NIST SP 800-38D; the IV is
+        zeros) of the payload under a key that is used once,
+        keyed_hash(derive_key("lmcache_mm v1 mac", secret), nonce ‖ u64 length ‖ key).
+
+        A forged one passes with a probability of 2^-100 or less for a payload of 4 GiB or less."""
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + self._tag(nonce, key, payload)
+
+    def verify(self, key: bytes, payload: Buffer, mac: bytes) -> bool:
+        """Whether `mac` made these bytes its own, or rather somebody who knows the secret did."""
+        nonce, tag = mac[:NONCE_BYTES], mac[NONCE_BYTES:]
+        return hmac.compare_digest(self._tag(nonce, key, payload), tag)
+
+    def _tag(self, nonce: bytes, key: bytes, payload: Buffer) -> bytes:
         view = memoryview(payload).cast("B")
-        hasher = blake3(key=self._mac_key, max_threads=threads if len(view) >= HASHED_AT_ONCE else 1)
-        return hasher.update(key + len(view).to_bytes(8, "little")).update(view).digest()
+        once = blake3(nonce + len(view).to_bytes(8, "little") + key, key=self._mac_key).digest()
+        cipher = self._ciphers.Cipher(self._ciphers.algorithms.AES256(once), self._ciphers.modes.GCM(bytes(12)))
+        encryptor = cipher.encryptor()
+        for begin in range(0, len(view), MOST_AT_ONCE):
+            encryptor.authenticate_additional_data(view[begin : begin + MOST_AT_ONCE])
+        encryptor.finalize()
+        tag: bytes = encryptor.tag
+        return tag
 
     def connection_key(self, transcript: bytes) -> bytes:
         """32 bytes for one connection, by what both sides said when it began:

@@ -1,7 +1,10 @@
 """The deployment's secret and what is sealed with it."""
 
+import sys
+
 import pytest
 from blake3 import blake3
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lmcache_mm.secret import Seal, secret
 
@@ -38,21 +41,38 @@ def test_a_short_secret_is_refused_and_none_is_named(environment):
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 2 << 20])
-def test_names_and_macs_are_what_the_design_says(size):
+@pytest.mark.parametrize("at_once", [1 << 30, 700])
+def test_names_and_macs_are_what_the_design_says(size, at_once, monkeypatch):
+    monkeypatch.setattr("lmcache_mm.secret.MOST_AT_ONCE", at_once)
     key, payload = bytes(range(36)), bytes(i % 251 for i in range(size))
     mac_key = blake3(SECRET, derive_key_context="lmcache_mm v1 mac").digest()
     name_key = blake3(SECRET, derive_key_context="lmcache_mm v1 name").digest()
     seal = Seal(SECRET)
-    assert seal.mac(key, payload) == blake3(key + size.to_bytes(8, "little") + payload, key=mac_key).digest()
+    mac = seal.mac(key, payload)
+    once = blake3(mac[:16] + size.to_bytes(8, "little") + key, key=mac_key).digest()
+    assert mac[16:] == AESGCM(once).encrypt(bytes(12), b"", payload)
+    assert seal.verify(key, payload, mac)
     assert seal.name(key) == blake3(key, key=name_key).digest()
 
 
-def test_another_secret_key_length_or_payload_makes_another_mac():
-    seal, other = Seal(SECRET), Seal(SECRET + b".")
-    macs = [
-        seal.mac(b"k" * 36, b"12"),
-        seal.mac(b"j" * 36, b"12"),
-        seal.mac(b"k" * 36, b"13"),
-        seal.mac(b"k" * 36, b"1"),
-    ]
-    assert len({*macs, other.mac(b"k" * 36, b"12")}) == 5
+def test_a_mac_is_of_one_secret_key_length_and_payload_and_never_twice_the_same():
+    seal, key, payload = Seal(SECRET), b"k" * 36, bytes(1000)
+    mac = seal.mac(key, payload)
+    assert seal.verify(key, payload, mac)
+    assert not Seal(SECRET + b".").verify(key, payload, mac)
+    assert not seal.verify(b"j" * 36, payload, mac)
+    assert not seal.verify(key + b"k", payload, mac)
+    for other in (payload[1:], payload + b"\0", payload[:999] + b"\1", b"\1" + payload[1:], b""):
+        assert not seal.verify(key, other, mac)
+    for i in range(32):
+        assert not seal.verify(key, payload, mac[:i] + bytes([mac[i] ^ 1]) + mac[i + 1 :])
+    for i in range(0, 36):
+        assert not seal.verify(key, payload, mac[:i] + mac[i + 1 :] if i < 32 else mac + bytes(i - 31))
+    assert len({seal.mac(key, payload)[:16] for _ in range(10)}) == 10
+
+
+def test_without_its_package_a_seal_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'lmcache-mm\[EXTRA\]'"):
+        Seal(SECRET)

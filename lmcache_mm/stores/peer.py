@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import logging
 import os
 import socket
@@ -179,7 +178,7 @@ class PeerStore:
             last = place
             i = places[place]
             channel.receive_into(memoryview(arrays[i]))
-            if not hmac.compare_digest(self._seal.mac(keys[i], arrays[i].data), mac):
+            if not self._seal.verify(keys[i], arrays[i].data, mac):
                 self._count("corrupt")
                 raise ProtocolError("a payload that does not have its MAC")
             found[i] = True

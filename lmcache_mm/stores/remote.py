@@ -165,7 +165,10 @@ class _Hand:
 
     def memory(self, size: int) -> np.ndarray:
         if size > len(self._memory):
-            self._memory = np.frombuffer(mmap.mmap(-1, 1 << (size - 1).bit_length()), np.uint8)
+            memory = mmap.mmap(-1, 1 << (size - 1).bit_length(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)  # it is passed over several times
+            memory.madvise(mmap.MADV_DONTFORK)  # what a network card writes to must not become a child's
+            self._memory = np.frombuffer(memory, np.uint8)
         return self._memory[:size]
 
 
@@ -305,11 +308,11 @@ class RemoteStore:
         """Writes the header before a payload: the MAC is of the name, all facts and the payload."""
         facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.name(owner))
         record[: FACTS.size] = bytes_of(facts)
-        record[FACTS.size : HEADER_BYTES] = bytes_of(self._mac(record, key))
+        record[FACTS.size : HEADER_BYTES] = bytes_of(self._seal.mac(*self._sealed(record, key)))
 
-    def _mac(self, record: np.ndarray, key: bytes) -> bytes:
-        # By one thread: the lanes are several.
-        return self._seal.mac(self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data, 1)
+    def _sealed(self, record: np.ndarray, key: bytes) -> tuple[bytes, memoryview]:
+        """What the MAC is of: name and facts, and the payload."""
+        return self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data
 
     def _read(self, engine: Engine, name: str, key: bytes, record: np.ndarray) -> _Head | None:
         """Reads the record of `key` that is as long as `record`; None if there is none. One that is damaged is removed,
@@ -321,7 +324,8 @@ class RemoteStore:
             head = _Head.read(record)
             if head is None or (size < len(record) and head.payload_bytes + HEADER_BYTES == size):
                 return None
-            if size == len(record) and self._mac(record, key) == record[FACTS.size : HEADER_BYTES].tobytes():
+            mac = record[FACTS.size : HEADER_BYTES].tobytes()
+            if size == len(record) and self._seal.verify(*self._sealed(record, key), mac):
                 return head
         self._count("corrupt")
         engine.delete([name])
