@@ -8,6 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,11 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import servers
 from lmcache_mm.secret import Seal
-from lmcache_mm.stores import mooncake, open_store, s3, valkey
+from lmcache_mm.stores import open_store
 from lmcache_mm.stores.remote import HEADER_BYTES
 
 RECORD_BYTES = 7 << 20  # 256 tokens of Qwen2-VL-2B
 RECORDS = int(os.environ.get("LMCACHE_MM_BENCH_RECORDS", "64"))  # a prompt of 16 K tokens
-TIMEOUT_S = 60.0
-CONNECTIONS = {"valkey": 4, "s3": 16, "mooncake": 4}
 
 
 def key(i: int) -> bytes:
@@ -51,30 +50,19 @@ def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.Monk
     """(scheme, the store, one engine of the bare client for each connection)"""
     for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
         monkeypatch.setenv(name, value)
-    scheme, port = request.param, server(request.param).port
-    connections = CONNECTIONS[scheme]
-    if scheme == "valkey":
-        url = f"valkey://127.0.0.1:{port}?"
-        connect = valkey.connecting("127.0.0.1", port, TIMEOUT_S, False, None, False)
-    elif scheme == "s3":
-        endpoint = f"http://127.0.0.1:{port}"
-        url = f"s3://{servers.BUCKET}/{uuid.uuid4().hex}?endpoint={endpoint}&"
-        connect = s3.connecting(servers.BUCKET, "bare", endpoint, None, TIMEOUT_S, 0)
-    else:
-        # A third client lends the memory, so that both transfer.
-        addresses = ("127.0.0.1", port), ("127.0.0.1", port + 1)
-        lend = mooncake.connecting(*addresses, 3 * RECORDS * (RECORD_BYTES + (1 << 20)), TIMEOUT_S)
-        lender = lend()
-        url = f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{port + 1}&"
-        connect = mooncake.connecting(*addresses, 0, TIMEOUT_S)
-    store = open_store(f"{url}timeout={TIMEOUT_S}")
-    engines = [connect() for _ in range(connections)]
-    yield scheme, store, engines
-    store.clear()
-    store.close()
-    engines[0].delete([f"bare-{i}" for i in range(RECORDS)])
-    for engine in [engines[0], lender] if scheme == "mooncake" else engines:
-        engine.close()
+    scheme, url = request.param, server(request.param).url
+    with ExitStack() as stack:
+        if scheme == "mooncake":  # a third client lends the memory, so that both transfer
+            capacity = 3 * RECORDS * (RECORD_BYTES + (1 << 20))
+            stack.enter_context(closing(open_store(f"{url}&capacity={capacity}")))
+        store, bare = (stack.enter_context(closing(open_store(url))) for _ in range(2))
+        engines = [hand._connect() for hand in bare._hands]
+        yield scheme, store, engines
+        store.clear()
+        engines[0].delete([f"bare-{i}" for i in range(RECORDS)])
+        if scheme == "valkey":
+            for engine in engines:
+                engine.close()
 
 
 def by_all(engines: list[Any], call: Callable[[Any, int, int], Any]) -> list[Any]:

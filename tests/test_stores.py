@@ -41,12 +41,7 @@ def server(scheme):
 
 
 def remote_url(scheme):
-    port = server(scheme).port
-    return {
-        "valkey": f"valkey://127.0.0.1:{port}?",
-        "s3": f"s3://{servers.BUCKET}/{scheme}?endpoint=http://127.0.0.1:{port}&",
-        "mooncake": f"mooncake://127.0.0.1:{port}?admin=127.0.0.1:{port + 1}&capacity=256MiB&",
-    }[scheme] + "timeout=20"
+    return server(scheme).url + "&capacity=256MiB" * (scheme == "mooncake")
 
 
 @functools.cache

@@ -257,7 +257,7 @@ def _open_valkey(url: str) -> Store:
     if "ca" in options and not tls:
         raise ValueError("store: ca: expected with tls=1 only")
 
-    def connecting(timeout_s: float, ttl_s: float) -> Any:
+    def connecting(timeout_s: float) -> Any:
         return _client("valkey").connecting(host, port, timeout_s, tls, options.get("ca"), cluster)
 
     return _open_remote(f"valkey://{path}", options, connecting, connections=4, names_at_once=1000)
@@ -269,9 +269,9 @@ def _open_s3(url: str) -> Store:
     if not bucket or ":" in bucket:
         raise ValueError(f"store: expected s3://BUCKET/PREFIX, got {'another bucket' if bucket else 'no bucket'}")
 
-    def connecting(timeout_s: float, ttl_s: float) -> Any:
+    def connecting(timeout_s: float) -> Any:
         endpoint, region = options.get("endpoint"), options.get("region")
-        return _client("s3").connecting(bucket, prefix, endpoint, region, timeout_s, ttl_s)
+        return _client("s3").connecting(bucket, prefix, endpoint, region, timeout_s)
 
     return _open_remote(f"s3://{path}", options, connecting, connections=16, names_at_once=64)
 
@@ -284,7 +284,7 @@ def _open_mooncake(url: str) -> Store:
     capacity = parse_bytes("capacity", options["capacity"], url) if "capacity" in options else 0
     others = {name: options[name] for name in names[2:] if name in options}
 
-    def connecting(timeout_s: float, ttl_s: float) -> Any:
+    def connecting(timeout_s: float) -> Any:
         return _client("mooncake").connecting(master, admin, capacity, timeout_s, **others)
 
     return _open_remote(f"mooncake://{path}", options, connecting, connections=4, names_at_once=1000)
@@ -294,13 +294,13 @@ _REMOTE_OPTIONS = ("timeout", "connections")
 
 
 def _open_remote(
-    name: str, options: dict[str, str], connecting: Callable[[float, float], Any], connections: int, names_at_once: int
+    name: str, options: dict[str, str], connecting: Callable[[float], Any], connections: int, names_at_once: int
 ) -> Store:
-    """connecting(timeout_s, ttl_s) is what `RemoteStore` connects by; connections: unless there is an option."""
+    """connecting(timeout_s) is what `RemoteStore` connects by; connections: unless there is an option."""
     seal = Seal.of_deployment(f"store: {name.partition(':')[0]}")
     timeout_s, ttl_s = _timeout(options), _seconds("ttl", options.get("ttl", "0"))
     wanted = _connections(options, connections)
-    return RemoteStore(name, connecting(timeout_s, ttl_s), seal, timeout_s, wanted, names_at_once, ttl_s)
+    return RemoteStore(name, connecting(timeout_s), seal, timeout_s, wanted, names_at_once, ttl_s)
 
 
 def _connections(options: Mapping[str, str], default: int) -> int:

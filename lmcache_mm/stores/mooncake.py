@@ -75,6 +75,8 @@ def _checked(what: str, code: int) -> int:
 class MooncakeEngine:
     """See `Engine`."""
 
+    expires = False
+
     def __init__(self, store: MooncakeDistributedStore, admin: tuple[str, int], timeout_s: float) -> None:
         self._store, self._admin, self._timeout_s = store, admin, timeout_s
         self._lock = threading.Lock()

@@ -7,6 +7,7 @@ a record is copied under the call's lock, and never after the call has returned.
 
 from __future__ import annotations
 
+import hmac
 import logging
 import mmap
 import os
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAGIC = b"lmcache_mm"
-# What is written down of a record before its MAC: magic, version, when it was stored (µs since 1970), how many bytes
-# its payload has, and whose it is.
+# What is written down of a record: magic, version, when it was stored (µs since 1970), how many bytes its payload has,
+# and whose it is. A keyed digest of that and the MAC come before the payload.
 FACTS = struct.Struct("<10sH4xQQ32s")
-HEADER_BYTES = FACTS.size + MAC_BYTES  # 96
+HEADER = struct.Struct(f"<{FACTS.size}s32s{MAC_BYTES}s")  # 128
+HEADER_BYTES = HEADER.size
 MOST_UNSETTLED = 4096  # puts
 FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; no put takes as long
 
@@ -47,6 +49,11 @@ class Engine(Protocol):
 
     def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
         """Of at most `names_at_once` names, as in `heads` and `delete`."""
+        ...
+
+    @property
+    def expires(self) -> bool:
+        """Whether records vanish by themselves after the `ttl_s` that they were written with."""
         ...
 
     def read(self, name: str, into: memoryview) -> int | None:
@@ -73,19 +80,17 @@ class Engine(Protocol):
 
 
 class _Head(NamedTuple):
-    """What a record says of itself: to be believed once its MAC is checked."""
+    """What a record says of itself, and its keyed digest vouches for."""
 
     stored_at: int
     payload_bytes: int
-    owner: bytes
+    owner: bytes  # its keyed digest
+    signed: bytes  # what the MAC is of, besides the payload
+    mac: bytes
 
-    @classmethod
-    def read(cls, record: Any) -> _Head | None:
-        """None for what is no record of this version."""
-        if len(record) < HEADER_BYTES:
-            return None
-        magic, version, *rest = FACTS.unpack_from(record)
-        return cls(*rest) if (magic, version) == (MAGIC, VERSION) else None
+    @property
+    def age_s(self) -> float:
+        return max(0.0, time.time() - self.stored_at / 1e6)
 
 
 class _Call:
@@ -212,7 +217,7 @@ class RemoteStore:
     ) -> None:
         self.name = name
         self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
-        deployment = f"lmcache_mm-{VERSION}-{seal.name(b'deployment')[:8].hex()}"
+        deployment = f"lmcache_mm-{VERSION}-{seal.digest(b'deployment')[:8].hex()}"
         self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # names begin with
         self._pid = os.getpid()
         self._closed = False
@@ -300,35 +305,53 @@ class RemoteStore:
             self._counts[name] += by
 
     def _name(self, key: bytes) -> str:
-        return self._records + self._seal.name(key).hex()
+        return self._records + self._seal.digest(key).hex()
 
     # --- Records
 
-    def _fill(self, record: np.ndarray, key: bytes, stored_at: int, owner: bytes) -> None:
-        """Writes the header before a payload: the MAC is of the name, all facts and the payload."""
-        facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.name(owner))
-        record[: FACTS.size] = bytes_of(facts)
-        record[FACTS.size : HEADER_BYTES] = bytes_of(self._seal.mac(*self._sealed(record, key)))
+    def _fill(self, record: np.ndarray, name: str, stored_at: int, owner: bytes) -> None:
+        """Writes the header before a payload."""
+        facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.digest(owner))
+        signed = _digest_in(name) + facts
+        mac = self._seal.mac(signed, record[HEADER_BYTES:].data)
+        record[:HEADER_BYTES] = bytes_of(HEADER.pack(facts, self._seal.digest(signed), mac))
 
-    def _sealed(self, record: np.ndarray, key: bytes) -> tuple[bytes, memoryview]:
-        """What the MAC is of: name and facts, and the payload."""
-        return self._seal.name(key) + record[: FACTS.size].tobytes(), record[HEADER_BYTES:].data
+    def _head(self, name: str, header: bytes) -> _Head | None:
+        """Of the record `name`; None for what is none of this version, or has been altered."""
+        if len(header) < HEADER_BYTES or not _of_this_version(header):
+            return None
+        facts, digest, mac = HEADER.unpack_from(header)
+        signed = _digest_in(name) + facts
+        if not hmac.compare_digest(digest, self._seal.digest(signed)):
+            return None
+        _, _, stored_at, payload_bytes, owner = FACTS.unpack(facts)
+        return _Head(stored_at, payload_bytes, owner, signed, mac)
 
-    def _read(self, engine: Engine, name: str, key: bytes, record: np.ndarray) -> _Head | None:
-        """Reads the record of `key` that is as long as `record`; None if there is none. One that is damaged is removed,
-        one of another length or version may be somebody's and stays."""
-        size = engine.read(name, record.data)
+    def _read(self, hand: _Hand, name: str, payload: np.ndarray, call: _Call | None = None) -> _Head | None:
+        """Reads the record that has a payload as long as this; None if there is none, or if the call is over. One that
+        is damaged is removed, one of another length or version may be somebody's and stays.
+
+        What is checked is what the caller gets: the hand's memory may be written to by a request that was given up."""
+        record = hand.memory(HEADER_BYTES + payload.nbytes)
+        size = hand.engine.read(name, record.data)
         if size is None or size > len(record):
             return None
-        if size >= HEADER_BYTES and record[: len(MAGIC)].tobytes() == MAGIC:
-            head = _Head.read(record)
-            if head is None or (size < len(record) and head.payload_bytes + HEADER_BYTES == size):
+        header = record[:HEADER_BYTES].tobytes()
+        if size >= HEADER_BYTES and header.startswith(MAGIC):
+            if not _of_this_version(header):
                 return None
-            mac = record[FACTS.size : HEADER_BYTES].tobytes()
-            if size == len(record) and self._seal.verify(*self._sealed(record, key), mac):
-                return head
+            head = self._head(name, header)
+            if head is not None and head.payload_bytes + HEADER_BYTES == size:
+                if size < len(record):
+                    return None
+                if call is not None and not call.touch(lambda: np.copyto(payload, record[HEADER_BYTES:])):
+                    return None
+                if self._seal.verify(head.signed, payload.data, head.mac):
+                    return head
+                if call is not None and call.over:  # the buffer has become somebody else's
+                    return None
         self._count("corrupt")
-        engine.delete([name])
+        hand.engine.delete([name])
         return None
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
@@ -337,7 +360,17 @@ class RemoteStore:
         return self._contains([self._name(key) for key in keys], peek)
 
     def _contains(self, names: Sequence[str], peek: bool, until: float | None = None) -> list[bool]:
-        return self._in_parts(lambda engine, part: engine.exists(part, peek), names, False, until)
+        def look(engine: Engine, part: list[str]) -> list[bool]:
+            if not self._ttl_s or engine.expires:
+                return engine.exists(part, peek)
+            heads = self._heads(engine, part)
+            return [head is not None and head.age_s <= self._ttl_s for head in heads]
+
+        return self._in_parts(look, names, False, until)
+
+    def _heads(self, engine: Engine, names: Sequence[str]) -> list[_Head | None]:
+        headers = engine.heads(names, HEADER_BYTES)
+        return [self._head(name, header) if header else None for name, header in zip(names, headers, strict=True)]
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
         """Does nothing: the server decides what is evicted."""
@@ -357,11 +390,8 @@ class RemoteStore:
 
         def get(hand: _Hand, call: _Call, item: int) -> bool:
             key, array = wanted[item]
-            record = hand.memory(HEADER_BYTES + array.nbytes)
-            head = self._read(hand.engine, self._name(key), key, record)
-            if head is None or (self._ttl_s and _age_s(head) > self._ttl_s):
-                return False
-            return call.touch(lambda: np.copyto(array, record[HEADER_BYTES:]))
+            head = self._read(hand, self._name(key), array, call)
+            return head is not None and not (self._ttl_s and head.age_s > self._ttl_s)
 
         found = [result is True for result in self._do(get, len(wanted))[0]]
         self._count("hits", found.count(True))
@@ -391,6 +421,7 @@ class RemoteStore:
 
         def send(hand: _Hand, call: _Call, item: int) -> bool:
             key = lacking[item]
+            name = self._name(key)
             record = hand.memory(HEADER_BYTES + arrays[key].nbytes)
             payload = record[HEADER_BYTES:]
             # Not past the caches: it is read twice more, for the MAC and by the client.
@@ -399,11 +430,11 @@ class RemoteStore:
             if given and given[key] != _C.checksum(payload.ctypes.data, payload.nbytes):
                 self._count("corrupt")
                 return False
-            self._fill(record, key, stored_at, whose)
+            self._fill(record, name, stored_at, whose)
             ttl_s = max(1.0, self._ttl_s - age_s) if self._ttl_s else 0.0
-            stored = hand.engine.write(self._name(key), record.data, ttl_s, False)
+            stored = hand.engine.write(name, record.data, ttl_s, False)
             if call.over and owner and self._forgotten_at(hand, owner) >= moment:  # nobody else looks any more
-                hand.engine.delete([self._name(key)])
+                hand.engine.delete([name])
             return stored
 
         if as_of is not None and owner and self._forgotten(owner, moment, until):
@@ -440,10 +471,8 @@ class RemoteStore:
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         self._check()
         check_keys(keys)
-        names = [self._name(key) for key in keys]
-        heads = self._in_parts(lambda engine, part: engine.heads(part, HEADER_BYTES), names, None)
-        read = [_Head.read(head) if head is not None else None for head in heads]
-        return [_age_s(head) if head is not None else 0.0 for head in read]
+        heads = self._in_parts(self._heads, [self._name(key) for key in keys], None)
+        return [head.age_s if head is not None else 0.0 for head in heads]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
@@ -452,10 +481,9 @@ class RemoteStore:
 
     # --- Owners
 
-    def _forgets_of(self, owner: bytes) -> tuple[str, bytes]:
-        """(name, key) of the record without a payload that says when the owner was forgotten last."""
-        key = b"forgotten:" + owner  # shorter than any other record's
-        return self._forgets + self._seal.name(key).hex(), key
+    def _forgets_of(self, owner: bytes) -> str:
+        """The name of the record without a payload that says when the owner was forgotten last."""
+        return self._forgets + self._seal.digest(b"forgotten:" + owner).hex()  # of fewer bytes than a record's key
 
     def _forgotten(
         self, owner: bytes, since: int, until: float | None = None, looks_all_the_same: bool = False
@@ -465,7 +493,7 @@ class RemoteStore:
         return None if at is None else bool(at >= since)
 
     def _forgotten_at(self, hand: _Hand, owner: bytes) -> int:
-        head = self._read(hand.engine, *self._forgets_of(owner), hand.memory(HEADER_BYTES))
+        head = self._read(hand, self._forgets_of(owner), np.empty(0, np.uint8))
         return 0 if head is None else head.stored_at
 
     def forget(self, owner: bytes) -> int:
@@ -474,12 +502,12 @@ class RemoteStore:
         self._check()
         if not owner:
             raise ValueError("owner: expected 16 bytes, got none")
-        whose = self._seal.name(checked_owner(owner))
-        name, key = self._forgets_of(owner)
+        whose = self._seal.digest(checked_owner(owner))
+        name = self._forgets_of(owner)
 
         def write_down(hand: _Hand) -> None:
             record = hand.memory(HEADER_BYTES)
-            self._fill(record, key, self.moment(), owner)
+            self._fill(record, name, self.moment(), owner)
             if not hand.engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
                 raise RuntimeError("there is no room to write it down")
 
@@ -518,9 +546,9 @@ class RemoteStore:
             names = [name for name in listed if name not in seen]
             seen.update(names)
             for part in self._parts(names):
-                heads = engine.heads(part, HEADER_BYTES)
-                there = [(name, head) for name, head in zip(part, heads, strict=True) if head is not None]
-                yield [name for name, _ in there], [_Head.read(head) for _, head in there]
+                headers = engine.heads(part, HEADER_BYTES)
+                there = [(name, header) for name, header in zip(part, headers, strict=True) if header is not None]
+                yield [name for name, _ in there], [self._head(name, header) for name, header in there]
 
     def sizes(self) -> Mapping[str, int]:
         """`records` and `used_bytes` of the deployment, by looking at every record. Raises RuntimeError if it could
@@ -570,5 +598,11 @@ class RemoteStore:
 _left: list[Engine] = []  # in use when their stores were closed: kept to the end of the process
 
 
-def _age_s(head: _Head) -> float:
-    return max(0.0, time.time() - head.stored_at / 1e6)
+def _of_this_version(header: bytes) -> bool:
+    magic, version, *_ = FACTS.unpack_from(header)
+    return (magic, version) == (MAGIC, VERSION)
+
+
+def _digest_in(name: str) -> bytes:
+    """The keyed digest that a record's name ends with; other bytes for a name that is none of ours."""
+    return name[-64:].encode()

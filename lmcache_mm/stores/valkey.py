@@ -68,6 +68,8 @@ def connecting(
 class ValkeyEngine:
     """See `Engine`."""
 
+    expires = True
+
     def __init__(self, client: Any, cluster: bool) -> None:
         self._client, self._cluster = client, cluster
 

@@ -407,6 +407,29 @@ def share() -> dict[str, Any]:
         return {"got": ask(llm, one, two, one), "counts": counts(llm)}
 
 
+def first_host() -> dict[str, Any]:
+    """This process's engine on all stores that the environment names at once."""
+    with engine(multi=json.loads(os.environ["TEST_STORES"]), extra={"opaque_tails": True}) as llm:
+        return {"got": ask(llm, *far_questions())}
+
+
+def second_host() -> dict[str, Any]:
+    """This process's engines on the stores that the environment names, one after the other."""
+    seen: dict[str, Any] = {}
+    for name, url in json.loads(os.environ["TEST_STORES"]).items():
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen[name] = {"got": ask(llm, *far_questions()), "counts": counts(llm)}
+    return seen
+
+
+def far_questions() -> list[dict[str, Any]]:
+    return [
+        prompt("| what is it? ", image(0)),
+        prompt("| what is it? ", image(1)),
+        prompt("what is | or | ?", image(1), image(0)),
+    ]
+
+
 def evicting() -> dict[str, Any]:
     """This process's engine, beside another's, on a store that holds little of what they ask for."""
     with engine() as llm:
@@ -667,6 +690,8 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         sliding_windows,
         share,
         evicting,
+        first_host,
+        second_host,
         inside_multi,
         encoder,
         encoder_identity,

@@ -17,12 +17,14 @@ import time
 import urllib.request
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import servers
+from lmcache_mm import certificates
 from lmcache_mm.cli import main as lmcache_mm
 from lmcache_mm.stores import open_store
 
@@ -465,6 +467,55 @@ def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store):
     assert tokens(first["got"]) == tokens(apart["got"]) == tokens(parallel["got"]) == [one, two, one]
     assert cached(first["got"]) == cached(parallel["got"]) == [0, 0, 59]
     assert cached(apart["got"]) == [59, 59, 59]
+
+
+FAR = ("valkey", "s3", "mooncake", "peer", "nixl")
+
+
+@pytest.fixture(scope="module")
+def two_hosts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an engine saw on stores beyond its host, and then, after its end, another one that shares nothing else."""
+    place = tmp_path_factory.mktemp("far")
+    urls = [f"shm:///test-{uuid.uuid4().hex}" for _ in range(3)]  # of the first host, and two of the second
+    secret = {"LMCACHE_MM_SECRET": uuid.uuid4().hex, **servers.AWS, "UCX_TLS": "tcp"}
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        for name, value in secret.items():
+            patch.setenv(name, value)
+        stores = {}
+        for name, start in ("valkey", servers.valkey), ("s3", servers.seaweed), ("mooncake", servers.mooncake):
+            (place / name).mkdir()
+            server = start(place / name)
+            stack.callback(server.stop)
+            stores[name] = server.url
+        stack.enter_context(closing(open_store(f"{stores['mooncake']}&capacity=64MiB")))  # the memory of a third host
+        first = run("first_host", folder, TEST_STORES=json.dumps([*stores.values(), f"{urls[0]}?capacity=64MiB"]))
+        (tls,) = certificates.make(place / "tls", ["127.0.0.1"], 1)
+        lender = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "lmcache_mm", "serve", "--store", urls[0], "--listen", "127.0.0.1:0"),
+                *("--tls", tls, "--nixl", "--trusted-network"),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        stack.callback(lender.wait)
+        stack.callback(lender.terminate)
+        assert lender.stdout is not None
+        address = lender.stdout.readline().partition(" is lent at ")[2].partition(",")[0]
+        stores["peer"] = f"tiered:{urls[1]}?capacity=64MiB,peer://{address}?tls={tls}&timeout=20"
+        stores["nixl"] = f"tiered:{urls[2]}?capacity=64MiB,nixl://{address}?tls={tls}&timeout=20&trusted_network=1"
+        second = run("second_host", folder, TEST_STORES=json.dumps(stores))
+    assert [lmcache_mm(["clear", url]) for url in urls] == [0, 0, 0]
+    return {"first": first, **second}
+
+
+@pytest.mark.parametrize("far", FAR)
+def test_a_second_host_starts_with_what_the_first_one_stored(two_hosts, far):
+    first, second = two_hosts["first"], two_hosts[far]
+    assert cached(first["got"]) == [0, 0, 0]
+    assert len({tuple(answer) for answer in tokens(first["got"])}) == 3
+    assert tokens(second["got"]) == tokens(first["got"])
+    assert cached(second["got"]) == [59, 59, 98]
 
 
 def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store):
