@@ -18,7 +18,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
 import servers
-from lmcache_mm.secret import Seal
+from lmcache_mm.secret import MAC_BYTES, Seal
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.remote import HEADER_BYTES
 
@@ -95,12 +95,24 @@ def test_get(against, remote, payloads):
         sizes = by_all(engines, lambda engine, _, i: engine.read(f"bare-{i}", buffers[i].data))
         assert set(sizes) == {HEADER_BYTES + RECORD_BYTES}
 
+    def get_unchecked() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Seal, "verify", lambda *_: True)
+            get()
+
     for read, begin in (get, HEADER_BYTES), (bare_get, 0):
         read()
         assert all(
             np.array_equal(buffer[begin:], payload[begin:]) for buffer, payload in zip(buffers, payloads, strict=True)
         )
-    against(get, {"bare client": bare_get}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="get")
+    against(
+        get,
+        {"bare client": bare_get, "without MACs": get_unchecked},
+        5,
+        bytes=RECORDS * RECORD_BYTES,
+        remote=scheme,
+        direction="get",
+    )
 
 
 def test_put(against, remote, payloads):
@@ -119,7 +131,19 @@ def test_put(against, remote, payloads):
         engines[0].delete(names)
         assert all(by_all(engines, lambda engine, _, i: engine.write(names[i], payloads[i].data, 0, False)))
 
-    against(put, {"bare client": bare_put}, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction="put")
+    def put_unsealed() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Seal, "mac", lambda *_: bytes(MAC_BYTES))
+            put()
+
+    against(
+        put,
+        {"bare client": bare_put, "without MACs": put_unsealed},
+        5,
+        bytes=RECORDS * RECORD_BYTES,
+        remote=scheme,
+        direction="put",
+    )
 
 
 def test_mac(benchmark):
