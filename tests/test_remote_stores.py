@@ -35,7 +35,7 @@ def environment(monkeypatch):
     return monkeypatch
 
 
-@pytest.fixture(params=REMOTE)
+@pytest.fixture(params=[*REMOTE, "cluster"])
 def store(request, tmp_path):
     store, remove = new_store(request.param, tmp_path)
     yield store
@@ -372,6 +372,34 @@ def test_a_server_that_hangs_in_the_middle_is_tried_again_after_a_while(own_serv
         time.sleep(0.1)
     assert store.stats()["down"] == 0
     store.close()
+
+
+def test_a_cluster_that_loses_a_node_costs_misses_until_it_is_back(tmp_path, environment, monkeypatch):
+    cluster = servers.ValkeyCluster(tmp_path)
+    try:
+        store = open_store(cluster.url.replace("timeout=20", "timeout=0.5"))
+        keys = [key(i) for i in range(50)]
+        store.put(keys, [payload(i) for i in range(50)], OWNER)
+        assert store.contains(keys) == [True] * 50
+        cluster.nodes[1].stop()
+        for _ in range(3):
+            buffers = [bytearray(100) for _ in keys]
+            found = within(store.get_into, keys, buffers)
+            assert all(buffer == payload(i) for i, buffer in enumerate(buffers) if found[i])
+            assert not all(found)
+            within(store.put, keys, buffers, OWNER, calls=3)
+            later(monkeypatch, 11)
+        cluster.nodes[1].start()
+        until = time.perf_counter() + SLOW_S
+        while not all(store.contains(keys)):  # it has come back empty
+            assert time.perf_counter() < until
+            later(monkeypatch, 11)
+            store.put(keys, [payload(i) for i in range(50)], OWNER)
+            time.sleep(0.1)
+        assert store.forget(OWNER) == 50
+        store.close()
+    finally:
+        cluster.stop()
 
 
 def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypatch):

@@ -35,7 +35,13 @@ def server(scheme):
     """A server of the tests' own, from when it is first asked for until they end."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
-    started = {"valkey": servers.valkey, "s3": servers.seaweed, "mooncake": servers.mooncake}[scheme](Path(folder.name))
+    start = {
+        "valkey": servers.valkey,
+        "cluster": servers.ValkeyCluster,
+        "s3": servers.seaweed,
+        "mooncake": servers.mooncake,
+    }[scheme]
+    started = start(Path(folder.name))
     atexit.register(started.stop)
     return started
 
@@ -91,7 +97,7 @@ TIERED = ["mem,mem", "mem,file", "shm,file", "mem,shm,file"]
 TIERED_REMOTE = ["mem,valkey", "shm,s3", "file,mooncake"]
 
 
-@pytest.fixture(params=[*LOCAL, *REMOTE, *TIERED, *TIERED_REMOTE])
+@pytest.fixture(params=[*LOCAL, *REMOTE, "cluster", *TIERED, *TIERED_REMOTE])
 def store(request, tmp_path):
     """Any store."""
     store, remove = new_store(request.param, tmp_path)
@@ -99,7 +105,7 @@ def store(request, tmp_path):
     remove()
 
 
-@pytest.fixture(params=[*LOCAL, *REMOTE])
+@pytest.fixture(params=[*LOCAL, *REMOTE, "cluster"])
 def single(request, tmp_path):
     """Any store that is not of tiers."""
     store, remove = new_store(request.param, tmp_path)
