@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import math
 import mmap
 import os
 import struct
@@ -472,7 +473,7 @@ class RemoteStore:
         self._check()
         check_keys(keys)
         heads = self._in_parts(self._heads, [self._name(key) for key in keys], None)
-        return [head.age_s if head is not None else 0.0 for head in heads]
+        return [head.age_s if head is not None else math.inf for head in heads]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
