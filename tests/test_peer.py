@@ -22,7 +22,7 @@ import test_stores
 from lmcache_mm import certificates, cli
 from lmcache_mm.secret import Seal
 from lmcache_mm.serve import Server
-from lmcache_mm.stores import channel, open_store, peer, slab, slab_directory
+from lmcache_mm.stores import breaker, channel, open_store, peer, slab, slab_directory
 from lmcache_mm.stores.channel import ProtocolError, Tls
 from test_stores import OWNER, get, key, payload
 
@@ -179,7 +179,7 @@ def test_what_no_socket_says_is_a_miss_too(monkeypatch):
         def fails(deadline):
             raise UnicodeError("a label is too long")
 
-        monkeypatch.setattr(reader, "_connection", fails)
+        monkeypatch.setattr(reader, "_connect", fails)
         assert reader.contains([key(1)]) == [False]
         assert reader.stats()["errors"] == 1
 
@@ -337,9 +337,13 @@ def test_without_certificates_only_loopback_is_served_and_read(lent, monkeypatch
         with pytest.raises(ValueError, match="certificates on both sides"):
             open_store(f"peer://{host}:7700")
     with opened(7700, host="localhost") as reader:
-        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", ("10.0.0.1", 7700))])
+        addresses = [(0, 0, 0, "", (address, 7700)) for address in ("127.0.0.1", "10.0.0.1")]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: addresses)
+        connected_to = []
+        monkeypatch.setattr(peer, "connect", lambda *arguments: connected_to.append(arguments))
         assert reader.contains([key(1)]) == [False]
         assert reader.stats()["errors"] == 1
+        assert not connected_to
 
 
 @pytest.mark.parametrize("over_tls", [False, True])
@@ -654,13 +658,118 @@ def test_a_server_that_was_restarted_between_calls_is_not_missed(lent):
         reader.contains([key(1)])
 
 
+def test_every_address_of_a_name_is_tried(lent, server, monkeypatch):
+    lent.put([key(1)], [payload(1)])
+    resolve = socket.getaddrinfo
+
+    def two(host, *arguments, **options):
+        names = ["127.0.0.2", "127.0.0.1"] if host == "localhost" else [host]  # nothing listens on the first
+        return [info for name in names for info in resolve(name, *arguments, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", two)
+    with opened(server.address[1], host="localhost") as reader:
+        assert get(reader, 1) == payload(1)
+        assert reader._idle[0].deadline > time.monotonic() + 10  # the whole call's, not one address's
+
+
 def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch):
     stuck = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stuck.wait(PATIENCE_S))
     with opened(7700, "timeout=0.3", "localhost") as reader:
         assert reader.contains([key(1)]) == [False]
         assert reader.stats()["errors"] == 1
+        (resolving,) = [thread for thread in threading.enumerate() if thread.name == "lmcache_mm peer names"]
+        assert resolving.daemon  # the end of the process does not wait for it
         stuck.set()
+
+
+@pytest.mark.parametrize("answers, hit, errors", [(1, True, 0), (2, False, 1)])
+def test_a_connection_closed_just_before_it_is_asked_is_no_failure(monkeypatch, answers, hit, errors):
+    """Closed after the answer, or after half of the next one: then it is one."""
+    connections = []
+
+    def script(ch):
+        connections.append(ch)
+        for i in range(answers):
+            ch.expect(channel.GET)
+            ch.send(channel.RECORD, head(0, 100, SEAL.mac(key(1), payload(1))), memoryview(payload(1)))
+            if i == 0:
+                ch.send(channel.DONE, b"")
+        ch.close()
+
+    with answering(script) as port, opened(port) as reader:
+        assert get(reader, 1) == payload(1)
+        until(lambda: answers > 1 or reader._idle[0].ended, "it is not closed")
+        monkeypatch.setattr(channel.Channel, "ended", False)  # looked at too early
+        assert reader.get_into([key(1)], [bytearray(100)]) == [hit]
+        assert (reader.stats()["errors"], len(connections)) == (errors, 3 - answers)
+
+
+def test_a_connection_that_is_used_again_has_the_deadline_of_the_new_call(lent, reader):
+    lent.put([key(1)], [payload(1)])
+    assert get(reader, 1) == payload(1)
+    (idle,) = reader._idle
+    idle.deadline = 0.0
+    assert get(reader, 1) == payload(1)
+    assert reader._idle == [idle]
+
+
+def test_work_that_waits_behind_other_calls_is_a_miss_and_does_not_tell_of_the_peer(lent, server):
+    lent.put([key(1)], [payload(1)])
+    with opened(server.address[1], "timeout=0.2") as reader:
+        go = threading.Event()
+        try:
+            for _ in range(4):
+                reader._pool.submit(go.wait, PATIENCE_S)
+            assert reader.contains([key(1)]) == [False]
+            assert (reader.stats()["errors"], reader._breaker.open) == (0, False)
+            reader._breaker.tell(False)
+            reader._breaker._open_until = time.monotonic()
+            assert reader.contains([key(1)]) == [False]  # a probe that does not begin
+            assert reader._breaker.open
+            reader._breaker._open_until = time.monotonic()
+            assert reader._breaker.admit()
+        finally:
+            go.set()
+
+
+def test_work_that_began_late_does_not_tell_of_a_slow_peer():
+    def too_slow(_):
+        raise TimeoutError
+
+    with closing(open_store("peer://127.0.0.1:1?timeout=20")) as reader:
+        reader._connect = too_slow
+        assert reader._do(too_slow, time.monotonic() + 5) is False
+        assert isinstance(reader._do(too_slow, time.monotonic() + 20), TimeoutError)
+
+
+def test_one_call_at_a_time_probes_what_failed(monkeypatch):
+    monkeypatch.setattr(breaker, "PAUSE_S", 0.0)
+    one = breaker.Breaker()
+    assert one.admit()
+    one.tell(False)
+    assert [one.admit(), one.admit()] == [True, False]
+    one.tell(False)
+    assert [one.admit(), one.admit()] == [True, False]
+    one.tell(True)
+    assert [one.admit(), one.admit()] == [True, True]
+
+
+def test_a_closed_reader_is_gone_though_a_fork_has_its_connection_open(lent, server):
+    with opened(server.address[1]) as reader:
+        assert reader.contains([key(1)]) == [False]
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(write)
+            os.read(read, 1)
+            os._exit(0)
+    try:
+        until(lambda: not server._open, "the connection lives on in the child")
+    finally:
+        os.close(write)
+        os.close(read)
+        os.waitpid(child, 0)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ import stat
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -85,7 +86,8 @@ class Channel:
         self._sock = sock
         self._send_key = blake3(sends + b" frames", key=key).digest()
         self._receive_key = blake3(receives + b" frames", key=key).digest()
-        self._sent = self._received = 0
+        self._sent = 0
+        self.received = 0  # frames
 
     def send(self, kind: int, body: bytes, payload: memoryview | None = None) -> None:
         """A frame, and a payload behind it."""
@@ -104,10 +106,10 @@ class Channel:
         if body_bytes > MOST_BODY_BYTES:
             raise ProtocolError(f"a frame of {body_bytes} bytes, the most is {MOST_BODY_BYTES}")
         body = _receive(self._sock, body_bytes, self.deadline)
-        expected = blake3(_NUMBER.pack(self._received) + header + body, key=self._receive_key).digest()
+        expected = blake3(_NUMBER.pack(self.received) + header + body, key=self._receive_key).digest()
         if not hmac.compare_digest(tag, expected):
             raise ProtocolError("a frame that is not the next one of this connection")
-        self._received += 1
+        self.received += 1
         return kind, body
 
     def expect(self, *kinds: int) -> tuple[int, bytes]:
@@ -134,6 +136,8 @@ class Channel:
         return bool(poll.poll(0))
 
     def close(self) -> None:
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # a child of a fork has it open too
         self._sock.close()
 
 
@@ -166,7 +170,6 @@ def accept(sock: socket.socket, tls: Tls | None, seal: Seal, deadline: float) ->
     """The other end of `connect`. The socket is closed where it raises."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         certificates = b""
         if tls:
             sock.settimeout(_left(deadline))

@@ -10,7 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,16 +44,17 @@ logger = logging.getLogger("lmcache_mm")
 
 
 class _Call:
-    """The jobs of one call: none begins after its end, which waits for those that have begun."""
+    """The jobs of one call: none begins after its end, which waits for those that have begun. A job says whether it was
+    done, or what the peer did wrong; False says nothing about the peer."""
 
     def __init__(self) -> None:
         self._running, self._ended = 0, False
         self._changed = threading.Condition()
 
-    def run(self, do: Callable[..., Exception | None], *arguments: Any) -> Exception | None:
+    def run(self, do: Callable[..., Exception | bool], *arguments: Any) -> Exception | bool:
         with self._changed:
             if self._ended:
-                return None
+                return False
             self._running += 1
         try:
             return do(*arguments)
@@ -99,8 +100,6 @@ class PeerStore:
         self._idle: list[Channel] = []
         self._breaker = Breaker()
         self._pool = ThreadPoolExecutor(connections, f"lmcache_mm {self.scheme}")
-        # Names are resolved apart: that has no timeout, and nothing waits for it beyond its own.
-        self._resolver = ThreadPoolExecutor(1, f"lmcache_mm {self.scheme} names")
 
     # --- Records
 
@@ -227,7 +226,6 @@ class PeerStore:
         with self._lock:
             self._closed = True
         self._pool.shutdown()
-        self._resolver.shutdown(wait=False)
         self._drop_idle()
 
     # --- Connections
@@ -250,67 +248,110 @@ class PeerStore:
         buffer of the caller's is touched after that."""
         if not self._breaker.admit():
             return
+        said: list[Exception | bool] = []
         good = False
         call = _Call()
         try:
             deadline = time.monotonic() + self._timeout_s
             jobs = [self._pool.submit(call.run, self._do, work, deadline) for work in works]
-            wait(jobs)
-            errors = [error for job in jobs if (error := job.result())]
+            wait(jobs, max(0.0, deadline - time.monotonic()))
+            call.end()
+            said = [one for job in jobs if (one := not job.cancel() and job.result())]
+            errors = [one for one in said if one is not True]
             if errors:
                 logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, errors[0])
                 self._count("errors")
                 self._drop_idle()
-            good = not errors
+            good = bool(said) and not errors
         finally:
             call.end()
-            self._breaker.tell(good)
+            if said or self._breaker.open:  # of a probe it is told too that it says nothing, or no other would follow
+                self._breaker.tell(good)
 
-    def _do(self, work: Callable[[Channel], None], deadline: float) -> Exception | None:
-        channel = None
-        done = False
+    def _do(self, work: Callable[[Channel], None], deadline: float) -> Exception | bool:
+        """See `_Call`. Work that has waited here for half of its time, or more, does not tell a peer that is slow."""
+        late = deadline - time.monotonic() < self._timeout_s / 2
         try:
-            channel = self._connection(deadline)
-            work(channel)
-            done = True
+            channel = self._take_idle(deadline)
+            if channel is None or not self._done_again(channel, work):
+                self._over(self._connect(deadline), work)
+        except TimeoutError as error:
+            return False if late else error
         except OSError as error:
             return error
         except Exception as error:  # of the engine below, or out of threads: the caller's path raises nothing
             logger.warning("%s: unexpected", self._name, exc_info=True)
             return error
-        finally:
-            if channel:
-                if done:
-                    with self._lock:
-                        self._idle.append(channel)
-                else:
-                    channel.close()
-        return None
+        return True
 
-    def _connection(self, deadline: float) -> Channel:
-        """One that is idle, or a new one."""
+    def _over(self, channel: Channel, work: Callable[[Channel], None]) -> None:
+        """Does the work on a connection, which is idle then, or closed."""
+        try:
+            work(channel)
+        except BaseException:
+            channel.close()
+            raise
+        with self._lock:
+            self._idle.append(channel)
+
+    def _done_again(self, channel: Channel, work: Callable[[Channel], None]) -> bool:
+        """As `_over`, on a connection that was idle; False: the other side had closed it before it was asked."""
+        before = channel.received
+        try:
+            self._over(channel, work)
+        except TimeoutError:
+            raise
+        except OSError:
+            if channel.received > before:
+                raise
+            return False
+        return True
+
+    def _take_idle(self, deadline: float) -> Channel | None:
         while True:
             with self._lock:
-                channel = self._idle.pop() if self._idle else None
-            if channel is None:
-                return self._connect(deadline)
+                if not self._idle:
+                    return None
+                channel = self._idle.pop()
             if not channel.ended:
                 channel.deadline = deadline
                 return channel
             channel.close()
 
     def _connect(self, deadline: float) -> Channel:
-        resolving = self._resolver.submit(socket.getaddrinfo, self._host, self._port, type=socket.SOCK_STREAM)
-        try:
-            found = resolving.result(max(0.0, deadline - time.monotonic()))
-        finally:
-            resolving.cancel()
-        address = str(found[0][4][0])
-        try:
-            check_loopback(address, self._tls)
-        except ValueError as error:
-            raise ProtocolError(str(error)) from None
-        return connect((address, self._port), self._host, self._tls, self._seal, deadline)
+        """To the first of the host's addresses that answers; each has its share of the time."""
+        addresses = self._resolve(deadline)
+        for address in addresses:
+            try:
+                check_loopback(address, self._tls)
+            except ValueError as error:
+                raise ProtocolError(str(error)) from None
+        failed: OSError = ProtocolError(f"{self._host} has no address")
+        for i, address in enumerate(addresses):
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(addresses) - i)
+            try:
+                channel = connect((address, self._port), self._host, self._tls, self._seal, until)
+            except OSError as error:
+                failed = error
+            else:
+                channel.deadline = deadline
+                return channel
+        raise failed
+
+    def _resolve(self, deadline: float) -> list[str]:
+        """On a thread of its own, for it has no timeout; neither a call nor the end of the process waits for it."""
+        found: Future[list[str]] = Future()
+
+        def resolve() -> None:
+            try:
+                infos = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                found.set_result([str(info[4][0]) for info in infos])
+            except Exception as error:
+                found.set_exception(error)
+
+        threading.Thread(target=resolve, name=f"lmcache_mm {self.scheme} names", daemon=True).start()
+        return found.result(max(0.0, deadline - time.monotonic()))
 
     def _drop_idle(self) -> None:
         with self._lock:
