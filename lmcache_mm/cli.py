@@ -154,13 +154,23 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Both sides need the deployment's secret, in LMCACHE_MM_SECRET_FILE or LMCACHE_MM_SECRET, and certificates "
         "(python -m lmcache_mm certificates) unless the address is this host's loopback. Ends on SIGINT or SIGTERM.",
     )
-    serve_parser.add_argument("--store", metavar="URL", required=True, help="shm:///NAME, capacity may be left out")
+    serve_parser.add_argument(
+        "--store",
+        metavar="URL",
+        required=True,
+        help="shm:///NAME, capacity may be left out; say the same ttl as the engines, or records older than that are lent",
+    )
     serve_parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="the address to bind, and no other; port 0 is any free one"
     )
     serve_parser.add_argument("--tls", metavar="DIR", type=Path, help="this host's ca.pem, cert.pem and key.pem")
     serve_parser.add_argument(
-        "--connections", metavar="N", type=int, default=64, help="the most at once, default %(default)s"
+        "--connections",
+        metavar="N",
+        type=int,
+        default=64,
+        help="the most at once, default %(default)s: count the hosts that read x their engines' processes x 4 (peer: "
+        "stores' connections); with more than that, idle ones are closed to make room",
     )
     serve_parser.add_argument(
         "--nixl",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import resource
 import socket
 import struct
 import threading
@@ -36,7 +37,11 @@ from lmcache_mm.stores.peer import RECORD_HEAD
 from lmcache_mm.stores.slab import ShmStore, Slot
 
 HANDSHAKE_S = 5.0
-IDLE_S = 600.0  # a connection that asks nothing for so long is closed
+HANDSHAKES = (
+    64  # at once; a further one takes the place of the oldest, for a stranger may be silent and others are fast
+)
+IDLE_S = 300.0  # a connection that asks nothing for so long is closed, before a firewall forgets it (350 s, some do)
+MOST_CONNECTIONS = 4096
 LEASE_S = 30.0  # for how long slots stay pinned while they are sent
 LENT_AT_ONCE = 16  # slots
 MACS_KEPT = 1 << 14
@@ -47,9 +52,10 @@ logger = logging.getLogger("lmcache_mm")
 class Server:
     """Serves `store` at an address until `close`, a thread a connection. `store` stays the caller's, and open.
 
-    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, others are closed. `agent`:
-    lends to nixl: stores too. Raises ValueError for an address outside this host without certificates, OSError where it
-    cannot be bound."""
+    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, of clients that have proved that
+    they know the secret; one more takes the place of the one idle longest, and waits where all are busy. `agent`: lends
+    to nixl: stores too. Raises ValueError for an address outside this host without certificates and for a number of
+    connections that cannot be had, OSError where the address cannot be bound."""
 
     def __init__(
         self,
@@ -60,18 +66,22 @@ class Server:
         connections: int = 64,
         agent: SlabAgent | None = None,
     ) -> None:
+        _check_connections(connections)
         self._store, self._seal, self._tls, self._most, self._agent = store, seal, tls, connections, agent
         family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         check_loopback(str(where[0]), tls)
         self._mac = functools.lru_cache(MACS_KEPT)(self._make_mac)
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()  # guards all below
         self._open: dict[socket.socket, threading.Thread] = {}
+        self._handshakes: dict[socket.socket, None] = {}  # the oldest first
+        self._readers: set[socket.socket] = set()
+        self._idle: dict[socket.socket, None] = {}  # readers, the one idle longest first
         self._closing = False
         self._listener = socket.socket(family, kind, protocol)
         try:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._listener.bind(where)
-            self._listener.listen(connections)
+            self._listener.listen(HANDSHAKES)
         except BaseException:
             self._listener.close()
             raise
@@ -81,16 +91,17 @@ class Server:
 
     def close(self) -> None:
         """Ends all connections; gives back what they had pinned."""
-        self._closing = True
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._acceptor.join()
         self._listener.close()
-        with self._lock:
+        with self._changed:
             threads = list(self._open.values())
             for sock in self._open:
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                self._end(sock)
         for thread in threads:
             thread.join()
 
@@ -103,19 +114,40 @@ class Server:
                     logger.warning("a connection could not be accepted: %s", error)
                     time.sleep(0.1)  # out of descriptors, say
                 continue
-            with self._lock:
-                if len(self._open) >= self._most:
-                    logger.warning("%s is refused, for there are %d connections", where[0], self._most)
-                    sock.close()
-                    continue
+            with self._changed:
+                if len(self._handshakes) >= HANDSHAKES:
+                    self._end(next(iter(self._handshakes)))
                 thread = threading.Thread(target=self._serve, args=(sock, where), daemon=True)
-                self._open[sock] = thread
+                self._open[sock], self._handshakes[sock] = thread, None
                 try:
                     thread.start()
                 except RuntimeError as error:  # out of threads
                     logger.warning("%s is refused: %s", where[0], error)
+                    self._end(sock)
                     del self._open[sock]
                     sock.close()
+
+    def _end(self, sock: socket.socket) -> None:
+        """Ends a connection, whose place is free then; its thread will notice."""
+        self._handshakes.pop(sock, None)
+        self._readers.discard(sock)
+        self._idle.pop(sock, None)
+        self._changed.notify_all()
+        with suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def _admit(self, sock: socket.socket) -> None:
+        """Makes a connection that knows the secret one of the readers; ProtocolError if all of them stay busy."""
+        with self._changed:
+            self._handshakes.pop(sock, None)
+            self._changed.wait_for(
+                lambda: self._closing or self._idle or len(self._readers) < self._most, timeout=HANDSHAKE_S
+            )
+            if len(self._readers) >= self._most:
+                if not self._idle:
+                    raise ProtocolError(f"there are {self._most} connections and all are busy")
+                self._end(next(iter(self._idle)))
+            self._readers.add(sock)
 
     def _serve(self, sock: socket.socket, where: tuple[str, int]) -> None:
         """One connection, to its end; whatever its client does ends it alone."""
@@ -123,13 +155,20 @@ class Server:
         try:
             # A second handle: TLS takes it over, and `close` must be able to end the connection all the while.
             channel = accept(sock.dup(), self._tls, self._seal, time.monotonic() + HANDSHAKE_S)
-            logger.info("%s is connected", name)
             try:
+                self._admit(sock)
+                logger.info("%s is connected", name)
+                channel.deadline = time.monotonic() + HANDSHAKE_S
                 while True:
-                    channel.deadline = time.monotonic() + IDLE_S
                     kind, body = channel.receive()
+                    with self._changed:
+                        self._idle.pop(sock, None)
                     channel.deadline = time.monotonic() + LEASE_S
                     self._answers(kind)(channel, body)
+                    channel.deadline = time.monotonic() + IDLE_S
+                    with self._changed:
+                        self._idle[sock] = None
+                        self._changed.notify_all()
             finally:
                 channel.close()
         except ProtocolError as error:
@@ -139,7 +178,8 @@ class Server:
         except Exception:
             logger.exception("%s is disconnected", name)
         finally:
-            with self._lock:
+            with self._changed:
+                self._end(sock)
                 del self._open[sock]
             sock.close()
 
@@ -208,3 +248,15 @@ class Server:
 
     def _make_mac(self, slot: Slot) -> bytes:
         return self._seal.mac(slot.key, self._store.view(slot).data)
+
+
+def _check_connections(connections: int) -> None:
+    """ValueError for more than the process can have, each of which takes a thread and two descriptors."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = MOST_CONNECTIONS
+    if descriptors != resource.RLIM_INFINITY:
+        most = min(most, (descriptors - 64) // 2 - HANDSHAKES)
+    if not 1 <= connections <= most:
+        raise ValueError(
+            f"connections: expected 1 to {most}, got {connections}; each takes two descriptors, see `ulimit -n`"
+        )
