@@ -158,7 +158,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--store",
         metavar="URL",
         required=True,
-        help="shm:///NAME, capacity may be left out; say the same ttl as the engines, or records older than that are lent",
+        help="shm:///NAME, capacity may be left out; with the engines' ttl if they have one, or older records are lent",
     )
     serve_parser.add_argument(
         "--listen", metavar="HOST:PORT", required=True, help="the address to bind, and no other; port 0 is any free one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import resource
 import socket
 import struct
@@ -52,10 +53,10 @@ logger = logging.getLogger("lmcache_mm")
 class Server:
     """Serves `store` at an address until `close`, a thread a connection. `store` stays the caller's, and open.
 
-    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, of clients that have proved that
-    they know the secret; one more takes the place of the one idle longest, and waits where all are busy. `agent`: lends
-    to nixl: stores too. Raises ValueError for an address outside this host without certificates and for a number of
-    connections that cannot be had, OSError where the address cannot be bound."""
+    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, of clients that have proved
+    the secret; one more takes the place of the one idle longest, and waits where all are busy. `agent`: lends to nixl:
+    stores too. Raises ValueError for an address outside this host without certificates and for a number of connections
+    that cannot be had, OSError where the address cannot be bound."""
 
     def __init__(
         self,
@@ -198,7 +199,8 @@ class Server:
         keys, _, peek = unpack_keys(body, sized=False)
         there = self._store.contains(keys, peek)
         ages = self._store.ages(keys)
-        answer = [max(0.0, age) if is_there else -1.0 for is_there, age in zip(there, ages, strict=True)]
+        told = zip(there, ages, strict=True)
+        answer = [max(0.0, age) if is_there and age < math.inf else -1.0 for is_there, age in told]
         channel.send(AGES, struct.pack(f"<{len(answer)}d", *answer))
 
     def _get(self, channel: Channel, body: bytes) -> None:

@@ -584,6 +584,34 @@ def test_an_answer_about_other_keys_is_no_answer():
         assert reader.stats()["errors"] == 1
 
 
+@pytest.mark.parametrize("age", [float("nan"), float("inf"), -2.0])
+def test_an_age_that_is_none_is_no_answer(age):
+    def script(ch):
+        ch.expect(channel.LOOK)
+        ch.send(channel.AGES, struct.pack("<2d", 1.0, age))
+
+    with answering(script) as port, opened(port) as reader:
+        assert reader.contains([key(1), key(2)]) == [False, False]
+        assert reader.stats()["errors"] == 1
+        assert reader.ages([key(1)]) == [float("inf")]  # left alone: not known, and not new
+
+
+def test_a_record_whose_age_the_lender_does_not_know_counts_as_missing(lent, reader, monkeypatch):
+    lent.put([key(1)], [payload(1)])
+    monkeypatch.setattr(lent, "ages", lambda _: [float("inf")])  # evicted meanwhile
+    assert reader.contains([key(1)]) == [False]
+    assert reader.stats()["errors"] == 0
+
+
+def test_records_older_than_the_ttl_that_serve_is_told_are_not_lent(url):
+    with closing(open_store(f"{url}?capacity=32MiB&ttl=60")) as lent, serving(lent) as server:
+        lent.put([key(1)], [payload(1)], age_s=50)
+        lent.put([key(2)], [payload(2)], age_s=70)
+        with opened(server.address[1]) as reader:
+            assert reader.contains([key(1), key(2)]) == [True, False]
+            assert get(reader, 2) is None
+
+
 # --- Peers that are slow, dead, or come back
 
 

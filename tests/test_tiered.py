@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 
@@ -231,6 +232,47 @@ def test_a_promoted_record_keeps_its_age(tmp_path, monkeypatch):
         assert shm.contains([key(i)]) == [True]
         now += 2
         assert store.contains([key(i)]) == [False]
+    remove()
+
+
+def test_what_is_not_known_to_have_an_age_is_not_promoted(store, tiers, monkeypatch):
+    for ages in ([math.nan, 5.0], [math.inf, 5.0]):
+        tiers[0].delete([key(2)])
+        tiers[1].put([key(1), key(2)], [payload(1), payload(2)])
+        with monkeypatch.context() as patch:
+            patch.setattr(tiers[1], "ages", lambda keys, ages=ages: ages)
+            assert store.get_into([key(1), key(2)], [bytearray(100), bytearray(100)]) == [True, True]
+        assert tiers[0].contains([key(1), key(2)]) == [False, True]
+    assert store.stats()["promoted"] == 2
+
+    def down(_):
+        raise ConnectionError("down")
+
+    monkeypatch.setattr(tiers[1], "ages", down)  # after it was read
+    assert get(store, 1) == payload(1)
+    assert tiers[0].contains([key(1)]) == [False]
+    assert store.ages([key(1), key(9)]) == [math.inf, math.inf]
+
+
+def test_slots_of_what_is_not_known_to_have_an_age_are_not_promoted(tmp_path, monkeypatch):
+    store, remove = new_store("shm,file", tmp_path)
+    store._tiers[1].put([key(1), key(2)], [payload(1), payload(2)])
+    monkeypatch.setattr(store._tiers[1], "ages", lambda _: [math.inf, 5.0])
+    one, other = store.lend([key(1), key(2)], [100, 100])
+    assert one is None
+    assert store.contains([key(1)]) == [True]
+    assert store._tiers[0].contains([key(1), key(2)]) == [False, True]
+    store.release([other])
+    remove()
+
+
+@pytest.mark.parametrize("kind", ["mem", "shm", "file", "shm,file"])
+def test_what_is_not_there_has_no_age(kind, tmp_path):
+    store, remove = new_store(kind, tmp_path)
+    store.put([key(1)], [payload(1)], age_s=10)
+    there, missing = store.ages([key(1), key(2)])
+    assert 10 <= there < math.inf
+    assert missing == math.inf
     remove()
 
 

@@ -85,7 +85,8 @@ class Store(Protocol):
         ...
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
-        """For how many seconds the records have been stored; 0 for what is not there."""
+        """For how many seconds the records have been stored; math.inf for what is not there, or where the store cannot
+        say, as when it is down: such a record is not copied into another store, where it would count as new."""
         ...
 
     def delete(self, keys: Sequence[bytes]) -> None: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -165,7 +166,7 @@ class MemStore:
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         now = time.monotonic()
         with self._lock:
-            return [now - self._records[key].stored_at if key in self._records else 0.0 for key in keys]
+            return [now - self._records[key].stored_at if key in self._records else math.inf for key in keys]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()

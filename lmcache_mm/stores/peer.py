@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import struct
@@ -107,7 +108,7 @@ class PeerStore:
         return [age >= 0 for age in self._look(keys, peek)]
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
-        return [max(0.0, age) for age in self._look(keys, True)]
+        return [age if age >= 0 else math.inf for age in self._look(keys, True)]
 
     def _look(self, keys: Sequence[bytes], peek: bool) -> list[float]:
         """For how long the records have been stored; -1 for what is not there."""
@@ -122,7 +123,10 @@ class PeerStore:
                 _, body = channel.expect(AGES)
                 if len(body) != 8 * len(asked):
                     raise ProtocolError(f"{len(body)} bytes about {len(asked)} keys")
-                ages[begin : begin + MOST_KEYS] = struct.unpack(f"<{len(asked)}d", body)
+                answer = struct.unpack(f"<{len(asked)}d", body)
+                if not all(0 <= age < math.inf or age == -1 for age in answer):
+                    raise ProtocolError("an age that is none")
+                ages[begin : begin + MOST_KEYS] = answer
 
         if keys:
             self._exchange([look])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import math
 import mmap
 import os
 import shutil
@@ -564,7 +565,7 @@ class SlabStore:
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         self._check()
-        return self._read_index(self._index.ages, keys) or [0.0] * len(keys)
+        return self._read_index(self._index.ages, keys) or [math.inf] * len(keys)
 
     def clear(self) -> int:
         """Removes all records; returns their number."""

@@ -7,6 +7,7 @@ crosses a segment's end, so that segments can be registered with a device one by
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 import time
@@ -101,9 +102,9 @@ class Index:
             return moment
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
-        """Seconds since the records were stored; 0 for what is not there."""
+        """Seconds since the records were stored; math.inf for what is not there."""
         now = boot_clock()
-        return [now - record.stored_at if record else 0.0 for record in self.find(keys)]
+        return [now - record.stored_at if record else math.inf for record in self.find(keys)]
 
     def sizes(self) -> dict[str, int]:
         with self._reading, self._env.begin() as txn:

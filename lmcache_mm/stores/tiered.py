@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import mmap
 import os
 import threading
@@ -142,15 +143,23 @@ class TieredStore:
             hits = [i for i, is_there in zip(missing, there, strict=True) if is_there]
             for i in hits:
                 found[i] = True
-            if hits and tier:
-                up_keys, up_buffers = [keys[i] for i in hits], [buffers[i] for i in hits]
-                age_s = max(self._ask(tier, [0.0], "ages", up_keys))
+            up = self._ages(tier, keys, hits) if tier else {}
+            if up:
+                up_keys, up_buffers = [keys[i] for i in up], [buffers[i] for i in up]
+                age_s = max(up.values())
                 for above in (t for t in range(tier) if t == 0 or t in self._written):
                     self._ask(above, None, "put", up_keys, up_buffers, owner, None, moments[above], age_s)
-                self._count("promoted", len(hits))
+                self._count("promoted", len(up))
         self._count("hits", found.count(True))
         self._count("misses", found.count(False))
         return found
+
+    def _ages(self, tier: int, keys: Sequence[bytes], places: Sequence[int]) -> dict[int, float]:
+        """Of the keys at these places, by place, where the tier knows them: others are not promoted."""
+        if not places:
+            return {}
+        ages = self._ask(tier, [math.inf] * len(places), "ages", [keys[i] for i in places])
+        return {i: age for i, age in zip(places, ages, strict=True) if age < math.inf}
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
         self._check()
@@ -273,8 +282,8 @@ class TieredStore:
         return self._moments()[0]
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
-        of_tiers = [self._ask(tier, [0.0] * len(keys), "ages", keys) for tier in range(len(self._tiers))]
-        return [max(ages) for ages in zip(*of_tiers, strict=True)]
+        of_tiers = [self._ages(tier, keys, range(len(keys))) for tier in range(len(self._tiers))]
+        return [max((ages[i] for ages in of_tiers if i in ages), default=math.inf) for i in range(len(keys))]
 
     def forget(self, owner: bytes) -> int:
         self._check()
@@ -356,10 +365,10 @@ class TieredSlotStore(TieredStore):
         moment = self._first.moment()  # before anything is read
         for tier in range(1, len(self._tiers)):
             there = self._contains(keys, [tier], peek)
-            wanted = [i for i, is_there in enumerate(there) if is_there]
+            wanted = self._ages(tier, keys, [i for i, is_there in enumerate(there) if is_there])
             if not wanted:
                 continue
-            age_s = max(self._ask(tier, [0.0], "ages", [keys[i] for i in wanted]))
+            age_s = max(wanted.values())
             reserved = self._first.reserve([keys[i] for i in wanted], [sizes[i] for i in wanted], owner, moment, age_s)
             slots = [slot for slot in reserved if slot]
             views = [self.view(slot) for slot in slots]
