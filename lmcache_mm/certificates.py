@@ -5,7 +5,11 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import re
+import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography import x509
@@ -14,59 +18,115 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 CA_DAYS = 3650
+CA_CERTIFICATE = "ca.pem"
+CA_KEY = "ca.key"
 
 
 def make(directory: Path, hosts: Sequence[str], days: int) -> list[Path]:
     """A directory for each host in `directory`, with ca.pem, cert.pem and key.pem, which is returned.
 
     The CA is made where there is none: ca.pem and ca.key, which stays where it is and signs for hosts that come later.
-    hosts: DNS names or addresses, as they are written in peer: URLs. days: how long their certificates are valid.
-    Raises ValueError for a name that is none, FileExistsError for a host that has a directory."""
-    for host in hosts:
-        if not host or "/" in host or host.startswith("."):
-            raise ValueError(f"host: expected a DNS name or an address, got {host!r}")
-        if (directory / host).exists():
+    hosts: DNS names in lower case or addresses, as they are written in peer: URLs. days: how long their certificates
+    are valid, which is not longer than the CA is. Nothing is written where it raises ValueError, for a name that is
+    none, for days that are none and for a CA that is none, or FileExistsError, for a host that has a directory. What is
+    interrupted can be run again."""
+    for i, host in enumerate(hosts):
+        _check_host(host)
+        if host in hosts[:i]:
+            raise ValueError(f"host: {host} is named twice")
+        if os.path.lexists(directory / host):
             raise FileExistsError(f"certificates: there is {directory / host} already; remove it to make a new one")
+    there = _read_ca(directory)
+    most = (there[0].not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days if there else CA_DAYS
+    if not 1 <= days <= most:
+        raise ValueError(f"days: expected 1 to {most}, for as long as the CA is valid, got {days}")
     directory.mkdir(mode=0o700, exist_ok=True)
-    if not (directory / "ca.key").exists():
-        _make_ca(directory)
-    ca = x509.load_pem_x509_certificate((directory / "ca.pem").read_bytes())
-    ca_key = serialization.load_pem_private_key((directory / "ca.key").read_bytes(), None)
-    if not isinstance(ca_key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"certificates: {directory / 'ca.key'} is no key that this command has made")
-    made = []
+    ca, ca_key = there or _make_ca(directory)
     for host in hosts:
-        place = directory / host
-        place.mkdir(mode=0o700)
-        key = ec.generate_private_key(ec.SECP256R1())
-        usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        certificate = (
-            _builder(host, ca.subject, key, days)
-            .add_extension(x509.SubjectAlternativeName([_name(host)]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-            .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
-            .add_extension(_key_usage(signs=True), critical=True)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-            .sign(ca_key, hashes.SHA256())
+        _make_host(directory, host, ca, ca_key, days)
+    return [directory / host for host in hosts]
+
+
+def _check_host(host: str) -> None:
+    """ValueError for what is no address and no name, or could be taken for another."""
+    with suppress(ValueError):
+        if str(ipaddress.ip_address(host)) == host and "%" not in host:
+            return
+    labels = host.split(".")
+    named = all(re.fullmatch(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", label) for label in labels)
+    if not named or labels[-1].isdigit() or len(host) > 253 or host in (CA_CERTIFICATE, CA_KEY):
+        raise ValueError(
+            f"host: expected a DNS name in lower case or an address, shortened, without brackets, got {host!r}"
         )
-        _write(place / "key.pem", _pem(key))
-        _write(place / "cert.pem", certificate.public_bytes(serialization.Encoding.PEM))
-        _write(place / "ca.pem", ca.public_bytes(serialization.Encoding.PEM))
-        made.append(place)
-    return made
 
 
-def _make_ca(directory: Path) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
+def _read_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None:
+    """None where its certificate has not been made yet."""
+    place, key_place = directory / CA_CERTIFICATE, directory / CA_KEY
+    if not place.exists():
+        return None
+    if not key_place.exists():
+        raise ValueError(f"certificates: {place} has no {CA_KEY} beside it: only where that is can more be made")
+    try:
+        ca = x509.load_pem_x509_certificate(place.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"certificates: {place} is none ({error}); remove it to have it made by {CA_KEY}") from None
+    key = _read_key(key_place)
+    if ca.public_key() != key.public_key():
+        raise ValueError(f"certificates: {key_place} is not the key of {place}")
+    return ca, key
+
+
+def _read_key(place: Path) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = serialization.load_pem_private_key(place.read_bytes(), None)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"certificates: {place} is no key that this command has made ({error})") from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
+        raise ValueError(f"certificates: {place} is no key that this command has made")
+    return key
+
+
+def _make_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """The key comes first: of one alone, where this was interrupted, the certificate can be made."""
+    if (directory / CA_KEY).exists():
+        key = _read_key(directory / CA_KEY)
+    else:
+        key = ec.generate_private_key(ec.SECP256R1())
+        _write(directory / CA_KEY, _pem(key))
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "lmcache_mm CA")])
-    certificate = (
+    ca = (
         _builder("lmcache_mm CA", name, key, CA_DAYS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_key_usage(signs=False), critical=True)
         .sign(key, hashes.SHA256())
     )
-    _write(directory / "ca.pem", certificate.public_bytes(serialization.Encoding.PEM))
-    _write(directory / "ca.key", _pem(key))
+    _write(directory / CA_CERTIFICATE, ca.public_bytes(serialization.Encoding.PEM))
+    return ca, key
+
+
+def _make_host(directory: Path, host: str, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, days: int) -> None:
+    """The host's directory, whole or not at all."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    certificate = (
+        _builder(host, ca.subject, key, days)
+        .add_extension(x509.SubjectAlternativeName([_name(host)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(_key_usage(signs=True), critical=True)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA256())
+    )
+    place = Path(tempfile.mkdtemp(prefix=".", dir=directory))
+    try:
+        _write(place / "key.pem", _pem(key))
+        _write(place / "cert.pem", certificate.public_bytes(serialization.Encoding.PEM))
+        _write(place / CA_CERTIFICATE, ca.public_bytes(serialization.Encoding.PEM))
+        place.rename(directory / host)
+    except BaseException:
+        shutil.rmtree(place)
+        raise
 
 
 def _builder(name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
@@ -113,6 +173,11 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A file of mode 0600 that was not there."""
+    """A file of mode 0600 that was not there; whole or not at all, unless the process is killed."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(content)
+        try:
+            file.write(content)
+            file.flush()
+        except BaseException:
+            path.unlink()
+            raise

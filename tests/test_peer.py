@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -265,12 +266,10 @@ def test_promoted_records_keep_their_age_and_a_peer_is_not_written_to(lent, serv
 def tls(tmp_path_factory):
     """A directory of certificates: good ones, those of another CA, and one that is out of date."""
     folder = tmp_path_factory.mktemp("certificates")
-    for name, hosts, days in (("ours", ["127.0.0.1", "localhost"], 30), ("theirs", ["127.0.0.1"], 30)):
-        certificates.make(folder / name, hosts, days)
+    for name, hosts in (("ours", ["127.0.0.1", "localhost"]), ("theirs", ["127.0.0.1"])):
+        certificates.make(folder / name, hosts, 30)
     (folder / "expired").mkdir()
-    for file in ("ca.pem", "ca.key"):
-        (folder / "expired" / file).write_bytes((folder / "ours" / file).read_bytes())
-    certificates.make(folder / "expired", ["127.0.0.1"], -1)
+    certificates._make_host(folder / "expired", "127.0.0.1", *certificates._read_ca(folder / "ours"), days=-1)
     return folder
 
 
@@ -285,13 +284,73 @@ def test_certificates_are_private_and_one_command_makes_them(tmp_path, capsys):
     assert len({(place / host / "ca.pem").read_bytes() for host in ("one.example", "10.0.0.7", "::1")}) == 1
     assert cli.main(["certificates", str(place), "one.example"]) == 2
     assert "remove it to make a new one" in capsys.readouterr().err
-    assert cli.main(["certificates", str(place), "../x"]) == 2
-    assert "expected a DNS name or an address, got '../x'" in capsys.readouterr().err
     (place / "one.example" / "key.pem").chmod(0o640)
     with pytest.raises(PermissionError, match="expected mode 0600"):
         Tls(place / "one.example")
     with pytest.raises(ValueError, match=r"there is no .*ca\.pem"):
         Tls(tmp_path)
+
+
+NO_HOSTS = ["", "../x", "..", "a/b", "a..b", "h.", "*.example", "Host", "-h", "é", "ca.key", 64 * "a", 127 * "x." + "y"]
+NO_ADDRESSES = ["[::1]", "::0", "10.0.0.256", "fe80::1%lo"]
+
+
+@pytest.mark.parametrize(
+    "hosts, days, text",
+    [
+        *(([host], 30, "expected a DNS name in lower case or an address") for host in NO_HOSTS + NO_ADDRESSES),
+        (["one", "two", "one"], 30, "host: one is named twice"),
+        *((["one"], days, "days: expected 1 to 3650, ") for days in (0, -1, 3651, 999_999_999)),
+        (["one", "there"], 30, "remove it to make a new one"),
+    ],
+)
+def test_certificates_that_cannot_be_made_are_said_before_anything_is_written(tmp_path, capsys, hosts, days, text):
+    (tmp_path / "there").symlink_to("nowhere")
+    assert cli.main(["certificates", f"--days={days}", "--", str(tmp_path), *hosts]) == 2
+    assert text in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_ca_that_is_none_signs_nothing(tmp_path):
+    certificates.make(tmp_path / "a", ["one"], 30)
+    certificates.make(tmp_path / "b", ["one"], 30)
+    for broken, content, text in (
+        ("ca.key", (tmp_path / "b" / "ca.key").read_bytes(), r"ca\.key is not the key of .*ca\.pem"),
+        ("ca.key", b"", r"ca\.key is no key that this command has made"),
+        ("ca.pem", b"", r"ca\.pem is none"),
+        ("ca.key", None, r"ca\.pem has no ca\.key beside it"),
+    ):
+        place = tmp_path / "a" / broken
+        before = place.read_bytes()
+        place.unlink() if content is None else place.write_bytes(content)
+        with pytest.raises(ValueError, match=text):
+            certificates.make(tmp_path / "a", ["two"], 30)
+        assert not (tmp_path / "a" / "two").exists()
+        place.write_bytes(before)
+    with pytest.raises(ValueError, match="days: expected 1 to 3649"):
+        certificates.make(tmp_path / "a", ["two"], 3650)
+
+
+def test_making_certificates_that_was_interrupted_can_be_done_again(tmp_path, monkeypatch):
+    """After any number of files."""
+    write = certificates._write
+    for done in range(5):
+        left = [None] * done
+
+        def interrupted(path, content, left=left):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            write(path, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(certificates, "_write", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                certificates.make(tmp_path / str(done), ["one"], 30)
+        assert not (tmp_path / str(done) / "one").exists()
+        (place,) = certificates.make(tmp_path / str(done), ["one"], 30)
+        assert {path.name for path in place.parent.iterdir()} == {"ca.key", "ca.pem", "one"}
+        Tls(place)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -328,6 +387,39 @@ def test_other_certificates_are_misses_and_said(lent, tls, caplog, servers, clie
         assert reader.stats()["errors"] == 1  # once: it is left alone now
     assert f"{reader._name} failed and is left alone for 10 s" in caplog.text
     assert why in caplog.text
+
+
+def test_tls_before_1_3_is_refused_by_both_sides(lent, tls):
+    ours = Tls(tls / "ours" / "127.0.0.1")
+    for context in (ours.client, ours.server):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
+    spoken = []
+
+    def script(sock):
+        with ours.server.wrap_socket(sock.dup(), server_side=True) as over_tls:
+            spoken.append(over_tls.version())
+
+    with (
+        answering(script, handshake=False) as port,
+        opened(port, f"timeout=20&tls={tls}/ours/127.0.0.1") as reader,
+        serving(lent, tls=Tls(tls / "ours" / "127.0.0.1")) as server,
+        socket.create_connection(server.address, PATIENCE_S) as sock,
+    ):
+        assert reader.contains([key(1)]) == [False]
+        with pytest.raises(ssl.SSLError, match="PROTOCOL_VERSION"):
+            ours.client.wrap_socket(sock, server_hostname="127.0.0.1")
+    assert spoken == []
+
+
+def test_a_client_without_certificate_is_refused_in_the_handshake(lent, tls):
+    context = ssl.create_default_context(cafile=tls / "ours" / "ca.pem")
+    with (
+        serving(lent, tls=Tls(tls / "ours" / "127.0.0.1")) as server,
+        socket.create_connection(server.address, PATIENCE_S) as plain,
+        context.wrap_socket(plain, server_hostname="127.0.0.1") as sock,
+        pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"),
+    ):
+        sock.recv(1000)
 
 
 def test_without_certificates_only_loopback_is_served_and_read(lent, monkeypatch):
