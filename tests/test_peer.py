@@ -778,13 +778,15 @@ def test_a_server_that_was_restarted_between_calls_is_not_missed(lent):
         reader.contains([key(1)])
 
 
-def test_every_address_of_a_name_is_tried(lent, server, monkeypatch):
+@pytest.mark.parametrize("names", [["127.0.0.2", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]])
+def test_every_address_of_a_name_is_tried(lent, server, monkeypatch, names):
+    """Nothing listens on 127.0.0.2."""
     lent.put([key(1)], [payload(1)])
     resolve = socket.getaddrinfo
 
     def two(host, *arguments, **options):
-        names = ["127.0.0.2", "127.0.0.1"] if host == "localhost" else [host]  # nothing listens on the first
-        return [info for name in names for info in resolve(name, *arguments, **options)]
+        asked = names if host == "localhost" else [host]
+        return [info for name in asked for info in resolve(name, *arguments, **options)]
 
     monkeypatch.setattr(socket, "getaddrinfo", two)
     with opened(server.address[1], host="localhost") as reader:
@@ -1116,6 +1118,7 @@ def test_a_frame_that_claims_to_be_huge_ends_its_connection(fuzzed):
 
 def test_silent_strangers_take_no_readers_place_and_the_oldest_makes_room(lent, monkeypatch):
     monkeypatch.setattr("lmcache_mm.serve.HANDSHAKES", 3)
+    monkeypatch.setattr("lmcache_mm.serve.HANDSHAKE_S", 10 * PATIENCE_S)
     lent.put([key(1)], [payload(1)])
     with serving(lent, connections=1) as server, opened(server.address[1]) as reader:
         strangers = []
@@ -1149,10 +1152,13 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
     lent.put([key(i) for i in range(16)], [bytes(2 * LARGE)] * 16)
     with serving(lent, connections=2) as server:
         port = server.address[1]
-        busy = pinned(port, 16)
+        busy = connected(port)
+        assert asks(busy) >= 0
+        busy.send(channel.GET, channel.pack_keys([key(i) for i in range(16)], [2 * LARGE] * 16))
+        busy.expect(channel.RECORD)
         first = connected(port)
         assert asks(first) >= 0
-        second = connected(port)  # it waits until the first is idle
+        second = connected(port)
         assert asks(second) >= 0
         assert first.ended
         assert ends(first._sock)
@@ -1161,11 +1167,15 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
         assert asks(second) >= 0
         third = pinned(port, 16)
         assert ends(second._sock)
+        fourth = connected(port)  # it waits, for all are busy
+        until(lambda: len(server._open) == 3 and not server._handshakes, "it does not wait")
+        busy.close()
+        assert asks(fourth) >= 0
+        fifth = pinned(port, 16)
         monkeypatch.setattr("lmcache_mm.serve.HANDSHAKE_S", 1.0)
-        fourth = connected(port)
-        assert ends(fourth._sock)  # all are busy
-        assert len(server._readers) == 2
-        for ch in (busy, first, second, third, fourth):
+        sixth = connected(port)
+        assert ends(sixth._sock)  # in vain
+        for ch in (first, second, third, fourth, fifth, sixth):
             ch.close()
 
 
