@@ -38,10 +38,9 @@ from lmcache_mm.stores.peer import RECORD_HEAD
 from lmcache_mm.stores.slab import ShmStore, Slot
 
 HANDSHAKE_S = 5.0
-HANDSHAKES = (
-    64  # at once; a further one takes the place of the oldest, for a stranger may be silent and others are fast
-)
-IDLE_S = 300.0  # a connection that asks nothing for so long is closed, before a firewall forgets it (350 s, some do)
+# At once. A further one takes the place of the oldest: a stranger may be silent, others take milliseconds.
+HANDSHAKES = 64
+IDLE_S = 300.0  # a connection that asks nothing for so long is closed, before a firewall forgets it
 MOST_CONNECTIONS = 4096
 LEASE_S = 30.0  # for how long slots stay pinned while they are sent
 LENT_AT_ONCE = 16  # slots
@@ -141,9 +140,7 @@ class Server:
         """Makes a connection that knows the secret one of the readers; ProtocolError if all of them stay busy."""
         with self._changed:
             self._handshakes.pop(sock, None)
-            self._changed.wait_for(
-                lambda: self._closing or self._idle or len(self._readers) < self._most, timeout=HANDSHAKE_S
-            )
+            self._changed.wait_for(lambda: self._closing or self._idle or len(self._readers) < self._most, HANDSHAKE_S)
             if len(self._readers) >= self._most:
                 if not self._idle:
                     raise ProtocolError(f"there are {self._most} connections and all are busy")
