@@ -794,7 +794,7 @@ def test_every_address_of_a_name_is_tried(lent, server, monkeypatch, names):
         assert reader._idle[0].deadline > time.monotonic() + 10  # the whole call's, not one address's
 
 
-def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch):
+def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch, caplog):
     stuck = threading.Event()
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: stuck.wait(PATIENCE_S))
     with opened(7700, "timeout=0.3", "localhost") as reader:
@@ -802,6 +802,7 @@ def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch):
         assert reader.stats()["errors"] == 1
         (resolving,) = [thread for thread in threading.enumerate() if thread.name == "lmcache_mm peer names"]
         assert resolving.daemon  # the end of the process does not wait for it
+        assert "localhost was not resolved in time" in caplog.text
         stuck.set()
 
 

@@ -355,7 +355,10 @@ class PeerStore:
                 found.set_exception(error)
 
         threading.Thread(target=resolve, name=f"lmcache_mm {self.scheme} names", daemon=True).start()
-        return found.result(max(0.0, deadline - time.monotonic()))
+        try:
+            return found.result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise TimeoutError(f"{self._host} was not resolved in time") from None
 
     def _drop_idle(self) -> None:
         with self._lock:
