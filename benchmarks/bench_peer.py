@@ -165,7 +165,7 @@ def test_nixl(against, serve, lent, buffers, stack):
     store = stack.enter_context(closing(open_store(f"nixl://127.0.0.1:{port}?trusted_network=1&timeout=60")))
     read = check(store, buffers)
     slab_agent = stack.enter_context(closing(nixl_agent.SlabAgent(lent[0].directory / "slab", "lo")))
-    base, _, metadata = nixl_agent.described_agent(slab_agent.described)
+    base, _, metadata = nixl_agent.described_agent(slab_agent.describe())
     agent, memory = nixl_agent.new_agent("lo"), aligned(TOTAL_BYTES)
     agent.register_memory(agent.get_reg_descs([(memory.ctypes.data, TOTAL_BYTES, 0, "")], "DRAM"))
     name = agent.add_remote_agent(metadata)

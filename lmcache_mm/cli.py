@@ -77,9 +77,8 @@ def serve(args: argparse.Namespace) -> int:
                 place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
                 how = ("with TLS" if tls else "without TLS") + ", and through NIXL" * args.nixl
                 print(f"{args.store} is lent at {place}, {how}", flush=True)
-                while not stopped.wait(1):
-                    if agent and agent.ended:
-                        raise RuntimeError("serve: the process that lends through NIXL has ended")
+                while not stopped.wait(1):  # a signal may come to another thread
+                    pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -175,7 +174,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve_parser.add_argument(
         "--nixl",
         action="store_true",
-        help="lend to nixl://HOST:PORT too; HOST is an IPv4 address, whose interface is used",
+        help="lend to nixl://HOST:PORT too; HOST is an address of this host, whose interface is used",
     )
     serve_parser.add_argument(
         "--trusted-network", action="store_true", help="needed for --nixl: all who reach the port may read the slab"

@@ -217,7 +217,7 @@ class Server:
 
     def _describe_agent(self, channel: Channel, body: bytes) -> None:
         assert self._agent is not None
-        channel.send(AGENT, self._agent.described)
+        channel.send(AGENT, self._agent.describe())
 
     def _lease(self, channel: Channel, body: bytes) -> None:
         """Lends slots to be read through NIXL until the client returns them, which it must do within LEASE_S."""
