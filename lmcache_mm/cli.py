@@ -18,6 +18,7 @@ from lmcache_mm.secret import Seal
 from lmcache_mm.serve import Server
 from lmcache_mm.stores import REMOTE, open_store, slab, slab_directory
 from lmcache_mm.stores.channel import Tls, host_and_port
+from lmcache_mm.stores.peer import PeerStore
 from lmcache_mm.stores.remote import RemoteStore
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
@@ -27,6 +28,8 @@ COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "e
 def stat(args: argparse.Namespace) -> int:
     """Prints a store's own figures, a line each."""
     with closing(open_store(args.url)) as store:
+        if isinstance(store, PeerStore):
+            raise ValueError(f"store: {args.url!r} is another host's: ask there")
         for name, value in (store.sizes() if isinstance(store, RemoteStore) else store.stats()).items():
             if name.rpartition(".")[2] not in COUNTERS:
                 print(f"{name:16} {value}" + (f"  ({_readable(value)})" if name.endswith("_bytes") else ""))

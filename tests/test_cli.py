@@ -48,11 +48,13 @@ def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, ca
     [
         (["stat", "shm:///none-such"], "there is none in"),
         (["stat", "nix"], "expected a URL that begins with"),
+        (["stat", "peer://127.0.0.1:1"], "is another host's: ask there"),
         (["clear", "mem://?capacity=1MiB"], "expected shm:///NAME or file:///DIR, got 'mem:"),
         (["clear", "shm:///../x"], "expected a name of letters"),
     ],
 )
-def test_mistakes_are_status_2_and_a_sentence(arguments, text, capsys):
+def test_mistakes_are_status_2_and_a_sentence(arguments, text, capsys, monkeypatch):
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m lmcache_mm: store: ")
