@@ -56,23 +56,33 @@ def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.Monk
             capacity = 3 * RECORDS * (RECORD_BYTES + (1 << 20))
             stack.enter_context(closing(open_store(f"{url}&capacity={capacity}")))
         store, bare = (stack.enter_context(closing(open_store(url))) for _ in range(2))
-        engines = [hand._connect() for hand in bare._hands]
+        engines = [hand.engine for hand in bare._hands]
         yield scheme, store, engines
         store.clear()
         engines[0].delete([f"bare-{i}" for i in range(RECORDS)])
-        if scheme == "valkey":
-            for engine in engines:
-                engine.close()
 
 
-def by_all(engines: list[Any], call: Callable[[Any, int, int], Any]) -> list[Any]:
-    """call(engine, number of the engine, i) for all records, each engine with a thread of its own."""
+def by_all(engines: list[Any], call: Callable[[Any, int], Any]) -> list[Any]:
+    """call(engine, i) for all records, each engine with a thread of its own."""
 
     def work(number: int) -> list[Any]:
-        return [call(engines[number], number, i) for i in range(number, RECORDS, len(engines))]
+        return [call(engines[number], i) for i in range(number, RECORDS, len(engines))]
 
     with ThreadPoolExecutor(len(engines)) as pool:
         return [one for results in pool.map(work, range(len(engines))) for one in results]
+
+
+def beside(against: Any, scheme: str, direction: str, ours: Callable[[], None], bare: Callable[[], None]) -> None:
+    """Times ours beside the bare client, and ours without MACs."""
+
+    def without_macs() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Seal, "mac", lambda *_: bytes(MAC_BYTES))
+            patch.setattr(Seal, "verify", lambda *_: True)
+            ours()
+
+    peers = {"bare client": bare, "without MACs": without_macs}
+    against(ours, peers, 5, bytes=RECORDS * RECORD_BYTES, remote=scheme, direction=direction)
 
 
 @pytest.fixture(scope="module")
@@ -85,34 +95,22 @@ def test_get(against, remote, payloads):
     scheme, store, engines = remote
     keys = [key(i) for i in range(RECORDS)]
     store.put(keys, [payload[HEADER_BYTES:] for payload in payloads])
-    assert all(by_all(engines, lambda engine, _, i: engine.write(f"bare-{i}", payloads[i].data, 0, False)))
+    assert all(by_all(engines, lambda engine, i: engine.write(f"bare-{i}", payloads[i].data, 0, False)))
     buffers = [np.ones(HEADER_BYTES + RECORD_BYTES, np.uint8) for _ in keys]
 
     def get() -> None:
         assert all(store.get_into(keys, [buffer[HEADER_BYTES:] for buffer in buffers]))
 
     def bare_get() -> None:
-        sizes = by_all(engines, lambda engine, _, i: engine.read(f"bare-{i}", buffers[i].data))
+        sizes = by_all(engines, lambda engine, i: engine.read(f"bare-{i}", buffers[i].data))
         assert set(sizes) == {HEADER_BYTES + RECORD_BYTES}
-
-    def get_unchecked() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Seal, "verify", lambda *_: True)
-            get()
 
     for read, begin in (get, HEADER_BYTES), (bare_get, 0):
         read()
         assert all(
             np.array_equal(buffer[begin:], payload[begin:]) for buffer, payload in zip(buffers, payloads, strict=True)
         )
-    against(
-        get,
-        {"bare client": bare_get, "without MACs": get_unchecked},
-        5,
-        bytes=RECORDS * RECORD_BYTES,
-        remote=scheme,
-        direction="get",
-    )
+    beside(against, scheme, "get", get, bare_get)
 
 
 def test_put(against, remote, payloads):
@@ -129,21 +127,9 @@ def test_put(against, remote, payloads):
 
     def bare_put() -> None:
         engines[0].delete(names)
-        assert all(by_all(engines, lambda engine, _, i: engine.write(names[i], payloads[i].data, 0, False)))
+        assert all(by_all(engines, lambda engine, i: engine.write(names[i], payloads[i].data, 0, False)))
 
-    def put_unsealed() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Seal, "mac", lambda *_: bytes(MAC_BYTES))
-            put()
-
-    against(
-        put,
-        {"bare client": bare_put, "without MACs": put_unsealed},
-        5,
-        bytes=RECORDS * RECORD_BYTES,
-        remote=scheme,
-        direction="put",
-    )
+    beside(against, scheme, "put", put, bare_put)
 
 
 def test_mac(benchmark):
