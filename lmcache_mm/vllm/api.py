@@ -6,16 +6,16 @@ import os
 
 import vllm
 
-SUPPORTED = "0.32"
+SUPPORTED = ("0.32", "0.33")  # the two newest minor versions
 
 
 def check_version(version: str) -> None:
     """RuntimeError for a vLLM that the connector was not tested with, whose hooks may mean something else."""
-    if version.startswith(f"{SUPPORTED}.") or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
+    if ".".join(version.split(".")[:2]) in SUPPORTED or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
         return
     raise RuntimeError(
-        f"lmcache_mm supports vLLM {SUPPORTED}, and this is {version}. LMCACHE_MM_ANY_VLLM=1 tries it all the "
-        "same: its hooks may mean something else by now, and answers be wrong"
+        f"lmcache_mm supports vLLM {' and '.join(SUPPORTED)}, and this is {version}. With LMCACHE_MM_ANY_VLLM=1 it "
+        "starts all the same, but vLLM's hooks may mean something else by now, and answers may be wrong"
     )
 
 

@@ -283,19 +283,23 @@ def trouble(load: str) -> dict[str, Any]:
                 "blocks": [blocks, free_blocks(llm)],
                 "seconds": seconds,
             }
-    if load == "sync":
-        words = " ".join(f"word{i}" for i in range(20))
-        both = [prompt(words), prompt(words + " and then more of them, enough for a page of their own at the end")]
-        with engine() as llm:
-            seen["expected both"] = ask(llm, *both)
-        with store() as url:
-            options = {"extra": {"opaque_tails": True, "load": load}, "enable_prefix_caching": True}
-            with engine(url, **options) as llm:
-                ask(llm, both[0])
-            with engine(url, **options) as llm, faulty.misbehaving(llm, faulty.Fails):
-                seen["shared pages"] = ask_at_once(llm, both)  # the second finds the pages that the first one loads
-            with engine(url, extra={"opaque_tails": True}) as llm:
-                seen["shared pages, then"] = ask(llm, *both)
+    return seen
+
+
+def shared_pages() -> dict[str, Any]:
+    """A request that finds, in vLLM's own cache, the pages that another one's load within the step is to fill."""
+    words = " ".join(f"word{i}" for i in range(20))
+    both = [prompt(words), prompt(words + " and then more of them, enough for a page of their own at the end")]
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask(llm, *both)}
+    with store() as url:
+        options = {"extra": {"opaque_tails": True, "load": "sync"}, "enable_prefix_caching": True}
+        with engine(url, **options) as llm:
+            ask(llm, both[0])
+        with engine(url, **options) as llm, faulty.misbehaving(llm, faulty.Fails):
+            seen["at once"] = ask_at_once(llm, both)
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            seen["then"] = ask(llm, *both)
     return seen
 
 
@@ -687,6 +691,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         adapters,
         trouble,
         pressure,
+        shared_pages,
         sliding_windows,
         share,
         evicting,

@@ -37,8 +37,13 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "PYTHONPATH": f"{HERE.parent.parent}{os.pathsep}{HERE}",
+    "VLLM_TARGET_DEVICE": "cpu",
 }
+
+# vLLM's versions, and its model runners: V2 is what GPUs use. Its kernels are interpreted here, at half the speed.
+COMBINATIONS = ("0.32-V1", "0.33-V1", "0.32-V2", "0.33-V2")
+OVERLAY = HERE.parent.parent / ".venv" / "vllm-0.33"
+CHOSEN = os.environ.get("TEST_VLLM", "").split()  # what all runs on; `make test-vllm-all` takes one after the other
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
 
@@ -48,25 +53,55 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Each is a process of its own; the longest first. Those that tests need run two at a time.
-SCENARIOS = (
-    *("answers", "trouble:async", "trouble:sync", "trouble:layers", "pressure", "identity", "adapters"),
-    *("encoder_trouble", "encoder", "encoder_identity", "encoder_ranks", "inside_multi", "sliding_windows"),
-)
+# Each is a process of its own; the longest first. Those that tests need run two at a time. Without TEST_VLLM each runs
+# on what is named here.
+SCENARIOS = {
+    "answers": COMBINATIONS,
+    "trouble:async": ("0.33-V2",),
+    "trouble:sync": ("0.33-V1",),
+    "trouble:layers": ("0.33-V1",),
+    "pressure": ("0.33-V2",),
+    "shared_pages": ("0.33-V1",),
+    "identity": ("0.33-V1",),
+    "adapters": ("0.33-V1",),
+    "encoder_trouble": ("0.33-V1",),
+    "encoder": ("0.33-V2",),
+    "encoder_identity": ("0.33-V1",),
+    "encoder_ranks": ("0.33-V1",),
+    "inside_multi": ("0.33-V1",),
+    "sliding_windows": ("0.33-V2",),
+}
 
 
-def run(name: str, folder: Path, **environment: str) -> dict[str, Any]:
+def python(combination: str) -> list[Any]:
+    """The command that runs a script or -m MODULE."""
+    return [sys.executable, *([HERE / "model_runner_v2.py"] if combination.endswith("V2") else [])]
+
+
+def environment(combination: str, **more: str) -> dict[str, str]:
+    overlay = [str(OVERLAY)] if combination.startswith("0.33") else []
+    path = os.pathsep.join([*overlay, str(HERE.parent.parent), str(HERE)])
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **more}
+
+
+def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, HERE / "scenarios.py", name, folder],
+        [*python(combination), HERE / "scenarios.py", name, folder],
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
-        env={**os.environ, **ENVIRONMENT, **environment},
+        timeout=900,
+        env=environment(combination, **more),
     )
     assert done.returncode == 0, done.stdout[-8000:]
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+
+
+@pytest.fixture(scope="module", params=CHOSEN or ("0.33-V1",))
+def combination(request: pytest.FixtureRequest) -> str:
+    """Of tests that have a process of their own."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -79,34 +114,34 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def under_way(request: pytest.FixtureRequest, folder: Path):
-    needed = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    """By scenario and combination."""
+    needed = {run for item in request.session.items for run in _parameters(item) if run in RUNS}
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            name: pool.submit(run, name, folder)
-            for name in SCENARIOS
-            if fixture_name(name) in needed or name.partition(":")[0] in needed
-        }
+        yield {one: pool.submit(run, one[0], folder, one[1]) for one in RUNS if one in needed}
 
 
-def fixture_name(name: str) -> str:
-    return name.replace(":", "_")
+def _parameters(item: pytest.Item) -> list[Any]:
+    callspec = getattr(item, "callspec", None)
+    return [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, tuple)]
 
 
-def _fixture(name: str):
-    @pytest.fixture(scope="module", name=fixture_name(name))
-    def seen(under_way: dict[str, Future[dict[str, Any]]]) -> dict[str, Any]:
-        return under_way[name].result()
+RUNS = [(name, combination) for name, on in SCENARIOS.items() for combination in CHOSEN or on]
+
+
+def _fixture(scenario: str):
+    runs = [one for one in RUNS if one[0].partition(":")[0] == scenario]
+
+    @pytest.fixture(scope="module", name=scenario, params=runs, ids="-".join)
+    def seen(
+        request: pytest.FixtureRequest, under_way: dict[tuple[str, str], Future[dict[str, Any]]]
+    ) -> dict[str, Any]:
+        return under_way[request.param].result()
 
     return seen
 
 
-for _name in SCENARIOS:
-    globals()[f"_{fixture_name(_name)}"] = _fixture(_name)
-
-
-@pytest.fixture
-def trouble(request: pytest.FixtureRequest, load: str) -> dict[str, Any]:
-    return request.getfixturevalue(f"trouble_{load}")
+for _scenario in {name.partition(":")[0] for name in SCENARIOS}:
+    globals()[f"_{_scenario}"] = _fixture(_scenario)
 
 
 def tokens(rows: list[dict[str, Any]]) -> list[list[int]]:
@@ -240,7 +275,6 @@ COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stores"} | d
 )
 
 
-@pytest.mark.parametrize("load", ["async", "sync", "layers"])
 @pytest.mark.parametrize(
     "fault",
     [
@@ -248,7 +282,7 @@ COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stores"} | d
         *("Hangs", "HangsInPlace", "HangsToTell", "HangsToStore"),
     ],
 )
-def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault, load):
+def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault):
     """Six requests under a store that hangs forever wait for it but once: five seconds, and one for a save."""
     found, expected = trouble[fault], tokens(trouble["expected"][fault])
     assert tokens(found["got"]) == expected * 2
@@ -260,10 +294,10 @@ def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault, loa
     assert found["seconds"] < 60
 
 
-def test_what_was_computed_from_another_requests_failed_load_is_not_stored(trouble_sync):
-    expected = tokens(trouble_sync["expected both"])
-    assert tokens(trouble_sync["shared pages"]) == expected
-    assert tokens(trouble_sync["shared pages, then"]) == expected
+def test_what_was_computed_from_another_requests_failed_load_is_not_stored(shared_pages):
+    expected = tokens(shared_pages["expected"])
+    assert tokens(shared_pages["at once"]) == expected
+    assert tokens(shared_pages["then"]) == expected
 
 
 def test_preempted_requests_answer_as_ever_and_no_page_is_lost(pressure):
@@ -451,15 +485,15 @@ def shared_store():
     assert lmcache_mm(["clear", url]) == 0
 
 
-def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store):
+def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store, combination):
     """The second with its scheduler, worker and front end apart, the third with two workers, whose KV is another."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=64MiB"}
-    first = run("share", folder, **shared)
+    first = run("share", folder, combination, **shared)
     ranks = json.dumps({"tensor_parallel_size": 2})
     with ThreadPoolExecutor(2) as pool:
-        apart = pool.submit(run, "share", folder, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+        apart = pool.submit(run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
         parallel = pool.submit(
-            run, "share", folder, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks
+            run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks
         ).result()
         apart = apart.result()
     one, two, _ = tokens(first["got"])
@@ -473,7 +507,7 @@ FAR = ("valkey", "s3", "mooncake", "peer", "nixl")
 
 
 @pytest.fixture(scope="module")
-def two_hosts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_hosts(folder: Path, combination: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an engine saw on stores beyond its host, and then, after its end, another one that shares nothing else."""
     place = tmp_path_factory.mktemp("far")
     urls = [f"shm:///test-{uuid.uuid4().hex}" for _ in range(3)]  # of the first host, and two of the second
@@ -488,7 +522,9 @@ def two_hosts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
             stack.callback(server.stop)
             stores[name] = server.url
         stack.enter_context(closing(open_store(f"{stores['mooncake']}&capacity=64MiB")))  # the memory of a third host
-        first = run("first_host", folder, TEST_STORES=json.dumps([*stores.values(), f"{urls[0]}?capacity=64MiB"]))
+        first = run(
+            "first_host", folder, combination, TEST_STORES=json.dumps([*stores.values(), f"{urls[0]}?capacity=64MiB"])
+        )
         (tls,) = certificates.make(place / "tls", ["127.0.0.1"], 1)
         lender = subprocess.Popen(
             [
@@ -504,7 +540,7 @@ def two_hosts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         address = lender.stdout.readline().partition(" is lent at ")[2].partition(",")[0]
         stores["peer"] = f"tiered:{urls[1]}?capacity=64MiB,peer://{address}?tls={tls}&timeout=20"
         stores["nixl"] = f"tiered:{urls[2]}?capacity=64MiB,nixl://{address}?tls={tls}&timeout=20&trusted_network=1"
-        second = run("second_host", folder, TEST_STORES=json.dumps(stores))
+        second = run("second_host", folder, combination, TEST_STORES=json.dumps(stores))
     assert [lmcache_mm(["clear", url]) for url in urls] == [0, 0, 0]
     return {"first": first, **second}
 
@@ -518,11 +554,11 @@ def test_a_second_host_starts_with_what_the_first_one_stored(two_hosts, far):
     assert cached(second["got"]) == [59, 59, 98]
 
 
-def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store):
+def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store, combination):
     """The store holds about eight records; both engines ask for the same prompts, six times each, in any order."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=512KiB"}
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda seed: run("evicting", folder, **shared, TEST_SEED=seed), ("1", "2")))
+        both = list(pool.map(lambda seed: run("evicting", folder, combination, **shared, TEST_SEED=seed), ("1", "2")))
     for seen in both:
         assert [tokens(rows) for rows in seen["got"]] == [tokens(seen["expected"])] * 6
         assert seen["counts"]["loaded_tokens"] > 0
@@ -530,7 +566,7 @@ def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store):
         assert store.stats()["records"] < 20
 
 
-def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_store):
+def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_store, combination):
     """Its server, for the command itself looks for a package named vllm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -542,13 +578,14 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_sto
         "kv_connector_extra_config": {"store": f"{shared_store}?capacity=64MiB", "chunk_tokens": 64},
     }
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder / "vlm", "--host", "127.0.0.1"),
+        *python(combination),
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", folder / "vlm", "--host", "127.0.0.1"),
         *("--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024"),
         *("--block-size", "32", "--num-gpu-blocks-override", "256", "--no-enable-prefix-caching"),
         *("--served-model-name", "tiny", "--kv-transfer-config", json.dumps(config)),
     ]
     log = (folder / "serve.log").open("w+")
-    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **ENVIRONMENT})
+    server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment(combination))
 
     def fetch(path: str, body: dict[str, Any] | None = None) -> str:
         data = None if body is None else json.dumps(body).encode()
@@ -587,30 +624,30 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_sto
         log.close()
 
 
-def run_example(number: int, folder: Path, shared_store: str, tmp_path: Path) -> str:
+def run_example(number: int, folder: Path, shared_store: str, tmp_path: Path, combination: str) -> str:
     """What the documentation's example prints."""
     code = re.findall(r"```python\n(.*?)```", (HERE.parent.parent / "docs" / "vllm.md").read_text(), re.DOTALL)[number]
     code = code.replace("shm:///vllm", shared_store).replace("tiny-qwen2-vl", str(folder / "vlm"))
     (tmp_path / "example.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, tmp_path / "example.py"],
+        [*python(combination), tmp_path / "example.py"],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
         timeout=300,
-        env={**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        env=environment(combination, VLLM_ENABLE_V1_MULTIPROCESSING="1"),
     )
     return done.stdout
 
 
-def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path):
+def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path, combination):
     for again in (False, True):
-        printed = run_example(0, folder, shared_store, tmp_path)
+        printed = run_example(0, folder, shared_store, tmp_path, combination)
         reused = [int(n) for n in re.findall(r"(\d+) of \d+ tokens reused", printed)]
         assert len(reused) == 3
         assert min(reused[1:]) >= 1024  # the picture's tokens
         assert (reused[0] >= 1024) == again
 
 
-def test_the_example_of_the_encoder_connector_runs(folder, shared_store, tmp_path):
-    assert "0 pictures not encoded" in run_example(1, folder, shared_store, tmp_path)
+def test_the_example_of_the_encoder_connector_runs(folder, shared_store, tmp_path, combination):
+    assert "0 pictures not encoded" in run_example(1, folder, shared_store, tmp_path, combination)

@@ -1,0 +1,68 @@
+"""model_runner_v2.py SCRIPT or -m MODULE, ARGUMENTS...: runs it with Model Runner V2 on the CPU.
+
+vLLM uses V2 wherever Triton works, which is on every GPU. Here Triton's kernels are interpreted. Processes that are
+forked inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from pathlib import Path
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+
+import torch
+import triton.backends
+from triton.backends.compiler import GPUTarget
+
+
+class _Properties:
+    def get_device_properties(self, _: int) -> dict[str, int]:
+        names = ("max_num_regs", "multiprocessor_count", "warpSize", "sm_clock_rate", "mem_clock_rate", "mem_bus_width")
+        return {"max_shared_mem": 1 << 16, **dict.fromkeys(names, 1)}
+
+
+class _Driver:
+    """What vLLM and Triton ask of a device's driver when they start."""
+
+    utils = _Properties()
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cpu", "x86", 1)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_interface(self):
+        return torch.cpu
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int = 0) -> int:
+        return 0
+
+
+class _Backend:
+    driver, compiler = _Driver, None
+
+
+triton.backends.backends.clear()
+triton.backends.backends["cpu"] = _Backend
+triton.runtime.driver.set_active(_Driver())
+
+if __name__ == "__main__":
+    sys.argv.pop(0)
+    if sys.argv[0] == "-m":
+        sys.argv.pop(0)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+        runpy.run_path(sys.argv[0], run_name="__main__")
