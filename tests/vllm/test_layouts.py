@@ -210,9 +210,9 @@ def test_options_that_are_wrong_are_refused(cases, extra, text):
 def test_another_vllm_says_so_at_start(cases, monkeypatch):
     check_version = importlib.import_module("lmcache_mm.vllm.api").check_version
     check_version("0.32.0")
-    check_version("0.32.3+cpu")
-    for version in ("0.31.2", "0.33.0", "0.320.0", "1.0.0"):
-        with pytest.raises(RuntimeError, match=f"supports vLLM 0.32, and this is {version}"):
+    check_version("0.33.1+cpu")
+    for version in ("0.31.2", "0.34.0", "0.320.0", "1.0.0"):
+        with pytest.raises(RuntimeError, match=f"supports vLLM 0.32 and 0.33, and this is {version}"):
             check_version(version)
     monkeypatch.setenv("LMCACHE_MM_ANY_VLLM", "1")
-    check_version("0.33.0")
+    check_version("0.34.0")
