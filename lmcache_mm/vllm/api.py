@@ -41,6 +41,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats  # noqa: E402
+from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks  # noqa: E402
 from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
@@ -54,10 +55,12 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
 from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: E402
 from vllm.v1.outputs import ECConnectorOutput, KVConnectorOutput  # noqa: E402
 from vllm.v1.request import Request  # noqa: E402
+from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 
 __all__ = [
     "MEDIUM_CPU",
     "MEDIUM_STORAGE",
+    "BlockPool",
     "BlockStored",
     "CacheHitSource",
     "ECConnectorBase",
@@ -86,6 +89,7 @@ __all__ = [
     "SchedulerOutput",
     "SupportsHMA",
     "VllmConfig",
+    "WorkerBase",
     "get_current_vllm_config_or_none",
     "get_kv_cache_spec_kind",
     "get_kv_cache_spec_sliding_window",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lmcache_mm.vllm.api import (
+    BlockPool,
     CacheHitSource,
     KVCacheBlocks,
     KVCacheConfig,
@@ -90,6 +91,9 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         ours = [one.layout for _, one in sorted(metadata.items()) if isinstance(one, Handshake)]
         self._scheduler.learn_layouts(dict(enumerate(ours)))
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        self._scheduler.watch(gpu_block_pool)
+
     def on_new_request(self, request: Request) -> None:
         self._scheduler.add(request)
 
@@ -141,7 +145,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
-        self._worker.prepare(self._step().saves)
+        step = self._step()
+        if step.look is not None:
+            self._worker.look(step.look)
+        self._worker.prepare(step.saves)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self._worker.load(self._step().loads)

@@ -21,7 +21,7 @@ from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
 from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
 from lmcache_mm.vllm.metrics import EncoderStats
-from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions, wishes_of
+from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions, drop_malformed_params, wishes_of
 
 AT_ONCE_S = 0.001  # how long a step waits for what is under way; longer, and vLLM asks again in the next
 MOST_HELD_BYTES = 1 << 30  # of outputs in memory, for requests that wait; beyond it items are encoded
@@ -48,8 +48,8 @@ class EncoderScheduler:
     def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
         self.stats = EncoderStats()
         self._options = options
-        self._namespace = identity.encoder_namespace_of(config, options.weights)
-        self._epoch = identity.epoch
+        self._base = self._namespace = identity.encoder_namespace_of(config, options.weights)
+        self._weights_now = identity.weights_now
         lora = config.lora_config
         self._lora_changes_encoder = lora is not None and lora.enable_tower_connector_lora
         self._adapters = identity.Adapters()
@@ -73,7 +73,8 @@ class EncoderScheduler:
 
     def ensure(self, request: Request, computed_tokens: int) -> bool:
         """Whether it is known what can be claimed of the request's items behind `computed_tokens`, or will not be."""
-        self._forget_other_weights()
+        drop_malformed_params(request)
+        self._follow_weights()
         self._claims, self._claims_of = {}, request.request_id
         # First, and whatever else is known: vLLM may have its output now and not when it is needed, and nobody could
         # make it then; nor is whoever names a picture one that has shown it.
@@ -88,7 +89,7 @@ class EncoderScheduler:
         ]
         if known := self._requests.get(request.request_id):
             known.outputs = {i: output for i, output in known.outputs.items() if i in needed}
-        if not needed or getattr(request, "resumable", False):
+        if not needed or getattr(request, "resumable", False) or self._weights_now == identity.UNKNOWN:
             return True
         ours = self._requests.get(request.request_id) or self._add(request)
         ours.asked_at = ours.asked_at or time.monotonic()
@@ -102,12 +103,12 @@ class EncoderScheduler:
         self._claim(request, ours, needed)
         return True
 
-    def _forget_other_weights(self) -> None:
-        """What vLLM was told to forget. Only the KV connector is told that; this one looks."""
-        if identity.epoch == self._epoch or identity.epoch is None:
+    def _follow_weights(self) -> None:
+        """After a reset, of which only the KV connector is told: see identity.weights_now."""
+        if identity.weights_now == self._weights_now:
             return
-        self._epoch = identity.epoch
-        self._namespace = self._namespace.with_weights(self._epoch)
+        self._weights_now = identity.weights_now
+        self._namespace = self._base if self._weights_now is None else self._base.with_weights(self._weights_now)
         for ours in self._requests.values():
             self._abandon(ours)
         self._requests, self._planned = {}, {}

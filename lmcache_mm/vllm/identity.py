@@ -32,7 +32,10 @@ ENCODER_SETTINGS = (
     *("video_pruning_rate", "video_pruning_method", "mm_processor_kwargs", "mm_device_do_normalize"),
 )
 
-epoch: str | None = None  # what `weights` are since vLLM was last told to forget what it had cached, in this process
+UNKNOWN = ""
+# What this process's engine has for weights since its caches were last reset, if not those that it started with. While
+# they are UNKNOWN nothing is cached. The KV connector is told of resets, and the encoder connector looks here.
+weights_now: str | None = None
 _items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # of items' data, by id: modality, digest
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
 

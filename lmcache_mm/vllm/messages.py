@@ -19,10 +19,11 @@ NULL_BLOCK = 0
 
 
 class Layout(NamedTuple):
-    """What a worker's pages are like."""
+    """What a worker's pages are like, and its weights."""
 
     fingerprint: bytes
     groups: tuple[int, ...]  # numbers of its groups, see Group
+    weights: bytes  # their digest at start, see weights.digest_of
 
 
 @dataclass
@@ -59,6 +60,7 @@ class Metadata(KVConnectorMetadata):
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    look: int | None = None  # workers are to look at their weights, and to tell under this number
 
 
 @dataclass
@@ -77,6 +79,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
     saves: int = 0  # that ended
     stored: Counter[bytes] = field(default_factory=Counter)  # prefix keys: how many ranks stored all their records
     dropped: set[bytes] = field(default_factory=set)  # prefix keys that some rank did not
+    weights: dict[tuple[int, int], bytes] = field(default_factory=dict)  # digests, by Metadata.look and rank
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
         assert isinstance(other, WorkerMetadata)
@@ -86,6 +89,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
             self.saves + other.saves,
             self.stored + other.stored,
             self.dropped | other.dropped,
+            self.weights | other.weights,
         )
 
 

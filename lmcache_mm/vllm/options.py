@@ -9,6 +9,7 @@ from lmcache_mm.vllm.api import (
     KVCacheConfig,
     KVCacheSpec,
     KVCacheSpecKind,
+    Request,
     VllmConfig,
     get_kv_cache_spec_kind,
     get_kv_cache_spec_sliding_window,
@@ -97,6 +98,13 @@ def wishes_of(own: object, *others: object) -> Wishes:
     return Wishes(**flags)
 
 
+def drop_malformed_params(request: Request) -> None:
+    """vLLM takes a request's transfer params from clients as they are, and its own code for dicts."""
+    for name in ("kv_transfer_params", "ec_transfer_params"):
+        if not isinstance(getattr(request, name), dict):
+            setattr(request, name, None)
+
+
 @dataclass
 class Group:
     """Layers of one of vLLM's KV cache groups whose pages are alike. Only workers see all of them: vLLM tells its
@@ -116,6 +124,11 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             raise ValueError(f"{NAME}: {name} > 1 is not supported: ranks would hold parts of pages")
+    if config.model_config is not None and not config.model_config.is_prefix_caching_supported:
+        raise ValueError(
+            f"{NAME}: vLLM cannot reuse a prefix's KV with this model (bidirectional attention, or MEAN, CLS or STEP "
+            "pooling): start it without kv_transfer_config"
+        )
     groups = []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
         if not group.enable_kv_transfer:

@@ -21,6 +21,7 @@ from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import (
     MEDIUM_CPU,
     MEDIUM_STORAGE,
+    BlockPool,
     BlockStored,
     KVCacheEvent,
     KVConnectorOutput,
@@ -30,9 +31,10 @@ from lmcache_mm.vllm.api import (
 )
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
-from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, wishes_of
+from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, drop_malformed_params, wishes_of
 from lmcache_mm.vllm.request_tracker import RequestTracker
 
+NO_RECORD = bytes(32)  # a prefix key that no store holds
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
 
 logger = logging.getLogger("vllm.lmcache_mm")
@@ -66,8 +68,13 @@ class Scheduler:
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
-        self._epoch: str | None = None  # since the last reset
-        self._namespace: Namespace | None = None  # once all layouts are known
+        self._weights_now: str | None = None  # see identity.weights_now
+        self._resets = 0
+        self._look = False  # this step is to look at the weights
+        self._looked: dict[int, bytes] = {}  # what ranks have told since the last reset
+        self._pool: BlockPool | None = None
+        self._cached_blocks: object = None
+        self._namespace: Namespace | None = None  # once all layouts and the weights are known
         self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
@@ -101,16 +108,52 @@ class Scheduler:
             return
         prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
         layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
-        base = self._base.with_weights(self._epoch) if self._epoch else self._base
-        self._namespace = base.with_layout(layout)
+        base = self._base if self._weights_now is None else self._base.with_weights(self._weights_now)
+        self._namespace = None if self._weights_now == identity.UNKNOWN else base.with_layout(layout)
+        if self._namespace is not None:
+            for ours in self._requests.values():
+                if ours.tracker is None and (ours.loads or ours.saves):
+                    self._begin_identifying(ours)
+
+    # --- Weights, which may change under a running engine
+
+    def watch(self, pool: BlockPool) -> None:
+        """The engine's pages. Of a reset of vLLM's own cache alone, this is where it shows."""
+        self._pool, self._cached_blocks = pool, _cached_blocks(pool)
 
     def reset(self) -> None:
-        """What was stored before is never matched again by this engine: its weights may be others now."""
-        self._epoch = identity.epoch = f"after a reset {uuid.uuid4().hex}"
+        """The weights may be others now. Nothing is matched or stored until workers have looked at them; what has been
+        computed in part goes on without the store."""
+        if self._pool is not None:
+            self._cached_blocks = _cached_blocks(self._pool)
+        self._resets += 1
+        self._looked = {}
+        self._weights_now = identity.weights_now = identity.UNKNOWN
         self._make_namespace()
+        loading = {load.request_id for load, _ in self._loading.values()}
         for ours in self._requests.values():
-            ours.loads = ours.saves = False
-            ours.tracker = ours.lookup = None
+            ours.tracker = ours.lookup = ours.identifying = None
+            begun = ours.request.num_computed_tokens > 0 or ours.request.num_preemptions > 0
+            if begun or ours.request.request_id in loading:
+                ours.loads = ours.saves = False
+
+    def _learn_weights(self, told: dict[tuple[int, int], bytes]) -> None:
+        """What they are called from here on: as at start if they are the same, by their digest if not, so that engines
+        with the same update share what they store."""
+        self._looked |= {rank: digest for (number, rank), digest in told.items() if number == self._resets}
+        if self._weights_now != identity.UNKNOWN or len(self._looked) < self._ranks:
+            return
+        digests = [self._looked[rank] for rank in range(self._ranks)]
+        if not all(digests):
+            self._weights_now = f"not seen after a reset {uuid.uuid4().hex}"
+            logger.warning("%s: the weights cannot be looked at: what was stored before this reset is not used", NAME)
+        elif digests == [self._layouts[rank].weights for rank in range(self._ranks)]:
+            self._weights_now = None
+        else:
+            self._weights_now = f"in memory {blake3(b''.join(digests)).hexdigest()}"
+            logger.info("%s: the weights have changed: what was stored for others is not used", NAME)
+        identity.weights_now = self._weights_now
+        self._make_namespace()
 
     def take_stats(self) -> Stats | None:
         return self.stats.take()
@@ -125,14 +168,18 @@ class Scheduler:
     # --- Requests
 
     def add(self, request: Request) -> None:
+        drop_malformed_params(request)
         wishes = wishes_of(request.kv_transfer_params)
         # A session that goes on gets tokens and items that nobody tells of.
-        cached = self._namespace is not None and not getattr(request, "resumable", False)
+        cached = len(self._layouts) == self._ranks and not getattr(request, "resumable", False)
         ours = _Request(request, cached and wishes.load, cached and wishes.store)
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
-            namespace = self._namespace if cached else None
-            ours.identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
+            self._begin_identifying(ours)
+
+    def _begin_identifying(self, ours: _Request) -> None:
+        namespace = self._namespace if ours.loads or ours.saves else None
+        ours.identifying = self._identifying.submit(lambda _: self._identify(ours.request, namespace))
 
     def _identify(self, request: Request, namespace: Namespace | None) -> RequestTracker | None:
         """The tracker of a request, which has the keys of its prompt then; None if what decides its KV is not known.
@@ -149,15 +196,15 @@ class Scheduler:
             ]
             lora = self._adapters.digest(request.lora_request)
             embeds = identity.digest_of_embeds(request.prompt_embeds, getattr(request, "prompt_is_token_ids", None))
-        except Exception as error:  # of the request's data, whatever they are
+            salt = request.cache_salt or None
+            whole = 1 if self._options.opaque_tails else self._unit
+            prompt_tokens = request.num_prompt_tokens
+            root = namespace.root(salt, lora, embeds)
+            tracker = RequestTracker(items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole)
+            tracker.records(request.all_token_ids, prompt_tokens)
+        except Exception as error:  # of whatever the request holds
             logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
             return None
-        salt = request.cache_salt or None
-        whole = 1 if self._options.opaque_tails else self._unit
-        prompt_tokens = request.num_prompt_tokens
-        root = namespace.root(salt, lora, embeds)
-        tracker = RequestTracker(items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole)
-        tracker.records(request.all_token_ids, prompt_tokens)
         return tracker
 
     def _names_of_items(self, request: Request) -> list[str]:
@@ -203,28 +250,49 @@ class Scheduler:
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
         """How many tokens behind the first `local_tokens` could be loaded, None if that is not known yet, and whether
         in the background."""
+        if self._pool is not None and _cached_blocks(self._pool) is not self._cached_blocks:
+            self.reset()
         ours = self._requests.get(request.request_id)
         if ours is None:
             return 0, False
+        try:
+            return self._match(ours, local_tokens)
+        except Exception:
+            self._leave_out(ours)
+            return 0, False
+
+    def _leave_out(self, ours: _Request) -> None:
+        """After an exception that something in the request has caused: it ends no engine."""
+        logger.exception("%s: request %s is not cached any more", NAME, ours.request.request_id)
+        ours.loads = ours.saves = False
+        ours.tracker = ours.lookup = ours.identifying = None
+
+    def _match(self, ours: _Request, local_tokens: int) -> tuple[int | None, bool]:
+        request = ours.request
         ours.asked_at = ours.asked_at or time.monotonic()
+        if self._weights_now == identity.UNKNOWN and ours.loads:
+            self._look = True
+            return self._later(ours, 0.0)
         if ours.identifying is not None and not self._is_done(ours.identifying):
-            return self._later(ours, self._identifying)
+            return self._later(ours, self._identifying.stalled_s())
         tracker = self._tracker(ours)
         if tracker is None or not ours.loads or request.request_id in self._failed or not self._still_agreed(request):
             return 0, False
         found = self._found(ours, tracker)
         if found is None:
-            return self._later(ours, self._lookups)
+            return self._later(ours, self._lookups.stalled_s())
         ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
         if not ours.counted:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
         end = ours.hit[-1].end if ours.hit else 0
-        if self._windows:
-            # After a hit of all tokens vLLM computes the last one again, and has dropped a page that its window needs.
+        # After a hit of all tokens vLLM computes the last one again. Loading that one alone is in vain, and of a prompt
+        # of one token vLLM would ask for ever.
+        if min(end, request.num_tokens - 1) <= local_tokens:
+            return 0, False
+        if self._windows:  # vLLM has dropped a page by then that the last token's window needs
             end = min(end, request.num_tokens - 1)
-        new = end - local_tokens
-        return max(0, new), new > 0 and self._options.load == "async"
+        return end - local_tokens, self._options.load == "async"
 
     def _is_done(self, work: Work) -> bool:
         """Waits for it, all together for a moment in each step."""
@@ -255,12 +323,12 @@ class Scheduler:
             self.stats.add(failed_lookups=1)
             return []
 
-    def _later(self, ours: _Request, lane: Lane) -> tuple[int | None, bool]:
+    def _later(self, ours: _Request, stalled_s: float) -> tuple[int | None, bool]:
         """Ask again, unless the request has waited for too long, or waits for what does not move."""
         timeout_s = self._options.timeout_s
-        if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
+        if stalled_s < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
             return None, False
-        if lane is self._identifying:  # what its items are will be known when vLLM's caches have them
+        if ours.identifying is not None:  # what its items are will be known when vLLM's caches have them
             self._identifiers.distrust(feature.identifier for feature in ours.request.mm_features)
             ours.saves = False
         ours.loads = False
@@ -309,14 +377,33 @@ class Scheduler:
     def plan_load(self, request: Request, block_ids: tuple[list[int], ...], tokens: int) -> None:
         """Of what was matched last, the first `tokens` that vLLM does not have. The records stay in the store until
         workers report it."""
-        ours = self._requests[request.request_id]
-        assert ours.tracker is not None
+        ours = self._requests.get(request.request_id)
+        if ours is not None:
+            try:
+                self._plan_load(ours, block_ids, tokens)
+                return
+            except Exception:
+                self._leave_out(ours)
+        # vLLM has pages for the load and waits for it: it gets one that fails.
+        pages = [
+            RecordPages(table, NO_RECORD, [page], group.page_tokens)
+            for table, group in self._tables.items()
+            for page in block_ids[table]
+        ]
+        load = Load(next(self._serials), request.request_id, b"", pages)
+        self._planned.append(load)
+        self._loading[load.serial] = (load, lambda: None)
+
+    def _plan_load(self, ours: _Request, block_ids: tuple[list[int], ...], tokens: int) -> None:
+        if ours.tracker is None:
+            raise LookupError("the match before this load does not hold any more")
         first, end = ours.local_tokens, ours.local_tokens + tokens
         records = [record for record in ours.hit if record.end > first and record.begin < end]
         pages = self._pages(records, block_ids, first, end)
-        load = Load(next(self._serials), request.request_id, ours.tracker.owner, pages)
+        release = self._hold([key for record in records for key in self._keys(record)])
+        load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)
         self._planned.append(load)
-        self._loading[load.serial] = (load, self._hold([key for record in records for key in self._keys(record)]))
+        self._loading[load.serial] = (load, release)
         whole = [record.end for record in records if record.end <= end]
         ours.tracker.stored_tokens = max([ours.tracker.stored_tokens, *whole])
         self.stats.add(hit_tokens=tokens)
@@ -348,45 +435,57 @@ class Scheduler:
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
         metadata = Metadata(loads=self._planned)
-        self._planned = []
+        if self._weights_now == identity.UNKNOWN and (self._look or step.total_num_scheduled_tokens):
+            # Not in a step of a paused engine, whose weights may be about to change.
+            metadata.look = self._resets
+        self._planned, self._look = [], False
         self._at_once_left_s = AT_ONCE_S
         if self._loading and self._options.load != "async":
             # What is computed with pages that are being loaded, by requests that share them too, is good if all ranks
             # report so. It is saved then.
             return metadata
-        blocks = step.kv_connector_block_state
         for request_id, scheduled in step.num_scheduled_tokens.items():
             ours = self._requests.get(request_id)
-            tracker = self._tracker(ours) if ours and ours.saves else None
-            if ours is None or tracker is None:
+            if ours is None or not ours.saves:
                 continue
-            if not self._still_agreed(ours.request):
+            try:
+                save = self._save_of(ours, scheduled, step)
+            except Exception:
+                self._leave_out(ours)
                 continue
-            request = ours.request
-            drafts = len(step.scheduled_spec_decode_tokens.get(request_id, ()))
-            until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
-            if not self._options.store_generated:
-                until = min(until, request.num_prompt_tokens)
-            if until <= ours.planned_until:
-                continue
-            records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
-            block_ids = blocks.get_block_ids(request_id) if records else ()
-            if block_ids is None:
-                continue
-            ours.planned_until = until
-            if not records:
-                continue
-            whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
-            if whole:
-                metadata.saves.append(Save(tracker.owner, whole))
-                if self._tells:
-                    saved = {one.key for one in whole}
-                    self._will_tell(request, tracker, [record for record in records if record.key in saved])
-            tracker.stored_tokens = records[-1].end
+            if save is not None:
+                metadata.saves.append(save)
         if metadata.saves:
             self._saving += len(metadata.saves) * self._ranks
             self._saves_until = time.monotonic() + 2 * self._options.timeout_s
         return metadata
+
+    def _save_of(self, ours: _Request, scheduled: int, step: SchedulerOutput) -> Save | None:
+        """What a request stores of the tokens that this step computes, and of those before that it could not store."""
+        request, tracker = ours.request, self._tracker(ours)
+        if tracker is None or not self._still_agreed(request):
+            return None
+        drafts = len(step.scheduled_spec_decode_tokens.get(request.request_id, ()))
+        until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
+        if not self._options.store_generated:
+            until = min(until, request.num_prompt_tokens)
+        if until <= ours.planned_until:
+            return None
+        records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
+        block_ids = step.kv_connector_block_state.get_block_ids(request.request_id) if records else ()
+        if block_ids is None:
+            return None
+        ours.planned_until = until
+        if not records:
+            return None
+        tracker.stored_tokens = records[-1].end
+        whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
+        if not whole:
+            return None
+        if self._tells:
+            saved = {one.key for one in whole}
+            self._will_tell(request, tracker, [record for record in records if record.key in saved])
+        return Save(tracker.owner, whole)
 
     def saves_are_under_way(self) -> bool:
         """Whether it pays to make another step, so that workers can tell what they have stored."""
@@ -401,6 +500,7 @@ class Scheduler:
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             self.learn_layouts(told.layouts)
+            self._learn_weights(told.weights)
             bad_pages = output.invalid_block_ids or set()
             for serial in told.loaded & self._loading.keys():
                 ended.add(serial)
@@ -452,3 +552,8 @@ class Scheduler:
     def take_events(self) -> list[Any]:
         events, self._events = self._events, []
         return events
+
+
+def _cached_blocks(pool: BlockPool) -> object:
+    """What vLLM finds cached pages in: a reset makes it anew."""
+    return getattr(pool, "cached_block_hash_to_block", None)

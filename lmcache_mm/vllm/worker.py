@@ -18,6 +18,7 @@ from lmcache_mm.vllm.api import KVConnectorTransferResults, VllmConfig, group_ke
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
+from lmcache_mm.vllm.weights import digest_of, worker_of
 
 SAVE_S = 1.0  # for how long a store may do nothing while the engine's step waits for its pages to be read
 
@@ -43,7 +44,8 @@ class Worker:
         self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, num_blocks: int
     ) -> None:
         self.stats = Stats()
-        self.layout = Layout(b"", ())
+        self.layout = Layout(b"", (), b"")
+        self._engine = worker_of(config)
         self._options, self._groups = options, groups
         self._chunk_tokens, self._num_blocks = chunk_tokens, num_blocks
         parallel = config.parallel_config
@@ -66,7 +68,7 @@ class Worker:
             views = {name: group_kernel_blocks(kv_caches[name], self._num_blocks) for name in group.layers}
             layouts.append(KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True))
         fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
-        self.layout = Layout(fingerprint, tuple(group.number for group in self._groups))
+        self.layout = Layout(fingerprint, tuple(group.number for group in self._groups), digest_of(self._engine))
         self._news.layouts[self._rank] = self.layout
         self._store = open_store(self._options.store)
         self._transfers = [
@@ -241,13 +243,17 @@ class Worker:
 
     # --- Both
 
+    def look(self, number: int) -> None:
+        """At the weights: see Metadata.look."""
+        self._news.weights[number, self._rank] = digest_of(self._engine)
+
     def take_stats(self) -> Stats | None:
         self._see_saves()
         return self.stats.take()
 
     def take_news(self) -> WorkerMetadata | None:
         news = self._news
-        if not (news.layouts or news.loaded or news.saves):
+        if not (news.layouts or news.loaded or news.saves or news.weights):
             return None
         self._news = WorkerMetadata()
         return news

@@ -25,7 +25,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from vllm import LLM, SamplingParams
+from vllm.config import PoolerConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.lora.request import LoRARequest
 
 import faulty
@@ -309,8 +311,8 @@ def fault_questions(fault: str) -> list[dict[str, Any]]:
 
 
 def pressure() -> dict[str, Any]:
-    """A KV cache that is too small; a request aborted in the middle of its load; an engine that is reset; generated
-    tokens; what routers are told."""
+    """A KV cache that is too small; a request aborted in the middle of its load; generated tokens; what
+    routers are told."""
     one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
     long = [prompt(f"{word} " * 12) for word in ("alpha", "beta", "gamma")]
     many = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -333,9 +335,6 @@ def pressure() -> dict[str, Any]:
             faulty.gate.set()
             seen["after the abort"] = ask(llm, two, one)
         seen["aborted blocks"] = [blocks, held, free_blocks(llm)]
-        seen["before the reset"] = ask(llm, one)
-        llm.reset_prefix_cache(reset_connector=True)
-        seen["after the reset"] = ask(llm, one, one)
     with store() as url:
         with engine(url, extra={"opaque_tails": True}) as llm:
             llm.apply_model(fail_behind_the_forward_pass)
@@ -363,6 +362,116 @@ def fail_behind_the_forward_pass(model: torch.nn.Module) -> None:
         raise RuntimeError("as out of memory")
 
     model.forward = failing
+
+
+def weights() -> dict[str, Any]:
+    """Weights that change in place, as a trainer changes them, and resets where nothing has changed."""
+    one = prompt("| what is it? ", image(0))
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask(llm, one)}
+        llm.apply_model(change_weights)
+        seen["expected changed"] = ask(llm, one)
+    with store() as url:
+        with engine(url, encoder=url, extra={"opaque_tails": True}, enable_prefix_caching=True) as llm:
+            seen["first"] = ask(llm, one)
+            llm.reset_prefix_cache(reset_connector=True)
+            seen["reset"] = ask(llm, one)
+            llm.reset_prefix_cache()
+            seen["reset of vLLM alone"] = ask(llm, one)
+            llm.apply_model(change_weights)
+            llm.reset_prefix_cache()
+            seen["changed"] = ask(llm, one)
+            llm.reset_prefix_cache(reset_connector=True)
+            seen["changed, again"] = ask(llm, one)
+            llm.apply_model(change_weights)
+            llm.reset_prefix_cache(reset_connector=True)
+            seen["changed back"] = ask(llm, one)
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            llm.apply_model(change_weights)
+            llm.reset_prefix_cache()
+            seen["another engine with that change"] = ask(llm, one)
+        with engine(url, extra={"opaque_tails": True}) as llm:
+            # As if the worker's model could not be found.
+            get_kv_transfer_group()._worker._engine = None
+            ask(llm, one)
+            llm.reset_prefix_cache(reset_connector=True)
+            seen["weights that cannot be seen"] = ask(llm, one, one)
+    return seen
+
+
+def change_weights(model: torch.nn.Module) -> None:
+    """Twice is not at all."""
+    (name,) = [name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight")]
+    model.get_parameter(name).data.neg_()
+
+
+def pooling() -> dict[str, Any]:
+    """Models whose pooling needs all tokens of a prompt in one step."""
+    seen: dict[str, Any] = {}
+    with store() as url:
+        for kind in ("LAST", "MEAN", "CLS"):
+            config = PoolerConfig(seq_pooling_type=kind, enable_chunked_processing=False)
+            try:
+                with engine(url, model="swa", runner="pooling", convert="embed", pooler_config=config) as llm:
+                    first, again = (llm.embed([prompt("words " * 20)], use_tqdm=False)[0] for _ in range(2))
+                    apart = np.abs(np.subtract(first.outputs.embedding, again.outputs.embedding)).max()
+                    seen[kind] = [float(apart), again.num_cached_tokens]
+            except Exception as error:
+                seen[kind] = str(error)
+    return seen
+
+
+ODD = (
+    None,
+    "abc",
+    5,
+    [],
+    [1],
+    {},
+    {"lmcache_mm": "abc"},
+    {"lmcache_mm": {"load": "no", "store": [], "wait": 1, "x": {}}},
+)
+
+
+def odd_requests() -> dict[str, Any]:
+    """What clients may write into requests, which vLLM hands on as it is."""
+    one, tiny = prompt("| what is it? ", image(0)), {"prompt_token_ids": [5]}
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask(llm, one, tiny)}
+    seen["ended"] = []
+    with store() as url, engine(url, encoder=url, extra={"opaque_tails": True}) as llm:
+        seen["one token"] = ask(llm, tiny, tiny, tiny)
+        for odd in ODD:
+            for names in (
+                ("kv_transfer_params",),
+                ("ec_transfer_params",),
+                ("kv_transfer_params", "ec_transfer_params"),
+            ):
+                extra = dict.fromkeys(names, odd)
+                sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
+                try:
+                    ended = ask(llm, one, sampling=sampling)
+                except Exception as error:  # of vLLM's own front end
+                    ended = [{"error": f"{type(error).__name__}: {error}"}]
+                seen["ended"].append([extra, ended])
+        seen["salts"] = []
+        for salt in ("\ud800", "a" * 100_000, "\0", "ü"):
+            try:
+                ended = ask(llm, {**one, "cache_salt": salt})
+            except Exception as error:
+                ended = [{"error": f"{type(error).__name__}: {error}"}]
+            seen["salts"].append(ended)
+        seen["aborted"] = []
+        for i, odd in enumerate(ODD):
+            extra = {"kv_transfer_params": odd, "ec_transfer_params": odd}
+            try:
+                llm.llm_engine.add_request(f"aborted {i}", one, SamplingParams(max_tokens=100, extra_args=extra))
+                llm.llm_engine.step()
+                llm.llm_engine.abort_request([f"aborted {i}"])
+            except Exception as error:
+                seen["aborted"].append(f"{odd}: {type(error).__name__}: {error}")
+        seen["afterwards"] = ask(llm, one, tiny)
+    return seen
 
 
 @contextmanager
@@ -557,6 +666,8 @@ def encoder() -> dict[str, Any]:
     with engine() as llm:
         questions = [*ABOUT, BOTH, about_video(0), about_video(1)]
         seen: dict[str, Any] = {"expected": asking(llm, *questions)}
+        llm.apply_model(change_weights)
+        seen["expected changed"] = ask(llm, ABOUT[0])
     with store() as url:
         with engine(encoder=url) as llm:
             seen["first"] = asking(llm, ABOUT[0], about_video(0))
@@ -575,9 +686,10 @@ def encoder() -> dict[str, Any]:
         with engine(url, encoder=url, **options) as llm:
             seen["with KV"] = asking(llm, *ABOUT, BOTH)
             seen["with KV, again"] = asking(llm, *ABOUT, BOTH)
+            llm.apply_model(change_weights)
             llm.reset_prefix_cache(reset_connector=True)
             llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
-            seen["after a reset"] = asking(llm, ABOUT[0])
+            seen["changed weights"] = asking(llm, ABOUT[0])
     return seen
 
 
@@ -692,6 +804,9 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         trouble,
         pressure,
         shared_pages,
+        weights,
+        odd_requests,
+        pooling,
         sliding_windows,
         share,
         evicting,

@@ -62,6 +62,9 @@ SCENARIOS = {
     "trouble:layers": ("0.33-V1",),
     "pressure": ("0.33-V2",),
     "shared_pages": ("0.33-V1",),
+    "weights": ("0.33-V2",),
+    "odd_requests": ("0.33-V1",),
+    "pooling": ("0.33-V1",),
     "identity": ("0.33-V1",),
     "adapters": ("0.33-V1",),
     "encoder_trouble": ("0.33-V1",),
@@ -313,10 +316,55 @@ def test_a_request_aborted_in_the_middle_of_its_load_gives_its_pages_back(pressu
     assert during < before == after
 
 
-def test_what_was_stored_before_a_reset_is_not_used_after_it(pressure):
-    one, _ = tokens(pressure["expected"])
-    assert (tokens(pressure["before the reset"]), cached(pressure["before the reset"])) == ([one], [59])
-    assert (tokens(pressure["after the reset"]), cached(pressure["after the reset"])) == ([one, one], [0, 59])
+def test_a_reset_that_changes_no_weights_keeps_what_is_stored(weights):
+    """As a pause or sleep does, or vLLM's own cache alone. What cannot be looked at counts as changed."""
+    expected = tokens(weights["expected"])
+    assert (tokens(weights["first"]), cached(weights["first"])) == (expected, [0])
+    for reset in ("reset", "reset of vLLM alone"):
+        assert (tokens(weights[reset]), cached(weights[reset])) == (expected, [59])
+    unseen = weights["weights that cannot be seen"]
+    assert (tokens(unseen), cached(unseen)) == (expected * 2, [0, 59])
+
+
+def test_weights_that_changed_in_place_are_never_answered_from_before(weights):
+    """Engines with the same change share, and one that is changed back has what it stored before."""
+    before, after = tokens(weights["expected"]), tokens(weights["expected changed"])
+    assert before != after
+    assert (tokens(weights["changed"]), cached(weights["changed"])) == (after, [0])
+    for later in ("changed, again", "another engine with that change"):
+        assert (tokens(weights[later]), cached(weights[later])) == (after, [59])
+    assert (tokens(weights["changed back"]), cached(weights["changed back"])) == (before, [59])
+
+
+def test_a_prompt_of_one_token_is_answered_again(odd_requests):
+    """vLLM asks again for a hit of all tokens less one if that is none: such a request would never end."""
+    assert tokens(odd_requests["one token"]) == tokens(odd_requests["expected"])[1:] * 3
+    assert cached(odd_requests["one token"]) == [0, 0, 0]
+
+
+def test_transfer_params_of_any_type_end_no_engine(odd_requests):
+    """vLLM's own front end refuses some."""
+    expected = tokens(odd_requests["expected"])[0]
+    for params, (ended,) in odd_requests["ended"]:
+        malformed = any(value and not isinstance(value, dict) for value in params.values())
+        assert ended.get("answer") == expected or (malformed and "has no attribute" in ended["error"]), params
+    assert len(odd_requests["ended"]) == 24
+    assert all("has no attribute" in error for error in odd_requests["aborted"])
+    assert tokens(odd_requests["afterwards"]) == tokens(odd_requests["expected"])
+    assert cached(odd_requests["afterwards"]) == [59, 0]
+
+
+def test_models_whose_pooling_needs_all_tokens_at_once_are_refused_at_start(pooling):
+    """Else the second request would end the engine."""
+    apart, hit = pooling["LAST"]
+    assert apart < 1e-4
+    assert hit >= 96
+    for kind in ("MEAN", "CLS"):
+        assert "LMCacheMMConnector: vLLM cannot reuse a prefix's KV with this model" in pooling[kind]
+
+
+def test_salts_of_any_content_end_no_engine(odd_requests):
+    assert tokens(row for rows in odd_requests["salts"] for row in rows) == tokens(odd_requests["expected"])[:1] * 4
 
 
 def test_what_a_failed_step_did_not_compute_is_not_stored(pressure):
@@ -397,9 +445,10 @@ def test_both_connectors_share_a_store_and_each_has_its_own_hits(encoder):
     assert cached(again["rows"]) == [row["prompt_tokens"] for row in again["rows"]]
 
 
-def test_after_a_reset_of_the_kv_connector_images_are_encoded_again(encoder):
-    after = encoder["after a reset"]
-    assert (tokens(after["rows"]), after["encoded"]) == (tokens(encoder["expected"]["rows"])[:1], [PATCHES])
+def test_images_are_encoded_again_once_weights_have_changed(encoder):
+    """Of which the KV connector is told."""
+    after = encoder["changed weights"]
+    assert (tokens(after["rows"]), after["encoded"]) == (tokens(encoder["expected changed"]), [PATCHES])
 
 
 def answers_of(identity: dict[str, Any], images: str) -> list[list[int]]:

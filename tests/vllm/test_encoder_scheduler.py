@@ -78,7 +78,7 @@ def store():
 @pytest.fixture
 def new_scheduler(encoder_scheduler, monkeypatch, store):
     monkeypatch.setattr(identity, "encoder_namespace_of", lambda *_: NAMESPACE)
-    monkeypatch.setattr(identity, "epoch", None)
+    monkeypatch.setattr(identity, "weights_now", None)
     monkeypatch.setattr(encoder_scheduler, "open_store", lambda _: store)
     opened = []
 
@@ -273,7 +273,7 @@ def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store, monkeypa
     keep(store, item(1, "a"))
     one = request("1", item(1, "a"))
     ensure(scheduler, one)
-    monkeypatch.setattr(identity, "epoch", "after a reset")
+    monkeypatch.setattr(identity, "weights_now", "after a reset")
     ensure(scheduler, one)
     assert not scheduler.claims("a")
 

@@ -1,0 +1,67 @@
+"""What an engine's weights are while it runs.
+
+Weights can change in place: by a trainer's updates, by a reload, by any code that a worker is told to run. vLLM tells
+connectors of the reset of its caches that belongs to such a change, and of the same reset where nothing changed (a
+pause, sleep). So after a reset the weights themselves are looked at.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from blake3 import blake3
+
+from lmcache_mm import ops
+from lmcache_mm.layout import KVLayout
+from lmcache_mm.vllm.api import VllmConfig, WorkerBase
+
+WEIGHTS_CONTEXT = "lmcache_mm v1 vllm weights in memory"
+PAGE_BYTES, PIECE_BYTES = 1 << 16, 8 << 20  # in which weights are read
+
+
+def worker_of(config: VllmConfig) -> WorkerBase | None:
+    """The worker that is making its connector, up the stack: vLLM hands connectors no way to the model. None if there
+    is none, or it is not of that engine."""
+    frame = sys._getframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, WorkerBase):
+            return owner if owner.vllm_config is config else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def digest_of(worker: WorkerBase | None) -> bytes:
+    """A digest of all parameters and buffers that a worker's models have in memory now: names, dtypes, shapes, strides,
+    and checksums (docs/design.md) of the memory that they are views of. It tells updates apart, not attacks. Empty if
+    the models cannot be seen. It takes as long as reading the weights once."""
+    if worker is None:
+        return b""
+    models = [worker.get_model(), getattr(worker, "get_draft_model", lambda: None)()]
+    hasher = blake3(derive_key_context=WEIGHTS_CONTEXT)
+    storages: dict[int, torch.UntypedStorage] = {}  # by address: several weights may be views of one
+    for model in models:
+        for name, tensor in [] if model is None else chain(model.named_parameters(), model.named_buffers()):
+            said = f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.stride()} {tensor.storage_offset()}".encode()
+            hasher.update(len(said).to_bytes(4, "little") + said)
+            if not tensor.is_meta and tensor.numel():
+                storages.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage())
+    for storage in storages.values():
+        for total in _checksums(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)):
+            hasher.update(total.to_bytes(8, "little", signed=True))
+    return hasher.digest()
+
+
+def _checksums(flat: torch.Tensor) -> Iterator[int]:
+    """Of the pieces of bytes, where they lie: a gather makes them beside a copy that nobody keeps."""
+    copy = torch.empty(min(len(flat), PIECE_BYTES), dtype=torch.uint8, device=flat.device)
+    sums = torch.empty(1, dtype=torch.int64, device=flat.device)
+    for piece in flat.split(PIECE_BYTES):
+        page_bytes = PAGE_BYTES if len(piece) % PAGE_BYTES == 0 else len(piece)
+        layout = KVLayout.from_tensors([piece.view(-1, page_bytes)], page_tokens=1, page_dim=0, opaque=True)
+        pages = list(range(len(piece) // page_bytes))
+        ops.gather_pages(layout, [pages], [copy[: len(piece)]], checksums=sums)
+        yield int(sums.item())
