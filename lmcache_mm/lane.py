@@ -201,6 +201,11 @@ class Work:
         """Whether it is abandoned, for the lane has not moved for `patience_s` seconds, be it with earlier work."""
         return self.lane.stalled_s() >= patience_s and self.abandon()
 
+    def pages_left(self, timeout_s: float) -> bool:
+        """Whether the pages are left alone within that time. Nothing is given up."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.left_pages, timeout_s)
+
     def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
         """True once `reached`; False if it was given up."""
         with self._changed:

@@ -71,6 +71,15 @@ class Job(Generic[T]):
         The pages of a store that was asked for early are read in here."""
         return self.work.leave_pages(patience_s)
 
+    def leave_pages(self, deadline: float) -> bool:
+        """Returns when the job will not touch its pages any more; False: it had not done with them by `deadline`, by
+        time.monotonic(), and was abandoned."""
+        if self.work.pages_left(max(0.0, deadline - time.monotonic())):
+            return True
+        while not self.work.abandon():  # it is at its pages this moment
+            self.work.pages_left(0.001)
+        return self.work.left_pages
+
     def layer_ready(self, layer: str, patience_s: float) -> bool:
         """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
         on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of

@@ -68,7 +68,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._side = Scheduler(vllm_config, options, groups, chunk_tokens, unit)
         else:
-            self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config.num_blocks)
+            self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config)
 
     @property
     def _scheduler(self) -> Scheduler:
@@ -148,7 +148,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         step = self._step()
         if step.look is not None:
             self._worker.look(step.look)
-        self._worker.prepare(step.saves)
+        self._worker.begin_step(step)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         self._worker.load(self._step().loads)
@@ -160,7 +160,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         """All layers are stored at once, in wait_for_save."""
 
     def wait_for_save(self) -> None:
-        """No page is read any more when it returns, so that handle_preemptions has nothing to do."""
+        """Pages may still be read when it returns: see `Worker.begin_step`."""
         self._worker.save()
 
     def _step(self) -> Metadata:

@@ -60,6 +60,7 @@ class Metadata(KVConnectorMetadata):
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+    written: set[int] = field(default_factory=set)  # pages that the step writes; saves under way must have read them
     look: int | None = None  # workers are to look at their weights, and to tell under this number
 
 

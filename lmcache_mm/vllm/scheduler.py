@@ -440,6 +440,8 @@ class Scheduler:
             metadata.look = self._resets
         self._planned, self._look = [], False
         self._at_once_left_s = AT_ONCE_S
+        if self._saving > 0:
+            metadata.written = self._written(step, metadata.loads)
         if self._loading and self._options.load != "async":
             # What is computed with pages that are being loaded, by requests that share them too, is good if all ranks
             # report so. It is saved then.
@@ -459,6 +461,17 @@ class Scheduler:
             self._saving += len(metadata.saves) * self._ranks
             self._saves_until = time.monotonic() + 2 * self._options.timeout_s
         return metadata
+
+    def _written(self, step: SchedulerOutput, loads: list[Load]) -> set[int]:
+        """Pages that a step computes into, or loads into."""
+        written = {page for load in loads for one in load.records for page in one.pages}
+        for request_id in step.num_scheduled_tokens:
+            block_ids = step.kv_connector_block_state.get_block_ids(request_id) or ()
+            ours = self._requests.get(request_id)
+            computed = ours.request.num_computed_tokens if ours is not None else 0
+            for table, group in self._tables.items():
+                written.update(block_ids[table][computed // group.page_tokens :])
+        return written
 
     def _save_of(self, ours: _Request, scheduled: int, step: SchedulerOutput) -> Save | None:
         """What a request stores of the tokens that this step computes, and of those before that it could not store."""

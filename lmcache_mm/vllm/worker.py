@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -11,16 +12,23 @@ from typing import NamedTuple
 import torch
 
 from lmcache_mm.cache import record_key
+from lmcache_mm.lane import Abandoned
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
 from lmcache_mm.stores import Store, open_store
 from lmcache_mm.transfer import Chunk, Job, Transfer
-from lmcache_mm.vllm.api import KVConnectorTransferResults, VllmConfig, group_kernel_blocks
-from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.api import (
+    KVCacheConfig,
+    KVConnectorBase_V1,
+    KVConnectorTransferResults,
+    VllmConfig,
+    group_kernel_blocks,
+)
+from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
 from lmcache_mm.vllm.weights import digest_of, worker_of
 
-SAVE_S = 1.0  # for how long a store may do nothing while the engine's step waits for its pages to be read
+SAVE_S = 1.0  # for how long a step waits in all for saves that have not read the pages that it writes
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
@@ -33,21 +41,28 @@ class Part(NamedTuple):
     job: Job[int]
 
 
+class Saving(NamedTuple):
+    """A save under way."""
+
+    save: Save
+    jobs: list[Job[int]]
+    pages: frozenset[int]
+
+
 Loading = tuple[Load, list[Part]]
-Saving = tuple[Save, list[Job[int]]]
 
 
 class Worker:
     """See the module."""
 
     def __init__(
-        self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, num_blocks: int
+        self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, caches: KVCacheConfig
     ) -> None:
         self.stats = Stats()
         self.layout = Layout(b"", (), b"")
         self._engine = worker_of(config)
         self._options, self._groups = options, groups
-        self._chunk_tokens, self._num_blocks = chunk_tokens, num_blocks
+        self._chunk_tokens, self._num_blocks = chunk_tokens, caches.num_blocks
         parallel = config.parallel_config
         self._rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
         events = config.kv_events_config
@@ -57,8 +72,16 @@ class Worker:
         self._loading: dict[str, Loading] = {}  # in the background
         self._in_step: list[Loading] = []  # those that this step waits for
         self._bad_pages: set[int] = set()
-        self._prepared: list[Saving] = []  # of this step
-        self._saving: list[Saving] = []  # whose pages are read
+        # Whether saves may go on behind a step: not where vLLM writes pages before it tells of the step, to zero or to
+        # copy them, nor where it unmaps them without a word.
+        sleeps = config.model_config is not None and config.model_config.enable_sleep_mode
+        self._saves_behind_steps = (
+            not caches.needs_kv_cache_zeroing
+            and {caches.hash_block_size} in ({None}, {group.page_tokens for group in groups})
+            and (hasattr(KVConnectorBase_V1, "unregister_kv_caches") or not sleeps)
+        )
+        self._planned: list[Save] = []  # of this step
+        self._saving: list[Saving] = []
         self._handled: BaseException | None = None  # that somebody further up handles
         self._news = WorkerMetadata()
 
@@ -163,54 +186,60 @@ class Worker:
 
     # --- Saves
 
-    def prepare(self, saves: list[Save]) -> None:
-        """Before the step computes what is to be saved: stores find room for it meanwhile."""
-        self._give_up_prepared()
-        self._handled = sys.exc_info()[1]
-        for save in saves:
+    def begin_step(self, step: Metadata) -> None:
+        """Before the step computes anything. Pages are read behind the steps that computed them, for as long as they
+        are not written again: here a step waits for those that it writes."""
+        self._drop_planned()
+        self._leave(step.written)
+        self._planned, self._handled = step.saves, sys.exc_info()[1]
+
+    def save(self) -> None:
+        """What the step has computed is read from here on."""
+        self._end_loads_of_step()
+        if sys.exc_info()[1] is not self._handled:
+            self._drop_planned()  # vLLM calls this on the way out of a forward pass that failed, too
+        planned, self._planned = self._planned, []
+        for save in planned:
             if any(transfer.stores_stalled_s() >= self._options.timeout_s for transfer in self._transfers):
                 self._saved(save, stored=False)
                 continue
-            jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
-            self._prepared.append((save, jobs))
-
-    def save(self) -> None:
-        """Returns when the pages are read: they may be overwritten in the next step. What was read last goes on to the
-        store behind the engine's back."""
-        self._end_loads_of_step()
-        if sys.exc_info()[1] is not self._handled:
-            self._give_up_prepared()  # vLLM calls this on the way out of a forward pass that failed, too
-        patience_s = min(SAVE_S, self._options.timeout_s)
-        for save, jobs in self._prepared:
-            if all([job.pages_free(patience_s) for job in jobs]):
-                self._saving.append((save, jobs))
-            else:
-                logger.warning("%s: a save was given up: the store did nothing for %g s", NAME, patience_s)
-                self._saved(save, stored=False)
-        self._prepared = []
+            jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
+            pages = frozenset(page for record in save.records for page in record.pages)
+            self._saving.append(Saving(save, jobs, pages))
+        if not self._saves_behind_steps:
+            self._leave(None)
         self._see_saves()
 
-    def _give_up_prepared(self) -> None:
+    def _leave(self, pages: set[int] | None) -> None:
+        """Returns when no save reads any of the pages, or of all. Saves that have not by then are given up."""
+        deadline = time.monotonic() + min(SAVE_S, self._options.timeout_s)
+        for saving in self._saving:
+            if pages is not None and saving.pages.isdisjoint(pages):
+                continue
+            if not all([job.leave_pages(deadline) for job in saving.jobs]):
+                logger.warning("%s: a save was given up: the store is too slow for the engine", NAME)
+
+    def _drop_planned(self) -> None:
         """Their pages were not computed."""
-        prepared, self._prepared = self._prepared, []
-        for save, jobs in prepared:
-            for job in jobs:
-                job.abandon()
+        planned, self._planned = self._planned, []
+        for save in planned:
             self._saved(save, stored=False)
 
     def _see_saves(self) -> None:
         """Looks which saves have ended."""
         going_on = []
-        for save, jobs in self._saving:
-            if all(job.done() for job in jobs):
-                self._saved(save, self._stored(jobs))
+        for saving in self._saving:
+            if all(job.done() for job in saving.jobs):
+                self._saved(saving.save, self._stored(saving.jobs))
             else:
-                going_on.append((save, jobs))
+                going_on.append(saving)
         self._saving = going_on
 
     def _stored(self, jobs: list[Job[int]]) -> bool:
         try:
             tokens = max(job.wait() for job in jobs)
+        except Abandoned:
+            return False
         except Exception:
             logger.exception("%s: a store failed", NAME)
             return False

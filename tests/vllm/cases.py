@@ -89,6 +89,7 @@ def groups(kind: str, layout: str) -> list[Group]:
 
 
 def worker_of(kind: str, layout: str, caches: dict[str, Any], url: str) -> Worker:
-    worker = Worker(config_of(layout), Options(store=url), groups(kind, layout), CHUNK_TOKENS, BLOCKS)
+    config, caches_config = config_of(layout), kv_cache_config_of(kind, layout)
+    worker = Worker(config, Options(store=url), groups(kind, layout), CHUNK_TOKENS, caches_config)
     worker.register(caches)
     return worker

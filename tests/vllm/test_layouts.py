@@ -91,8 +91,9 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
                 messages.RecordPages(table, keys[1], of[2:], 32),
             ]
 
-        worker.prepare([messages.Save(b"", records(pages))])
+        worker.begin_step(messages.Metadata(saves=[messages.Save(b"", records(pages))]))
         worker.save()
+        worker.begin_step(messages.Metadata(written=set(pages)))
         memory.fill_(POISON)  # while the store goes on with what it has read
         while not (news := worker.take_news()) or not news.saves:
             worker.take_stats()
@@ -131,7 +132,7 @@ def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeyp
     scheduler.learn_layouts({0: worker.layout})
     record = Record(0, 64, b"a" * 32)
     pages = [messages.RecordPages(group.table, record.key, [1, 2], 64) for group in scheduler._tables.values()]
-    worker.prepare([messages.Save(b"", pages)])
+    worker.begin_step(messages.Metadata(saves=[messages.Save(b"", pages)]))
     worker.save()
     while not (news := worker.take_news()) or not news.saves:
         worker.take_stats()
