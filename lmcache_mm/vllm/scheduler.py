@@ -64,6 +64,7 @@ class Scheduler:
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
+        self._sends_items_once = not config.use_v2_model_runner
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
         self._epoch: str | None = None  # since the last reset
@@ -348,6 +349,7 @@ class Scheduler:
     # --- Steps
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
+        self._send_all_items(step)
         metadata = Metadata(loads=self._planned)
         self._planned = []
         self._at_once_left_s = AT_ONCE_S
@@ -388,6 +390,15 @@ class Scheduler:
             self._saving += len(metadata.saves) * self._ranks
             self._saves_until = time.monotonic() + 2 * self._options.timeout_s
         return metadata
+
+    def _send_all_items(self, step: SchedulerOutput) -> None:
+        """vLLM leaves out the data of items that lie wholly within a hit. Model Runner V1 never gets them later: if the
+        request is preempted and its next hit is shorter, encoding such an item ends the engine."""
+        if not self._sends_items_once:
+            return
+        for new in step.scheduled_new_reqs:
+            if ours := self._requests.get(new.req_id):
+                new.mm_features = ours.request.mm_features
 
     def saves_are_under_way(self) -> bool:
         """Whether it pays to make another step, so that workers can tell what they have stored."""
