@@ -66,6 +66,7 @@ class Scheduler:
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
+        self._sends_all_items = not config.use_v2_model_runner or options.load != "async"
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
         self._weights_now: str | None = None  # see identity.weights_now
@@ -340,10 +341,7 @@ class Scheduler:
         """The request's records that a hit may end with."""
         limit = request.num_tokens
         if self._options.load != "async":
-            # A token is left to be computed in the same step. And vLLM sends no data of items that lie wholly within
-            # what is loaded to its workers, which then could not compute them if the load failed.
-            ends = [f.mm_position.offset + f.mm_position.length for f in request.mm_features]
-            limit = min([request.num_tokens, *ends]) - 1
+            limit -= 1  # which is computed in the same step
         records = tracker.records(request.all_token_ids, limit)
         if self._options.load == "layers":
             # A layer's pages are written whole, when the step's new tokens are in them already.
@@ -434,6 +432,7 @@ class Scheduler:
     # --- Steps
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
+        self._send_all_items(step)
         metadata = Metadata(loads=self._planned)
         if self._weights_now == identity.UNKNOWN and (self._look or step.total_num_scheduled_tokens):
             # Not in a step of a paused engine, whose weights may be about to change.
@@ -466,7 +465,9 @@ class Scheduler:
         """Pages that a step computes into, or loads into."""
         written = {page for load in loads for one in load.records for page in one.pages}
         for request_id in step.num_scheduled_tokens:
-            block_ids = step.kv_connector_block_state.get_block_ids(request_id) or ()
+            block_ids = step.kv_connector_block_state.get_block_ids(request_id)
+            if block_ids is None:
+                continue
             ours = self._requests.get(request_id)
             computed = ours.request.num_computed_tokens if ours is not None else 0
             for table, group in self._tables.items():
@@ -499,6 +500,16 @@ class Scheduler:
             saved = {one.key for one in whole}
             self._will_tell(request, tracker, [record for record in records if record.key in saved])
         return Save(tracker.owner, whole)
+
+    def _send_all_items(self, step: SchedulerOutput) -> None:
+        """vLLM leaves out the data of items that lie wholly within a hit, and its workers then have none if the hit is
+        lost: to a load within the step that fails, or, with Model Runner V1, to a preemption. Encoding such an item
+        would end the engine."""
+        if not self._sends_all_items:
+            return
+        for new in step.scheduled_new_reqs:
+            if ours := self._requests.get(new.req_id):
+                new.mm_features = ours.request.mm_features
 
     def saves_are_under_way(self) -> bool:
         """Whether it pays to make another step, so that workers can tell what they have stored."""

@@ -24,7 +24,7 @@ import zmq
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import PoolerConfig
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -123,15 +123,16 @@ def ask(llm: LLM, *prompts: Any, sampling: SamplingParams = GREEDY, adapter: Any
 def ask_at_once(
     llm: LLM, prompts: Sequence[Any], sampling: SamplingParams = GREEDY, adapter: Any = None
 ) -> list[dict[str, Any]]:
-    return [
-        {
-            "answer": list(one.outputs[0].token_ids),
-            "prompt_tokens": len(one.prompt_token_ids or ()),
-            "cached": one.num_cached_tokens,
-            "finish": one.outputs[0].finish_reason,
-        }
-        for one in llm.generate(list(prompts), sampling, use_tqdm=False, lora_request=adapter)
-    ]
+    return [row_of(one) for one in llm.generate(list(prompts), sampling, use_tqdm=False, lora_request=adapter)]
+
+
+def row_of(one: RequestOutput) -> dict[str, Any]:
+    return {
+        "answer": list(one.outputs[0].token_ids),
+        "prompt_tokens": len(one.prompt_token_ids or ()),
+        "cached": one.num_cached_tokens,
+        "finish": one.outputs[0].finish_reason,
+    }
 
 
 def counts(llm: LLM) -> dict[str, float]:
@@ -499,6 +500,59 @@ def subscriber(address: str):
         context.destroy(0)
 
 
+def pausing() -> dict[str, Any]:
+    """Engines whose caches are reset under their requests, as a pause does that keeps requests and clears caches."""
+    questions = [prompt("| what is it? ", image(0)), prompt("| and | and what is it? ", image(1), image(2, 336))]
+    with engine() as llm:
+        seen: dict[str, Any] = {"expected": ask_at_once(llm, questions)}
+    settings: dict[str, dict[str, Any]] = {
+        "whole prompts": {},
+        "steps of 64 tokens": {"max_num_batched_tokens": 64, "enable_chunked_prefill": True},
+        "prefix caching": {"enable_prefix_caching": True},
+    }
+    for name, options in settings.items():
+        with store() as url, engine(url, extra={"opaque_tails": True}, **options) as llm:
+            ask(llm, *questions)
+            seen[name] = ask_and_reset(llm, questions, url, after_tokens=[1, 4, 7])
+    with store() as url, engine(url, extra={"opaque_tails": True}) as llm:
+        ask(llm, *questions)
+        with faulty.misbehaving(llm, faulty.Hangs):
+            seen["loading"] = ask_and_reset(llm, questions, url, after_tokens=[])
+    return seen
+
+
+def ask_and_reset(llm: LLM, prompts: Sequence[Any], url: str, after_tokens: list[int]) -> dict[str, Any]:
+    """Answers of requests under which the caches are reset, and the store is emptied, each time when the first one has
+    so many tokens of its answer. Without any: once, tried first while the first one is loaded from a store that hangs
+    until then."""
+    running, blocks = llm.llm_engine, free_blocks(llm)
+    streaming = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)  # vLLM has made GREEDY tell but the end
+    for i, one in enumerate(prompts):
+        running.add_request(str(i), one, streaming)
+    outputs: dict[str, RequestOutput] = {}
+    errors: list[str] = []
+    left = after_tokens or [0]
+    while running.has_unfinished_requests():
+        for output in running.step():
+            outputs[output.request_id] = output
+        tokens = len(outputs["0"].outputs[0].token_ids) if "0" in outputs else 0
+        if left and tokens >= left[0] and free_blocks(llm) < blocks:
+            lmcache_mm(["clear", url.partition("?")[0]])
+            try:
+                llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+                left = left[1:]
+            except RuntimeError as error:  # once more after the next step
+                errors.append(str(error))
+            running.reset_encoder_cache()
+            faulty.gate.set()
+    return {
+        "got": [row_of(outputs[str(i)]) for i in range(len(prompts))],
+        "errors": errors,
+        "resets_left": len(left),
+        "blocks": [blocks, free_blocks(llm)],
+    }
+
+
 def sliding_windows() -> dict[str, Any]:
     """A model of full-attention and sliding-window layers, whose groups free their pages differently."""
     words = " ".join(f"word{i}" for i in range(40))
@@ -806,6 +860,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         adapters,
         trouble,
         pressure,
+        pausing,
         shared_pages,
         weights,
         odd_requests,

@@ -61,6 +61,7 @@ SCENARIOS = {
     "trouble:sync": ("0.33-V1",),
     "trouble:layers": ("0.33-V1",),
     "pressure": ("0.33-V2",),
+    "pausing": ("0.33-V1", "0.33-V2"),
     "shared_pages": ("0.33-V1",),
     "weights": ("0.33-V2",),
     "odd_requests": ("0.33-V1",),
@@ -365,6 +366,25 @@ def test_models_whose_pooling_needs_all_tokens_at_once_are_refused_at_start(pool
 
 def test_salts_of_any_content_end_no_engine(odd_requests):
     assert tokens(row for rows in odd_requests["salts"] for row in rows) == tokens(odd_requests["expected"])[:1] * 4
+
+
+@pytest.mark.parametrize("setting", ["whole prompts", "steps of 64 tokens", "prefix caching"])
+def test_requests_whose_caches_are_reset_under_them_encode_their_images_after_all(pausing, setting):
+    """All of their images came from the store at first."""
+    seen = pausing[setting]
+    assert cached(seen["got"]) == [row["prompt_tokens"] for row in seen["got"]]
+    assert seen["resets_left"] == 0
+    assert tokens(seen["got"]) == tokens(pausing["expected"])
+    assert seen["blocks"][0] == seen["blocks"][1]
+
+
+def test_a_reset_while_requests_are_loaded_is_refused_and_they_go_on(pausing):
+    seen = pausing["loading"]
+    assert seen["errors"]
+    assert all("Failed to reset KV cache" in error for error in seen["errors"])
+    assert seen["resets_left"] == 0  # for once they are loaded it is done
+    assert tokens(seen["got"]) == tokens(pausing["expected"])
+    assert seen["blocks"][0] == seen["blocks"][1]
 
 
 def test_what_a_failed_step_did_not_compute_is_not_stored(pressure):
