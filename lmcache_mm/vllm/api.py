@@ -21,6 +21,9 @@ def check_version(version: str) -> None:
 
 check_version(vllm.__version__)
 
+# vLLM 0.32 counts tokens of a session as computed that speculative decoding has computed behind the last one it keeps.
+SESSIONS_OUTRUN_TOKENS = vllm.__version__.startswith("0.32.")
+
 from vllm.config import VllmConfig, get_current_vllm_config_or_none  # noqa: E402
 from vllm.distributed.ec_transfer.ec_connector.base import (  # noqa: E402
     ECConnectorBase,
@@ -60,6 +63,7 @@ from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 __all__ = [
     "MEDIUM_CPU",
     "MEDIUM_STORAGE",
+    "SESSIONS_OUTRUN_TOKENS",
     "BlockPool",
     "BlockStored",
     "CacheHitSource",

@@ -98,9 +98,11 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.add(request)
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        self._scheduler.follow(request)
         return self._scheduler.match(request, num_computed_tokens)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._scheduler.follow(request)
         if num_external_tokens:
             self._scheduler.plan_load(request, blocks.get_block_ids(), num_external_tokens)
 

@@ -12,6 +12,7 @@ import time
 import weakref
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from typing import Any
 
 from lmcache_mm.encoder_cache import Packed, has_payload, output_key, payload_bytes, read_description, read_payload
 from lmcache_mm.lane import Lane, Work
@@ -35,8 +36,8 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
-    identifying: Work | None  # its keys under way
-    keys: list[OutputKey | None]  # of its items; None: what it is is not known
+    identifying: Work | None = None  # its keys under way
+    keys: list[OutputKey | None] = field(default_factory=list)  # of its items; None: what it is is not known
     fetching: dict[int, Work] = field(default_factory=dict)  # outputs under way, by item
     outputs: dict[int, Packed | None] = field(default_factory=dict)  # those that have come; None: not there
     asked_at: float = 0.0  # when it began to wait
@@ -89,9 +90,11 @@ class EncoderScheduler:
         ]
         if known := self._requests.get(request.request_id):
             known.outputs = {i: output for i, output in known.outputs.items() if i in needed}
-        if not needed or getattr(request, "resumable", False) or self._weights_now == identity.UNKNOWN:
+        if not needed or self._weights_now == identity.UNKNOWN:
             return True
         ours = self._requests.get(request.request_id) or self._add(request)
+        if len(ours.keys) < len(request.mm_features):  # new, or a session (`resumable`) that goes on with more items
+            self._begin_identifying(ours)
         ours.asked_at = ours.asked_at or time.monotonic()
         if ours.identifying is not None:
             if not self._is_done(ours.identifying):
@@ -116,16 +119,18 @@ class EncoderScheduler:
 
     def _add(self, request: Request) -> _Request:
         wishes = wishes_of(request.ec_transfer_params, request.kv_transfer_params)
-        namespace = self._namespace
-        identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
-        unknown: list[OutputKey | None] = [None] * len(request.mm_features)
-        ours = _Request(request, wishes.load, wishes.store, identifying, unknown)
+        ours = _Request(request, wishes.load, wishes.store)
         self._requests[request.request_id] = ours
         return ours
 
-    def _identify(self, request: Request, namespace: Namespace) -> list[OutputKey | None]:
+    def _begin_identifying(self, ours: _Request) -> None:
+        request, features, namespace = ours.request, list(ours.request.mm_features), self._namespace
+        ours.keys += [None] * (len(features) - len(ours.keys))
+        ours.identifying = self._identifying.submit(lambda _: self._identify(request, features, namespace))
+
+    def _identify(self, request: Request, features: list[Any], namespace: Namespace) -> list[OutputKey | None]:
         """Under what the outputs of a request's items are stored. Runs beside the scheduler."""
-        keys: list[OutputKey | None] = [None] * len(request.mm_features)
+        keys: list[OutputKey | None] = [None] * len(features)
         try:
             lora = self._adapters.digest(request.lora_request) if self._lora_changes_encoder else None
             salt = request.cache_salt or None
@@ -133,7 +138,7 @@ class EncoderScheduler:
         except Exception as error:  # of whatever the request names
             logger.warning("%s: request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
             return keys
-        for i, feature in enumerate(request.mm_features):
+        for i, feature in enumerate(features):
             if feature.modality == PASSED_THROUGH:
                 continue
             try:
@@ -247,7 +252,8 @@ class EncoderScheduler:
             for item in items:
                 identifier = ours.request.mm_features[item].identifier
                 self._in_engine.add(identifier)
-                key = ours.keys[item] if ours.saves else None
+                # vLLM may encode what it had when `ensure` was asked.
+                key = ours.keys[item] if ours.saves and item < len(ours.keys) else None
                 if key is not None:
                     metadata.saves[identifier] = key
         if step.total_num_scheduled_tokens:  # else workers do not look at it

@@ -21,13 +21,29 @@ class RequestTracker:
     def __init__(
         self, items: Sequence[Item], root: bytes, owner: bytes, prompt_tokens: int, chunk_tokens: int, whole: int
     ) -> None:
+        self.items = tuple(items)
         self.owner = owner
         self.stored_tokens = 0  # up to here records were handed to the store, or came from it
         self._running = RunningKeys(items, root)
-        self._chunk_tokens = chunk_tokens
+        self._root, self._chunk_tokens, self._whole = root, chunk_tokens, whole
         end_of_items = min(prompt_tokens, max((item.offset + item.length for item in items), default=0))
         self._ends = {end // whole * whole for end in (prompt_tokens, end_of_items)} - {0}
         self._records: list[Record] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have been named."""
+        return self._running.tokens
+
+    def grown(self, items: Sequence[Item], token_ids: Sequence[int]) -> RequestTracker:
+        """A tracker of the same request, with `items` behind those it has had and a prompt that is `token_ids` now. It
+        names all tokens again: running keys must know the items from the start."""
+        grown = RequestTracker(
+            [*self.items, *items], self._root, self.owner, len(token_ids), self._chunk_tokens, self._whole
+        )
+        grown._ends |= self._ends
+        grown.records(token_ids, len(token_ids))
+        return grown
 
     def records(self, token_ids: Sequence[int], until: int, after: int = 0) -> list[Record]:
         """Those that end within the first `until` tokens, and behind the first `after`. token_ids: all of the

@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import (
     MEDIUM_CPU,
     MEDIUM_STORAGE,
+    SESSIONS_OUTRUN_TOKENS,
     BlockPool,
     BlockStored,
     KVCacheEvent,
@@ -45,6 +46,8 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
+    prompt_tokens: int  # as identified, or being identified
+    items: int
     identifying: Work | None = None  # its tracker under way
     tracker: RequestTracker | None = None  # if there is none and none under way, it is not cached
     planned_until: int = 0  # tokens up to which saves are planned
@@ -79,6 +82,8 @@ class Scheduler:
         self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
+        self._unknown: list[tuple[Work, set[str]]] = []  # identifiers of items that are computed before they are known
+        self._session_ends_caching = SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None
         self._failed: set[str] = set()  # requests that are matched no more
         self._planned: list[Load] = []  # for the next step
         self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # not ended, and what gives its records free
@@ -171,9 +176,9 @@ class Scheduler:
     def add(self, request: Request) -> None:
         drop_malformed_params(request)
         wishes = wishes_of(request.kv_transfer_params)
-        # A session that goes on gets tokens and items that nobody tells of.
-        cached = len(self._layouts) == self._ranks and not getattr(request, "resumable", False)
-        ours = _Request(request, cached and wishes.load, cached and wishes.store)
+        cached = len(self._layouts) == self._ranks
+        loads, saves = cached and wishes.load, cached and wishes.store
+        ours = _Request(request, loads, saves, request.num_prompt_tokens, len(request.mm_features))
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
             self._begin_identifying(ours)
@@ -187,14 +192,9 @@ class Scheduler:
         Runs beside the scheduler. Items are looked at whether the request is cached or not: vLLM's caches hold under
         their identifiers what they were computed from."""
         try:
-            names = self._names_of_items(request)
+            items = self._items(request.mm_features)
             if namespace is None:
                 return None
-            places = [(feature.mm_position, feature.modality) for feature in request.mm_features]
-            items = [
-                Item(name, place.offset, place.length, modality)
-                for name, (place, modality) in zip(names, places, strict=True)
-            ]
             lora = self._adapters.digest(request.lora_request)
             embeds = identity.digest_of_embeds(request.prompt_embeds, getattr(request, "prompt_is_token_ids", None))
             salt = request.cache_salt or None
@@ -208,37 +208,93 @@ class Scheduler:
             return None
         return tracker
 
-    def _names_of_items(self, request: Request) -> list[str]:
+    def follow(self, request: Request) -> None:
+        """Sees whether the request is a session (`resumable`) that goes on: its last token is gone, those before it are
+        part of the prompt, more tokens and items have come, and vLLM has told nobody. Called whenever it is scheduled
+        anew, before anything of the new part is computed or named."""
+        ours = self._requests.get(request.request_id)
+        if ours is None or (ours.prompt_tokens, ours.items) == (request.num_prompt_tokens, len(request.mm_features)):
+            return
+        try:
+            self._follow(ours)
+        except Exception:
+            self._leave_out(ours)
+
+    def _follow(self, ours: _Request) -> None:
+        request = ours.request
+        tracker, before = self._tracker(ours), ours.identifying
+        named = tracker.tokens if tracker else 0
+        # What is computed stays. What has a name and is not computed may be gone, after a preemption in mid-step.
+        if self._session_ends_caching or named > request.num_computed_tokens:
+            ours.loads = ours.saves = False
+        features, token_ids = request.mm_features[ours.items :], list(request.all_token_ids)
+        ours.prompt_tokens, ours.items = request.num_prompt_tokens, len(request.mm_features)
+        if not (ours.loads or ours.saves or features):
+            return
+        ours.identifying = self._identifying.submit(
+            lambda _: self._identify_part(request.request_id, features, token_ids, tracker, before)
+        )
+        if features:
+            self._unknown.append((ours.identifying, {feature.identifier for feature in features}))
+        self._is_done(ours.identifying)
+
+    def _identify_part(
+        self,
+        request_id: str,
+        features: Sequence[Any],
+        token_ids: list[int],
+        tracker: RequestTracker | None,
+        before: Work | None,
+    ) -> RequestTracker | None:
+        """As `_identify`, of a session's next part. tracker: of what comes before, or what has come of `before`."""
+        try:
+            items = self._items(features)
+            tracker = before.future.result() if before else tracker
+            return tracker.grown(items, token_ids) if tracker else None
+        except Exception as error:  # of the part's data, whatever they are
+            logger.warning("%s: request %s is not cached any more: %s", NAME, request_id, error)
+            return None
+
+    def _items(self, features: Sequence[Any]) -> list[Item]:
+        return [
+            Item(name, feature.mm_position.offset, feature.mm_position.length, feature.modality)
+            for name, feature in zip(self._names_of_items(features), features, strict=True)
+        ]
+
+    def _names_of_items(self, features: Sequence[Any]) -> list[str]:
         """Unknown if one of them has no digest, or an identifier that has stood for something else."""
         if self._options.identifiers == "trust":
-            return [feature.identifier for feature in request.mm_features]
+            return [feature.identifier for feature in features]
         names = []
-        for feature in request.mm_features:
+        for feature in features:
             try:
                 names.append(identity.digest_of_item(feature))
             except Exception:  # whatever data they are
                 names.append("")
         agreed = [
             bool(name) and self._identifiers.agree(feature.identifier, name)
-            for feature, name in zip(request.mm_features, names, strict=True)
+            for feature, name in zip(features, names, strict=True)
         ]
-        for feature, name, good in zip(request.mm_features, names, agreed, strict=True):
+        for feature, name, good in zip(features, names, agreed, strict=True):
             if not name:
                 raise identity.Unknown(f"the data of the item {feature.identifier!r} have no digest")
             if not good:
                 raise identity.Unknown(f"the identifier {feature.identifier!r} stood for other data before")
         return names
 
-    def _still_agreed(self, request: Request) -> bool:
+    def _still_agreed(self, features: Sequence[Any]) -> bool:
         """Whether all items' identifiers still stand for one content each."""
         if self._options.identifiers == "trust":
             return True
-        return not any(self._identifiers.distrusted(feature.identifier) for feature in request.mm_features)
+        return not any(self._identifiers.distrusted(feature.identifier) for feature in features)
 
     def _tracker(self, ours: _Request) -> RequestTracker | None:
-        """None if the request is not cached, or not known yet."""
+        """None if the request is not cached, or not known yet; of a session, what is known of it so far."""
         if ours.identifying is not None and ours.identifying.future.done():
-            ours.tracker, ours.identifying = ours.identifying.future.result(), None
+            stored_tokens = ours.tracker.stored_tokens if ours.tracker else 0
+            ours.tracker, ours.identifying, ours.planned_until = ours.identifying.future.result(), None, 0
+            if ours.tracker is not None:
+                ours.tracker.stored_tokens = stored_tokens
         return ours.tracker if ours.loads or ours.saves else None
 
     def drop(self, request: Request) -> None:
@@ -277,7 +333,12 @@ class Scheduler:
         if ours.identifying is not None and not self._is_done(ours.identifying):
             return self._later(ours, self._identifying.stalled_s())
         tracker = self._tracker(ours)
-        if tracker is None or not ours.loads or request.request_id in self._failed or not self._still_agreed(request):
+        if (
+            tracker is None
+            or not ours.loads
+            or request.request_id in self._failed
+            or not self._still_agreed(request.mm_features)
+        ):
             return 0, False
         found = self._found(ours, tracker)
         if found is None:
@@ -445,6 +506,7 @@ class Scheduler:
             # What is computed with pages that are being loaded, by requests that share them too, is good if all ranks
             # report so. It is saved then.
             return metadata
+        self._unknown = [(work, names) for work, names in self._unknown if not work.future.done()]
         for request_id, scheduled in step.num_scheduled_tokens.items():
             ours = self._requests.get(request_id)
             if ours is None or not ours.saves:
@@ -477,12 +539,18 @@ class Scheduler:
     def _save_of(self, ours: _Request, scheduled: int, step: SchedulerOutput) -> Save | None:
         """What a request stores of the tokens that this step computes, and of those before that it could not store."""
         request, tracker = ours.request, self._tracker(ours)
-        if tracker is None or not self._still_agreed(request):
+        if tracker is None:
+            return None
+        features = request.mm_features[: len(tracker.items)]
+        unknown = {name for _, names in self._unknown for name in names}
+        if not self._still_agreed(features) or any(feature.identifier in unknown for feature in features):
             return None
         drafts = len(step.scheduled_spec_decode_tokens.get(request.request_id, ()))
         until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
         if not self._options.store_generated:
             until = min(until, request.num_prompt_tokens)
+        # A session's next items are not known yet.
+        until = min([until, *(f.mm_position.offset for f in request.mm_features[len(tracker.items) :])])
         if until <= ours.planned_until:
             return None
         records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)

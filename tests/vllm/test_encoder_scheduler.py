@@ -315,3 +315,29 @@ def test_a_lane_that_hangs_is_waited_for_once(scheduler, store):
     finally:
         lane.close()
         scheduler._fetches = before
+
+
+def test_items_of_a_sessions_later_parts_are_identified_claimed_and_stored(scheduler, store):
+    later, new = item(2, "b", offset=10), item(3, "c", offset=20)
+    keep(store, later)
+    session = request("1", item(1, "a"))
+    ensure(scheduler, session)
+    scheduler.plan_step(step(encode={"1": [0]}))
+    session.mm_features += [later, new]
+    session.get_num_encoder_embeds = lambda i: session.mm_features[i].mm_position.length
+    assert not scheduler.claims("b")
+    ensure(scheduler, session, computed=8)
+    assert [scheduler.claims(name) for name in ("a", "b", "c")] == [False, True, False]
+    scheduler.plan(session, 1)
+    metadata = scheduler.plan_step(step(encode={"1": [2]}))
+    assert list(metadata.loads) == ["b"]
+    assert metadata.saves["c"].key == output_key(NAMESPACE.root(), identity.digest_of_item(new), "image")
+
+
+def test_an_item_of_a_later_part_that_vllm_had_and_encodes_all_the_same_is_not_stored(scheduler):
+    session = request("1", item(1, "a"))
+    ensure(scheduler, session)
+    scheduler.plan_step(step(encode={"1": [0]}))
+    session.mm_features.append(item(1, "a", offset=10))
+    assert scheduler.ensure(session, 8)
+    assert not scheduler.plan_step(step(encode={"1": [1]})).saves
