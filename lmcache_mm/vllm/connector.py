@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lmcache_mm.vllm.api import (
+    BlockPool,
     CacheHitSource,
     KVCacheBlocks,
     KVCacheConfig,
@@ -90,6 +91,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         ours = [one.layout for _, one in sorted(metadata.items()) if isinstance(one, Handshake)]
         self._scheduler.learn_layouts(dict(enumerate(ours)))
 
+    def bind_gpu_block_pool(self, gpu_block_pool: BlockPool) -> None:
+        if self._scheduler.events:
+            self._scheduler.events.bind(gpu_block_pool)
+
     def on_new_request(self, request: Request) -> None:
         self._scheduler.add(request)
 
@@ -116,7 +121,6 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def take_events(self) -> list[Any]:
-        """BlockStored, by prefix keys, of records that are in the store. Nobody is told when one is evicted."""
         return self._scheduler.take_events()
 
     def has_pending_push_work(self) -> bool:
