@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
@@ -42,8 +42,8 @@ from lmcache_mm.vllm.api import (
 from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group
 
 LOCAL = "LOCAL"  # locality: on the host that publishes
-ROUND_S = 1.0  # how often everything that is told is looked at, where the engine makes steps enough
-MOST_AT_ONCE = 128  # of what is told, in one look
+ROUND_S = 1.0  # how often what waits is looked at, and all that is told, where the engine makes steps enough
+MOST_AT_ONCE = 128  # of what is told, in the look of one step
 MOST_BLOCKS = 1 << 19  # that are told
 MOST_WAITING = 1 << 12  # records that are not told yet
 
@@ -95,9 +95,9 @@ class Events:
         self._pool: BlockPool | None = None
         self._pool_map: object = None
         self._waiting: dict[_Id, _Waiting] = {}
-        self._told: OrderedDict[_Id, _Told] = OrderedDict()  # what was used last comes last
+        self._told: dict[_Id, _Told] = {}  # what was used last comes last
         self._blocks: defaultdict[tuple[int, int], Counter[ExternalBlockHash]] = defaultdict(Counter)
-        self._children: defaultdict[tuple[int, ExternalBlockHash], set[_Id]] = defaultdict(set)
+        self._children: defaultdict[tuple[int, ExternalBlockHash | None], set[_Id]] = defaultdict(set)
         self._blocks_told = 0
         self._lane = Lane("lmcache_mm events")
         self._looking: Work | None = None
@@ -155,8 +155,8 @@ class Events:
                     self._wanted |= found
 
     def _is_known(self, one: _Id) -> bool:
-        if one in self._told:
-            self._told.move_to_end(one)
+        if (told := self._told.pop(one, None)) is not None:
+            self._told[one] = told
             return True
         return one in self._waiting
 
@@ -233,8 +233,10 @@ class Events:
             if told is None:
                 continue
             self._blocks_told -= len(told.hashes)
-            if told.parent is not None:
-                self._children[one.store, told.parent].discard(one)
+            siblings = self._children.get((one.store, told.parent), set())
+            siblings.discard(one)
+            if not siblings:
+                self._children.pop((one.store, told.parent), None)
             blocks = self._blocks[one.store, one.table]
             for block in told.hashes:
                 blocks[block] -= 1
@@ -254,9 +256,9 @@ class Events:
     def _look_further(self) -> None:
         now = time.monotonic()
         ids: list[_Id] = []
-        if now >= self._next_round and not self._round:
+        if now >= self._next_round:
             self._next_round = now + ROUND_S
-            self._round = list(self._told)
+            self._round = self._round or list(self._told)
             self._waiting = {one: waiting for one, waiting in self._waiting.items() if waiting.until > now}
             self._wanted = bool(self._waiting)
         self._at_waiting = self._wanted
@@ -275,13 +277,14 @@ class Events:
             of_store = [one for one in ids if one.store == number]
             for begin in range(0, len(of_store), MOST_AT_ONCE):
                 some = of_store[begin : begin + MOST_AT_ONCE]
-                keys = [[record_key(one.key, *place) for place in self._places[one.table]] for one in some]
+                keys = [[record_key(one.key, *place) for place in self._places.get(one.table, ())] for one in some]
                 try:
                     present = iter(store.contains([key for parts in keys for key in parts], peek=True))
                 except Exception:
                     logger.warning("%s: a store cannot tell what it has", NAME, exc_info=True)
                     break
-                there |= {one: all([next(present) for _ in parts]) for one, parts in zip(some, keys, strict=True)}
+                whole = [bool(parts) and all([next(present) for _ in parts]) for parts in keys]
+                there |= zip(some, whole, strict=True)
         return there
 
 

@@ -471,7 +471,7 @@ def routed(url: str, **options: Any):
     index, told = routers.Index(32), []
     with (
         routers.subscriber(address) as published,
-        engine(url, kv_events_config=events, enable_prefix_caching=True, **options) as llm,
+        engine(url, **{"kv_events_config": events, "enable_prefix_caching": True, **options}) as llm,
         questions(llm) as asked,
     ):
 
@@ -522,13 +522,20 @@ def routing() -> dict[str, Any]:
 
 
 def routing_groups() -> dict[str, Any]:
-    """Two groups of layers. vLLM's own pool leaves out blocks of windows that no hit could end with."""
-    with store() as url, routed(url, model="swa") as (llm, _, where, told, index):
-        ask(llm, prompt(" ".join(f"word{i}" for i in range(40))))
-        where([])
-        wrong = index.wrong()
+    """Groups of layers, of full attention and of windows; also without vLLM's own cache."""
+    words = prompt(" ".join(f"word{i}" for i in range(40)))
+    with store() as url:
+        with routed(url, model="swa") as (llm, asked, where, told, index):
+            ask(llm, words)
+            where([])
+            wrong = index.wrong()
+        with routed(url, model="swa", enable_prefix_caching=False) as (llm, asked, where, _, index):
+            ask(llm, words)
+            where([])
+            found = [index.tokens_at(asked[0], group=group) for group in range(4)]
+            wrong += index.wrong()
     gpu, cpu = (routers.by_block(told, medium) for medium in ("GPU", "CPU"))
-    seen: dict[str, Any] = {"wrong": wrong}
+    seen: dict[str, Any] = {"wrong": wrong, "without vLLM's cache": found}
     for group in sorted({group for group, _ in cpu}):
         ours = {name: block for name, block in cpu.items() if name[0] == group}
         one, *_ = ours.values()

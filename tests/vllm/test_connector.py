@@ -368,6 +368,7 @@ def test_blocks_of_all_groups_are_told(routing_groups):
     assert windows == [{**window, "window": 64, "blocks": 8} for window in windows]
     assert len(windows) == 3
     assert all(window["of vLLM"] for window in windows)
+    assert routing_groups["without vLLM's cache"] == [256] * 4
     assert routing_groups["wrong"] == []
 
 

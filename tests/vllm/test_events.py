@@ -183,6 +183,7 @@ def test_a_record_that_lost_any_part_is_gone_and_so_is_what_follows_it(told):
     stored = [block for event in told.taken() for block in event["block_hashes"]]
     told.store.delete(keys(of[1])[2:3])
     (removed,) = told.looked()
+    assert not told.events._children
     assert removed == {
         "type": "BlockRemoved",
         "block_hashes": stored[:1:-1],
@@ -210,6 +211,33 @@ def test_a_block_of_two_records_is_told_once_and_is_there_until_both_are_gone(to
     assert told.looked() == []
     told.store.delete(keys(chunk))
     assert [event["block_hashes"] for event in told.looked()] == [second["block_hashes"] + first["block_hashes"]]
+
+
+def test_nothing_is_told_before_it_is_known_what_a_record_consists_of(told):
+    told.events.learn_places([])
+    told.events.expect(request(), records(32), found=True)
+    assert told.taken() == []
+    told.events.learn_places(PLACES)
+    put(told.store, *records(32))
+    assert len(told.looked()) == 1
+
+
+def test_a_long_round_of_looks_keeps_nothing_that_waits_from_being_told(told, events, monkeypatch):
+    monkeypatch.setattr(events, "MOST_AT_ONCE", 1)
+    asked, of = request(), records(32, 64, 96)
+    put(told.store, *of[:2])
+    told.events.expect(asked, of[:2], found=True)
+    assert len(told.taken()) == 2
+    told.events.expect(asked, of[2:], found=False)
+    for _ in range(2):
+        told.events._next_round = 0.0
+        told.events.take()  # the round begins
+        told.events._looking.future.result()
+    put(told.store, of[2])
+    told.events._next_round = 0.0
+    told.events.take()
+    told.events._looking.future.result()
+    assert [event["type"] for event in msgspec.to_builtins(told.events.take())] == ["BlockStored"]
 
 
 def test_a_tail_without_a_whole_block_is_not_told(told):
@@ -281,6 +309,8 @@ def test_what_the_engine_will_not_use_any_more_is_gone(told):
     told.events.expect(request(first=500), records(32, key=1), found=False)
     told.events.forget()
     assert [event["block_hashes"] for event in told.taken()] == [stored[::-1]]
+    assert [len(told.events._told), len(told.events._children), told.events._blocks_told] == [0, 0, 0]
+    assert not any(told.events._blocks.values())
     put(told.store, *records(32, key=1))
     assert told.looked() == []
 
