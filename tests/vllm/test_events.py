@@ -240,6 +240,22 @@ def test_a_long_round_of_looks_keeps_nothing_that_waits_from_being_told(told, ev
     assert [event["type"] for event in msgspec.to_builtins(told.events.take())] == ["BlockStored"]
 
 
+def test_a_round_that_takes_longer_than_a_second_reaches_all_that_is_told(told, events, monkeypatch):
+    asked, of = request(), records(32, 64, 96)
+    put(told.store, *of)
+    told.events.expect(asked, of, found=True)
+    assert len(told.taken()) == 3
+    monkeypatch.setattr(events, "MOST_AT_ONCE", 1)
+    told.store.delete(keys(of[0]))
+    removed = []
+    for _ in range(6):
+        told.events._next_round = 0.0
+        removed += told.events.take()
+        if told.events._looking:
+            told.events._looking.future.result()
+    assert sum(len(event.block_hashes) for event in removed) == 6
+
+
 def test_a_tail_without_a_whole_block_is_not_told(told):
     asked, of = request(), records(15)
     put(told.store, *of)
@@ -330,13 +346,16 @@ def test_groups_are_told_each_by_its_own_pages(events, store, routers):
         (0, 32, 1)
     ]
     assert (stored[2]["kv_cache_spec_kind"], stored[2]["kv_cache_spec_sliding_window"]) == ("sliding_window", 64)
-    assert routers.by_block(stored, "CPU").keys() >= {(1, stored[2]["block_hashes"][0])}
+    assert stored[2]["block_hashes"][0] == stored[1]["block_hashes"][-1]
     store.delete([record_key(of[0].key, 256, 0)])
     gone = told.looked()
     assert {(e["group_idx"], tuple(e["block_hashes"])) for e in gone} == {
         (1, tuple(block for e in stored[1::-1] for block in e["block_hashes"][::-1])),
         (0, tuple(stored[2]["block_hashes"])),
     }
+    put(store, of[0], places=[(0, 0)])
+    told.events.expect(asked, of, found=True)  # of the first one there are windows only
+    assert [(e["group_idx"], e["parent_block_hash"]) for e in told.taken()] == [(0, None)]
     told.events.close()
 
 
