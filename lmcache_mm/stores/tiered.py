@@ -77,6 +77,10 @@ class TieredStore:
         _open.add(self)
 
     @property
+    def tiers(self) -> Sequence[Store]:
+        return tuple(self._tiers)
+
+    @property
     def local(self) -> bool:
         return all(tier.local for tier in self._tiers)
 

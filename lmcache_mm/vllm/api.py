@@ -32,7 +32,13 @@ from vllm.distributed.ec_transfer.ec_connector.base import (  # noqa: E402
     ECConnectorWorkerMetadata,
 )
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorPromMetrics, ECConnectorStats  # noqa: E402
-from vllm.distributed.kv_events import MEDIUM_CPU, MEDIUM_STORAGE, BlockStored, KVCacheEvent  # noqa: E402
+from vllm.distributed.kv_events import (  # noqa: E402
+    MEDIUM_CPU,
+    MEDIUM_STORAGE,
+    BlockRemoved,
+    BlockStored,
+    KVCacheEvent,
+)
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     KVConnectorBase_V1,
@@ -46,6 +52,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks  # noqa: E402
+from vllm.v1.core.kv_cache_utils import (  # noqa: E402
+    ExternalBlockHash,
+    generate_block_hash_extra_keys,
+    maybe_convert_block_hash,
+    resolve_block_hashes,
+    to_event_extra_keys,
+)
 from vllm.v1.core.sched.output import SchedulerOutput  # noqa: E402
 from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheConfig,
@@ -65,6 +78,7 @@ __all__ = [
     "MEDIUM_STORAGE",
     "SESSIONS_OUTRUN_TOKENS",
     "BlockPool",
+    "BlockRemoved",
     "BlockStored",
     "CacheHitSource",
     "ECConnectorBase",
@@ -74,6 +88,7 @@ __all__ = [
     "ECConnectorRole",
     "ECConnectorStats",
     "ECConnectorWorkerMetadata",
+    "ExternalBlockHash",
     "KVCacheBlocks",
     "KVCacheConfig",
     "KVCacheEvent",
@@ -94,8 +109,12 @@ __all__ = [
     "SupportsHMA",
     "VllmConfig",
     "WorkerBase",
+    "generate_block_hash_extra_keys",
     "get_current_vllm_config_or_none",
     "get_kv_cache_spec_kind",
     "get_kv_cache_spec_sliding_window",
     "group_kernel_blocks",
+    "maybe_convert_block_hash",
+    "resolve_block_hashes",
+    "to_event_extra_keys",
 ]

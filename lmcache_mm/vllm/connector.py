@@ -122,7 +122,6 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         return False, None
 
     def take_events(self) -> list[Any]:
-        """BlockStored, by prefix keys, of records that are in the store. Nobody is told when one is evicted."""
         return self._scheduler.take_events()
 
     def has_pending_push_work(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -78,8 +77,6 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
     layouts: dict[int, Layout] = field(default_factory=dict)  # of ranks, told once
     loaded: set[int] = field(default_factory=set)  # serials of loads within a step that ended, well or not
     saves: int = 0  # that ended
-    stored: Counter[bytes] = field(default_factory=Counter)  # prefix keys: how many ranks stored all their records
-    dropped: set[bytes] = field(default_factory=set)  # prefix keys that some rank did not
     weights: dict[tuple[int, int], bytes] = field(default_factory=dict)  # digests, by Metadata.look and rank
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:
@@ -88,8 +85,6 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
             self.layouts | other.layouts,
             self.loaded | other.loaded,
             self.saves + other.saves,
-            self.stored + other.stored,
-            self.dropped | other.dropped,
             self.weights | other.weights,
         )
 

@@ -116,6 +116,7 @@ class Group:
     page_tokens: int
     window: int | None  # of sliding-window attention
     kv_dtype: str
+    kind: str  # as vLLM calls it
 
 
 def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]:
@@ -145,5 +146,5 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
             mode = getattr(one, "kv_quant_mode", None)
             dtype = str(one.dtype).removeprefix("torch.") + (f" {mode.name}" if mode else "")
             window = get_kv_cache_spec_sliding_window(spec)
-            groups.append(Group(table, GROUPS_OF_TABLE * table + i, layers, one.block_size, window, dtype))
+            groups.append(Group(table, GROUPS_OF_TABLE * table + i, layers, one.block_size, window, dtype, kind.value))
     return groups

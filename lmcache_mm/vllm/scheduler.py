@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +19,14 @@ from lmcache_mm.prompt import Item, Namespace, owner_of
 from lmcache_mm.stores import Store, open_store
 from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import (
-    MEDIUM_CPU,
-    MEDIUM_STORAGE,
     SESSIONS_OUTRUN_TOKENS,
     BlockPool,
-    BlockStored,
-    KVCacheEvent,
     KVConnectorOutput,
     Request,
     SchedulerOutput,
     VllmConfig,
 )
+from lmcache_mm.vllm.events import Events
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, drop_malformed_params, wishes_of
@@ -91,10 +88,7 @@ class Scheduler:
         self._at_once_left_s = AT_ONCE_S  # of this step
         self._saving = 0  # saves that workers have not told about
         self._saves_until = 0.0
-        events = config.kv_events_config
-        self._tells = events is not None and events.enable_kv_cache_events
-        self._untold: dict[bytes, tuple[int, BlockStored]] = {}  # how many ranks have not stored it
-        self._events: list[KVCacheEvent] = []
+        self.events = Events.of(config, self._store, groups, options.timeout_s)
 
     def learn_layouts(self, layouts: dict[int, Layout]) -> None:
         """Of ranks, as they tell. Inside MultiConnector a handshake may be another connector's, so that workers tell
@@ -107,6 +101,8 @@ class Scheduler:
                 raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}, the scheduler has not")
         self._layouts |= layouts
         self._places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
+        if self.events:
+            self.events.learn_places(self._places)
         self._make_namespace()
 
     def _make_namespace(self) -> None:
@@ -126,6 +122,8 @@ class Scheduler:
     def watch(self, pool: BlockPool) -> None:
         """The engine's pages. Of a reset of vLLM's own cache alone, this is where it shows."""
         self._pool, self._cached_blocks = pool, _cached_blocks(pool)
+        if self.events:
+            self.events.bind(pool)
 
     def reset(self) -> None:
         """The weights may be others now. Nothing is matched or stored until workers have looked at them; what has been
@@ -136,6 +134,8 @@ class Scheduler:
         self._looked = {}
         self._weights_now = identity.weights_now = identity.UNKNOWN
         self._make_namespace()
+        if self.events:
+            self.events.forget()
         loading = {load.request_id for load, _ in self._loading.values()}
         for ours in self._requests.values():
             ours.tracker = ours.lookup = ours.identifying = None
@@ -167,6 +167,8 @@ class Scheduler:
     def close(self) -> None:
         for _, release in self._loading.values():
             release()
+        if self.events:
+            self.events.close()
         for lane in (self._identifying, self._lookups):
             lane.close(self._options.timeout_s)
         self._store.close()
@@ -344,6 +346,8 @@ class Scheduler:
         if found is None:
             return self._later(ours, self._lookups.stalled_s())
         ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
+        if self.events:
+            self.events.expect(request, found, found=True)
         if not ours.counted:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
@@ -564,9 +568,8 @@ class Scheduler:
         whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
         if not whole:
             return None
-        if self._tells:
-            saved = {one.key for one in whole}
-            self._will_tell(request, tracker, [record for record in records if record.key in saved])
+        if self.events:
+            self.events.expect(request, records, found=False)
         return Save(tracker.owner, whole)
 
     def _send_all_items(self, step: SchedulerOutput) -> None:
@@ -581,7 +584,8 @@ class Scheduler:
 
     def saves_are_under_way(self) -> bool:
         """Whether it pays to make another step, so that workers can tell what they have stored."""
-        return self._saving > 0 and time.monotonic() < self._saves_until
+        saving = self._saving > 0 and time.monotonic() < self._saves_until
+        return saving or (self.events is not None and self.events.are_under_way())
 
     def take_output(self, output: KVConnectorOutput) -> None:
         """Requests whose load failed are computed, and never matched again: a store that claims and does not deliver
@@ -600,7 +604,8 @@ class Scheduler:
                 if not bad_pages.isdisjoint(page for one in records for page in one.pages):
                     failed.add(serial)
             self._saving -= told.saves
-            self._tell(told)
+            if self.events and told.saves:
+                self.events.look()
         for serial in ended:  # what else has ended is another connector's
             load, release = self._loading.pop(serial)
             release()
@@ -612,38 +617,8 @@ class Scheduler:
                 if ours.tracker:
                     ours.tracker.stored_tokens = 0
 
-    # --- Events: what routers are told
-
-    def _will_tell(self, request: Request, tracker: RequestTracker, records: Iterable[Record]) -> None:
-        token_ids = request.all_token_ids
-        url = self._options.store if isinstance(self._options.store, str) else self._options.store[0]
-        for record in records:
-            before = tracker.records(token_ids, record.begin, record.begin - 1) if record.begin else []
-            event = BlockStored(
-                block_hashes=[record.key],
-                parent_block_hash=before[-1].key if before else None,
-                token_ids=list(token_ids[record.begin : record.end]),
-                block_size=self._chunk_tokens,
-                lora_id=None,
-                lora_name=request.lora_request.lora_name if request.lora_request else None,
-                medium=MEDIUM_CPU if url.startswith(("shm:", "tiered:shm:")) else MEDIUM_STORAGE,
-            )
-            self._untold[record.key] = (self._ranks, event)
-
-    def _tell(self, told: WorkerMetadata) -> None:
-        for key in told.dropped:
-            self._untold.pop(key, None)
-        for key, ranks in told.stored.items():
-            if key in self._untold:
-                missing, event = self._untold.pop(key)
-                if missing > ranks:
-                    self._untold[key] = (missing - ranks, event)
-                else:
-                    self._events.append(event)
-
     def take_events(self) -> list[Any]:
-        events, self._events = self._events, []
-        return events
+        return self.events.take() if self.events else []
 
 
 def _cached_blocks(pool: BlockPool) -> object:

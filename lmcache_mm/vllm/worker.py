@@ -65,8 +65,6 @@ class Worker:
         self._chunk_tokens, self._num_blocks = chunk_tokens, caches.num_blocks
         parallel = config.parallel_config
         self._rank = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-        events = config.kv_events_config
-        self._tells = events is not None and events.enable_kv_cache_events
         self._store: Store | None = None
         self._transfers: list[Transfer] = []
         self._loading: dict[str, Loading] = {}  # in the background
@@ -251,24 +249,6 @@ class Worker:
         self._news.saves += 1
         if not stored:
             self.stats.add(failed_stores=1)
-        if self._tells:
-            keys = {one.key for one in save.records}
-            lost = self._lost(save) if stored else keys
-            self._news.stored.update(keys - lost)
-            self._news.dropped |= lost
-
-    def _lost(self, save: Save) -> set[bytes]:
-        """Prefix keys of what the store dropped, as far as it can tell at once."""
-        if self._store is None or not self._store.local:
-            return set()
-        keys = [
-            (one.key, record_key(one.key, group.number, self._rank))
-            for one in save.records
-            for group in self._groups
-            if group.table == one.table
-        ]
-        there = self._store.contains([key for _, key in keys], True)
-        return {prefix for (prefix, _), is_there in zip(keys, there, strict=True) if not is_there}
 
     # --- Both
 

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +25,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 import msgspec
 import numpy as np
 import torch
-import zmq
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import PoolerConfig
-from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
@@ -39,8 +38,10 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 import faulty
+import routers
 from lmcache_mm import tiny_qwen2_vl
 from lmcache_mm.cli import main as lmcache_mm
+from lmcache_mm.prompt import owner_of
 from lmcache_mm.stores import open_store
 
 FOLDER = Path(sys.argv[2]) if len(sys.argv) > 2 else Path()
@@ -323,8 +324,7 @@ def fault_questions(fault: str) -> list[dict[str, Any]]:
 
 
 def pressure() -> dict[str, Any]:
-    """A KV cache that is too small; a request aborted in the middle of its load; generated tokens; what
-    routers are told."""
+    """A KV cache that is too small; a request aborted in the middle of its load; generated tokens."""
     one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
     long = [prompt(f"{word} " * 12) for word in ("alpha", "beta", "gamma")]
     many = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -357,15 +357,10 @@ def pressure() -> dict[str, Any]:
             time.sleep(1)
         with engine(url, extra={"opaque_tails": True}) as llm:
             seen["after a step that failed"] = ask(llm, one)
-    address = f"ipc://{tempfile.mkdtemp()}/events"
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
-    with store() as url, subscriber(address) as published:
-        with engine(url, extra={"store_generated": True}, kv_events_config=events) as llm:
-            first = ask(llm, long[0], sampling=many)[0]
-            token_ids = llm.get_tokenizer().encode(long[0]["prompt"]) + first["answer"]
-            seen["generated"] = ask(llm, {"prompt_token_ids": token_ids})
-            seen["token ids"] = token_ids
-        seen["events"] = published()
+    with store() as url, engine(url, extra={"store_generated": True}) as llm:
+        first = ask(llm, long[0], sampling=many)[0]
+        token_ids = llm.get_tokenizer().encode(long[0]["prompt"]) + first["answer"]
+        seen["generated"] = ask(llm, {"prompt_token_ids": token_ids})
     return seen
 
 
@@ -484,28 +479,6 @@ def odd_requests() -> dict[str, Any]:
                 seen["aborted"].append(f"{odd}: {type(error).__name__}: {error}")
         seen["afterwards"] = ask(llm, one, tiny)
     return seen
-
-
-@contextmanager
-def subscriber(address: str):
-    """Gives a function that returns (parent, key, token ids) of the connector's events, as routers see them."""
-    context = zmq.Context()
-    receiver = context.socket(zmq.SUB)
-    receiver.connect(address)
-    receiver.setsockopt_string(zmq.SUBSCRIBE, "")
-
-    def published() -> list[Any]:
-        stored = []
-        while receiver.poll(1000):
-            batch = msgspec.msgpack.decode(receiver.recv_multipart()[-1], type=KVEventBatch)
-            stored += [e for e in batch.events if isinstance(e, BlockStored) and e.medium == "CPU"]
-        names = {e.block_hashes[0]: i for i, e in enumerate(stored)}
-        return [[names.get(e.parent_block_hash), e.token_ids] for e in stored]
-
-    try:
-        yield published
-    finally:
-        context.destroy(0)
 
 
 def pausing() -> dict[str, Any]:
@@ -635,6 +608,118 @@ def inside_multi() -> dict[str, Any]:
         for name, url in (("first", first), ("second", second)):
             with engine(url, extra={"opaque_tails": True}) as llm:
                 seen[name] = ask(llm, one, two)
+    return seen
+
+
+@contextmanager
+def questions(llm: LLM):
+    """Fills a list with what a router would know of each request."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    add, asked = scheduler.add_request, []
+
+    def adding(request: Any) -> None:
+        places = [(f.identifier, f.mm_position.offset, f.mm_position.length) for f in request.mm_features]
+        pictures = [routers.Picture(*place) for place in places]
+        asked.append(routers.Question(list(request.all_token_ids), pictures, request.cache_salt))
+        add(request)
+
+    scheduler.add_request = adding
+    try:
+        yield asked
+    finally:
+        scheduler.add_request = add
+
+
+def elsewhere(program: str, *arguments: str) -> None:
+    """A process of its own does something to a store."""
+    begin = "import sys; from lmcache_mm.stores import open_store; store = open_store(sys.argv[1]); "
+    subprocess.run([sys.executable, "-c", begin + program + "; store.close()", *arguments], check=True)
+
+
+@contextmanager
+def routed(url: str, **options: Any):
+    """An engine, what it was asked, a function that says how many tokens of some questions a router finds there, what
+    it has told, and the router's index."""
+    address = f"ipc://{tempfile.mkdtemp()}/events"
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
+    index, told = routers.Index(32), []
+    with (
+        routers.subscriber(address) as published,
+        engine(url, **{"kv_events_config": events, "enable_prefix_caching": True, **options}) as llm,
+        questions(llm) as asked,
+    ):
+
+        def where(about: Sequence[routers.Question]) -> list[int]:
+            time.sleep(1.1)  # a round of looks
+            ask(llm, prompt("hm? "), prompt("hm? "), sampling=wishing({"store": False, "load": False}))
+            new = published()
+            index.take(new)
+            told.extend(new)
+            return [index.tokens_at(question) for question in about]
+
+        yield llm, asked, where, told, index
+
+
+def routing() -> dict[str, Any]:
+    """Where a router would send requests about pictures, as the store's contents come and go."""
+    about = "words before it, so that it begins late | what?"
+    one, other = prompt(about, image(0, 336)), prompt(about, image(1, 336))
+    ours, theirs = {**one, "cache_salt": "ours"}, {**one, "cache_salt": "theirs"}
+    not_stored = wishing({"store": False})
+    seen: dict[str, Any] = {}
+    with store("1MiB") as url:
+        with routed(url) as (llm, asked, where, told, index):
+            ask(llm, one, ours)
+            ask(llm, other, theirs, sampling=wishing({"store": False, "load": False}))
+            known = list(asked)
+            seen["stored"] = where(known)
+            elsewhere("store.forget(bytes.fromhex(sys.argv[2]))", url, owner_of("ours").hex())
+            seen["forgotten"] = where(known)
+            gpu, cpu = (routers.by_block(told, medium) for medium in ("GPU", "CPU"))
+            seen["blocks"] = [len(cpu), sum(block == gpu.get(name) for name, block in cpu.items())]
+            seen["wrong"] = index.wrong()
+        with routed(url) as (llm, _, where, _, index):
+            ask(llm, one, ours, sampling=not_stored)
+            seen["found"] = where(known)
+            llm.reset_prefix_cache()
+            seen["vLLM's cache reset"] = where(known)
+            ask(llm, one, sampling=not_stored)
+            seen["found again"] = where(known)
+            elsewhere("store.put([bytes([i]) * 32 for i in range(64)], [bytes(1 << 16)] * 64)", url)
+            seen["evicted"] = where(known)
+            ask(llm, one, ours)
+            seen["stored anew"] = where(known)
+            llm.reset_prefix_cache(reset_connector=True)
+            seen["reset"] = where(known)
+            seen["wrong"] += index.wrong()
+    return seen
+
+
+def routing_groups() -> dict[str, Any]:
+    """Groups of layers, of full attention and of windows; also without vLLM's own cache."""
+    words = prompt(" ".join(f"word{i}" for i in range(40)))
+    with store() as url:
+        with routed(url, model="swa") as (llm, asked, where, told, index):
+            ask(llm, words)
+            where([])
+            wrong = index.wrong()
+        with routed(url, model="swa", enable_prefix_caching=False) as (llm, asked, where, _, index):
+            ask(llm, words)
+            where([])
+            found = [index.tokens_at(asked[0], group=group) for group in range(4)]
+            wrong += index.wrong()
+    gpu, cpu = (routers.by_block(told, medium) for medium in ("GPU", "CPU"))
+    seen: dict[str, Any] = {"wrong": wrong, "without vLLM's cache": found}
+    for group in sorted({group for group, _ in cpu}):
+        ours = {name: block for name, block in cpu.items() if name[0] == group}
+        one, *_ = ours.values()
+        of_group = {
+            "window": one["kv_cache_spec_sliding_window"],
+            "blocks": len(ours),
+            "of vLLM": len(ours.keys() & gpu.keys()),
+            "same": sum(gpu.get(name) == block for name, block in ours.items()),
+        }
+        seen.setdefault(one["kv_cache_spec_kind"], []).append(of_group)
     return seen
 
 
@@ -1091,6 +1176,8 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         first_host,
         second_host,
         inside_multi,
+        routing,
+        routing_groups,
         encoder,
         encoder_identity,
         encoder_trouble,

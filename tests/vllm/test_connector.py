@@ -77,6 +77,8 @@ SCENARIOS = {
     "sessions": ("0.33-V1",),
     "sessions_in_trouble": ("0.33-V2",),
     "sessions_served": ("0.32-V1",),
+    "routing": ("0.33-V2",),
+    "routing_groups": ("0.33-V1",),
 }
 
 
@@ -402,10 +404,43 @@ def test_generated_tokens_are_stored_on_request(pressure):
     assert cached(pressure["generated"]) == [128]
 
 
-def test_routers_are_told_what_is_stored(pressure):
-    """Both chunks of one prompt, the second one as a child of the first; and the tail that is a page."""
-    token_ids = pressure["token ids"]
-    assert pressure["events"] == [[None, token_ids[:64]], [0, token_ids[64:128]]]
+def test_routers_find_a_picture_where_it_is_stored_and_no_other_picture_or_tenant(routing):
+    """Of four questions: the picture, the same under another salt, another picture, of which the words before it are
+    stored, and the first one under a salt of which nothing is."""
+    assert routing["stored"] == routing["stored anew"] == [192, 192, 32, 0]
+    assert routing["wrong"] == []
+
+
+def test_routers_are_told_of_what_another_engine_stored_once_it_is_found(routing):
+    assert routing["found"] == [192, 0, 32, 0]
+
+
+def test_routers_are_told_what_other_processes_took_from_the_store(routing):
+    """A tenant is forgotten; everything is evicted by records of somebody else."""
+    assert routing["forgotten"] == [192, 0, 32, 0]
+    assert routing["evicted"] == [0, 0, 0, 0]
+
+
+def test_routers_forget_with_a_reset_and_are_told_again_of_what_is_found_after_it(routing):
+    """After one of the connector nothing of before is found any more."""
+    assert routing["vLLM's cache reset"] == routing["reset"] == [0, 0, 0, 0]
+    assert routing["found again"] == [192, 0, 32, 0]
+
+
+def test_blocks_are_told_as_vllms_own_pool_tells_them_in_the_same_engine(routing):
+    assert routing["blocks"] == [12, 12]
+
+
+def test_blocks_of_all_groups_are_told(routing_groups):
+    """vLLM's pool leaves out blocks of windows that no hit can end with, and tells of others' tokens too."""
+    (whole,) = routing_groups["full_attention"]
+    assert whole == {"window": None, "blocks": 8, "of vLLM": 8, "same": 8}
+    windows = routing_groups["sliding_window"]
+    assert windows == [{**window, "window": 64, "blocks": 8} for window in windows]
+    assert len(windows) == 3
+    assert all(window["of vLLM"] for window in windows)
+    assert routing_groups["without vLLM's cache"] == [256] * 4
+    assert routing_groups["wrong"] == []
 
 
 @pytest.mark.parametrize("setting", ["both at once", "prefix caching", "steps of 32 tokens", "sync", "generated"])

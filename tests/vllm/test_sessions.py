@@ -135,7 +135,7 @@ def new_vllm(monkeypatch):
             use_v2_model_runner=False,
             speculative_config=speculative,
         )
-        groups = [options.Group(0, 0, ["layer"], PAGE, None, "float32")]
+        groups = [options.Group(0, 0, ["layer"], PAGE, None, "float32", "full_attention")]
         scheduler = module.Scheduler(config, options.Options("shm:///unused", timeout_s=10), groups, CHUNK, PAGE)
         scheduler._layouts = {0: None}
         scheduler._namespace, scheduler._places = NAMESPACE, [(0, 0)]
