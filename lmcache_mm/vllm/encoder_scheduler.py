@@ -21,7 +21,7 @@ from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
 from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
 from lmcache_mm.vllm.metrics import EncoderStats
-from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
+from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions, wishes_of
 
 AT_ONCE_S = 0.001  # how long a step waits for what is under way; longer, and vLLM asks again in the next
 MOST_HELD_BYTES = 1 << 30  # of outputs in memory, for requests that wait; beyond it items are encoded
@@ -114,12 +114,11 @@ class EncoderScheduler:
         self._in_engine.clear()
 
     def _add(self, request: Request) -> _Request:
-        wishes = [(p or {}).get("lmcache_mm") for p in (request.ec_transfer_params, request.kv_transfer_params)]
-        wish = next((w for w in wishes if isinstance(w, dict)), {})
+        wishes = wishes_of(request.ec_transfer_params, request.kv_transfer_params)
         namespace = self._namespace
         identifying = self._identifying.submit(lambda _: self._identify(request, namespace))
         unknown: list[OutputKey | None] = [None] * len(request.mm_features)
-        ours = _Request(request, bool(wish.get("load", True)), bool(wish.get("store", True)), identifying, unknown)
+        ours = _Request(request, wishes.load, wishes.store, identifying, unknown)
         self._requests[request.request_id] = ours
         return ours
 

@@ -75,6 +75,28 @@ class Options(EncoderOptions):
     store_generated: bool = False
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asks of a connector."""
+
+    load: bool = True
+    store: bool = True
+    wait: bool = False  # for what another engine promised
+
+
+def wishes_of(own: object, *others: object) -> Wishes:
+    """What a request's transfer params say under "lmcache_mm": those of the connector that asks, else those of others,
+    which cannot make it wait. Clients write them, of any type: what is not true or false counts as left out."""
+    said = [params.get("lmcache_mm") if isinstance(params, dict) else None for params in (own, *others)]
+    flags: dict[str, bool] = {}
+    for i, wishes in enumerate(said):
+        for name in ("load", "store", "wait") if i == 0 else ("load", "store"):
+            value = wishes.get(name) if isinstance(wishes, dict) else None
+            if isinstance(value, bool):
+                flags.setdefault(name, value)
+    return Wishes(**flags)
+
+
 @dataclass
 class Group:
     """Layers of one of vLLM's KV cache groups whose pages are alike. Only workers see all of them: vLLM tells its

@@ -30,7 +30,7 @@ from lmcache_mm.vllm.api import (
 )
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
-from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options
+from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, wishes_of
 from lmcache_mm.vllm.request_tracker import RequestTracker
 
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
@@ -125,11 +125,10 @@ class Scheduler:
     # --- Requests
 
     def add(self, request: Request) -> None:
-        wishes = (request.kv_transfer_params or {}).get("lmcache_mm")
-        wishes = wishes if isinstance(wishes, dict) else {}
+        wishes = wishes_of(request.kv_transfer_params)
         # A session that goes on gets tokens and items that nobody tells of.
         cached = self._namespace is not None and not getattr(request, "resumable", False)
-        ours = _Request(request, cached and bool(wishes.get("load", True)), cached and bool(wishes.get("store", True)))
+        ours = _Request(request, cached and wishes.load, cached and wishes.store)
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
             namespace = self._namespace if cached else None

@@ -139,6 +139,37 @@ def test_a_claim_is_one_requests_and_another_may_have_other_data_under_that_iden
     assert not scheduler.claims("a")
 
 
+ODD = [None, True, 0, 1.5, "abc", ["lmcache_mm"], {}]
+ODD += [{"lmcache_mm": odd} for odd in (*ODD, {"load": "no", "store": 0, "wait": []})]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_a_request_whose_params_are_odd_is_served_as_one_without(scheduler, store, odd):
+    keep(store, item(1, "a"))
+    one = request("1", item(1, "a"), item(2, "b", offset=10))
+    one.ec_transfer_params = one.kv_transfer_params = odd
+    ensure(scheduler, one)
+    assert scheduler.claims("a")
+    assert list(scheduler.plan_step(step(encode={"1": [1]})).saves) == ["b"]
+
+
+def test_wishes_are_those_of_the_connectors_own_params_else_of_the_others_which_cannot_make_it_wait():
+    options = importlib.import_module("lmcache_mm.vllm.options")
+
+    def said(**wishes: Any) -> Any:
+        return {"lmcache_mm": wishes}
+
+    for params, wishes in (
+        ([], {}),
+        ([said(load=False)], {"load": False}),
+        ([said(wait=True)], {"wait": True}),
+        ([said(load=True), said(load=False, store=False)], {"store": False}),
+        ([None, said(load=False, wait=True)], {"load": False}),
+        ([said(load=0, store="", wait=1), said(store=False)], {"store": False}),
+    ):
+        assert options.wishes_of(*(params or [None])) == options.Wishes(**wishes)
+
+
 def test_an_identifier_of_two_contents_in_one_request_is_not_claimed_and_saved_as_what_is_encoded(scheduler, store):
     one = request("1", item(1, "a"), item(2, "a", offset=10))
     keep(store, one.mm_features[1])
