@@ -30,7 +30,7 @@ from lmcache_mm.vllm.api import (
 )
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
-from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, wishes_of
+from lmcache_mm.vllm.options import ASK_AGAIN_S, GROUPS_OF_TABLE, NAME, Group, Options, wishes_of
 from lmcache_mm.vllm.request_tracker import RequestTracker
 
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
@@ -43,10 +43,12 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
+    waits: bool  # for what another engine promised
     identifying: Work | None = None  # its tracker under way
     tracker: RequestTracker | None = None  # if there is none and none under way, it is not cached
     planned_until: int = 0  # tokens up to which saves are planned
     asked_at: float = 0.0  # when it was matched first
+    ask_at: float = 0.0  # not before, if it waits
     counted: bool = False
     lookup: Work | None = None  # its next hit under way
     hit: list[Record] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Scheduler:
     def __init__(self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, unit: int) -> None:
         self.stats = Stats()
         self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
+        self._loads, self._saves = config.kv_transfer_config.is_kv_consumer, config.kv_transfer_config.is_kv_producer
         self._tables = {group.table: group for group in groups}
         self._windows = {group.table: group.window for group in groups if group.window is not None}
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
@@ -128,7 +131,9 @@ class Scheduler:
         wishes = wishes_of(request.kv_transfer_params)
         # A session that goes on gets tokens and items that nobody tells of.
         cached = self._namespace is not None and not getattr(request, "resumable", False)
-        ours = _Request(request, cached and wishes.load, cached and wishes.store)
+        loads, saves = cached and self._loads and wishes.load, cached and self._saves and wishes.store
+        # After a reset no other engine's records have this one's keys.
+        ours = _Request(request, loads, saves, waits=wishes.wait and self._epoch is None)
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
             namespace = self._namespace if cached else None
@@ -193,6 +198,19 @@ class Scheduler:
             ours.tracker, ours.identifying = ours.identifying.future.result(), None
         return ours.tracker if ours.loads or ours.saves else None
 
+    def promise(self, request: Request) -> dict[str, Any] | None:
+        """Of the answer to a request that another engine is to decode: what that engine may wait for. It names nothing,
+        for whoever loads computes the keys from its own request."""
+        ours = self._requests.get(request.request_id)
+        asked = isinstance(request.kv_transfer_params, dict) and request.kv_transfer_params.get("do_remote_decode")
+        tracker = self._tracker(ours) if ours and ours.saves else None
+        if asked is not True or tracker is None or self._epoch is not None:
+            return None
+        records = tracker.records(request.all_token_ids, request.num_prompt_tokens)
+        if not records or tracker.stored_tokens < records[-1].end:
+            return None
+        return {"lmcache_mm": {"wait": True}}
+
     def drop(self, request: Request) -> None:
         """A load that is under way stays: until workers report it vLLM keeps the pages."""
         self._requests.pop(request.request_id, None)
@@ -212,9 +230,14 @@ class Scheduler:
         tracker = self._tracker(ours)
         if tracker is None or not ours.loads or request.request_id in self._failed or not self._still_agreed(request):
             return 0, False
+        if ours.waits and time.monotonic() < ours.ask_at:
+            return None, False
         found = self._found(ours, tracker)
         if found is None:
             return self._later(ours, self._lookups)
+        if ours.waits and self._more_may_come(ours, tracker, max(local_tokens, found[-1].end if found else 0)):
+            return None, False
+        ours.waits = False
         ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
         if not ours.counted:
             ours.counted = True
@@ -225,6 +248,18 @@ class Scheduler:
             end = min(end, request.num_tokens - 1)
         new = end - local_tokens
         return max(0, new), new > 0 and self._options.load == "async"
+
+    def _more_may_come(self, ours: _Request, tracker: RequestTracker, tokens: int) -> bool:
+        """Whether the store is to be asked again, for a prompt of which `tokens` are there."""
+        prompt_tokens = ours.request.num_prompt_tokens
+        ends = [record.end for record in self._loadable(ours.request, tracker) if record.end <= prompt_tokens]
+        if not ends or tokens >= ends[-1]:
+            return False
+        ours.ask_at = time.monotonic() + ASK_AGAIN_S
+        if ours.ask_at < ours.asked_at + self._options.timeout_s:
+            return True
+        self.stats.add(broken_promises=1)
+        return False
 
     def _is_done(self, work: Work) -> bool:
         """Waits for it, all together for a moment in each step."""
@@ -239,19 +274,20 @@ class Scheduler:
         if ours.lookup is None:
             records = self._loadable(ours.request, tracker)
             if self._store.local:
-                return self._look_up(records)
-            ours.lookup = self._lookups.submit(lambda _: self._look_up(records))
+                return self._look_up(ours, records)
+            ours.lookup = self._lookups.submit(lambda _: self._look_up(ours, records))
         if not self._is_done(ours.lookup):
             return None
         found: list[Record] = ours.lookup.future.result()
         ours.lookup = None
         return found
 
-    def _look_up(self, records: list[Record]) -> list[Record]:
+    def _look_up(self, ours: _Request, records: list[Record]) -> list[Record]:
         try:
             return self._longest(records)
         except Exception:
             logger.exception("%s: a store could not be asked", NAME)
+            ours.waits = False
             self.stats.add(failed_lookups=1)
             return []
 
