@@ -49,7 +49,9 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     store_generated: so are generated tokens. weights: what the weights are, where neither files nor a commit tell.
     timeout_s: for how long a store may do nothing (5); what waits for it is then computed, or not stored.
 
-    A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}.
+    A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
+    nothing, a kv_consumer stores nothing. An engine that stores answers {"lmcache_mm": {"wait": True}} to requests with
+    "do_remote_decode"; one that loads waits for what such a request needs, for timeout_s at most.
     """
 
     _cache_hit_source = CacheHitSource.HOST
@@ -63,7 +65,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         chunk_tokens = -(-options.chunk_tokens // unit) * unit
         if len({group.table for group in groups}) > 1 and options.load != "async":
             raise ValueError(f"{NAME}: load={options.load} is not supported with several KV cache groups; leave it out")
-        _see_to_failures(vllm_config, role)
+        multi = _inside(vllm_config)
+        _see_to_failures(vllm_config, role, multi)
+        # MultiConnector ends the engine when two of its connectors answer under one name, as two of these would.
+        self._promises = multi is None
         self._side: Scheduler | Worker
         if role == KVConnectorRole.SCHEDULER:
             self._side = Scheduler(vllm_config, options, groups, chunk_tokens, unit)
@@ -118,8 +123,9 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
+        promise = self._scheduler.promise(request) if self._promises else None
         self._scheduler.drop(request)
-        return False, None
+        return False, promise
 
     def take_events(self) -> list[Any]:
         return self._scheduler.take_events()
@@ -197,12 +203,17 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         self._side.close()
 
 
-def _see_to_failures(config: VllmConfig, role: KVConnectorRole) -> None:
-    """Requests whose load fails are to be computed; vLLM would end them."""
-    ours = config.kv_transfer_config
+def _inside(config: VllmConfig) -> Any:
+    """kv_transfer_config of the engine, if its connector is another one, which has this one inside."""
     engine = get_current_vllm_config_or_none()
     engines = None if engine is None else engine.kv_transfer_config
-    if engines is not None and engines.kv_connector != ours.kv_connector:
+    return None if engines is None or engines.kv_connector == config.kv_transfer_config.kv_connector else engines
+
+
+def _see_to_failures(config: VllmConfig, role: KVConnectorRole, engines: Any) -> None:
+    """Requests whose load fails are to be computed; vLLM would end them. engines: as of _inside."""
+    ours = config.kv_transfer_config
+    if engines is not None:
         if engines.kv_load_failure_policy != "recompute":
             logger.warning(
                 "%s inside %s: requests whose load fails will be ended with an error; "

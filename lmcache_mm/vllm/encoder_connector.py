@@ -33,14 +33,14 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
     LMCacheMMConnector uses. weights: what the weights are, where neither files nor a commit tell. timeout_s: for how
     long a store may do nothing (5); the items that wait for it are then encoded.
 
-    A request may say ec_transfer_params or kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}.
+    A request may say ec_transfer_params or kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. ec_role:
+    an ec_producer only encodes, and answers ec_transfer_params={"lmcache_mm": {"wait": True}}; an ec_consumer stores
+    nothing. One that loads waits for the items of such a request, for timeout_s at most.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
         super().__init__(vllm_config, role)
         config = vllm_config.ec_transfer_config
-        if config.ec_role != "ec_both":
-            raise ValueError(f'{ENCODER_NAME}: ec_role: expected "ec_both", got {config.ec_role!r}')
         model = vllm_config.model_config
         if model.is_encoder_decoder:
             raise ValueError(
@@ -89,8 +89,9 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
         return self._scheduler.take_unavailable()
 
     def request_finished(self, request: Request) -> tuple[bool, dict[str, Any] | None]:
+        promise = self._scheduler.promise(request)
         self._scheduler.drop(request)
-        return False, None
+        return False, promise
 
     # --- In a worker
 

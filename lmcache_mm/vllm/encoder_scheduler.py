@@ -22,7 +22,7 @@ from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
 from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
 from lmcache_mm.vllm.metrics import EncoderStats
-from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions, drop_malformed_params, wishes_of
+from lmcache_mm.vllm.options import ASK_AGAIN_S, ENCODER_NAME, EncoderOptions, drop_malformed_params, wishes_of
 
 AT_ONCE_S = 0.001  # how long a step waits for what is under way; longer, and vLLM asks again in the next
 MOST_HELD_BYTES = 1 << 30  # of outputs in memory, for requests that wait; beyond it items are encoded
@@ -36,11 +36,14 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
+    waits: bool  # for what another engine promised
     identifying: Work | None = None  # its keys under way
     keys: list[OutputKey | None] = field(default_factory=list)  # of its items; None: what it is is not known
     fetching: dict[int, Work] = field(default_factory=dict)  # outputs under way, by item
     outputs: dict[int, Packed | None] = field(default_factory=dict)  # those that have come; None: not there
     asked_at: float = 0.0  # when it began to wait
+    ask_at: dict[int, float] = field(default_factory=dict)  # by item that was asked for: again not before
+    kept: set[bytes] = field(default_factory=set)  # keys of outputs that the store had, or is being given
 
 
 class EncoderScheduler:
@@ -49,6 +52,7 @@ class EncoderScheduler:
     def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
         self.stats = EncoderStats()
         self._options = options
+        self._loads, self._saves = config.ec_transfer_config.is_ec_consumer, config.ec_transfer_config.is_ec_producer
         self._base = self._namespace = identity.encoder_namespace_of(config, options.weights)
         self._weights_now = identity.weights_now
         lora = config.lora_config
@@ -86,7 +90,8 @@ class EncoderScheduler:
             i
             for i, feature in enumerate(request.mm_features)
             if feature.mm_position.offset + feature.mm_position.length > computed_tokens
-            and feature.identifier not in self._in_engine
+            # An engine that only encodes asks for all, to know what it can promise.
+            and not (self._loads and feature.identifier in self._in_engine)
         ]
         if known := self._requests.get(request.request_id):
             known.outputs = {i: output for i, output in known.outputs.items() if i in needed}
@@ -102,7 +107,7 @@ class EncoderScheduler:
             ours.keys, ours.identifying = ours.identifying.future.result(), None
         if ours.loads and not all([self._fetch(request, ours, i) for i in needed]):
             return self._give_up(ours, self._fetches)
-        ours.asked_at = 0.0
+        ours.asked_at, ours.waits = 0.0, False
         self._claim(request, ours, needed)
         return True
 
@@ -119,7 +124,9 @@ class EncoderScheduler:
 
     def _add(self, request: Request) -> _Request:
         wishes = wishes_of(request.ec_transfer_params, request.kv_transfer_params)
-        ours = _Request(request, wishes.load, wishes.store)
+        # With other weights, another engine's records may not have this one's keys.
+        waits = wishes.wait and self._loads and self._weights_now is None
+        ours = _Request(request, wishes.load, wishes.store and self._saves, waits)
         self._requests[request.request_id] = ours
         return ours
 
@@ -153,17 +160,27 @@ class EncoderScheduler:
         if key is None or item in ours.outputs:
             return True
         if item not in ours.fetching:
-            self.stats.add(encoder_queried_items=1)
-            ours.fetching[item] = self._fetches.submit(lambda _: self._read(key))
+            if time.monotonic() < ours.ask_at.get(item, 0.0):
+                return False
+            self.stats.add(encoder_queried_items=item not in ours.ask_at)
+            ours.ask_at[item] = 0.0
+            ours.fetching[item] = self._fetches.submit(lambda _: self._read(ours, key))
         if not self._is_done(ours.fetching[item]):
             return False
         output: Packed | None = ours.fetching.pop(item).future.result()
+        if output is None and ours.waits:
+            ours.ask_at[item] = time.monotonic() + ASK_AGAIN_S
+            if ours.ask_at[item] < ours.asked_at + self._options.timeout_s:
+                return False
+            ours.waits = False
+            self.stats.add(encoder_broken_promises=1)
         self.stats.add(encoder_hit_items=output is not None)
         ours.outputs[item] = output
         return True
 
-    def _read(self, key: OutputKey) -> Packed | None:
-        """An output, verified, in memory. One for all who wait for it."""
+    def _read(self, ours: _Request, key: OutputKey) -> Packed | None:
+        """An output, verified, in memory. One for all who wait for it. What is there and cannot be had is not waited
+        for."""
         output = self._held.get(key.key)
         if output is not None:
             return output
@@ -173,13 +190,17 @@ class EncoderScheduler:
                 return None
             held_bytes = sum(one.payload.nbytes for one in list(self._held.values()))
             if held_bytes + payload_bytes(description) > MOST_HELD_BYTES:
+                ours.waits = False
                 return None
             output = read_payload(self._store, key.key, description, key.owner)
         except Exception:
             logger.exception("%s: a store could not be read", ENCODER_NAME)
+            ours.waits = False
             self.stats.add(encoder_failed_lookups=1)
             return None
-        if output is not None:
+        if output is None:
+            ours.waits = False
+        else:
             self._held[key.key] = output
         return output
 
@@ -218,6 +239,8 @@ class EncoderScheduler:
             keys.setdefault(feature.identifier, set()).add(key.key if key else b"")
             if output is not None and ours.loads and _fits(output, request.get_num_encoder_embeds(i)):
                 self._claims[feature.identifier] = output
+                if key is not None:
+                    ours.kept.add(key.key)
         self._claims = {name: output for name, output in self._claims.items() if len(keys[name]) == 1}
 
     def claims(self, identifier: str) -> bool:
@@ -232,7 +255,8 @@ class EncoderScheduler:
         output = self._claims.pop(identifier, None) if self._claims_of == request.request_id else None
         if output is None:
             return
-        self._planned[identifier] = output
+        if self._loads:
+            self._planned[identifier] = output
         self._in_engine.add(identifier)
         self.stats.add(encoder_loaded_items=1)
         ours = self._requests[request.request_id]
@@ -256,6 +280,7 @@ class EncoderScheduler:
                 key = ours.keys[item] if ours.saves and item < len(ours.keys) else None
                 if key is not None:
                     metadata.saves[identifier] = key
+                    ours.kept.add(key.key)
         if step.total_num_scheduled_tokens:  # else workers do not look at it
             metadata.loads, self._planned = self._planned, {}
         return metadata
@@ -271,6 +296,17 @@ class EncoderScheduler:
         """Requests with an item that neither vLLM nor the store has, and that cannot be encoded: see `Missing`."""
         unavailable, self._unavailable = self._unavailable, set()
         return unavailable
+
+    def promise(self, request: Request) -> dict[str, Any] | None:
+        """Of the answer of an engine that only encodes: what the next one may wait for, if that is all of the request's
+        items. It names nothing, for whoever loads computes the keys from its own request. `item_indices` is for vLLM's
+        proxy, which wants to be told of every item."""
+        ours = self._requests.get(request.request_id)
+        if ours is None or self._loads or self._weights_now is not None:
+            return None
+        if not all(key is not None and key.key in ours.kept for key in ours.keys):
+            return None
+        return {"lmcache_mm": {"wait": True, "item_indices": list(range(len(ours.keys)))}}
 
     def drop(self, request: Request) -> None:
         ours = self._requests.pop(request.request_id, None)

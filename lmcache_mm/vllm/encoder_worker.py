@@ -26,7 +26,8 @@ class EncoderWorker:
         self._timeout_s = options.timeout_s
         parallel = config.parallel_config
         first = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size) == 0
-        self._store: Store | None = open_store(options.store) if first else None
+        saves = first and config.ec_transfer_config.is_ec_producer
+        self._store: Store | None = open_store(options.store) if saves else None
         self._puts = Lane("lmcache_mm encoder store")
         self._lock = threading.Lock()
         self._waiting_bytes = 0

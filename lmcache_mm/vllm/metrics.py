@@ -20,6 +20,7 @@ COUNTERS = {
     "hit_tokens": "Tokens that the store had beyond vLLM's own prefix cache.",
     "loaded_tokens": "Tokens whose KV was loaded and verified.",
     "stored_tokens": "Tokens whose KV was handed to the store.",
+    "broken_promises": "Requests that were computed, for what another engine promised was not there in time.",
     "failed_lookups": "Requests that were computed because the store failed or took too long to tell what it has.",
     "failed_loads": "Requests whose load failed and that were computed instead.",
     "failed_stores": "Stores that failed.",
@@ -29,6 +30,7 @@ ENCODER_COUNTERS = {
     "encoder_hit_items": "Those that the store had, verified.",
     "encoder_loaded_items": "Those that were not encoded, for the store had them.",
     "encoder_stored_items": "Encoder outputs that were handed to the store.",
+    "encoder_broken_promises": "Requests whose items were encoded, for what was promised was not there in time.",
     "encoder_failed_lookups": "Requests whose items were encoded because the store failed or took too long.",
     "encoder_failed_stores": "Encoder outputs that could not be stored.",
 }

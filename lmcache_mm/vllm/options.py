@@ -18,6 +18,7 @@ from lmcache_mm.vllm.api import (
 NAME = "LMCacheMMConnector"
 ENCODER_NAME = "LMCacheMMEncoderConnector"
 GROUPS_OF_TABLE = 256
+ASK_AGAIN_S = 0.01  # how often a store is asked for what another engine promised
 CHOICES = {"load": ("async", "sync", "layers"), "identifiers": ("verify", "trust")}
 KINDS = {
     KVCacheSpecKind.FULL_ATTENTION,

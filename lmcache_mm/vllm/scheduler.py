@@ -29,7 +29,15 @@ from lmcache_mm.vllm.api import (
 from lmcache_mm.vllm.events import Events
 from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
 from lmcache_mm.vllm.metrics import Stats
-from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group, Options, drop_malformed_params, wishes_of
+from lmcache_mm.vllm.options import (
+    ASK_AGAIN_S,
+    GROUPS_OF_TABLE,
+    NAME,
+    Group,
+    Options,
+    drop_malformed_params,
+    wishes_of,
+)
 from lmcache_mm.vllm.request_tracker import RequestTracker
 
 NO_RECORD = bytes(32)  # a prefix key that no store holds
@@ -43,12 +51,14 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
+    waits: bool  # for what another engine promised
     prompt_tokens: int  # as identified, or being identified
     items: int
     identifying: Work | None = None  # its tracker under way
     tracker: RequestTracker | None = None  # if there is none and none under way, it is not cached
     planned_until: int = 0  # tokens up to which saves are planned
     asked_at: float = 0.0  # when it was matched first
+    ask_at: float = 0.0  # not before, if it waits
     counted: bool = False
     lookup: Work | None = None  # its next hit under way
     hit: list[Record] = field(default_factory=list)
@@ -61,6 +71,7 @@ class Scheduler:
     def __init__(self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, unit: int) -> None:
         self.stats = Stats()
         self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
+        self._loads, self._saves = config.kv_transfer_config.is_kv_consumer, config.kv_transfer_config.is_kv_producer
         self._tables = {group.table: group for group in groups}
         self._windows = {group.table: group.window for group in groups if group.window is not None}
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
@@ -179,8 +190,10 @@ class Scheduler:
         drop_malformed_params(request)
         wishes = wishes_of(request.kv_transfer_params)
         cached = len(self._layouts) == self._ranks
-        loads, saves = cached and wishes.load, cached and wishes.store
-        ours = _Request(request, loads, saves, request.num_prompt_tokens, len(request.mm_features))
+        loads, saves = cached and self._loads and wishes.load, cached and self._saves and wishes.store
+        # With other weights, another engine's records may not have this one's keys.
+        waits = wishes.wait and self._weights_now is None
+        ours = _Request(request, loads, saves, waits, request.num_prompt_tokens, len(request.mm_features))
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
             self._begin_identifying(ours)
@@ -299,6 +312,24 @@ class Scheduler:
                 ours.tracker.stored_tokens = stored_tokens
         return ours.tracker if ours.loads or ours.saves else None
 
+    def promise(self, request: Request) -> dict[str, Any] | None:
+        """Of the answer to a request that another engine is to decode: what that engine may wait for. It names nothing,
+        for whoever loads computes the keys from its own request."""
+        ours = self._requests.get(request.request_id)
+        if ours is None or not ours.saves or self._weights_now is not None:
+            return None
+        if (request.kv_transfer_params or {}).get("do_remote_decode") is not True:
+            return None
+        try:
+            tracker = self._tracker(ours)
+            records = tracker.records(request.all_token_ids, request.num_prompt_tokens) if tracker else []
+        except Exception:
+            self._leave_out(ours)
+            return None
+        if tracker is None or not records or tracker.stored_tokens < records[-1].end:
+            return None
+        return {"lmcache_mm": {"wait": True}}
+
     def drop(self, request: Request) -> None:
         """A load that is under way stays: until workers report it vLLM keeps the pages."""
         self._requests.pop(request.request_id, None)
@@ -342,9 +373,14 @@ class Scheduler:
             or not self._still_agreed(request.mm_features)
         ):
             return 0, False
+        if ours.waits and time.monotonic() < ours.ask_at:
+            return None, False
         found = self._found(ours, tracker)
         if found is None:
             return self._later(ours, self._lookups.stalled_s())
+        if ours.waits and self._more_may_come(ours, tracker, max(local_tokens, found[-1].end if found else 0)):
+            return None, False
+        ours.waits = False
         ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
         if self.events:
             self.events.expect(request, found, found=True)
@@ -360,6 +396,18 @@ class Scheduler:
             end = min(end, request.num_tokens - 1)
         return end - local_tokens, self._options.load == "async"
 
+    def _more_may_come(self, ours: _Request, tracker: RequestTracker, tokens: int) -> bool:
+        """Whether the store is to be asked again, for a prompt of which `tokens` are there."""
+        prompt_tokens = ours.request.num_prompt_tokens
+        ends = [record.end for record in self._loadable(ours.request, tracker) if record.end <= prompt_tokens]
+        if not ends or tokens >= ends[-1]:
+            return False
+        ours.ask_at = time.monotonic() + ASK_AGAIN_S
+        if ours.ask_at < ours.asked_at + self._options.timeout_s:
+            return True
+        self.stats.add(broken_promises=1)
+        return False
+
     def _is_done(self, work: Work) -> bool:
         """Waits for it, all together for a moment in each step."""
         if not work.future.done() and self._at_once_left_s > 0:
@@ -373,19 +421,20 @@ class Scheduler:
         if ours.lookup is None:
             records = self._loadable(ours.request, tracker)
             if self._store.local:
-                return self._look_up(records)
-            ours.lookup = self._lookups.submit(lambda _: self._look_up(records))
+                return self._look_up(ours, records)
+            ours.lookup = self._lookups.submit(lambda _: self._look_up(ours, records))
         if not self._is_done(ours.lookup):
             return None
         found: list[Record] = ours.lookup.future.result()
         ours.lookup = None
         return found
 
-    def _look_up(self, records: list[Record]) -> list[Record]:
+    def _look_up(self, ours: _Request, records: list[Record]) -> list[Record]:
         try:
             return self._longest(records)
         except Exception:
             logger.exception("%s: a store could not be asked", NAME)
+            ours.waits = False
             self.stats.add(failed_lookups=1)
             return []
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import KVTransferConfig, VllmConfig
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -67,7 +67,7 @@ KINDS = {
 
 
 def config_of(layout: str) -> VllmConfig:
-    config = VllmConfig()
+    config = VllmConfig(kv_transfer_config=KVTransferConfig(kv_connector="LMCacheMMConnector", kv_role="kv_both"))
     config.cache_config.kv_cache_layout = layout
     config.cache_config.num_gpu_blocks_override = BLOCKS
     return config

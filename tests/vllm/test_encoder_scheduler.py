@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -58,8 +59,10 @@ def step(tokens: int = 1, encode: dict[str, list[int]] | None = None, freed: lis
     )
 
 
-def config(tower_lora: bool = False) -> Any:
-    return SimpleNamespace(lora_config=SimpleNamespace(enable_tower_connector_lora=tower_lora))
+def config(tower_lora: bool = False, role: str = "ec_both") -> Any:
+    transfer = SimpleNamespace(is_ec_producer=role != "ec_consumer", is_ec_consumer=role != "ec_producer")
+    lora = SimpleNamespace(enable_tower_connector_lora=tower_lora)
+    return SimpleNamespace(lora_config=lora, ec_transfer_config=transfer)
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +171,85 @@ def test_wishes_are_those_of_the_connectors_own_params_else_of_the_others_which_
         ([said(load=0, store="", wait=1), said(store=False)], {"store": False}),
     ):
         assert options.wishes_of(*(params or [None])) == options.Wishes(**wishes)
+
+
+WAIT = {"lmcache_mm": {"wait": True}}
+
+
+def waits_s(scheduler: Any, one: Any) -> float:
+    begun = time.monotonic()
+    ensure(scheduler, one)
+    return time.monotonic() - begun
+
+
+def test_a_promised_output_is_waited_for_until_it_comes(scheduler, store):
+    one = request("1", item(1, "a"))
+    one.ec_transfer_params = WAIT
+    timer = threading.Timer(0.5, keep, (store, one.mm_features[0]))
+    timer.start()
+    assert waits_s(scheduler, one) > 0.4
+    timer.join()
+    assert scheduler.claims("a")
+    assert scheduler.stats.data["encoder_queried_items"] == 1
+    assert "encoder_broken_promises" not in scheduler.stats.data
+
+
+def test_what_does_not_come_in_time_is_encoded_and_what_did_is_claimed_and_nobody_else_waits(scheduler, store):
+    keep(store, item(2, "b"))
+    one = request("1", item(1, "a"), item(2, "b", offset=10))
+    one.ec_transfer_params = WAIT
+    assert waits_s(scheduler, one) > 1.9
+    assert [scheduler.claims(name) for name in "ab"] == [False, True]
+    assert scheduler.stats.data["encoder_broken_promises"] == 1
+    assert waits_s(scheduler, one) < 1.9  # once
+    other = request("2", item(1, "a"))
+    other.kv_transfer_params = WAIT  # another connector's
+    assert waits_s(scheduler, other) < 1.9
+
+
+@pytest.mark.parametrize("how", ["fails", "lies", "reset", "encodes only"])
+def test_what_cannot_come_is_not_waited_for(new_scheduler, store, monkeypatch, how):
+    scheduler = new_scheduler(role="ec_producer" if how == "encodes only" else "ec_consumer")
+    one = request("1", item(1, "a"))
+    one.ec_transfer_params = WAIT
+    module = importlib.import_module("lmcache_mm.vllm.encoder_scheduler")
+    if how == "fails":
+        monkeypatch.setattr(module, "read_description", lambda *_: 1 / 0)
+    if how == "lies":
+        keep(store, one.mm_features[0])
+        monkeypatch.setattr(module, "read_payload", lambda *_: None)
+    if how == "reset":
+        monkeypatch.setattr(identity, "weights_now", "after a reset")
+    assert waits_s(scheduler, one) < 1.9
+    assert not scheduler.claims("a")
+
+
+def test_an_engine_that_only_encodes_promises_what_it_stores_or_the_store_has_and_nothing_else(new_scheduler, store):
+    scheduler = new_scheduler(role="ec_producer")
+    keep(store, item(1, "a"))
+    both = request("both", item(1, "a"), item(2, "b", offset=10))
+    ensure(scheduler, both)
+    assert scheduler.claims("a")
+    scheduler.plan(both, 0)
+    assert scheduler.promise(both) is None  # b is not encoded yet
+    assert not scheduler.plan_step(step(encode={"both": [1]})).loads  # vLLM gives such an engine nothing to load
+    assert scheduler.promise(both) == {"lmcache_mm": {"wait": True, "item_indices": [0, 1]}}
+    again = request("again", item(2, "b"))  # in the engine, and not in the store
+    ensure(scheduler, again)
+    assert scheduler.promise(again) is None
+    keep(store, item(2, "b"))
+    later = request("later", item(2, "c"))
+    ensure(scheduler, later)
+    assert scheduler.promise(later) == {"lmcache_mm": {"wait": True, "item_indices": [0]}}
+    loads = new_scheduler()
+    ensure(loads, later)
+    assert loads.promise(later) is None
+
+
+def test_an_engine_that_only_loads_stores_nothing(new_scheduler):
+    scheduler = new_scheduler(role="ec_consumer")
+    ensure(scheduler, request("1", item(1, "a")))
+    assert not scheduler.plan_step(step(encode={"1": [0]})).saves
 
 
 def test_an_identifier_of_two_contents_in_one_request_is_not_claimed_and_saved_as_what_is_encoded(scheduler, store):

@@ -132,6 +132,7 @@ def new_vllm(monkeypatch):
         config = SimpleNamespace(
             parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
             kv_events_config=None,
+            kv_transfer_config=SimpleNamespace(is_kv_consumer=True, is_kv_producer=True),
             use_v2_model_runner=False,
             speculative_config=speculative,
         )
