@@ -31,6 +31,8 @@ class Engines(dict[str, Engine]):
 
 @pytest.fixture(scope="module", params=CHOSEN or ("0.33-V1",))
 def engines(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    if request.param.endswith("V2"):
+        pytest.skip("vLLM's worker for CPUs has no V2 runner for an engine that only encodes")
     folder = tmp_path_factory.mktemp("disaggregated")
     tiny_qwen2_vl.write_checkpoint(folder / "vlm")
     shm = f"shm:///test{uuid.uuid4().hex}"
