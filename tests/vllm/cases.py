@@ -67,7 +67,8 @@ KINDS = {
 
 
 def config_of(layout: str) -> VllmConfig:
-    config = VllmConfig(kv_transfer_config=KVTransferConfig(kv_connector="LMCacheMMConnector", kv_role="kv_both"))
+    config = VllmConfig()
+    config.kv_transfer_config = KVTransferConfig(kv_connector="LMCacheMMConnector", kv_role="kv_both")
     config.cache_config.kv_cache_layout = layout
     config.cache_config.num_gpu_blocks_override = BLOCKS
     return config
