@@ -147,6 +147,14 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.register(kv_caches)
 
+    def unregister_kv_caches(self) -> None:
+        """From vLLM 0.33 on: the engine's pages are about to be unmapped, by sleep."""
+        self._worker.fall_asleep()
+
+    def restore_kv_caches(self) -> None:
+        """They are mapped again, at the same addresses."""
+        self._worker.wake_up()
+
     def get_handshake_metadata(self) -> Handshake:
         return Handshake(self._worker.layout)
 

@@ -70,6 +70,7 @@ class Worker:
         self._loading: dict[str, Loading] = {}  # in the background
         self._in_step: list[Loading] = []  # those that this step waits for
         self._bad_pages: set[int] = set()
+        self._asleep = False  # the pages are not mapped
         # Whether saves may go on behind a step: not where vLLM writes pages before it tells of the step, to zero or to
         # copy them, nor where it unmaps them without a word.
         sleeps = config.model_config is not None and config.model_config.enable_sleep_mode
@@ -96,6 +97,18 @@ class Worker:
             Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens))
             for layout in layouts
         ]
+
+    def fall_asleep(self) -> None:
+        """No page is touched any more when it returns. What loads or saves until `wake_up` fails."""
+        self._asleep = True
+        deadline = time.monotonic() + min(SAVE_S, self._options.timeout_s)
+        for _, parts in self._loading.values():
+            for part in parts:
+                part.job.leave_pages(deadline)
+        self._leave(None)
+
+    def wake_up(self) -> None:
+        self._asleep = False
 
     def close(self) -> None:
         if all([transfer.close(self._options.timeout_s) for transfer in self._transfers]) and self._store is not None:
@@ -125,6 +138,7 @@ class Worker:
             parts = [
                 Part(transfer.layout.planes_until, len(chunks), transfer.load(chunks, load.owner, by_layer))
                 for transfer, chunks in self._chunks(load.records)
+                if not self._asleep
             ]
             if self._options.load == "async":
                 self._loading[load.request_id] = (load, parts)
@@ -151,6 +165,8 @@ class Worker:
 
     def _succeeded(self, load: Load, parts: list[Part]) -> bool:
         """Whether a load whose pages are left alone has filled them all."""
+        if not parts:
+            return False
         if not all(part.job.done() for part in parts):
             logger.warning("%s: a load was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
             return False
@@ -198,7 +214,7 @@ class Worker:
             self._drop_planned()  # vLLM calls this on the way out of a forward pass that failed, too
         planned, self._planned = self._planned, []
         for save in planned:
-            if any(transfer.stores_stalled_s() >= self._options.timeout_s for transfer in self._transfers):
+            if self._asleep or any(t.stores_stalled_s() >= self._options.timeout_s for t in self._transfers):
                 self._saved(save, stored=False)
                 continue
             jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]

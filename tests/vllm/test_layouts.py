@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -105,6 +106,43 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
             assert torch.equal(of_pages[others], want[name])
             of_pages[others] = POISON
         assert (memory == POISON).all()
+    worker.close()
+
+
+def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
+    """They are unmapped then. What was read before is stored, what comes meanwhile fails."""
+    messages = importlib.import_module("lmcache_mm.vllm.messages")
+    caches = cases.caches_of("GQA", "BLHNC")
+    memory = next(iter(caches.values())).untyped_storage()
+    memory = torch.empty(0, dtype=torch.uint8).set_(memory)
+    memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8))
+    worker = cases.worker_of("GQA", "BLHNC", caches, url)
+    records = [messages.RecordPages(0, b"k" * 32, [1, 7], 64)]
+    want = [by_page(cache, cases.BLOCKS)[[1, 7]].clone() for cache in caches.values()]
+
+    def save(key: bytes) -> Any:
+        worker.begin_step(messages.Metadata(saves=[messages.Save(b"", [replace(records[0], key=key)])]))
+        worker.save()
+
+    def load() -> Any:
+        worker.load([messages.Load(0, "b", b"", records)])
+        while not (results := worker.results()).finished_recving:
+            time.sleep(0.001)
+        return results
+
+    save(b"k" * 32)
+    worker.fall_asleep()
+    memory.fill_(POISON)
+    while not (news := worker.take_news()) or not news.saves:
+        worker.take_stats()
+    assert load().failed_recving == {"b"}
+    save(b"l" * 32)
+    assert worker.take_stats().data["failed_stores"] == 1
+    assert (memory == POISON).all()
+    worker.wake_up()
+    assert not load().failed_recving
+    for cache, pages in zip(caches.values(), want, strict=True):
+        assert torch.equal(by_page(cache, cases.BLOCKS)[[1, 7]], pages)
     worker.close()
 
 
