@@ -73,7 +73,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         if role == KVConnectorRole.SCHEDULER:
             self._side = Scheduler(vllm_config, options, groups, chunk_tokens, unit)
         else:
-            self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config)
+            self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config, alone=multi is None)
 
     @property
     def _scheduler(self) -> Scheduler:

@@ -584,9 +584,11 @@ class Scheduler:
             if block_ids is None:
                 continue
             ours = self._requests.get(request_id)
-            computed = ours.request.num_computed_tokens if ours is not None else 0
-            for table, group in self._tables.items():
-                written.update(block_ids[table][computed // group.page_tokens :])
+            # What vLLM counts as computed may hold drafts that are rejected in the end.
+            computed = min(ours.request.num_computed_tokens, ours.request.num_tokens - 1) if ours is not None else 0
+            for table, pages in enumerate(block_ids):
+                group = self._tables.get(table)
+                written.update(pages[computed // group.page_tokens :] if group else pages)
         return written
 
     def _save_of(self, ours: _Request, scheduled: int, step: SchedulerOutput) -> Save | None:

@@ -28,7 +28,8 @@ from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
 from lmcache_mm.vllm.weights import digest_of, worker_of
 
-SAVE_S = 1.0  # for how long a step waits in all for saves that have not read the pages that it writes
+SAVE_S = 0.1  # for how long a step waits in all for saves that have not read the pages that it writes
+STEP_SAVE_S = 1.0  # for how long, where all saves have to be read within their step
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
@@ -56,7 +57,13 @@ class Worker:
     """See the module."""
 
     def __init__(
-        self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, caches: KVCacheConfig
+        self,
+        config: VllmConfig,
+        options: Options,
+        groups: list[Group],
+        chunk_tokens: int,
+        caches: KVCacheConfig,
+        alone: bool = True,
     ) -> None:
         self.stats = Stats()
         self.layout = Layout(b"", (), b"")
@@ -71,11 +78,13 @@ class Worker:
         self._in_step: list[Loading] = []  # those that this step waits for
         self._bad_pages: set[int] = set()
         self._asleep = False  # the pages are not mapped
-        # Whether saves may go on behind a step: not where vLLM writes pages before it tells of the step, to zero or to
-        # copy them, nor where it unmaps them without a word.
+        self._warned = False  # of a store that is too slow
+        # Whether saves may go on behind a step: not where pages are written before the step is told of, to zero or to
+        # copy them, nor where other connectors load into them, nor where they are unmapped without a word.
         sleeps = config.model_config is not None and config.model_config.enable_sleep_mode
         self._saves_behind_steps = (
-            not caches.needs_kv_cache_zeroing
+            alone
+            and not caches.needs_kv_cache_zeroing
             and {caches.hash_block_size} in ({None}, {group.page_tokens for group in groups})
             and (hasattr(KVConnectorBase_V1, "unregister_kv_caches") or not sleeps)
         )
@@ -101,11 +110,11 @@ class Worker:
     def fall_asleep(self) -> None:
         """No page is touched any more when it returns. What loads or saves until `wake_up` fails."""
         self._asleep = True
-        deadline = time.monotonic() + min(SAVE_S, self._options.timeout_s)
+        deadline = time.monotonic() + min(STEP_SAVE_S, self._options.timeout_s)
         for _, parts in self._loading.values():
             for part in parts:
                 part.job.leave_pages(deadline)
-        self._leave(None)
+        self._leave(None, STEP_SAVE_S)
 
     def wake_up(self) -> None:
         self._asleep = False
@@ -204,7 +213,7 @@ class Worker:
         """Before the step computes anything. Pages are read behind the steps that computed them, for as long as they
         are not written again: here a step waits for those that it writes."""
         self._drop_planned()
-        self._leave(step.written)
+        self._leave(step.written, SAVE_S)
         self._planned, self._handled = step.saves, sys.exc_info()[1]
 
     def save(self) -> None:
@@ -221,17 +230,20 @@ class Worker:
             pages = frozenset(page for record in save.records for page in record.pages)
             self._saving.append(Saving(save, jobs, pages))
         if not self._saves_behind_steps:
-            self._leave(None)
+            self._leave(None, STEP_SAVE_S)
         self._see_saves()
 
-    def _leave(self, pages: set[int] | None) -> None:
-        """Returns when no save reads any of the pages, or of all. Saves that have not by then are given up."""
-        deadline = time.monotonic() + min(SAVE_S, self._options.timeout_s)
+    def _leave(self, pages: set[int] | None, patience_s: float) -> None:
+        """Returns when no save reads any of the pages, or of all. Saves that have not by then are given up, and so are
+        all at once where the store has done nothing for that long."""
+        stalled_s = max((transfer.stores_stalled_s() for transfer in self._transfers), default=0.0)
+        deadline = time.monotonic() + max(0.0, min(patience_s, self._options.timeout_s) - stalled_s)
         for saving in self._saving:
             if pages is not None and saving.pages.isdisjoint(pages):
                 continue
-            if not all([job.leave_pages(deadline) for job in saving.jobs]):
-                logger.warning("%s: a save was given up: the store is too slow for the engine", NAME)
+            if not all([job.leave_pages(deadline) for job in saving.jobs]) and not self._warned:
+                self._warned = True
+                logger.warning("%s: the store is too slow for the engine: saves are given up (failed_stores)", NAME)
 
     def _drop_planned(self) -> None:
         """Their pages were not computed."""
