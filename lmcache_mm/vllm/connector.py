@@ -43,8 +43,8 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
     store: a URL that every process of the engine can open, or a list of them (see `open_store`). chunk_tokens: the unit
     that is stored (256; rounded up to whole pages). load: "async" (default): while other requests are computed; "sync":
-    in the step that computes the rest, which waits, or "layers": which waits for each layer; both end before the end of
-    the first item. identifiers: "verify" (default) names items by their processed data, "trust" by vLLM's identifiers,
+    in the step that computes the rest, which waits, or "layers": which waits for each layer; both leave one token to be
+    computed. identifiers: "verify" (default) names items by their processed data, "trust" by vLLM's identifiers,
     which clients may choose where a gateway lets them. opaque_tails: partial pages are stored too, whole.
     store_generated: so are generated tokens. weights: what the weights are, where neither files nor a commit tell.
     timeout_s: for how long a store may do nothing (5); what waits for it is then computed, or not stored.
