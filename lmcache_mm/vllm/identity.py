@@ -21,9 +21,9 @@ ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 MOST_IDENTIFIERS = 1 << 17
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
-# Fields that only size an item's placeholders, as vLLM 0.32 declares them (embedding_fields of its parsers).
+# Fields that only size an item's placeholders, as vLLM declares them (embedding_fields of its parsers).
 METADATA_FIELDS = {
-    *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps"),
+    *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps", "second_per_grid_ts"),
     *("audio_num_tokens", "audio_feature_lengths", "feature_attention_mask", "patch_positions"),
 }
 # Settings of vLLM that decide what an item's encoder puts out.

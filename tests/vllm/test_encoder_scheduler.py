@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,6 +252,19 @@ def test_an_engine_that_only_loads_stores_nothing(new_scheduler):
     scheduler = new_scheduler(role="ec_consumer")
     ensure(scheduler, request("1", item(1, "a")))
     assert not scheduler.plan_step(step(encode={"1": [0]})).saves
+
+
+def test_all_fields_are_known_that_vllm_declares_as_metadata():
+    """Of all its models: else an item without a picture could pass for one."""
+    assert VLLM is not None
+    assert VLLM.origin is not None
+    overlay = Path(__file__).parent.parent.parent / ".venv" / "vllm-0.33" / "vllm"
+    for vllm in {Path(VLLM.origin).parent, *overlay.parent.glob("vllm")}:
+        sources = [path.read_text() for path in (vllm / "model_executor" / "models").glob("*.py")]
+        declared = [source for source in sources if "embedding_fields = {" in source]
+        fields = {name for source in declared for name in re.findall(r'"(\w+)": *"metadata"', source)}
+        assert "image_grid_thw" in fields
+        assert fields <= identity.METADATA_FIELDS
 
 
 def test_an_identifier_of_two_contents_in_one_request_is_not_claimed_and_saved_as_what_is_encoded(scheduler, store):
