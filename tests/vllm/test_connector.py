@@ -689,6 +689,15 @@ def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store, c
     assert cached(apart["got"]) == [59, 59, 59]
 
 
+def test_what_needs_no_engine_holds_on_the_newest_vllm_too():
+    """This process has the vLLM that is installed."""
+    files = [path for path in HERE.glob("test_*.py") if path.name not in ("test_connector.py", "test_disaggregated.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment("0.33-V1"), timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:]
+    assert " skipped" not in done.stdout.splitlines()[-1]
+
+
 FAR = ("valkey", "s3", "mooncake", "peer", "nixl")
 
 
