@@ -78,9 +78,18 @@ class EncoderScheduler:
 
     def ensure(self, request: Request, computed_tokens: int) -> bool:
         """Whether it is known what can be claimed of the request's items behind `computed_tokens`, or will not be."""
+        self._claims, self._claims_of = {}, request.request_id
+        try:
+            return self._ensure(request, computed_tokens)
+        except Exception:  # of whatever the request holds: it ends no engine
+            logger.exception("%s: request %s is not cached", ENCODER_NAME, request.request_id)
+            self._claims = {}
+            self.drop(request)
+            return True
+
+    def _ensure(self, request: Request, computed_tokens: int) -> bool:
         drop_malformed_params(request)
         self._follow_weights()
-        self._claims, self._claims_of = {}, request.request_id
         # First, and whatever else is known: vLLM may have its output now and not when it is needed, and nobody could
         # make it then; nor is whoever names a picture one that has shown it.
         if any(identity.lacks_what_is_encoded(feature.data) for feature in request.mm_features):

@@ -507,10 +507,10 @@ class Scheduler:
         self._loading[load.serial] = (load, lambda: None)
 
     def _plan_load(self, ours: _Request, block_ids: tuple[list[int], ...], tokens: int) -> None:
-        if ours.tracker is None:
-            raise LookupError("the match before this load does not hold any more")
         first, end = ours.local_tokens, ours.local_tokens + tokens
         records = [record for record in ours.hit if record.end > first and record.begin < end]
+        if ours.tracker is None or not records:
+            raise LookupError("the match before this load does not hold any more")
         pages = self._pages(records, block_ids, first, end)
         release = self._hold([key for record in records for key in self._keys(record)])
         load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)

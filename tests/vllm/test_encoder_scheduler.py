@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+import junk
 from lmcache_mm import Namespace
 from lmcache_mm.encoder_cache import output_key, pack, write
 from lmcache_mm.lane import Lane
@@ -438,3 +441,26 @@ def test_an_item_of_a_later_part_that_vllm_had_and_encodes_all_the_same_is_not_s
     session.mm_features.append(item(1, "a", offset=10))
     assert scheduler.ensure(session, 8)
     assert not scheduler.plan_step(step(encode={"1": [1]})).saves
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.fixed_dictionaries(junk.FIELDS))
+def test_no_exception_leaves_a_hook_whatever_a_request_holds(scheduler, fields):
+    """Its life in the encoder connector's scheduler."""
+    one = request("junk", *fields["mm_features"])
+    vars(one).update(fields)
+    one.get_num_encoder_embeds = lambda i: fields["mm_features"][i].mm_position.length
+    until = time.monotonic() + 10
+    while not scheduler.ensure(one, 0):
+        if scheduler.take_unavailable():
+            break
+        scheduler._at_once_left_s = 0.001
+        assert time.monotonic() < until
+    for i, feature in enumerate(one.mm_features):
+        scheduler.claims(feature.identifier)
+        scheduler.plan(one, i)
+    metadata = scheduler.plan_step(step(encode={"junk": list(range(len(one.mm_features)))}))
+    assert not metadata.loads
+    scheduler.promise(one)
+    scheduler.drop(one)
+    scheduler.plan_step(step(freed=[feature.identifier for feature in one.mm_features]))
