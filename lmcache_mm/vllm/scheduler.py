@@ -80,7 +80,8 @@ class Scheduler:
         self._sends_all_items = not config.use_v2_model_runner or options.load != "async"
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
-        self._weights_now: str | None = None  # see identity.weights_now
+        self._weights_now: str | None = None
+        identity.weights_now = None  # see there
         self._resets = 0
         self._look = False  # this step is to look at the weights
         self._looked: dict[int, bytes] = {}  # what ranks have told since the last reset

@@ -7,6 +7,7 @@ pause, sleep). So after a reset the weights themselves are looked at.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +18,8 @@ from blake3 import blake3
 from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.vllm.api import VllmConfig, WorkerBase
+
+logger = logging.getLogger("vllm.lmcache_mm")
 
 WEIGHTS_CONTEXT = "lmcache_mm v1 vllm weights in memory"
 PAGE_BYTES, PIECE_BYTES = 1 << 16, 8 << 20  # in which weights are read
@@ -37,10 +40,19 @@ def worker_of(config: VllmConfig) -> WorkerBase | None:
 def digest_of(worker: WorkerBase | None) -> bytes:
     """A digest of all parameters and buffers that a worker's models have in memory now: names, dtypes, shapes, strides,
     and checksums (docs/design.md) of the memory that they are views of. It tells updates apart, not attacks. Empty if
-    the models cannot be seen. It takes as long as reading the weights once."""
+    they cannot be seen. It takes as long as reading the weights once."""
     if worker is None:
         return b""
-    models = [worker.get_model(), getattr(worker, "get_draft_model", lambda: None)()]
+    try:
+        return _digest_of_models(worker.get_model(), getattr(worker, "get_draft_model", lambda: None)())
+    except Exception:  # of tensors that have no memory of their own, say
+        logger.warning(
+            "the weights cannot be read: after a reset of vLLM's caches, records count as old", exc_info=True
+        )
+        return b""
+
+
+def _digest_of_models(*models: torch.nn.Module | None) -> bytes:
     hasher = blake3(derive_key_context=WEIGHTS_CONTEXT)
     storages: dict[int, torch.UntypedStorage] = {}  # by address: several weights may be views of one
     for model in models:
