@@ -82,7 +82,7 @@ class EncoderScheduler:
         try:
             return self._ensure(request, computed_tokens)
         except Exception:  # of whatever the request holds: it ends no engine
-            logger.exception("%s: request %s is not cached", ENCODER_NAME, request.request_id)
+            logger.exception("%s: request %s is not cached any more", ENCODER_NAME, request.request_id)
             self._claims = {}
             self.drop(request)
             return True

@@ -12,10 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-import junk
 from lmcache_mm import Item, Namespace
 from lmcache_mm.stores import open_store
 from lmcache_mm.vllm import identity
@@ -370,26 +367,3 @@ def test_a_session_that_is_preempted_in_a_later_part_is_matched_with_all_its_ite
         vllm.scheduler._at_once_left_s = 0.001
     named = vllm.scheduler._requests["1"].tracker.records(request.all_token_ids, request.num_prompt_tokens)
     assert {record.end: record.key for record in named}.items() >= names(tracker_of(request), request).items()
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.fixed_dictionaries({**junk.FIELDS, "all_token_ids": st.lists(st.integers(0, 1 << 33), min_size=1, max_size=99)})
-)
-def test_no_exception_leaves_a_hook_whatever_a_request_holds(vllm, fields):
-    """Its life in the KV connector's scheduler: it is asked for, computed, stored, and ends or is loaded in vain."""
-    tokens = len(fields["all_token_ids"])
-    request = Request("junk", tokens)
-    vars(request).update(fields)
-    vllm.begin(request)
-    vllm.identified()
-    vllm.step(request)
-    vllm.scheduler.plan_load(request, (list(range(1, 100)),), 1)
-    (load, _) = vllm.scheduler._loading.popitem()[1]
-    assert load.request_id == "junk"
-    assert load.records
-    vllm.scheduler._planned.clear()
-    request.go_on(3)
-    vllm.step(request)
-    assert vllm.scheduler.promise(request) in (None, {"lmcache_mm": {"wait": True}})
-    vllm.scheduler.drop(request)
