@@ -45,7 +45,7 @@ def clear(args: argparse.Namespace) -> int:
         return 0
     kind, directory = slab_directory(args.url)
     if not os.path.lexists(directory):
-        raise ValueError(f"store: there is none in {directory}")
+        raise ValueError(f"store: there is no store in {directory}")
     if slab.remove(directory):
         print(f"removed {directory}")
         return 0

@@ -40,13 +40,13 @@ def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, ca
     assert main(["clear", url]) == 0
     assert capsys.readouterr().out.startswith("removed ")
     assert main(["clear", url]) == 2
-    assert "there is none in" in capsys.readouterr().err
+    assert "there is no store in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "arguments, text",
     [
-        (["stat", "shm:///none-such"], "there is none in"),
+        (["stat", "shm:///none-such"], "there is no store in"),
         (["stat", "nix"], "expected a URL that begins with"),
         (["stat", "peer://127.0.0.1:1"], "is another host's: ask there"),
         (["clear", "mem://?capacity=1MiB"], "expected shm:///NAME or file:///DIR, got 'mem:"),

@@ -1185,7 +1185,7 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
 
 def test_serve_says_what_is_wrong(url, capsys, tmp_path):
     for arguments, text in (
-        (["--store", url, "--listen", "127.0.0.1:0"], "there is none in"),
+        (["--store", url, "--listen", "127.0.0.1:0"], "there is no store in"),
         (["--store", "mem://?capacity=1MiB", "--listen", "127.0.0.1:0"], "expected shm:///NAME, got 'mem:"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "7700"], "expected HOST:PORT, got '7700'"),
         (["--store", f"{url}?capacity=1MiB", "--listen", ":7700"], "expected HOST:PORT, got ':7700'"),

@@ -724,7 +724,7 @@ def test_a_store_whose_making_was_cut_short_is_made_anew(kind, directory, monkey
         patch.setattr(slab, "write_header", interrupted)
         with pytest.raises(KeyboardInterrupt):
             kind.open(directory, MIB)
-    with pytest.raises(ValueError, match=r"there is none in .*; capacity=8GiB, say, makes one"):
+    with pytest.raises(ValueError, match=r"there is no store in .* yet; add .capacity=8GiB"):
         kind.open(directory, None)
     store = kind.open(directory, MIB)
     fill(store)

@@ -374,7 +374,7 @@ def test_the_gaps_of_mem_are_apart_and_join(calls):
         ("", "expected a URL that begins with mem://"),
         ("mem://?capacity", "capacity"),
         ("mem:1", "expected a URL that begins with mem://"),
-        ("shm:///none-such", "there is none in .*capacity=8GiB, say, makes one"),
+        ("shm:///none-such", "there is no store in .*capacity=8GiB"),
         ("shm:///small?capacity=100", "capacity: expected at least 16384 bytes, got 100"),
         ("shm://host/name?capacity=1GiB", "expected shm:///NAME"),
         ("shm:///?capacity=1GiB", "expected a name of letters"),
@@ -398,7 +398,7 @@ def test_a_directory_without_a_parent_is_an_error_that_names_it(tmp_path):
 
 def test_no_room_is_an_error_that_says_so(tmp_path):
     size = 1 << 50
-    with pytest.raises(OSError, match=rf"no room for {size} bytes in .*, where \d+ are free"):
+    with pytest.raises(OSError, match=rf"no room for {size} bytes in .*, where \d+ bytes are free"):
         open_store(f"file://{tmp_path}/large?capacity={size}")
     assert not [path for path in (tmp_path / "large").iterdir() if path.name != "lock"]
     assert os.listdir(tmp_path) == ["large"]

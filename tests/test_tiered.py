@@ -362,7 +362,7 @@ def test_slots_of_the_first_tier_are_lent_promoted_and_written_down(tmp_path):
 
 
 def test_a_list_of_urls_is_tiers_and_one_that_does_not_open_leaves_none_open(tmp_path):
-    with pytest.raises(ValueError, match="there is none in"):
+    with pytest.raises(ValueError, match="there is no store in"):
         open_store([f"file://{tmp_path}/a?capacity=1MiB", f"file://{tmp_path}/b"])
     store = open_store([f"file://{tmp_path}/a?capacity=1MiB", "mem://?capacity=1MiB"])
     assert store.stats()["tier0.processes"] == 1

@@ -254,7 +254,7 @@ class SlabStore:
             free = shutil.disk_usage(self.directory).free
             raise OSError(
                 error.errno,
-                f"no room for {capacity} bytes in {self.directory}, where {free} are free: {error.strerror}",
+                f"no room for {capacity} bytes in {self.directory}, where {free} bytes are free: lower capacity=",
             ) from None
         (self.directory / "index").mkdir(mode=0o700)
         write_header(self.directory, granule_bytes, granules)

@@ -50,7 +50,9 @@ def granules_of(capacity: int) -> tuple[int, int]:
 
 
 def no_store(directory: Path) -> ValueError:
-    return ValueError(f"store: there is none in {directory}; capacity=8GiB, say, makes one")
+    return ValueError(
+        f"store: there is no store in {directory} yet; add ?capacity=8GiB (or another size) to its URL to create it"
+    )
 
 
 def own_directory(path: Path) -> None:

@@ -14,8 +14,8 @@ def check_version(version: str) -> None:
     if ".".join(version.split(".")[:2]) in SUPPORTED or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
         return
     raise RuntimeError(
-        f"lmcache_mm supports vLLM {' and '.join(SUPPORTED)}, and this is {version}. With LMCACHE_MM_ANY_VLLM=1 it "
-        "starts all the same, but vLLM's hooks may mean something else by now, and answers may be wrong"
+        f"lmcache_mm supports vLLM {' and '.join(SUPPORTED)}, but this is vLLM {version}. Install one of these, or set "
+        "LMCACHE_MM_ANY_VLLM=1 to start anyway: vLLM's hooks may have changed, and answers may be wrong"
     )
 
 

@@ -1,6 +1,6 @@
-"""LMCacheMMConnector: vLLM's requests served with KV from a store.
+"""LMCacheMMConnector: serves vLLM's requests with KV from a store.
 
-It runs in two places, in the scheduler (scheduler.py) and in every worker (worker.py), and only hands vLLM's calls on.
+It runs in the scheduler (scheduler.py) and in every worker (worker.py), and only passes vLLM's calls on.
 """
 
 from __future__ import annotations
@@ -65,9 +65,14 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         chunk_tokens = -(-options.chunk_tokens // unit) * unit
         if len({group.table for group in groups}) > 1 and options.load != "async":
             raise ValueError(f"{NAME}: load={options.load} is not supported with several KV cache groups; leave it out")
+        if options.load != "async" and vllm_config.use_v2_model_runner:
+            raise ValueError(
+                f"{NAME}: load={options.load} is not supported with Model Runner V2, which goes on with the pages of a "
+                "load that failed; leave it out, or set VLLM_USE_V2_MODEL_RUNNER=0"
+            )
         multi = _inside(vllm_config)
         _see_to_failures(vllm_config, role, multi)
-        # MultiConnector ends the engine when two of its connectors answer under one name, as two of these would.
+        # MultiConnector ends the engine if two of its connectors use the same name in an answer, as two of these would.
         self._promises = multi is None
         self._side: Scheduler | Worker
         if role == KVConnectorRole.SCHEDULER:
@@ -212,20 +217,20 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _inside(config: VllmConfig) -> Any:
-    """kv_transfer_config of the engine, if its connector is another one, which has this one inside."""
+    """The engine's kv_transfer_config if its connector is another one that contains this one; else None."""
     engine = get_current_vllm_config_or_none()
     engines = None if engine is None else engine.kv_transfer_config
     return None if engines is None or engines.kv_connector == config.kv_transfer_config.kv_connector else engines
 
 
 def _see_to_failures(config: VllmConfig, role: KVConnectorRole, engines: Any) -> None:
-    """Requests whose load fails are to be computed; vLLM would end them. engines: as of _inside."""
+    """Has vLLM compute requests whose load fails; by default it ends them. engines: what _inside returns."""
     ours = config.kv_transfer_config
     if engines is not None:
         if engines.kv_load_failure_policy != "recompute":
             logger.warning(
-                "%s inside %s: requests whose load fails will be ended with an error; "
-                'set "kv_load_failure_policy": "recompute" beside "kv_connector": "%s" to have them computed',
+                "%s inside %s: requests whose load fails will end with an error; "
+                'set "kv_load_failure_policy": "recompute" next to "kv_connector": "%s" to compute them instead',
                 *(NAME, engines.kv_connector, engines.kv_connector),
             )
     elif role == KVConnectorRole.SCHEDULER and ours.kv_load_failure_policy != "recompute":

@@ -29,9 +29,9 @@ from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
 class LMCacheMMEncoderConnector(ECConnectorBase):
     """See the module. Options, in ec_connector_extra_config:
 
-    store: a URL that every process of the engine can open, or a list of them (see `open_store`); it may be the one that
-    LMCacheMMConnector uses. weights: what the weights are, where neither files nor a commit tell. timeout_s: for how
-    long a store may do nothing (5); the items that wait for it are then encoded.
+    store: a URL that every process of the engine can open, or a list of them (see `open_store`); LMCacheMMConnector may
+    use the same one. weights: a name for the weights, if neither files nor a commit identify them. timeout_s: how long
+    a store may do nothing (5); then the items that wait for it are encoded.
 
     A request may say ec_transfer_params or kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. ec_role:
     an ec_producer only encodes, and answers ec_transfer_params={"lmcache_mm": {"wait": True}}; an ec_consumer stores
@@ -44,11 +44,11 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
         model = vllm_config.model_config
         if model.is_encoder_decoder:
             raise ValueError(
-                f"{ENCODER_NAME}: encoder-decoder models are not supported: vLLM keeps none of their outputs"
+                f"{ENCODER_NAME}: encoder-decoder models are not supported: vLLM does not keep their outputs"
             )
         if getattr(model.multimodal_config, "mm_encoder_attn_dtype", None) is not None:
             raise ValueError(
-                f"{ENCODER_NAME}: mm_encoder_attn_dtype is not supported: its scales depend on what was encoded before"
+                f"{ENCODER_NAME}: mm_encoder_attn_dtype is not supported: its scales depend on earlier items"
             )
         options = EncoderOptions.of(dict(config.ec_connector_extra_config))
         self._side: EncoderScheduler | EncoderWorker
@@ -115,7 +115,7 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
     # --- In both
 
     def get_ec_connector_stats(self) -> EncoderStats | None:
-        """What workers count comes to the scheduler with their metadata, which both of vLLM's model runners hand on."""
+        """Workers send their counts to the scheduler in their metadata, which both of vLLM's model runners pass on."""
         return self._side.stats.take() if isinstance(self._side, EncoderScheduler) else None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The encoder connector's side in the scheduler: which items need no encoder, for their outputs are at hand.
+"""The encoder connector's side in the scheduler: which items need no encoder because their outputs are available.
 
 vLLM asks by identifier, which a client may have chosen, and its engine dies when an output that was claimed is not in
 the step. So an item is claimed for the request that vLLM is about to schedule, by the digest of that request's own
@@ -77,12 +77,12 @@ class EncoderScheduler:
     # --- Before a request is scheduled
 
     def ensure(self, request: Request, computed_tokens: int) -> bool:
-        """Whether it is known what can be claimed of the request's items behind `computed_tokens`, or will not be."""
+        """Whether it is decided which of the request's items behind `computed_tokens` can be claimed."""
         self._claims, self._claims_of = {}, request.request_id
         try:
             return self._ensure(request, computed_tokens)
         except Exception:  # of whatever the request holds: it ends no engine
-            logger.exception("%s: request %s is not cached any more", ENCODER_NAME, request.request_id)
+            logger.exception("%s: request %s is no longer cached", ENCODER_NAME, request.request_id)
             self._claims = {}
             self.drop(request)
             return True
@@ -90,8 +90,8 @@ class EncoderScheduler:
     def _ensure(self, request: Request, computed_tokens: int) -> bool:
         drop_malformed_params(request)
         self._follow_weights()
-        # First, and whatever else is known: vLLM may have its output now and not when it is needed, and nobody could
-        # make it then; nor is whoever names a picture one that has shown it.
+        # This comes first, whatever else is known. vLLM may have the output now and drop it before it is needed, and
+        # then nobody could make it; and a client that can name a picture need not have had it.
         if any(identity.lacks_what_is_encoded(feature.data) for feature in request.mm_features):
             self._unavailable.add(request.request_id)
             return False
@@ -145,7 +145,7 @@ class EncoderScheduler:
         ours.identifying = self._identifying.submit(lambda _: self._identify(request, features, namespace))
 
     def _identify(self, request: Request, features: list[Any], namespace: Namespace) -> list[OutputKey | None]:
-        """Under what the outputs of a request's items are stored. Runs beside the scheduler."""
+        """The keys of the outputs of a request's items. Runs beside the scheduler."""
         keys: list[OutputKey | None] = [None] * len(features)
         try:
             lora = self._adapters.digest(request.lora_request) if self._lora_changes_encoder else None
@@ -188,8 +188,8 @@ class EncoderScheduler:
         return True
 
     def _read(self, ours: _Request, key: OutputKey) -> Packed | None:
-        """An output, verified, in memory. One for all who wait for it. What is there and cannot be had is not waited
-        for."""
+        """An output in memory, verified, and shared by all requests that wait for it. A request does not wait for one
+        that is in the store but cannot be read."""
         output = self._held.get(key.key)
         if output is not None:
             return output
@@ -307,9 +307,9 @@ class EncoderScheduler:
         return unavailable
 
     def promise(self, request: Request) -> dict[str, Any] | None:
-        """Of the answer of an engine that only encodes: what the next one may wait for, if that is all of the request's
-        items. It names nothing, for whoever loads computes the keys from its own request. `item_indices` is for vLLM's
-        proxy, which wants to be told of every item."""
+        """What an engine that only encodes answers: that the next engine may wait for all of the request's items. It
+        names no data, because an engine that loads computes the keys from its own request. `item_indices` is for vLLM's
+        proxy, which expects every item to be listed."""
         ours = self._requests.get(request.request_id)
         if ours is None or self._loads or self._weights_now is not None:
             return None

@@ -61,7 +61,7 @@ class EncoderWorker:
         try:
             packed = pack(output)
         except Exception:  # no memory, or no tensor
-            logger.exception("%s: an output could not be copied", ENCODER_NAME)
+            logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
             self._tell(stored=False)
             return
         copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
@@ -76,7 +76,7 @@ class EncoderWorker:
             write(store, key.key, packed, key.owner)
             self._tell(stored=True)
         except Exception:
-            logger.exception("%s: an output could not be stored", ENCODER_NAME)
+            logger.exception("%s: an encoder output could not be stored", ENCODER_NAME)
             self._tell(stored=False)
         finally:
             with self._lock:

@@ -1,9 +1,9 @@
 """Events: which of vLLM's blocks this host's stores hold, told to routers as vLLM tells of its own pool.
 
-A record is told of as the whole blocks that it covers, by vLLM's own hashes, once a look into the store finds its parts
-of all ranks, and once the block before it is told: routers drop a block whose parent they do not know. Whether this
-engine stored the record or found it makes no difference. A record that is gone is told of too, and with it all that
-follows it, which nobody can load any more.
+A record is announced as the whole blocks that it covers, with vLLM's own hashes, once the store has its parts from all
+ranks and the block before it is announced: routers drop a block whose parent they do not know. It makes no difference
+whether this engine stored the record or found it. When a record is gone, it is announced as removed, together with
+everything that follows it, because nobody can load that any more.
 
 Looks are made by a lane. They are bounded, and do not count as asking for a record.
 """
@@ -109,11 +109,11 @@ class Events:
 
     @classmethod
     def of(cls, config: VllmConfig, store: Store, groups: Iterable[Group], timeout_s: float) -> Events | None:
-        """None where nobody is to be told, or of nothing."""
+        """None if events are off, or if no store has any to send."""
         if config.kv_events_config is None or not config.kv_events_config.enable_kv_cache_events:
             return None
         if not any(True for _ in _stores_of_host(store)):
-            logger.info("%s: routers are told of shm: and file: stores only", NAME)
+            logger.info("%s: no KV events: they are sent for shm: and file: stores only", NAME)
             return None
         return cls(store, groups, timeout_s)
 
@@ -281,7 +281,7 @@ class Events:
                 try:
                     present = iter(store.contains([key for parts in keys for key in parts], peek=True))
                 except Exception:
-                    logger.warning("%s: a store cannot tell what it has", NAME, exc_info=True)
+                    logger.warning("%s: a lookup for KV events failed", NAME, exc_info=True)
                     break
                 whole = [bool(parts) and all([next(present) for _ in parts]) for parts in keys]
                 there |= zip(some, whole, strict=True)

@@ -1,4 +1,4 @@
-"""What decides the KV bytes of a vLLM request beside its token ids: model, weights, adapters, and items by content."""
+"""What determines the KV bytes of a vLLM request besides its token ids: model, weights, adapters, items by content."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long 
 
 
 class Unknown(Exception):
-    """Something that decides the KV bytes has no digest: what depends on it is not cached."""
+    """Something that determines the KV bytes has no digest, so nothing that depends on it is cached."""
 
 
 class Missing(Unknown):
@@ -123,8 +123,8 @@ def _weights(config: Any) -> str:
     if commit:
         return str(commit)
     raise ValueError(
-        f"lmcache_mm: the weights of {model.model!r} can be told neither by files nor by a commit; say what "
-        'they are with "weights" in the extra config of the connector, another word for other weights'
+        f"lmcache_mm: neither files nor a commit identify the weights of {model.model!r}; name them with "
+        '"weights": "NAME" in the extra config of the connector, and use a new name whenever they change'
     )
 
 
@@ -135,7 +135,7 @@ def digest_of_lora(request: Any) -> str | None:
     folder = Path(request.lora_path)
     files = [p for p in folder.glob("*") if p.is_file()] if request.lora_path and folder.is_dir() else []
     if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
-        raise Unknown(f"the adapter {request.lora_name!r} is in no local directory")
+        raise Unknown(f"the adapter {request.lora_name!r} is not in a local folder")
     return digest_of_files(path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".json"))
 
 
@@ -171,7 +171,7 @@ def digest_of_data(modality: str, data: Any) -> str:
     def add_value(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             if value.is_meta:
-                raise Unknown("an item's data is not there")
+                raise Unknown("an item's data is missing (a meta tensor)")
             add("tensor", f"{value.dtype} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
             add("bytes", flat.view(torch.uint8).numpy().data if flat.numel() else b"")
@@ -184,16 +184,16 @@ def digest_of_data(modality: str, data: Any) -> str:
         elif isinstance(value, (bool, int, float, str)):
             add(type(value).__name__, repr(value).encode())
         else:
-            raise Unknown(f"an item's data has a {type(value).__name__}")
+            raise Unknown(f"an item's data contains a {type(value).__name__}, which has no digest")
 
     add("modality", modality.encode())
     if not data:
-        raise Unknown("an item comes without data")
+        raise Unknown("an item has no data")
     if lacks_what_is_encoded(data):
-        raise Missing("an item comes without what is encoded")
+        raise Missing("an item has no data to encode")
     for name in sorted(data):
         if name == "address":  # vLLM's shared-memory cache: the bytes are elsewhere
-            raise Unknown("an item's data lies in another process")
+            raise Unknown("an item's data is in another process (the processor cache in shared memory)")
         add("field", name.encode())
         add_value(data[name].data)
     return hasher.hexdigest()

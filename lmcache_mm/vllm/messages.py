@@ -60,7 +60,7 @@ class Metadata(KVConnectorMetadata):
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     written: set[int] = field(default_factory=set)  # pages that the step writes; saves under way must have read them
-    look: int | None = None  # workers are to look at their weights, and to tell under this number
+    look: int | None = None  # workers digest their weights and report the digest under this number
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Handshake(KVConnectorHandshakeMetadata):
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """What a worker did since it last told, or several workers together."""
+    """What a worker, or several together, did since the last report."""
 
     layouts: dict[int, Layout] = field(default_factory=dict)  # of ranks, told once
     loaded: set[int] = field(default_factory=set)  # serials of loads within a step that ended, well or not
@@ -90,7 +90,7 @@ class WorkerMetadata(KVConnectorWorkerMetadata):
 
 
 class OutputKey(NamedTuple):
-    """Under what an encoder output is stored."""
+    """The key that an encoder output is stored under, and its owner."""
 
     key: bytes
     owner: bytes
@@ -98,8 +98,8 @@ class OutputKey(NamedTuple):
 
 @dataclass
 class EncoderMetadata(ECConnectorMetadata):
-    """Of one step, by vLLM's identifiers: the outputs that workers take instead of encoding, and what those that they
-    compute are called in the store."""
+    """For one step, by vLLM's identifiers: outputs that workers use instead of encoding (loads), and the keys of the
+    outputs that they compute and store (saves)."""
 
     loads: dict[str, Packed] = field(default_factory=dict)
     saves: dict[str, OutputKey] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class EncoderMetadata(ECConnectorMetadata):
 
 @dataclass
 class EncoderWorkerMetadata(ECConnectorWorkerMetadata):
-    """What a worker stored since it last told."""
+    """What a worker stored since its last report."""
 
     stored: int = 0
     failed: int = 0

@@ -16,22 +16,22 @@ from lmcache_mm.vllm.api import (
 S = TypeVar("S", bound="_Counts")
 
 COUNTERS = {
-    "queried_tokens": "Tokens of requests that the store was asked for.",
-    "hit_tokens": "Tokens that the store had beyond vLLM's own prefix cache.",
+    "queried_tokens": "Tokens of requests that were looked up in the store.",
+    "hit_tokens": "Tokens found in the store, beyond what vLLM's own prefix cache had.",
     "loaded_tokens": "Tokens whose KV was loaded and verified.",
-    "stored_tokens": "Tokens whose KV was handed to the store.",
-    "broken_promises": "Requests that were computed, for what another engine promised was not there in time.",
-    "failed_lookups": "Requests that were computed because the store failed or took too long to tell what it has.",
-    "failed_loads": "Requests whose load failed and that were computed instead.",
-    "failed_stores": "Stores that failed.",
+    "stored_tokens": "Tokens whose KV was stored.",
+    "broken_promises": "Requests that stopped waiting because what another engine promised did not arrive in time.",
+    "failed_lookups": "Requests that were computed because a lookup in the store failed or took too long.",
+    "failed_loads": "Requests that were computed because their load failed.",
+    "failed_stores": "Saves that failed, or were dropped because the store was too slow.",
 }
 ENCODER_COUNTERS = {
-    "encoder_queried_items": "Images, videos and audio whose encoder output the store was asked for.",
-    "encoder_hit_items": "Those that the store had, verified.",
-    "encoder_loaded_items": "Those that were not encoded, for the store had them.",
-    "encoder_stored_items": "Encoder outputs that were handed to the store.",
-    "encoder_broken_promises": "Requests whose items were encoded, for what was promised was not there in time.",
-    "encoder_failed_lookups": "Requests whose items were encoded because the store failed or took too long.",
+    "encoder_queried_items": "Images, videos and audio whose encoder output was looked up in the store.",
+    "encoder_hit_items": "Images, videos and audio whose encoder output was found in the store and verified.",
+    "encoder_loaded_items": "Images, videos and audio that were not encoded because the store had the output.",
+    "encoder_stored_items": "Encoder outputs that were stored.",
+    "encoder_broken_promises": "Requests whose items were encoded because a promised output did not come in time.",
+    "encoder_failed_lookups": "Lookups of encoder outputs that failed or took too long; the items were encoded.",
     "encoder_failed_stores": "Encoder outputs that could not be stored.",
 }
 

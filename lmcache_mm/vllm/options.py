@@ -44,9 +44,11 @@ class EncoderOptions:
         name_of_connector = cls.connector
         for name in extra:
             if name not in known:
-                raise ValueError(f"{name_of_connector}: unknown option {name!r}; expected some of {', '.join(known)}")
+                raise ValueError(f"{name_of_connector}: unknown option {name!r}; the options are {', '.join(known)}")
         if "store" not in extra:
-            raise ValueError(f'{name_of_connector}: "store" is missing, such as "shm:///vllm?capacity=32GiB"')
+            raise ValueError(
+                f'{name_of_connector}: the option "store" is missing; for example "store": "shm:///vllm?capacity=32GiB"'
+            )
         for name, allowed in CHOICES.items():
             if extra.get(name, allowed[0]) not in allowed:
                 raise ValueError(f"{name_of_connector}: {name}: expected {' or '.join(allowed)}, got {extra[name]!r}")
@@ -55,12 +57,23 @@ class EncoderOptions:
                 raise ValueError(f"{name_of_connector}: {name}: expected true or false, got {extra[name]!r}")
         for name, kinds in (("chunk_tokens", int), ("timeout_s", (int, float))):
             value = extra.get(name, 1)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not value > 0:
-                raise ValueError(f"{name_of_connector}: {name}: expected a number above 0, got {value!r}")
+            if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
+                what = "a whole number" if kinds is int else "a number"
+                raise ValueError(f"{name_of_connector}: {name}: expected {what} above 0, got {value!r}")
         options = cls(**extra)
         urls = options.store if isinstance(options.store, list) else [options.store]
-        if any(url.startswith(("mem:", "tiered:mem:")) for url in urls):
-            raise ValueError(f"{name_of_connector}: store: mem: is one process's alone, and vLLM has several")
+        if not urls or not all(isinstance(url, str) and url for url in urls):
+            raise ValueError(
+                f'{name_of_connector}: store: expected a URL such as "shm:///vllm?capacity=32GiB", or a list of them, '
+                f"got {options.store!r}"
+            )
+        if any(tier.startswith("mem:") for url in urls for tier in url.removeprefix("tiered:").split(",")):
+            raise ValueError(
+                f"{name_of_connector}: store: only one process can use mem:, and vLLM has several; use shm:, such as "
+                '"shm:///vllm?capacity=32GiB"'
+            )
+        if options.weights is not None and not (isinstance(options.weights, str) and options.weights):
+            raise ValueError(f"{name_of_connector}: weights: expected a name, got {options.weights!r}")
         return options
 
 
@@ -87,8 +100,8 @@ class Wishes:
 
 
 def wishes_of(own: object, *others: object) -> Wishes:
-    """What a request's transfer params say under "lmcache_mm": those of the connector that asks, else those of others,
-    which cannot make it wait. Clients write them, of any type: what is not true or false counts as left out."""
+    """What a request's transfer params say under "lmcache_mm". `own` are those of the connector that asks; `others`
+    count where `own` says nothing, but cannot make it wait. Clients can write anything: only true and false count."""
     said = [params.get("lmcache_mm") if isinstance(params, dict) else None for params in (own, *others)]
     flags: dict[str, bool] = {}
     for i, wishes in enumerate(said):
@@ -100,7 +113,7 @@ def wishes_of(own: object, *others: object) -> Wishes:
 
 
 def drop_malformed_params(request: Request) -> None:
-    """vLLM takes a request's transfer params from clients as they are, and its own code for dicts."""
+    """Replaces transfer params that are no dict by None: vLLM does not check what clients send, but assumes dicts."""
     for name in ("kv_transfer_params", "ec_transfer_params"):
         if not isinstance(getattr(request, name), dict):
             setattr(request, name, None)
@@ -125,11 +138,11 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
     parallel = config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
-            raise ValueError(f"{NAME}: {name} > 1 is not supported: ranks would hold parts of pages")
+            raise ValueError(f"{NAME}: {name} > 1 is not supported, as ranks would hold parts of pages; set it to 1")
     if config.model_config is not None and not config.model_config.is_prefix_caching_supported:
         raise ValueError(
             f"{NAME}: vLLM cannot reuse a prefix's KV with this model (bidirectional attention, or MEAN, CLS or STEP "
-            "pooling): start it without kv_transfer_config"
+            "pooling): start it without --kv-transfer-config"
         )
     groups = []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):

@@ -1,4 +1,4 @@
-"""RequestTracker: what one request's tokens are called, over all its steps."""
+"""RequestTracker: the record keys of one request's tokens, over all its steps."""
 
 from __future__ import annotations
 

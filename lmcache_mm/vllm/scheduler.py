@@ -77,7 +77,7 @@ class Scheduler:
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
-        self._sends_all_items = not config.use_v2_model_runner or options.load != "async"
+        self._sends_all_items = not config.use_v2_model_runner
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
         self._weights_now: str | None = None
@@ -103,14 +103,14 @@ class Scheduler:
         self.events = Events.of(config, self._store, groups, options.timeout_s)
 
     def learn_layouts(self, layouts: dict[int, Layout]) -> None:
-        """Of ranks, as they tell. Inside MultiConnector a handshake may be another connector's, so that workers tell
-        again in their first step; what arrives before is not cached."""
+        """Takes the layouts that ranks report. In MultiConnector, a handshake may be another connector's, so workers
+        report again in their first step; requests that arrive before that are not cached."""
         if self._layouts | layouts == self._layouts:
             return
         for layout in layouts.values():
             unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - set(self._tables)
             if unknown:
-                raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}, the scheduler has not")
+                raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}; the scheduler has not")
         self._layouts |= layouts
         self._places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
         if self.events:
@@ -138,8 +138,8 @@ class Scheduler:
             self.events.bind(pool)
 
     def reset(self) -> None:
-        """The weights may be others now. Nothing is matched or stored until workers have looked at them; what has been
-        computed in part goes on without the store."""
+        """The weights may have changed. Nothing is matched or stored until workers have looked at them; requests that
+        are already partly computed go on without the store."""
         if self._pool is not None:
             self._cached_blocks = _cached_blocks(self._pool)
         self._resets += 1
@@ -156,20 +156,20 @@ class Scheduler:
                 ours.loads = ours.saves = False
 
     def _learn_weights(self, told: dict[tuple[int, int], bytes]) -> None:
-        """What they are called from here on: as at start if they are the same, by their digest if not, so that engines
-        with the same update share what they store."""
+        """Decides what the weights are called from now on: as at start if they are the same, else by their digest, so
+        that engines with the same update share what they store."""
         self._looked |= {rank: digest for (number, rank), digest in told.items() if number == self._resets}
         if self._weights_now != identity.UNKNOWN or len(self._looked) < self._ranks:
             return
         digests = [self._looked[rank] for rank in range(self._ranks)]
         if not all(digests):
             self._weights_now = f"not seen after a reset {uuid.uuid4().hex}"
-            logger.warning("%s: the weights cannot be looked at: what was stored before this reset is not used", NAME)
+            logger.warning("%s: the model's weights cannot be read: nothing stored before this reset is used", NAME)
         elif digests == [self._layouts[rank].weights for rank in range(self._ranks)]:
             self._weights_now = None
         else:
             self._weights_now = f"in memory {blake3(b''.join(digests)).hexdigest()}"
-            logger.info("%s: the weights have changed: what was stored for others is not used", NAME)
+            logger.info("%s: the weights have changed: nothing stored for the old ones is used", NAME)
         identity.weights_now = self._weights_now
         self._make_namespace()
 
@@ -268,7 +268,7 @@ class Scheduler:
             tracker = before.future.result() if before else tracker
             return tracker.grown(items, token_ids) if tracker else None
         except Exception as error:  # of the part's data, whatever they are
-            logger.warning("%s: request %s is not cached any more: %s", NAME, request_id, error)
+            logger.warning("%s: request %s is no longer cached: %s", NAME, request_id, error)
             return None
 
     def _items(self, features: Sequence[Any]) -> list[Item]:
@@ -293,9 +293,9 @@ class Scheduler:
         ]
         for feature, name, good in zip(features, names, agreed, strict=True):
             if not name:
-                raise identity.Unknown(f"the data of the item {feature.identifier!r} have no digest")
+                raise identity.Unknown(f"the data of the item {feature.identifier!r} cannot be digested")
             if not good:
-                raise identity.Unknown(f"the identifier {feature.identifier!r} stood for other data before")
+                raise identity.Unknown(f"the identifier {feature.identifier!r} was used for other data before")
         return names
 
     def _still_agreed(self, features: Sequence[Any]) -> bool:
@@ -353,8 +353,8 @@ class Scheduler:
             return 0, False
 
     def _leave_out(self, ours: _Request) -> None:
-        """After an exception that something in the request has caused: it ends no engine."""
-        logger.exception("%s: request %s is not cached any more", NAME, ours.request.request_id)
+        """Stops caching a request that caused an exception, so that it does not end the engine."""
+        logger.exception("%s: request %s is no longer cached", NAME, ours.request.request_id)
         ours.loads = ours.saves = False
         ours.tracker = ours.lookup = ours.identifying = None
 
@@ -389,8 +389,8 @@ class Scheduler:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
         end = ours.hit[-1].end if ours.hit else 0
-        # After a hit of all tokens vLLM computes the last one again. Loading that one alone is in vain, and of a prompt
-        # of one token vLLM would ask for ever.
+        # After a hit of all tokens, vLLM computes the last one again. Loading only that one is useless, and for a
+        # prompt of one token vLLM would ask forever.
         if min(end, request.num_tokens - 1) <= local_tokens:
             return 0, False
         if self._windows:  # vLLM has dropped a page by then that the last token's window needs
@@ -434,7 +434,7 @@ class Scheduler:
         try:
             return self._longest(records)
         except Exception:
-            logger.exception("%s: a store could not be asked", NAME)
+            logger.exception("%s: a lookup in the store failed; the request is computed", NAME)
             ours.waits = False
             self.stats.add(failed_lookups=1)
             return []
@@ -464,7 +464,7 @@ class Scheduler:
         return records
 
     def _longest(self, records: list[Record]) -> list[Record]:
-        """Those of `records` that cover the longest prefix whose KV is there, as far as each group needs it."""
+        """Those of `records` that cover the longest prefix whose KV the store has, as far as each group needs it."""
         present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
         tables = set(self._tables)
         there = {
@@ -511,7 +511,7 @@ class Scheduler:
         first, end = ours.local_tokens, ours.local_tokens + tokens
         records = [record for record in ours.hit if record.end > first and record.begin < end]
         if ours.tracker is None or not records:
-            raise LookupError("the match before this load does not hold any more")
+            raise LookupError("the match that this load is for is no longer valid")
         pages = self._pages(records, block_ids, first, end)
         release = self._hold([key for record in records for key in self._keys(record)])
         load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)
@@ -557,8 +557,8 @@ class Scheduler:
         if self._saving > 0:
             metadata.written = self._written(step, metadata.loads)
         if self._loading and self._options.load != "async":
-            # What is computed with pages that are being loaded, by requests that share them too, is good if all ranks
-            # report so. It is saved then.
+            # Tokens computed with pages that are being loaded, also by other requests that share these pages, are valid
+            # only if all ranks report the loads as good. They are saved after that.
             return metadata
         self._unknown = [(work, names) for work, names in self._unknown if not work.future.done()]
         for request_id, scheduled in step.num_scheduled_tokens.items():
@@ -626,8 +626,8 @@ class Scheduler:
 
     def _send_all_items(self, step: SchedulerOutput) -> None:
         """vLLM leaves out the data of items that lie wholly within a hit, and its workers then have none if the hit is
-        lost: to a load within the step that fails, or, with Model Runner V1, to a preemption. Encoding such an item
-        would end the engine."""
+        lost, to a load within the step that fails or to a preemption. Encoding such an item would end the engine.
+        Model Runner V2 gets them when it needs them."""
         if not self._sends_all_items:
             return
         for new in step.scheduled_new_reqs:
@@ -640,8 +640,8 @@ class Scheduler:
         return saving or (self.events is not None and self.events.are_under_way())
 
     def take_output(self, output: KVConnectorOutput) -> None:
-        """Requests whose load failed are computed, and never matched again: a store that claims and does not deliver
-        would be asked for ever."""
+        """Requests whose load failed are computed and never matched again. Otherwise a store that claims records and
+        does not deliver them would be asked forever."""
         finished = set(output.finished_recving or ()) | set(output.failed_recving or ())
         ended = {serial for serial, (load, _) in self._loading.items() if load.request_id in finished}
         failed = {serial for serial in ended if self._loading[serial][0].request_id in (output.failed_recving or ())}

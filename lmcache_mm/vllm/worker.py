@@ -108,7 +108,7 @@ class Worker:
         ]
 
     def fall_asleep(self) -> None:
-        """No page is touched any more when it returns. What loads or saves until `wake_up` fails."""
+        """When it returns, no page is touched any more. Loads and saves fail until `wake_up`."""
         self._asleep = True
         deadline = time.monotonic() + min(STEP_SAVE_S, self._options.timeout_s)
         for _, parts in self._loading.values():
@@ -173,11 +173,13 @@ class Worker:
         self._in_step = []
 
     def _succeeded(self, load: Load, parts: list[Part]) -> bool:
-        """Whether a load whose pages are left alone has filled them all."""
+        """Whether a load that no longer touches its pages has filled them all."""
         if not parts:
             return False
         if not all(part.job.done() for part in parts):
-            logger.warning("%s: a load was given up: the store did nothing for %g s", NAME, self._options.timeout_s)
+            logger.warning(
+                "%s: a load was given up, because the store did nothing for %g s", NAME, self._options.timeout_s
+            )
             return False
         try:
             good = all([part.job.wait() == part.chunks for part in parts])
@@ -210,8 +212,8 @@ class Worker:
     # --- Saves
 
     def begin_step(self, step: Metadata) -> None:
-        """Before the step computes anything. Pages are read behind the steps that computed them, for as long as they
-        are not written again: here a step waits for those that it writes."""
+        """Runs before the step computes anything. Saves read pages after the step that computed them has ended, until
+        the pages are written again. So here a step waits for saves that still read the pages it will write."""
         self._drop_planned()
         self._leave(step.written, SAVE_S)
         self._planned, self._handled = step.saves, sys.exc_info()[1]
@@ -252,7 +254,7 @@ class Worker:
             self._saved(save, stored=False)
 
     def _see_saves(self) -> None:
-        """Looks which saves have ended."""
+        """Counts the saves that have ended."""
         going_on = []
         for saving in self._saving:
             if all(job.done() for job in saving.jobs):
@@ -267,7 +269,7 @@ class Worker:
         except Abandoned:
             return False
         except Exception:
-            logger.exception("%s: a store failed", NAME)
+            logger.exception("%s: a save failed", NAME)
             return False
         if self._rank == 0:
             self.stats.add(stored_tokens=tokens)

@@ -105,7 +105,7 @@ def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> d
     )
     assert done.returncode == 0, done.stdout[-8000:]
     # What the schedulers' hooks catch is a mistake of theirs.
-    caught = re.search(r"not cached any more\n.{,4000}", done.stdout, re.DOTALL)
+    caught = re.search(r"is no longer cached\n.{,4000}", done.stdout, re.DOTALL)
     assert caught is None, caught
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
@@ -137,7 +137,13 @@ def _parameters(item: pytest.Item) -> list[Any]:
     return [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, tuple)]
 
 
-RUNS = [(name, combination) for name, on in SCENARIOS.items() for combination in CHOSEN or on]
+WITHIN_A_STEP = ("trouble:sync", "trouble:layers", "shared_pages")  # scenarios of loads that V2 does not have
+RUNS = [
+    (name, combination)
+    for name, on in SCENARIOS.items()
+    for combination in CHOSEN or on
+    if not (combination.endswith("V2") and name in WITHIN_A_STEP)
+]
 
 
 def _fixture(scenario: str):
@@ -174,7 +180,7 @@ def test_the_model_answers_about_what_it_is_shown(answers):
 @pytest.mark.parametrize(
     "setting",
     [
-        *("opaque tails", "a new engine", "prefix caching", "16 at once", "whole pages", "sync", "layers"),
+        *("opaque tails", "a new engine", "prefix caching", "16 at once", "whole pages"),
         *("steps of 32 tokens", "pages of 128"),
     ],
 )
@@ -212,8 +218,13 @@ WITHIN_STEPS = {
 def test_loads_within_a_step_leave_a_token_that_it_computes(answers, load):
     """They reach over whole images. Another engine was asked all questions before, and stored whole pages only; hits of
     loads by layers end at whole pages too."""
-    assert cached(answers[load]) == WITHIN_STEPS[load]
-    assert all(row["cached"] < row["prompt_tokens"] for row in answers[load])
+    rows = answers[load]
+    if isinstance(rows, str):  # Model Runner V2
+        assert f"LMCacheMMConnector: load={load} is not supported with Model Runner V2" in rows
+        return
+    assert tokens(rows) == tokens(answers["expected"])
+    assert cached(rows) == WITHIN_STEPS[load]
+    assert all(row["cached"] < row["prompt_tokens"] for row in rows)
 
 
 def test_what_was_hit_loaded_and_stored_is_counted(answers):

@@ -230,14 +230,20 @@ def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monk
 @pytest.mark.parametrize(
     ("extra", "text"),
     [
-        ({}, '"store" is missing, such as "shm:///vllm'),
-        ({"store": "shm:///x", "chunk": 3}, "unknown option 'chunk'; expected some of store, weights"),
-        ({"store": "mem://?capacity=1MiB"}, "mem: is one process's alone"),
-        ({"store": ["mem://?capacity=1MiB"]}, "mem: is one process's alone"),
+        ({}, 'the option "store" is missing; for example "store": "shm:///vllm'),
+        ({"store": "shm:///x", "chunk": 3}, "unknown option 'chunk'; the options are store, weights"),
+        ({"store": "mem://?capacity=1MiB"}, "only one process can use mem:"),
+        ({"store": ["mem://?capacity=1MiB"]}, "only one process can use mem:"),
         ({"store": "shm:///x", "load": "lazy"}, "load: expected async or sync or layers, got 'lazy'"),
         ({"store": "shm:///x", "identifiers": None}, "identifiers: expected verify or trust, got None"),
         ({"store": "shm:///x", "opaque_tails": "yes"}, "opaque_tails: expected true or false, got 'yes'"),
-        ({"store": "shm:///x", "chunk_tokens": 0}, "chunk_tokens: expected a number above 0, got 0"),
+        ({"store": "shm:///x", "chunk_tokens": 0}, "chunk_tokens: expected a whole number above 0, got 0"),
+        ({"store": "shm:///x", "chunk_tokens": 256.5}, "chunk_tokens: expected a whole number above 0, got 256.5"),
+        ({"store": "shm:///x", "timeout_s": float("inf")}, "timeout_s: expected a number above 0, got inf"),
+        ({"store": "shm:///x", "weights": ""}, "weights: expected a name, got ''"),
+        ({"store": "tiered:shm:///x,mem:"}, "only one process can use mem:"),
+        ({"store": []}, "store: expected a URL such as"),
+        ({"store": 5}, "store: expected a URL such as"),
         ({"store": "shm:///x", "timeout_s": "5"}, "timeout_s: expected a number above 0, got '5'"),
     ],
 )
@@ -251,7 +257,7 @@ def test_another_vllm_says_so_at_start(cases, monkeypatch):
     check_version("0.32.0")
     check_version("0.33.1+cpu")
     for version in ("0.31.2", "0.34.0", "0.320.0", "1.0.0"):
-        with pytest.raises(RuntimeError, match=f"supports vLLM 0.32 and 0.33, and this is {version}"):
+        with pytest.raises(RuntimeError, match=f"supports vLLM 0.32 and 0.33, but this is vLLM {version}"):
             check_version(version)
     monkeypatch.setenv("LMCACHE_MM_ANY_VLLM", "1")
     check_version("0.34.0")
