@@ -84,13 +84,15 @@ def _close_all() -> None:
 class Work:
     """Something to be done, as its thread and those who wait for it share it.
 
-    early: its pages are not to be touched before somebody waits for `leave_pages`, and then by that thread.
+    early: its pages are not to be touched before somebody waits for `leave_pages`, and then by that thread, or before
+    `be_late`.
     """
 
     def __init__(self, lane: Lane, early: bool = False) -> None:
         self.future: Future[Any] = Future()
         self.abandoned = False
         self.left_pages = False
+        self.written: Any = None  # on CUDA, an event: early work that is early no more touches pages behind it
         self.planes_ready = 0
         self.lane = lane
         self.early = early
@@ -129,20 +131,28 @@ class Work:
         """Calls `touch`: pages are read or written by it only. last: and left alone from then on. It is told how many
         planes, from the first on, are as they are to be read, and returns whether it needs no more; if the work is
         early it is called again then."""
+        touched = False
         if self.early:
             with self._changed:
                 self._touch, self._touch_is_last = touch, last
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._touch is None or self.abandoned)
+                self._changed.wait_for(lambda: self._touch is None or self.abandoned or not self.early)
                 error, self._error = self._error, None
+                touched, self._touch = self._touch is None, None
             if error is not None:
                 raise error
         with self._pages:
             if self.abandoned:
                 raise Abandoned
-            if not self.early:
+            if not touched:
                 touch(ALL_PLANES)
         self.advance(left_pages=last)
+
+    def be_late(self) -> None:
+        """The work is not early any more: its own thread touches the pages."""
+        with self._changed:
+            self.early = False
+            self._changed.notify_all()
 
     def leave_pages(self, patience_s: float, planes: int = ALL_PLANES) -> bool:
         """Returns when the pages are left alone, having touched them here if the work is early, or those of the first
@@ -196,6 +206,14 @@ class Work:
             self._changed.notify_all()
         self._pages.release()
         return True
+
+    def stop_touching(self) -> None:
+        """Abandons it. If it is at its pages this moment, returns behind that; what it has read it may still store."""
+        with self._changed:
+            self.abandoned = True
+            self._changed.notify_all()
+        with self._pages:
+            return
 
     def give_up(self, patience_s: float) -> bool:
         """Whether it is abandoned, for the lane has not moved for `patience_s` seconds, be it with earlier work."""

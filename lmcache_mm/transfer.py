@@ -76,9 +76,8 @@ class Job(Generic[T]):
         time.monotonic(), and was abandoned."""
         if self.work.pages_left(max(0.0, deadline - time.monotonic())):
             return True
-        while not self.work.abandon():  # it is at its pages this moment
-            self.work.pages_left(0.001)
-        return self.work.left_pages
+        self.work.stop_touching()
+        return False
 
     def layer_ready(self, layer: str, patience_s: float) -> bool:
         """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
@@ -90,6 +89,13 @@ class Job(Generic[T]):
         if started:
             started.order(_current_stream(self._layout.device))
         return ready
+
+    def written(self) -> None:
+        """Says that the pages hold what an early store is to keep; on CUDA, once the caller's current stream has done
+        what it holds. The store's own thread reads them from now on."""
+        if self._layout.device.type == "cuda":
+            self.work.written = torch.cuda.current_stream(self._layout.device).record_event()
+        self.work.be_late()
 
     def layer_written(self, layer: str, patience_s: float) -> bool:
         """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
@@ -171,8 +177,8 @@ class Transfer:
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
         tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
-        is asked already, and they are read by the thread that waits for `Job.pages_free`, or, by_layer, that says
-        `Job.layer_written`."""
+        is asked already, and they are read by the thread that waits for `Job.pages_free` or, by_layer, that says
+        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`."""
         if not by_layer:
             return self._submit(self._stores, self._put, chunks, owner, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
@@ -374,6 +380,8 @@ class Transfer:
         layers = self._layers if by_layer else [_Planes(len(self.layout.planes), self.layout)]
 
         def gather(planes: int) -> bool:
+            if work.written is not None:
+                torch.cuda.current_stream(self.layout.device).wait_event(work.written)
             for i, (end, layout) in enumerate(layers[len(started) :], len(started)):
                 if end > planes:
                     return False

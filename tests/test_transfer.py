@@ -506,6 +506,68 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
         assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
 
 
+def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_written(make, monkeypatch):
+    """In several steps; the caller goes on at once, and waits only before it writes the pages again."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+    readers = []
+    gather = HostCopies.store
+
+    def slow(*arguments):
+        readers.append(threading.current_thread())
+        time.sleep(0.02)
+        return gather(*arguments)
+
+    monkeypatch.setattr(HostCopies, "store", slow)
+    kv = layers()
+    kv.zero_()
+    _, transfer = make(kv, largest=1)
+    chunks = chunks_of([3, 1, 7], [0], [11, 2])
+    job = transfer.store(chunks, b"", early=True)
+    assert not job.leave_pages(time.monotonic() + 0.05)  # given up before they were written
+    job = transfer.store(chunks, b"", early=True)
+    time.sleep(0.05)
+    assert not readers
+    kv.copy_(layers(seed=1))  # computed meanwhile
+    want = kv.clone()
+    job.written()
+    assert job.leave_pages(time.monotonic() + 10)
+    kv.zero_()
+    assert len(readers) == 3
+    assert threading.current_thread() not in readers
+    assert job.wait(10) == 24
+    assert transfer.load(chunks, b"").wait() == 3
+    for chunk in chunks:
+        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+
+
+def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
+    """The pages that it has read are stored, and it touches none of the others."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+    gather = HostCopies.store
+    reads = []
+
+    def slow(*arguments):
+        time.sleep(0.1)
+        reads.append(kv.clone())
+        return gather(*arguments)
+
+    monkeypatch.setattr(HostCopies, "store", slow)
+    kv = layers()
+    want = kv.clone()
+    _, transfer = make(kv, largest=1)
+    chunks = chunks_of([3, 1, 7], [0], [11, 2])
+    job = transfer.store(chunks, b"", early=True)
+    job.written()
+    assert not job.leave_pages(time.monotonic() + 0.05)
+    kv.zero_()  # by whoever has the pages now
+    with pytest.raises(Abandoned):
+        job.wait(10)
+    assert all(torch.equal(read, want) for read in reads)
+    assert len(reads) < 3
+
+
 def test_an_early_store_given_up_leaves_nothing_behind(make, store):
     kv = layers()
     _, transfer = make(kv)

@@ -88,7 +88,7 @@ class Worker:
             and {caches.hash_block_size} in ({None}, {group.page_tokens for group in groups})
             and (hasattr(KVConnectorBase_V1, "unregister_kv_caches") or not sleeps)
         )
-        self._planned: list[Save] = []  # of this step
+        self._prepared: list[Saving] = []  # of this step
         self._saving: list[Saving] = []
         self._handled: BaseException | None = None  # that somebody further up handles
         self._news = WorkerMetadata()
@@ -214,23 +214,28 @@ class Worker:
     def begin_step(self, step: Metadata) -> None:
         """Runs before the step computes anything. Saves read pages after the step that computed them has ended, until
         the pages are written again. So here a step waits for saves that still read the pages it will write."""
-        self._drop_planned()
+        self._drop_prepared()
         self._leave(step.written, SAVE_S)
-        self._planned, self._handled = step.saves, sys.exc_info()[1]
+        self._handled = sys.exc_info()[1]
+        for save in step.saves:
+            if self._asleep or any(t.stores_stalled_s() >= self._options.timeout_s for t in self._transfers):
+                self._saved(save, stored=False)
+                continue
+            # Stores find room while the step is computed.
+            jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
+            pages = frozenset(page for record in save.records for page in record.pages)
+            self._prepared.append(Saving(save, jobs, pages))
 
     def save(self) -> None:
         """What the step has computed is read from here on."""
         self._end_loads_of_step()
         if sys.exc_info()[1] is not self._handled:
-            self._drop_planned()  # vLLM calls this on the way out of a forward pass that failed, too
-        planned, self._planned = self._planned, []
-        for save in planned:
-            if self._asleep or any(t.stores_stalled_s() >= self._options.timeout_s for t in self._transfers):
-                self._saved(save, stored=False)
-                continue
-            jobs = [transfer.store(chunks, save.owner) for transfer, chunks in self._chunks(save.records)]
-            pages = frozenset(page for record in save.records for page in record.pages)
-            self._saving.append(Saving(save, jobs, pages))
+            self._drop_prepared()  # vLLM calls this on the way out of a forward pass that failed, too
+        prepared, self._prepared = self._prepared, []
+        for saving in prepared:
+            for job in saving.jobs:
+                job.written()
+        self._saving += prepared
         if not self._saves_behind_steps:
             self._leave(None, STEP_SAVE_S)
         self._see_saves()
@@ -247,11 +252,13 @@ class Worker:
                 self._warned = True
                 logger.warning("%s: the store is too slow for the engine: saves are given up (failed_stores)", NAME)
 
-    def _drop_planned(self) -> None:
+    def _drop_prepared(self) -> None:
         """Their pages were not computed."""
-        planned, self._planned = self._planned, []
-        for save in planned:
-            self._saved(save, stored=False)
+        prepared, self._prepared = self._prepared, []
+        for saving in prepared:
+            for job in saving.jobs:
+                job.abandon()
+            self._saved(saving.save, stored=False)
 
     def _see_saves(self) -> None:
         """Counts the saves that have ended."""
