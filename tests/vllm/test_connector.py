@@ -54,26 +54,27 @@ pytestmark = pytest.mark.skipif(
 
 
 # Each is a process of its own; the longest first. Those that tests need run two at a time. Without TEST_VLLM each runs
-# on what is named here.
+# once or twice, on what is named here: on V2 where the order of loads, saves and resets within a step matters, for that
+# is what GPUs run, on V1 where it does not, for that takes half the time, and some of each kind on the older version.
 SCENARIOS = {
-    "answers": COMBINATIONS,
+    "answers": ("0.33-V2", "0.32-V1"),
     "trouble:async": ("0.33-V2",),
     "trouble:sync": ("0.33-V1",),
-    "trouble:layers": ("0.33-V1",),
+    "trouble:layers": ("0.32-V1",),
     "pressure": ("0.33-V2",),
-    "pausing": ("0.33-V1", "0.33-V2"),
+    "pausing": ("0.33-V1",),
     "shared_pages": ("0.33-V1",),
     "weights": ("0.33-V2",),
     "odd_requests": ("0.33-V1",),
     "pooling": ("0.33-V1",),
     "identity": ("0.33-V1",),
-    "adapters": ("0.33-V1",),
+    "adapters": ("0.32-V1",),
     "encoder_trouble": ("0.33-V1",),
     "encoder": ("0.33-V2",),
     "encoder_identity": ("0.33-V1",),
     "encoder_ranks": ("0.33-V1",),
-    "inside_multi": ("0.33-V1",),
-    "sliding_windows": ("0.33-V2",),
+    "inside_multi": ("0.32-V1",),
+    "sliding_windows": ("0.32-V2",),
     "sessions": ("0.33-V1",),
     "sessions_in_trouble": ("0.33-V2",),
     "sessions_served": ("0.32-V1",),
