@@ -149,7 +149,8 @@ class Work:
         self.advance(left_pages=last)
 
     def be_late(self) -> None:
-        """The work is not early any more: its own thread touches the pages."""
+        """The work is not early any more: its own thread touches the pages. It did not stand still so far."""
+        self.lane.progress = time.monotonic()
         with self._changed:
             self.early = False
             self._changed.notify_all()
