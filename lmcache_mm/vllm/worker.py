@@ -120,6 +120,7 @@ class Worker:
         self._asleep = False
 
     def close(self) -> None:
+        self._drop_prepared()
         if all([transfer.close(self._options.timeout_s) for transfer in self._transfers]) and self._store is not None:
             self._store.close()
 
