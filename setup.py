@@ -1,7 +1,7 @@
 """Builds lmcache_mm._C with CMake and ninja.
 
 LMCACHE_MM_CUDA=AUTO|ON|OFF   AUTO (default): CUDA kernels if nvcc is found; ON: fail without it; OFF: CPU ops only
-LMCACHE_MM_CUDA_ARCHS=80;90   compute capabilities to build for (default 80;90;100)
+LMCACHE_MM_CUDA_ARCHS=80;90   compute capabilities to build for (default 80;90;100;120)
 CUDACXX, CUDA_HOME            where nvcc is, if not on PATH or in /usr/local/cuda
 
 The version's local label says what was built: 0.1.0+cu130 has CUDA kernels, 0.1.0+cpu has not.

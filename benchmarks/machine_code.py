@@ -15,8 +15,8 @@ from pathlib import Path
 from lmcache_mm import _C
 
 REGISTERS_OF_SM = 65536
-THREADS_OF_SM = {80: 2048, 90: 2048, 100: 2048}
-SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+THREADS_OF_SM = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
+SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 
 # Threads of a block, dynamic shared memory and the bytes a thread asks for before it waits: facts of csrc/*.cu that
 # machine code does not show.

@@ -39,8 +39,14 @@ std::vector<Chunk> to_chunks(const py::iterable& chunks) {
 }
 
 #ifdef LMCACHE_MM_CUDA
-cuda::Launch to_launch(int device, u64 stream, u64 workspace, u32 max_blocks = 0) {
-  return {device, reinterpret_cast<void*>(stream), reinterpret_cast<void*>(workspace), max_blocks};
+// upload(table): copies bytes to the device behind what its stream holds; their address there.
+cuda::Launch to_launch(int device, u64 stream, const py::function& upload, u32 max_blocks = 0) {
+  cuda::Launch launch{device, reinterpret_cast<void*>(stream), max_blocks};
+  launch.place_table = [&upload](const u8* table, u64 bytes) {
+    const py::gil_scoped_acquire gil;
+    return reinterpret_cast<const u8*>(upload(py::bytes(reinterpret_cast<const char*>(table), bytes)).cast<u64>());
+  };
+  return launch;
 }
 #endif
 
@@ -192,62 +198,60 @@ PYBIND11_MODULE(_C, m) {
            py::call_guard<py::gil_scoped_release>());
 
 #ifdef LMCACHE_MM_CUDA
-  // The workspace is a tensor of the caller's, so that it is freed in the order of the stream: `allocate(bytes)` makes
-  // it and returns its address.
+  // Memory on the device is the caller's, so that it is freed in the order of the stream.
   m.def(
       "cuda_apply_mm_hashes_to_token_ids",
-      [](u64 token_ids, u64 count, const py::iterable& items, int device, u64 stream, const py::function& allocate) {
+      [](u64 token_ids, u64 count, const py::iterable& items, int device, u64 stream, const py::function& upload) {
         const ItemTable table(to_items(items));
-        const u64 workspace = allocate(cuda::apply_mm_hashes_to_token_ids_workspace_bytes(table)).cast<u64>();
         py::gil_scoped_release release;
         cuda::apply_mm_hashes_to_token_ids(reinterpret_cast<i64*>(token_ids), count, table,
-                                           to_launch(device, stream, workspace));
+                                           to_launch(device, stream, upload));
       },
       py::arg("token_ids"), py::arg("count"), py::arg("items"), py::arg("device"), py::arg("stream"),
-      py::arg("allocate"));
+      py::arg("upload"));
+
+  m.def("cuda_prefix_keys_workspace_bytes", &cuda::prefix_keys_workspace_bytes, py::arg("count"), py::arg("num_cuts"));
 
   m.def(
       "cuda_prefix_keys",
       [](u64 token_ids, u64 count, bool wide, const py::iterable& items, const std::string& root, u64 cuts,
-         u64 num_cuts, u64 keys, int device, u64 stream, const py::function& allocate) {
+         u64 num_cuts, u64 keys, u64 workspace, int device, u64 stream, const py::function& upload) {
         const ItemTable table(to_items(items));
         const std::vector<u64> ends = to_cuts(cuts, num_cuts, count);
-        const u64 workspace = allocate(cuda::prefix_keys_workspace_bytes(count, table, num_cuts)).cast<u64>();
         py::gil_scoped_release release;
         cuda::prefix_keys({reinterpret_cast<const void*>(token_ids), count, wide}, table,
                           reinterpret_cast<const u8*>(root.data()), ends, reinterpret_cast<u8*>(keys),
-                          to_launch(device, stream, workspace));
+                          reinterpret_cast<void*>(workspace), to_launch(device, stream, upload));
       },
       py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("items"), py::arg("root"), py::arg("cuts"),
-      py::arg("num_cuts"), py::arg("keys"), py::arg("device"), py::arg("stream"), py::arg("allocate"));
+      py::arg("num_cuts"), py::arg("keys"), py::arg("workspace"), py::arg("device"), py::arg("stream"),
+      py::arg("upload"));
 
   m.def(
       "cuda_gather",
       [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
-         u64 stream, const py::function& allocate, u32 max_blocks) {
+         u64 stream, const py::function& upload, u32 max_blocks) {
         const std::vector<Chunk> list = to_chunks(chunks);
         if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
-        const u64 workspace = allocate(cuda::copy_workspace_bytes(cache, list, host_ids)).cast<u64>();
         py::gil_scoped_release release;
         cuda::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
-                     to_launch(device, stream, workspace, max_blocks));
+                     to_launch(device, stream, upload, max_blocks));
       },
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
-      py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
+      py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
 
   m.def(
       "cuda_scatter",
       [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
-         u64 stream, const py::function& allocate, u32 max_blocks) {
+         u64 stream, const py::function& upload, u32 max_blocks) {
         const std::vector<Chunk> list = to_chunks(chunks);
         if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
-        const u64 workspace = allocate(cuda::copy_workspace_bytes(cache, list, host_ids)).cast<u64>();
         py::gil_scoped_release release;
         cuda::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
-                      to_launch(device, stream, workspace, max_blocks));
+                      to_launch(device, stream, upload, max_blocks));
       },
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
-      py::arg("device"), py::arg("stream"), py::arg("allocate"), py::arg("max_blocks"));
+      py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
 
   py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type))
       .def(

@@ -42,6 +42,10 @@ struct Divisor {
   }
 };
 
+// Each of `blocks` blocks takes a contiguous range of `tiles`, at least one: blocks <= tiles.
+LMC_HOST_DEVICE u64 first_tile(u64 block, u64 tiles, u64 blocks) { return tiles * block / blocks; }
+LMC_HOST_DEVICE u64 block_of_tile(u64 tile, u64 tiles, u64 blocks) { return ((tile + 1) * blocks - 1) / tiles; }
+
 enum class Mode { kPage, kToken };
 
 // One paged cache. Plane i begins at planes[i], page p of it at planes[i] + p * page_stride bytes, and unit x of a page

@@ -2,7 +2,9 @@
 // on a stream and never waits for the device.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -89,37 +91,58 @@ u64 copy(u8* to, const u8* from, u64 bytes, u32 threads);
 
 namespace cuda {
 
-// Where and how a call runs. `workspace`: device memory of at least the bytes that the op's *_workspace_bytes tells for
-// the same arguments, 256-byte aligned, left alone until the stream has passed the call. Nothing else is allocated on
-// the device. `max_blocks` caps the grid of a copy (0: as many as fill the device), to leave SMs to other work;
-// payloads_on_host: those of a page-mode scatter are mapped host memory, by their device addresses. Calls throw
-// std::runtime_error when CUDA reports an error, and restore the current device.
+// Where and how a call runs. Calls throw std::runtime_error when CUDA reports an error, and restore the current device.
+// A CUDA graph can capture them, save where place_table is needed: then they throw.
 struct Launch {
   int device;
   void* stream;  // cudaStream_t
-  void* workspace;
-  u32 max_blocks;
+  // Of a copy: caps the grid (0: as many blocks as fill the device), to leave SMs to other work.
+  u32 max_blocks = 0;
+  // Of a copy in page mode: payloads are mapped host memory, by their device addresses.
   bool payloads_on_host = false;
+  // Copies a table that is too long for kernel parameters (some 3.8 KiB) to where a kernel that the stream is given
+  // next can read it; returns the address for that kernel.
+  std::function<const u8*(const u8* table, u64 bytes)> place_table = {};
+  // Of a copy, if set: gives device-accessible memory for so many u64s, which become PartialSums::add_up's, and no
+  // `checksums` are made.
+  std::function<u64*(u64 count)> partial_sums = {};
 };
 
 // As cpu::, except that nothing is validated: an id outside [0, 2^32) is left as it is.
-u64 apply_mm_hashes_to_token_ids_workspace_bytes(const ItemTable& items);
 void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items, const Launch& launch);
 
 // As cpu::, except that nothing is validated: from the first cut behind an id outside [0, 2^32) on, keys are zeros.
-// `cuts` is host memory, token_ids and keys are device memory.
-u64 prefix_keys_workspace_bytes(u64 count, const ItemTable& items, u64 num_cuts);
+// `cuts` is host memory, token_ids and keys are device memory. `workspace`: device memory of so many bytes, 256-byte
+// aligned, left alone until the stream has passed the call.
+u64 prefix_keys_workspace_bytes(u64 count, u64 num_cuts);
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
-                 const Launch& launch);
+                 void* workspace, const Launch& launch);
+
+// The checksums of a copy's payloads before their last additions, which are the host's: no small copy has to queue
+// behind payloads, and nothing has to be zeroed. The n-th chunk's are ranges[n].
+struct PartialSums {
+  struct Range {
+    u64 begin, end;
+    u64 length_term;
+  };
+  std::vector<Range> ranges;
+
+  // sums: what Launch::partial_sums gave, once the copy is finished.
+  std::vector<u64> add_up(const u64* sums) const {
+    std::vector<u64> checksums;
+    for (const Range& range : ranges)
+      checksums.push_back(std::accumulate(sums + range.begin, sums + range.end, range.length_term));
+    return checksums;
+  }
+};
 
 // As cpu::, except that ids outside the cache count as not there. The planes, payloads and checksums are device memory.
 // Chunk::ids are device memory too, or all of them host memory (copied before return) where `host_ids`. A gather
-// without payloads (null, all of them) makes checksums only.
-u64 copy_workspace_bytes(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids);
-void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
-            const Launch& launch);
-void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
-             const Launch& launch);
+// without payloads (null, all of them) makes checksums only. A call with many chunks may be several kernels.
+PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
+                   const Launch& launch);
+PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
+                    const Launch& launch);
 
 // Pins host memory for transfers of all devices, in pieces, none of which is longer than `piece_bytes`: drivers refuse
 // very long ones, and a transfer must not cross the end of one. Throws std::runtime_error, with nothing pinned, if a

@@ -7,7 +7,7 @@
 //   2. fold_keys: each block rebuilds the levels above, at most 511 nodes, in shared memory; a thread folds one key.
 #include "error.h"
 #include "ops.h"
-#include "upload.h"
+#include "table.h"
 
 namespace lmc::cuda {
 namespace {
@@ -24,12 +24,27 @@ constexpr u64 kMaxIds = u64{1} << 21;  // what fold_keys can rebuild in 32 KiB o
 constexpr u32 kMaxGroups = kMaxIds / kGroupIds;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
 
-// The items of a prompt in device memory, in the order of the items chain.
+// The items of a prompt in a table, in the order of the items chain.
 struct ItemsView {
   const ItemSpan* spans;
   const u64* reach;  // reach[i]: the greatest end of spans[0, i]
   const u32* chain;  // [count + 1][8]
   u32 count;
+
+  ItemsView() = default;
+  ItemsView(const ItemTable& items, Table& table) : count(static_cast<u32>(items.spans.size())) {
+    std::vector<u64> reaches;
+    for (const ItemSpan& item : items.spans)
+      reaches.push_back(std::max(item.end, reaches.empty() ? 0 : reaches.back()));
+    spans = table.append(items.spans.data(), items.spans.size());
+    reach = table.append(reaches.data(), reaches.size());
+    chain = table.append(items.chain.data()->data(), items.chain.size() * blake3::kKeyWords);
+  }
+  __device__ ItemsView(const ItemsView& items, const u8* table)
+      : spans(in_table(table, items.spans)),
+        reach(in_table(table, items.reach)),
+        chain(in_table(table, items.chain)),
+        count(items.count) {}
 
   // How many items begin before position `end`.
   __device__ u32 begun_before(u64 end) const {
@@ -95,7 +110,17 @@ __device__ u32 content_ids(TokenIds token_ids, const ItemsView& items, u64 first
   return covered;
 }
 
-__global__ void __launch_bounds__(kOverwriteThreads) overwrite(i64* token_ids, u64 count, const ItemsView items) {
+struct Overwrite {
+  i64* token_ids;
+  u64 count;
+  ItemsView items;
+};
+
+__global__ void __launch_bounds__(kOverwriteThreads)
+    overwrite(const __grid_constant__ WithTable<Overwrite> parameters) {
+  i64* token_ids = parameters.head.token_ids;
+  const u64 count = parameters.head.count;
+  const ItemsView items(parameters.head.items, parameters.table());
   const u64 first = (static_cast<u64>(blockIdx.x) * kOverwriteThreads + threadIdx.x) * kBlockIds;
   if (first >= count) return;
   u64 ids[kBlockIds], bad = 0;
@@ -106,8 +131,8 @@ __global__ void __launch_bounds__(kOverwriteThreads) overwrite(i64* token_ids, u
       token_ids[first + k] = static_cast<i64>(ids[k]);
 }
 
-// What the two launches share, all in device memory. Node i of level d is the chaining value of leaves
-// [i 2^d, (i + 1) 2^d); the levels of hash_leaves are one after another in `nodes`.
+// What the two launches share: items and cuts in their table, all else in device memory. Node i of level d is the
+// chaining value of leaves [i 2^d, (i + 1) 2^d); the levels of hash_leaves are one after another in `nodes`.
 struct Prefixes {
   TokenIds token_ids;
   u64 end;  // the last cut: ids behind it are not read
@@ -120,6 +145,13 @@ struct Prefixes {
   u32* last_leaf;  // [cut][8]: the chaining value of a prefix's last leaf
   u64* first_bad;  // the first position with an id outside [0, 2^32), or all ones
   u8* keys;
+
+  Prefixes() = default;
+  // In a kernel: as the parameters say, with addresses.
+  __device__ explicit Prefixes(const WithTable<Prefixes>& parameters) : Prefixes(parameters.head) {
+    items = ItemsView(items, parameters.table());
+    cuts = in_table(parameters.table(), cuts);
+  }
 
   __device__ u32* node(u32 level, u64 i) const {
     return nodes + (static_cast<u64>(num_groups) * (64 - (64 >> level)) + i) * blake3::kKeyWords;
@@ -145,7 +177,8 @@ struct LeafShared {
   u32 running[blake3::kLeafBlocks - 1][blake3::kKeyWords][kGroupLeaves];  // [b]: the chain after block b
 };
 
-__global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constant__ Prefixes prefixes) {
+__global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constant__ WithTable<Prefixes> parameters) {
+  const Prefixes prefixes(parameters);
   LeafShared& shared = shared_memory<LeafShared>();
   const u64 group_first = static_cast<u64>(blockIdx.x) * kGroupIds;
   const u32 thread = threadIdx.x;
@@ -230,7 +263,8 @@ struct FoldShared {
   u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // a level above the groups' after another, from the groups' own on
 };
 
-__global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant__ Prefixes prefixes) {
+__global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant__ WithTable<Prefixes> parameters) {
+  const Prefixes prefixes(parameters);
   FoldShared& shared = shared_memory<FoldShared>();
   const u32 thread = threadIdx.x;
 
@@ -297,52 +331,28 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
 
 u64 aligned(u64 bytes) { return (bytes + 255) / 256 * 256; }
 
-struct ItemOffsets {
-  u64 spans, reach, chain;
-};
-
-ItemOffsets append_items(UploadTable& table, const ItemTable& items) {
-  std::vector<u64> reach;
-  for (const ItemSpan& item : items.spans) reach.push_back(std::max(item.end, reach.empty() ? 0 : reach.back()));
-  return {table.append(items.spans.data(), items.spans.size()), table.append(reach.data(), reach.size()),
-          table.append(items.chain.data(), items.chain.size())};
-}
-
-ItemsView items_view(const ItemTable& items, const ItemOffsets& at, const u8* table) {
-  return {reinterpret_cast<const ItemSpan*>(table + at.spans), reinterpret_cast<const u64*>(table + at.reach),
-          reinterpret_cast<const u32*>(table + at.chain), static_cast<u32>(items.spans.size())};
-}
-
-u64 items_bytes(const ItemTable& items) {
-  return items.spans.size() * (sizeof(ItemSpan) + 8) + items.chain.size() * 32 + 3 * 16;
-}
-
 }  // namespace
-
-u64 apply_mm_hashes_to_token_ids_workspace_bytes(const ItemTable& items) { return aligned(items_bytes(items)); }
 
 void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& items, const Launch& where) {
   constexpr const char* op = "apply_mm_hashes_to_token_ids";
   if (count == 0 || items.spans.empty()) return;
   const DeviceGuard guard(op, where.device);
   const auto stream = static_cast<cudaStream_t>(where.stream);
-  UploadTable table;
-  const ItemOffsets at = append_items(table, items);
-  PinnedBuffers::instance().upload(op, table, where.workspace, where.device, stream);
+  Table table;
+  WithTable<Overwrite> parameters{{token_ids, count, ItemsView(items, table)}, nullptr, {}};
+  table.put(op, where, parameters);
   const u64 ids_per_block = kOverwriteThreads * kBlockIds;
   const dim3 grid(static_cast<u32>((count + ids_per_block - 1) / ids_per_block));
-  LMC_CUDA_CHECK(op, launch(overwrite, grid, dim3(kOverwriteThreads), 0, stream, token_ids, count,
-                            items_view(items, at, static_cast<const u8*>(where.workspace))));
+  LMC_CUDA_CHECK(op, launch(overwrite, grid, dim3(kOverwriteThreads), 0, stream, parameters));
 }
 
-u64 prefix_keys_workspace_bytes(u64 count, const ItemTable& items, u64 num_cuts) {
+u64 prefix_keys_workspace_bytes(u64 count, u64 num_cuts) {
   const u64 groups = (count + kGroupIds - 1) / kGroupIds;
-  return aligned(8) + aligned(groups * 63 * 32) + aligned(num_cuts * 32) +
-         aligned(items_bytes(items) + num_cuts * 8 + 16);
+  return aligned(8) + aligned(groups * 63 * 32) + num_cuts * 32;
 }
 
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
-                 const Launch& where) {
+                 void* workspace, const Launch& where) {
   constexpr const char* op = "prefix_keys";
   if (cuts.empty()) return;
   if (cuts.back() > kMaxIds)
@@ -350,34 +360,30 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
                                 std::to_string(cuts.back()));
   const DeviceGuard guard(op, where.device);
   const auto stream = static_cast<cudaStream_t>(where.stream);
-  UploadTable table;
-  const ItemOffsets at = append_items(table, items);
-  const u64 cuts_at = table.append(cuts.data(), cuts.size());
-
-  Prefixes prefixes{};
+  Table table;
+  WithTable<Prefixes> parameters{};
+  Prefixes& prefixes = parameters.head;
+  prefixes.items = ItemsView(items, table);
+  prefixes.cuts = table.append(cuts.data(), cuts.size());
+  table.put(op, where, parameters);
   prefixes.token_ids = token_ids;
   prefixes.end = cuts.back();
   prefixes.num_cuts = static_cast<u32>(cuts.size());
   prefixes.num_groups = static_cast<u32>((prefixes.end + kGroupIds - 1) / kGroupIds);
   std::memcpy(prefixes.root, root, 32);
   prefixes.keys = keys;
-  u8* next = static_cast<u8*>(where.workspace);
+  u8* next = static_cast<u8*>(workspace);
   prefixes.first_bad = reinterpret_cast<u64*>(next);
   next += aligned(8);
   prefixes.nodes = reinterpret_cast<u32*>(next);
   next += aligned(static_cast<u64>(prefixes.num_groups) * 63 * 32);
   prefixes.last_leaf = reinterpret_cast<u32*>(next);
-  next += aligned(cuts.size() * 32);
-  prefixes.items = items_view(items, at, next);
-  prefixes.cuts = reinterpret_cast<const u64*>(next + cuts_at);
-
-  PinnedBuffers::instance().upload(op, table, next, where.device, stream);
   LMC_CUDA_CHECK(op, cudaMemsetAsync(prefixes.first_bad, 0xFF, 8, stream));
   if (prefixes.num_groups > 0)
     LMC_CUDA_CHECK(
-        op, launch(hash_leaves, dim3(prefixes.num_groups), dim3(kLeafThreads), sizeof(LeafShared), stream, prefixes));
+        op, launch(hash_leaves, dim3(prefixes.num_groups), dim3(kLeafThreads), sizeof(LeafShared), stream, parameters));
   const dim3 grid(static_cast<u32>((cuts.size() + kFoldThreads - 1) / kFoldThreads));
-  LMC_CUDA_CHECK(op, launch(fold_keys, grid, dim3(kFoldThreads), sizeof(FoldShared), stream, prefixes));
+  LMC_CUDA_CHECK(op, launch(fold_keys, grid, dim3(kFoldThreads), sizeof(FoldShared), stream, parameters));
 }
 
 }  // namespace lmc::cuda

@@ -10,15 +10,15 @@
 //   kernels:  [behind] > [filled b] > scatter from b, checksums to the host, record free b ... record left_pages,
 //   finished
 // Fragments are copied by `copies` too, which then waits for [behind]; a kernel sums up the pages that they come from,
-// or have gone to. A buffer then holds a kernel's tables and the checksums only, as it does for a load by a kernel
+// or have gone to. A buffer then holds the checksums only, as it does for a load by a kernel
 // alone.
+#include <cstring>
 #include <mutex>
 #include <utility>
 
 #include "batch_copy.h"
 #include "error.h"
 #include "ops.h"
-#include "upload.h"
 
 namespace lmc::cuda {
 namespace {
@@ -53,7 +53,6 @@ struct Step {
 
 Step place(const PagedCache& cache, Path path, std::size_t first, std::vector<Chunk> chunks) {
   Step step{path, first, std::move(chunks), 0, {}, 0};
-  step.sums_at = align(copy_workspace_bytes(cache, step.chunks, true));  // the workspace is at 0
   step.bytes = align(step.sums_at + 8 * step.chunks.size());
   if (path != Path::kStaged) return step;
   for (const Chunk& chunk : step.chunks) {
@@ -204,6 +203,7 @@ struct Staging::Job::State {
   std::size_t count;
   std::shared_ptr<Sums> sums;
   Sums::Block block{};
+  std::vector<Sums::Block> tables;
   cudaEvent_t left_pages = nullptr, finished = nullptr;
   bool under_way = false;
   std::vector<u64> results;
@@ -213,10 +213,21 @@ struct Staging::Job::State {
     finished = new_event(op);
     block = sums->take(op, count);
   }
+  // What gather and scatter need on a stream of the device.
+  Launch on(cudaStream_t stream) {
+    Launch where{device, stream};
+    where.place_table = [this](const u8* table, u64 bytes) {
+      tables.push_back(sums->take(op, (bytes + 7) / 8));
+      std::memcpy(tables.back().host, table, bytes);
+      return reinterpret_cast<const u8*>(tables.back().host);
+    };
+    return where;
+  }
   ~State() {
     if (left_pages) quietly(cudaEventDestroy(left_pages));
     if (finished) quietly(cudaEventDestroy(finished));
     if (block.host) sums->give_back(block);
+    for (const Sums::Block& table : tables) sums->give_back(table);
   }
 };
 
@@ -336,7 +347,7 @@ std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vecto
       u8* buffer = s.ring + b * s.buffer_bytes;
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
       auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, {s.device, s.kernels, buffer, 0});
+      gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, j.on(s.kernels));
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
       if (step.path == Path::kFragments) {
         LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
@@ -372,7 +383,7 @@ std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector
       const u32 b = s.next++ % s.buffers;
       u8* buffer = s.ring + b * s.buffer_bytes;
       auto* sums = checksums ? reinterpret_cast<u64*>(buffer + step.sums_at) : nullptr;
-      Launch where{s.device, s.kernels, buffer, 0};
+      Launch where = j.on(s.kernels);
       if (step.path == Path::kKernel) {
         where.max_blocks = kernel_blocks;
         where.payloads_on_host = true;

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 cuda_version: str  # of the nvcc that built it, "" for CPU operations only
-cuda_archs: str  # compute capabilities with machine code, such as "80,90,100"
+cuda_archs: str  # compute capabilities with machine code, such as "80,90,100,120"
 
 class PagedCache:
     def __init__(
@@ -70,7 +70,7 @@ class SlabTable:
     def take_visited(self, slot: int) -> bool: ...
     def clear_row(self, row: int, num_slots: int) -> None: ...
 
-# Only in builds with CUDA kernels. `allocate` makes the workspace on the device and returns its address.
+# Only in builds with CUDA kernels. `upload` copies a table to the device and returns its address.
 
 def cuda_devices() -> tuple[int, str]: ...
 
@@ -108,8 +108,9 @@ def cuda_apply_mm_hashes_to_token_ids(
     items: Iterable[tuple[str, str, int, int]],
     device: int,
     stream: int,
-    allocate: Callable[[int], int],
+    upload: Callable[[bytes], int],
 ) -> None: ...
+def cuda_prefix_keys_workspace_bytes(count: int, num_cuts: int) -> int: ...
 def cuda_prefix_keys(
     token_ids: int,
     count: int,
@@ -119,9 +120,10 @@ def cuda_prefix_keys(
     cuts: int,
     num_cuts: int,
     keys: int,
+    workspace: int,
     device: int,
     stream: int,
-    allocate: Callable[[int], int],
+    upload: Callable[[bytes], int],
 ) -> None: ...
 def cuda_gather(
     cache: PagedCache,
@@ -131,7 +133,7 @@ def cuda_gather(
     checksums: int,
     device: int,
     stream: int,
-    allocate: Callable[[int], int],
+    upload: Callable[[bytes], int],
     max_blocks: int,
 ) -> None: ...
 def cuda_scatter(
@@ -142,6 +144,6 @@ def cuda_scatter(
     checksums: int,
     device: int,
     stream: int,
-    allocate: Callable[[int], int],
+    upload: Callable[[bytes], int],
     max_blocks: int,
 ) -> None: ...

@@ -37,14 +37,16 @@ def _check_device(name: str, device: torch.device) -> None:
 
 
 def _launch(device: torch.device) -> dict[str, Any]:
-    """Where a CUDA operation runs: torch's current stream of `device`, with a workspace allocated in its order."""
-    workspace = []
+    """Where a CUDA operation runs: torch's current stream of `device`. What kernel parameters cannot hold is uploaded
+    in its order, through pinned memory that torch keeps until the copy is done."""
+    uploaded = []
 
-    def allocate(size: int) -> int:
-        workspace.append(torch.empty(size, dtype=torch.uint8, device=device))
-        return workspace[0].data_ptr()
+    def upload(table: bytes) -> int:
+        pinned = torch.frombuffer(bytearray(table), dtype=torch.uint8).pin_memory()
+        uploaded.append(pinned.to(device, non_blocking=True))
+        return uploaded[-1].data_ptr()
 
-    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream, "allocate": allocate}
+    return {"device": device.index, "stream": torch.cuda.current_stream(device).cuda_stream, "upload": upload}
 
 
 def _validate_on_device(ids: torch.Tensor) -> None:
@@ -93,7 +95,8 @@ def apply_mm_hashes_to_token_ids(
     Raises TypeError or ValueError for ids outside [0, 2**32), overwritten ones among them, and for hashes, positions
     and modalities of different number: an item without its hash would share its KV with every other.
     On CUDA the work is put on torch's current stream and nothing waits for it: a bad id stays as it is, unless
-    validate=True, which waits and raises before anything is written.
+    validate=True, which waits and raises before anything is written. A CUDA graph can capture a call with up to some 20
+    items, which the graph keeps; a capture of more, or with validate=True, is a RuntimeError.
     Source: docs/design.md, "Identity".
     """
     if isinstance(token_ids, (list, tuple)):
@@ -153,7 +156,9 @@ def prefix_keys(
     Raises TypeError or ValueError for an id outside [0, 2**32) before the last cut, for cuts that do not ascend or lie
     beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for prompts of
     at most 2**21 tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros, which no
-    store holds; validate=True waits and raises instead. Source: docs/design.md, "Identity".
+    store holds; validate=True waits and raises instead. A CUDA graph can capture a call with few
+    items and cuts, and keeps them: up to some 20 items without cuts, 400 cuts without items. A capture of more is a
+    RuntimeError. Source: docs/design.md, "Identity".
     """
     tensor = ids_tensor("token_ids", token_ids)
     device = tensor.device
@@ -171,7 +176,10 @@ def prefix_keys(
     if device.type == "cuda":
         if validate and num_cuts:
             _validate_on_device(tensor[: max(0, int(ends[-1]))])
-        _C.cuda_prefix_keys(*plain, ends.data_ptr(), num_cuts, keys.data_ptr(), **_launch(device))
+        size = _C.cuda_prefix_keys_workspace_bytes(tensor.numel(), num_cuts)
+        workspace = torch.empty(size, dtype=torch.uint8, device=device)
+        arguments = (ends.data_ptr(), num_cuts, keys.data_ptr(), workspace.data_ptr())
+        _C.cuda_prefix_keys(*plain, *arguments, **_launch(device))
     else:
         _C.prefix_keys(*plain, ends.data_ptr(), num_cuts, keys.data_ptr())
     return keys
@@ -243,6 +251,8 @@ def gather_pages(
     On CUDA the copy is put on torch's current stream of layout.device and nothing waits for it. Block ids may be on the
     host or on that device; ids on the device that are outside the cache count as not there, memory outside is never
     touched. All tensors must stay alive and unchanged until the stream has passed.
+    A CUDA graph can capture the call: it keeps host ids, and reads ids on the device whenever it runs. To capture a
+    chunk with more than some 800 host ids is a RuntimeError; give its ids on the device.
     Raises TypeError or ValueError for host ids outside the cache, sizes that do not fit and tensors on other devices.
     """
     chunks = _Chunks(layout, "block_ids", block_ids)

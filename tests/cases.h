@@ -11,8 +11,9 @@
 //   gather, scatter: token_mode, host_ids, max_blocks, planes (offsets in region 0, the cache),
 //     layout (num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes),
 //     chunks (each: region of ids, wide, count, tokens, region of payload, offset), checksums? (region),
-//     payloads: 0 in device memory, 1 in host memory, 2 none, which is for CUDA only
+//     payloads: 0 in device memory, 1 in host memory, 2 none, which is for CUDA only; partial_sums (CUDA only)
 //   blake3_keyed_hash, blake3_derive_key: key or context, data, hash; no CUDA
+// A field `places_no_table` says that parameters of kernels hold all tables.
 // A field `refused` says that the call of cuda::, `cpu_refused` that of cpu::, has to throw std::invalid_argument.
 // items: for each u64 offset, u64 length, text modality, text identifier.
 #pragma once

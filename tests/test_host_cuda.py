@@ -134,7 +134,7 @@ def identity_cases() -> Iterator[Case]:
         yield overwrite_case(f"{count} ids", ids, items, small=count < 200)
         cuts = [edge for edge in EDGES if edge <= count]
         yield keys_case(f"{count} ids", ids, items, cuts, small=count in (1, 129, 4097))
-    for number in (0, 1, 5, 300, 600):  # 600: more than fit into the least buffer that tables are uploaded from
+    for number in (0, 1, 5, 300):  # 300: more than kernel parameters hold
         count = 1500
         ids, items = some_ids(count, number), scattered_items(number, count)
         yield overwrite_case(f"{number} items", ids, items)
@@ -204,6 +204,7 @@ def copy_case(
     max_blocks: int = 0,
     checksums: bool = True,
     payloads: int = ON_DEVICE,
+    partial_sums: bool = False,
     small: bool = False,
 ) -> Case:
     layout, memory = cache.layout, cache.memory
@@ -256,6 +257,7 @@ def copy_case(
             "layout": u64s([*numbers, layout.page_tokens, layout.token_bytes]),
             "chunks": u64s(table),
             "payloads": u64s([payloads]),
+            "partial_sums": u64s([partial_sums and checksums]),
         },
         regions,
         small,
@@ -327,6 +329,7 @@ def copy_cases() -> Iterator[Case]:
                         clipped=i % 2 == 1,
                         checksums=i % 4 != 3,
                         max_blocks=(0, 1, 3)[i % 3],
+                        partial_sums=what == "many chunks" and gather,
                         small=what == "many chunks",
                     )
                 for at in ((0, 4), (4, 0), (1, 0), (0, 1), (8, 8)):
@@ -372,6 +375,7 @@ def copy_cases() -> Iterator[Case]:
                         token_mode,
                         Chunks(ids * 3 if gather else ids),
                         max_blocks=max_blocks,
+                        partial_sums=max_blocks == 2,
                         small=max_blocks == 2 and make in (token_major, mla),
                     )
                 for offset in (16, 4096):
@@ -399,11 +403,20 @@ def copy_cases() -> Iterator[Case]:
                     max_blocks=max_blocks,
                     checksums=what != "one page",
                     payloads=ON_HOST,
+                    partial_sums=max_blocks == 2,
                     small=what in ("many chunks", "some pages"),
                 )
     for gather in (True, False):
         ids = [[i] if i < slots else [-1] for i in range(300)]
-        yield copy_case("300 chunks", mla(), gather, True, Chunks(ids, wide=False, host_ids=True))
+        for partial_sums in (False, True):
+            chunks = Chunks(ids, wide=False, host_ids=True)
+            case = copy_case(f"300 chunks, {partial_sums=}", mla(), gather, True, chunks, partial_sums=partial_sums)
+            case.fields["places_no_table"] = b""  # but several kernels
+            yield case
+        ids = [[*range(slots), *[-1] * 1200], [-1, 5, -1]]
+        yield copy_case(
+            "ids that parameters do not hold", mla(), gather, True, Chunks(ids, host_ids=True), small=gather
+        )
 
 
 def blake3_cases() -> Iterator[Case]:
@@ -529,6 +542,10 @@ def test_two_threads_may_call_at_once(builds: Builds):
     drive(builds, "tsan", "--threads", 2, "--schedules", 3)
 
 
+def test_a_cuda_graph_captures_all_but_long_tables_and_replays(builds: Builds):
+    drive(builds, "asan", "--graphs", "--schedules", 3)
+
+
 def test_every_cuda_error_is_thrown_and_leaves_nothing_behind(builds: Builds):
     drive(builds, "asan", "--api-failures", "--schedules", 3)
 
@@ -557,7 +574,15 @@ def test_the_driver_builds_for_a_gpu(tmp_path: Path, driver: str):
 
 
 RIGHT = [
-    *("block_sum", "reuse_pinned", "two_streams", "null_stream", "pageable_is_staged", "event_means_its_last_record"),
+    *(
+        "graph_replays",
+        "block_sum",
+        "reuse_pinned",
+        "two_streams",
+        "null_stream",
+        "pageable_is_staged",
+        "event_means_its_last_record",
+    ),
     *(
         "host_function_runs_in_its_place",
         "registered_memory_is_pinned",
@@ -645,15 +670,9 @@ class Mutation:
 
 WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
 LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
-NEXT_CHUNK = "while (copy.chunks[c].tiles_end <= tile) ++c;"
-TILE_CHUNK, FILLED_CHUNK = (
-    f"{NEXT_CHUNK}\n    const ChunkWork<Index> work",
-    f"{NEXT_CHUNK}\n  const ChunkWork<u32>& work",
-)
-STORE_LANE = "store_payload<kUnit>(payload, vector, lane, work.units, lanes[v]);"
-ADD_SUMS = "add_to_checksum(copy.checksums + c, sums.total());"
-BULK_CHUNK = f"{NEXT_CHUNK}\n    }}"
-KEYS, COPY, SPAN, UPLOAD, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "upload.h", "error.h"
+STORE_LANE = "store_payload<kUnit>(in_global_memory(payload), vector, lane, work.units, lanes[v]);"
+PUT_SUM = "put_sum(copy, c, sums.total(), length_term);"
+KEYS, COPY, SPAN, TABLE, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "table.h", "error.h"
 TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
 FRAGMENTS_BEHIND = "LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));\n{}copy_fragments"
 
@@ -663,8 +682,8 @@ def call(text: str) -> str:
 
 
 # Not among them, for nothing but time depends on it: looking at items.reach before an item, `first >= count` in
-# overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, no table, or no
-# chunks to gather. Nor what only payloads of 16 GiB could tell, or a count of buffers.
+# overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, or no
+# chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
     Mutation(KEYS, "content ids before they are hashed", "__syncthreads();", "", "}\n  __syncthreads();\n\n  u32 cv["),
@@ -686,19 +705,20 @@ MUTATIONS = [
         "atomicMin(reinterpret_cast<unsigned long long*>(prefixes.first_bad), bad)",
         "(*prefixes.first_bad = std::min(*prefixes.first_bad, bad))",
     ),
-    Mutation(COPY, "the atomicity of a checksum", "atomicAdd(checksum, sum)", "(*checksum += sum)"),
-    # Upload buffers
-    Mutation(UPLOAD, "asking whether a buffer is free", "cudaEventQuery(buffer.copied)", "cudaSuccess"),
     Mutation(
-        UPLOAD, "waiting when all buffers are taken", "LMC_CUDA_CHECK(op, cudaEventSynchronize(buffer.copied));", ""
+        COPY,
+        "the atomicity of a checksum",
+        "atomicAdd(copy.sums + c, sum + (warp == 0 ? length_term : 0))",
+        "(copy.sums[c] += sum + (warp == 0 ? length_term : 0))",
     ),
-    Mutation(UPLOAD, "another buffer where one is taken", "under_way < kBuffers", "false"),
-    Mutation(UPLOAD, "recording that one is taken", "LMC_CUDA_CHECK(op, cudaEventRecord(buffer.copied, stream));", ""),
-    Mutation(UPLOAD, "leaving out buffers that are too small", "if (buffer.capacity < bytes) continue;", ""),
-    Mutation(UPLOAD, "making buffers that are large enough", "buffer.capacity *= 2;", "break;"),
-    Mutation(UPLOAD, "leaving out another device's buffers", "if (buffer.device != device) continue;", ""),
-    Mutation(UPLOAD, "aligning the parts of a table", "(bytes_.size() + 15) / 16 * 16", "bytes_.size()"),
-    Mutation(UPLOAD, "clearing what a query leaves behind", "cudaGetLastError()", "cudaSuccess"),
+    # Tables
+    Mutation(TABLE, "tables that parameters do not hold", "bytes_.size() <= sizeof parameters.bytes", "true"),
+    Mutation(TABLE, "where such a table is", "elsewhere ? elsewhere : bytes", "bytes"),
+    Mutation(TABLE, "aligning the parts of a table", "(bytes_.size() + 15) / 16 * 16 + part", "bytes_.size() + part"),
+    Mutation(TABLE, "refusing captures", "capture != cudaStreamCaptureStatusNone", "false", args=("--graphs",)),
+    Mutation(COPY, "the end of parameters", "part.table.bytes_after(more) > sizeof part.parameters.bytes", "false"),
+    Mutation(COPY, "ids in a table", "if (ids_in_table)", "if (false)"),
+    Mutation(COPY, "ids outside the cache", "chunk.id(k) < ids_end", "true"),
     # Errors and devices
     Mutation(ERROR, "going back to the device before", "if (changed_) cudaSetDevice(before_);", ""),
     Mutation(
@@ -765,23 +785,25 @@ MUTATIONS = [
         "if (to) *in_global_memory(reinterpret_cast<Piece*>",
     ),
     Mutation(COPY, "lanes behind the payload", "lane * kUnits < work.units", "true"),
-    Mutation(
-        COPY,
-        "a call without checksums",
-        f"if (copy.checksums) {ADD_SUMS}",
-        ADD_SUMS,
-        f"if (copy.checksums) {ADD_SUMS}\n  }}\n}}",
-    ),
-    Mutation(COPY, "one lane for its warp", "threadIdx.x % kWarp == 0", "true"),
-    Mutation(COPY, "the end of a block's tiles", "tile < tiles_end", "true", "; tile < tiles_end &&"),
-    Mutation(COPY, "the end of a chunk's tiles", "tile < work.tiles_end", "true"),
-    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", TILE_CHUNK),
+    Mutation(COPY, "a call without checksums", f"if (copy.sums) {PUT_SUM}", PUT_SUM),
+    Mutation(COPY, "one lane for its warp", "if (threadIdx.x % kWarp != 0) return;", ""),
+    Mutation(COPY, "the length once, by one warp", "warp == 0", "true"),
+    Mutation(COPY, "the length once, by one block", "tile == chunk_begin", "true"),
+    Mutation(COPY, "sums that begin at zero", call("cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream)"), ""),
+    Mutation(COPY, "a place for each partial sum", "(blockIdx.x + c)", "c"),
+    Mutation(COPY, "the partial sums of the last block", "last_block + c + 1", "first_block + c + 1"),
+    Mutation(COPY, "the partial sums of the first block", "first_block + c)", "c)"),
+    Mutation(COPY, "partial sums of several kernels", "are_partial ? part.first_sum : first", "first"),
+    Mutation(COPY, "chunks of no tiles", "if (begin == end) return {0, 0, 0};", ""),
+    Mutation(COPY, "the end of a block's tiles", "tile < end", "true", "tile < end && tile < chunk_end"),
+    Mutation(COPY, "the end of a chunk's tiles", "tile < chunk_end", "true", "tile < end && tile < chunk_end"),
+    Mutation(COPY, "the chunk of a tile", "tile < chunk_end", "true", "if (tile < chunk_end) {"),
     Mutation(COPY, "chunks of no pages", "chunk.count ? chunk.count : 1", "chunk.count"),
     Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
     Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
     Mutation(COPY, "no chunks", "if (call.chunks.empty()) return;", ""),
-    Mutation(COPY, "calls of no bytes", "if (tiles == 0) return;", ""),
+    Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
     Mutation(COPY, "a gather without payloads", f"if (payload) {STORE_LANE}", STORE_LANE),
     Mutation(COPY, "where a part has its lanes", "work.first_lane + lane", "lane", "work.first_lane + lane, lanes[v]"),
     # Copies from the host by the bulk copy engine
@@ -790,7 +812,7 @@ MUTATIONS = [
         "barriers before they are waited for",
         "__syncthreads();",
         "",
-        "__syncthreads();\n  u32 c = 0;\n  LaneSums",
+        "__syncthreads();\n  u64 tile = begin;",
     ),
     Mutation(
         COPY,
@@ -814,11 +836,7 @@ MUTATIONS = [
         COPY, "the end of a chunk in its last tile", "at_most(work.units - first, kTileLanes<16>)", "kTileLanes<16>"
     ),
     Mutation(COPY, "the end of a chunk", "lane_index < work.units", "true"),
-    Mutation(
-        COPY, "the chunk of a tile that is filled", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", FILLED_CHUNK
-    ),
-    Mutation(COPY, "the chunk of a tile", "while (copy.chunks[c].tiles_end <= tile) ++c;", "", BULK_CHUNK),
-    Mutation(COPY, "the sums of one chunk", "sums = LaneSums();", ""),
+    Mutation(COPY, "the chunk of a tile that is filled", "while (copy.chunks[c].tiles_end <= tile) ++c;", ""),
     Mutation(
         COPY,
         "what the cache has no place for",
@@ -827,15 +845,7 @@ MUTATIONS = [
         "if (to) *in_global_memory(reinterpret_cast<uint4*>",
     ),
     Mutation(COPY, "where a part has its lanes", "work.first_lane + lane_index", "lane_index"),
-    Mutation(COPY, "the cap of the grid", "blocks = std::min<u64>(blocks, call.where.max_blocks);", ""),
-    Mutation(
-        UPLOAD,
-        "one thread at a time",
-        "mutex_",
-        "[]() -> std::mutex& { thread_local std::mutex own; return own; }()",
-        "lock(mutex_)",
-        args=("--threads", "2"),
-    ),
+    Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);", ""),
     # Transfers
     Mutation(
         TRANSFER,

@@ -10,8 +10,8 @@
 // CUDA (a barrier that some threads miss, a shuffle with an absent lane) ends the program with a message.
 //
 // Not here, so that code which needs it does not compile: __shared__ (use lmc::shared_memory), __activemask,
-// cooperative groups, textures, managed memory, graphs. A loop that spins on a plain load never yields: the watchdog
-// ends it.
+// cooperative groups, textures, managed memory, graphs but those of one captured stream. A loop that spins on a plain
+// load never yields: the watchdog ends it.
 #pragma once
 
 #include <cstddef>
@@ -59,7 +59,8 @@ HOST_CUDA_VECTORS(unsigned long long, ulonglong)
   x(cudaSuccess) x(cudaErrorInvalidValue) x(cudaErrorMemoryAllocation) x(cudaErrorInvalidConfiguration)               \
       x(cudaErrorInsufficientDriver) x(cudaErrorNoDevice) x(cudaErrorInvalidDevice) x(cudaErrorInvalidResourceHandle) \
           x(cudaErrorNotReady) x(cudaErrorHostMemoryAlreadyRegistered) x(cudaErrorHostMemoryNotRegistered)            \
-              x(cudaErrorNotSupported) x(cudaErrorUnknown)
+              x(cudaErrorNotSupported) x(cudaErrorStreamCaptureUnsupported) x(cudaErrorCapturedEvent)                 \
+                  x(cudaErrorUnknown)
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
@@ -73,6 +74,8 @@ enum cudaError_t {
   cudaErrorHostMemoryAlreadyRegistered = 712,
   cudaErrorHostMemoryNotRegistered = 713,
   cudaErrorNotSupported = 801,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorCapturedEvent = 907,
   cudaErrorUnknown = 999,
 };
 
@@ -92,6 +95,12 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed,
+};
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
 
@@ -112,6 +121,8 @@ struct cudaPointerAttributes {
 
 using cudaStream_t = struct CUstream_st*;
 using cudaEvent_t = struct CUevent_st*;
+using cudaGraph_t = struct CUgraph_st*;
+using cudaGraphExec_t = cudaGraph_t;
 using cudaHostFn_t = void (*)(void*);
 
 #define cudaStreamLegacy (reinterpret_cast<cudaStream_t>(1))
@@ -160,6 +171,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data);
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags = 0);
+cudaError_t cudaGraphDestroy(cudaGraph_t graph);
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable);
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream);
 
 cudaError_t cudaEventCreate(cudaEvent_t* event);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);

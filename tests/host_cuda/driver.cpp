@@ -1,14 +1,14 @@
 // Runs cases through lmc::cuda and compares every byte of every memory region with what Python says it has to be.
 //
 //   driver CASES [--schedules N] [--seed S] [--threads T] [--only TEXT] [--fail-fast]
-//          [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
+//          [--graphs] [--api-failures] [--watchdog SECONDS]   (the last two: the stand-in only)
 //
 // It is built against the stand-in in this folder, or by nvcc for a GPU (nvcc -x cu driver.cpp, with csrc/*.cu). A
 // schedule runs every case once, in an order, in batches that are enqueued on several streams before anything is waited
 // for, and with scheduling inside of the stand-in, that are all drawn from the seed; every thread runs its own.
-// --api-failures instead makes every CUDA call of every case fail in turn and expects an exception, nothing left
-// behind, and that the next call is right. One line a failure, a count at the end, exit status 1 if there was any.
-// CASES: see ../cases.h.
+// --graphs instead captures every case in a CUDA graph, which then runs twice. --api-failures makes every CUDA call of
+// every case fail in turn and expects an exception, nothing left behind, and that the next call is right. One line a
+// failure, a count at the end, exit status 1 if there was any. CASES: see ../cases.h.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -32,7 +32,6 @@ constexpr std::size_t kGuardBytes = 256;
 #endif
 constexpr u8 kGuard = 0xEB;
 constexpr int kStreams = 4;
-constexpr std::size_t kUploadBuffers = 32;  // calls that may be under way before one waits
 
 // --- One case on a stream
 
@@ -45,7 +44,8 @@ struct Placed {
 
 class Run {
  public:
-  int calls_until_failure = 0;  // of the op's own CUDA calls
+  int calls_until_failure = 0;    // of the op's own CUDA calls
+  std::size_t tables_placed = 0;  // of the call, that parameters could not hold
 
   Run(const Case& c, int device, cudaStream_t stream) : case_(c), device_(device), stream_(stream) {
     for (const Region& region : case_.regions) {
@@ -61,6 +61,9 @@ class Run {
       }
       placed_.push_back(std::move(placed));
     }
+    if (case_.op == "prefix_keys")
+      workspace_ =
+          device_memory(cuda::prefix_keys_workspace_bytes(case_.number("count"), case_.field("cuts").size() / 8));
   }
 
   void upload() {
@@ -83,16 +86,14 @@ class Run {
       return placed_[number].bytes ? placed_[number].device.get() + front(region) : nullptr;
     };
     if (case_.op == "apply_mm_hashes_to_token_ids") {
-      const ItemTable items(case_.items());
       auto* ids = reinterpret_cast<i64*>(address(0));
-      cuda::apply_mm_hashes_to_token_ids(ids, case_.number("count"), items,
-                                         launch(cuda::apply_mm_hashes_to_token_ids_workspace_bytes(items)));
+      cuda::apply_mm_hashes_to_token_ids(ids, case_.number("count"), ItemTable(case_.items()), launch());
     } else if (case_.op == "prefix_keys") {
       const ItemTable items(case_.items());
       std::vector<u64> cuts = case_.numbers("cuts");
       const TokenIds ids{address(0), case_.number("count"), case_.number("wide") != 0};
       cuda::prefix_keys(ids, items, reinterpret_cast<const u8*>(case_.field("root").data()), cuts, address(1),
-                        launch(cuda::prefix_keys_workspace_bytes(ids.count, items, cuts.size())));
+                        workspace_.get(), launch());
       std::fill(cuts.begin(), cuts.end(), ~u64{0});
     } else if (case_.op == "gather" || case_.op == "scatter") {
       copy(address);
@@ -105,6 +106,11 @@ class Run {
   // The first byte of each region that is not as expected; empty if all are.
   std::vector<std::string> differences() const {
     std::vector<std::string> out;
+    if (partial_sums_) {
+      const u64 number = case_.number("checksums");
+      const std::vector<u64> sums = ranges_.add_up(reinterpret_cast<const u64*>(partial_sums_.get()));
+      std::memcpy(placed_[number].out.get() + front(case_.regions[number]), sums.data(), 8 * sums.size());
+    }
     for (std::size_t r = 0; r < placed_.size(); ++r) {
       const Placed& p = placed_[r];
       const Region& region = case_.regions[r];
@@ -126,13 +132,31 @@ class Run {
  private:
   static u64 front(const Region& region) { return kGuardBytes + region.misalignment; }
 
-  cuda::Launch launch(u64 workspace_bytes) {
-    if (workspace_bytes) workspace_ = device_memory(workspace_bytes);
+  cuda::Launch launch() {
+    cuda::Launch where{device_, stream_};
+    if (case_.has("max_blocks")) where.max_blocks = static_cast<u32>(case_.number("max_blocks"));
+    where.place_table = [this](const u8* table, u64 bytes) {
+      ++tables_placed;
+      memory_.push_back(own_memory(bytes));
+      std::memcpy(memory_.back().get(), table, bytes);
+      return memory_.back().get();
+    };
 #ifdef LMC_HOST_CUDA
     if (calls_until_failure) host_cuda::calls().until_failure = calls_until_failure;
 #endif
-    const u64 max_blocks = case_.has("max_blocks") ? case_.number("max_blocks") : 0;
-    return {device_, stream_, workspace_.get(), static_cast<u32>(max_blocks)};
+    return where;
+  }
+
+  // None of its calls is the op's own.
+  static PinnedMemory own_memory(u64 bytes) {
+#ifdef LMC_HOST_CUDA
+    const int until_failure = std::exchange(host_cuda::calls().until_failure, 0);
+    PinnedMemory memory = pinned_memory(bytes);
+    host_cuda::calls().until_failure = until_failure;
+    return memory;
+#else
+    return pinned_memory(bytes);
+#endif
   }
 
   template <typename Address>
@@ -146,13 +170,16 @@ class Run {
     }
     const auto optional = [&](const char* field) { return case_.has(field) ? address(case_.number(field)) : nullptr; };
     const bool host_ids = case_.number("host_ids") != 0;
-    cuda::Launch where = launch(cuda::copy_workspace_bytes(copy.cache, copy.chunks, host_ids));
+    cuda::Launch where = launch();
     where.payloads_on_host = payloads == 1;
+    if (case_.number("partial_sums"))
+      where.partial_sums = [this](u64 count) {
+        partial_sums_ = own_memory(8 * count);
+        return reinterpret_cast<u64*>(partial_sums_.get());
+      };
     auto* checksums = reinterpret_cast<u64*>(optional("checksums"));
-    if (case_.op == "gather")
-      cuda::gather(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
-    else
-      cuda::scatter(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
+    const auto op = case_.op == "gather" ? cuda::gather : cuda::scatter;
+    ranges_ = op(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
   }
 
   const Case& case_;
@@ -160,13 +187,16 @@ class Run {
   cudaStream_t stream_;
   std::vector<Placed> placed_;
   DeviceMemory workspace_;
+  std::vector<PinnedMemory> memory_;
+  PinnedMemory partial_sums_;
+  cuda::PartialSums ranges_;
 };
 
 // --- Schedules
 
 class Driver {
  public:
-  u64 failures = 0;
+  u64 failures = 0, graphs = 0;
 
   Driver(bool fail_fast, bool alone) : fail_fast_(fail_fast), alone_(alone) {
     CHECK(cudaGetDeviceCount(&devices_));
@@ -187,7 +217,6 @@ class Driver {
     for (std::size_t i = cases.size(); i > 1; --i) std::swap(cases[i - 1], cases[random() % i]);
     for (std::size_t first = 0; first < cases.size();) {
       const int device = static_cast<int>(random() % static_cast<u64>(devices_));
-      // Now and then more calls under way than there are buffers to upload their tables from.
       const std::size_t sizes[] = {1, 3, 5, 50};
       const std::size_t end = std::min(cases.size(), first + sizes[random() % 4]);
       CHECK(cudaSetDevice(device));
@@ -198,7 +227,7 @@ class Driver {
         runs.back()->upload();
         const int before = static_cast<int>(random() % static_cast<u64>(devices_));
         CHECK(cudaSetDevice(before));
-        call(*cases[i], *runs.back(), i - first);
+        call(*cases[i], *runs.back());
         expect_unchanged(*cases[i], before);
         CHECK(cudaSetDevice(device));
         runs.back()->download();
@@ -207,6 +236,40 @@ class Driver {
       for (std::size_t i = first; i < end; ++i) report(*cases[i], *runs[i - first]);
       first = end;
     }
+  }
+
+  // Captured before the memory has what the call reads. What cannot be captured has to say so.
+  void run_graph(const Case& c, u64 seed) {
+    seed_ = seed;
+    CHECK(cudaSetDevice(0));
+    const cudaStream_t stream = streams_[0][1];
+    Run run(c, 0, stream);
+    std::string refusal;
+    CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+    try {
+      run.call();
+    } catch (const std::runtime_error& error) {
+      refusal = error.what();
+    }
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    CHECK(cudaStreamEndCapture(stream, &graph));
+    CHECK(cudaGraphInstantiate(&executable, graph, 0));
+    CHECK(cudaGraphDestroy(graph));
+    for (int i = 0; i < 2; ++i) {
+      run.upload();
+      if (refusal.empty())
+        CHECK(cudaGraphLaunch(executable, stream));
+      else
+        call(c, run);
+      run.download();
+      CHECK(cudaStreamSynchronize(stream));
+      report(c, run);
+    }
+    CHECK(cudaGraphExecDestroy(executable));
+    if (refusal.empty() != (run.tables_placed == 0)) fail(c, "captured with a table that is placed, or not without");
+    if (!refusal.empty() && refusal.find("a CUDA graph cannot capture") == std::string::npos) fail(c, refusal);
+    graphs += refusal.empty();
   }
 
 #ifdef LMC_HOST_CUDA
@@ -257,7 +320,7 @@ class Driver {
     if (fail_fast_) std::_Exit(1);
   }
 
-  void call(const Case& c, Run& run, std::size_t under_way) {
+  void call(const Case& c, Run& run) {
     bool refused = false;
 #ifdef LMC_HOST_CUDA
     host_cuda::calls() = {};
@@ -272,10 +335,9 @@ class Driver {
 #ifdef LMC_HOST_CUDA
     const u64 most_blocks = c.has("max_blocks") ? c.number("max_blocks") : 0;
     if (most_blocks && host_cuda::calls().most_blocks > most_blocks) fail(c, "a grid exceeds max_blocks");
-    if (alone_ && under_way < kUploadBuffers && host_cuda::calls().waits) fail(c, "the call waits for the device");
-#else
-    static_cast<void>(under_way);
+    if (alone_ && host_cuda::calls().waits) fail(c, "the call waits for the device");
 #endif
+    if (c.has("places_no_table") && run.tables_placed) fail(c, "kernel parameters do not hold the tables");
     if (refused != c.has("refused")) fail(c, refused ? "the call is refused" : "the call is not refused");
   }
 
@@ -312,7 +374,7 @@ int main(int argc, char** argv) {
   if (argc < 2) die("usage: driver CASES [option]...");
   u64 schedules = 1, seed = 0, threads = 1;
   std::string only;
-  bool fail_fast = false, api_failures = false;
+  bool fail_fast = false, api_failures = false, graphs = false;
   for (int i = 2; i < argc; ++i) {
     const std::string option = argv[i];
     const auto value = [&]() -> const char* {
@@ -329,6 +391,8 @@ int main(int argc, char** argv) {
       only = value();
     else if (option == "--fail-fast")
       fail_fast = true;
+    else if (option == "--graphs")
+      graphs = true;
 #ifdef LMC_HOST_CUDA
     else if (option == "--api-failures")
       api_failures = true;
@@ -353,7 +417,10 @@ int main(int argc, char** argv) {
   }
   for (u64 s = seed; s < seed + schedules; ++s) {
     seed_device(s);
-    if (api_failures) {
+    if (graphs) {
+      for (const Case* c : on_device)
+        if (!c->has("refused")) drivers[0]->run_graph(*c, s);
+    } else if (api_failures) {
 #ifdef LMC_HOST_CUDA
       for (const Case* c : on_device)
         if (!c->has("refused")) drivers[0]->fail_every_call(*c, s);
@@ -368,7 +435,8 @@ int main(int argc, char** argv) {
     }
   }
   for (const auto& driver : drivers) failures += driver->failures;
-  std::printf("%llu cases, %llu schedules, %llu failures\n", static_cast<unsigned long long>(count),
-              static_cast<unsigned long long>(schedules), static_cast<unsigned long long>(failures));
+  std::printf("%llu cases, %llu graphs, %llu schedules, %llu failures\n", static_cast<unsigned long long>(count),
+              static_cast<unsigned long long>(drivers[0]->graphs), static_cast<unsigned long long>(schedules),
+              static_cast<unsigned long long>(failures));
   return failures ? 1 : 0;
 }

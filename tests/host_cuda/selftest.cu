@@ -315,6 +315,34 @@ void errors_are_those_of_cuda() {
   check(cudaDeviceSynchronize());
 }
 
+// What a stream is given while it is captured runs when the graph does, and as often, on what is there by then.
+void graph_replays() {
+  const cudaStream_t stream = new_stream();
+  const cudaEvent_t event = new_event();
+  u32 *words = on_device<u32>(1), *in = pinned<u32>(1), pageable = 0;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t executable = nullptr;
+  expect(cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal) == cudaErrorStreamCaptureUnsupported);
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  copy(words, in, 1, stream);
+  check(launch(add_to_same_word, dim3(kBlocks), dim3(kThreads), 0, stream, words));
+  check(cudaEventRecord(event, stream));
+  expect(cudaEventQuery(event) == cudaErrorCapturedEvent && cudaEventSynchronize(event) == cudaErrorCapturedEvent);
+  expect(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported);
+  expect(cudaStreamQuery(stream) == cudaErrorStreamCaptureUnsupported);
+  expect(cudaMemcpyAsync(words, &pageable, 4, cudaMemcpyDefault, stream) == cudaErrorStreamCaptureUnsupported);
+  check(cudaStreamEndCapture(stream, &graph));
+  check(cudaGraphInstantiate(&executable, graph));
+  for (u32 first : {5u, 9u}) {
+    *in = first;
+    check(cudaGraphLaunch(executable, stream));
+    check(cudaStreamSynchronize(stream));
+    expect(to_host(words, 1)[0] == first + kBlocks * kThreads);
+  }
+  check(cudaGraphDestroy(graph));
+  check(cudaGraphExecDestroy(executable));
+}
+
 template <typename... Parameters, typename... Arguments>
 auto kernel(void (*function)(Parameters...), u32 threads, u32 shared_bytes, const Arguments&... arguments) {
   return [=] { run(function, 1, threads, shared_bytes, arguments...); };
@@ -343,6 +371,7 @@ int main(int, char** argv) {
       {"registered_memory_is_pinned", registered_memory_is_pinned},
       {"host_memory_is_registered_in_pieces", host_memory_is_registered_in_pieces},
       {"errors_are_those_of_cuda", errors_are_those_of_cuda},
+      {"graph_replays", graph_replays},
       {"vote",
        [=] {
          run(vote, 1, 32, 0, words);

@@ -23,11 +23,19 @@ struct CUstream_st {
   bool blocking;
   bool destroyed = false;
   host_cuda::Operation* last = nullptr;
+  CUgraph_st* capture = nullptr;
 };
 struct CUevent_st {
   int device;
-  bool destroyed = false;
+  bool destroyed = false, captured = false;
   host_cuda::Operation* record = nullptr;
+};
+struct CUgraph_st {
+  struct Node {
+    const char* what;
+    std::function<void(host_cuda::Operation&)> run;
+  };
+  std::vector<Node> nodes;  // one behind the other
 };
 
 namespace host_cuda {
@@ -267,9 +275,15 @@ std::vector<Operation*> last_of(const CUstream_st& stream) {
   return last;
 }
 
+// A captured operation is none yet: null.
 Operation* enqueue(const char* what, CUstream_st& stream, std::function<void(Operation&)> run,
                    Operation* also_after = nullptr) {
   Runtime& r = runtime();
+  if (stream.capture) {
+    if (also_after) fail("%s: a captured stream that waits for another is not modelled", what);
+    stream.capture->nodes.push_back({what, std::move(run)});
+    return nullptr;
+  }
   while (r.identities.size() < (under_tsan() ? 16 : 1)) r.identities.push_back(new_identity());
   Operation& operation = r.operations.emplace_back();
   operation.what = what;
@@ -528,6 +542,8 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   ENTER;
+  if (stream_of(stream).capture && !(is_device_accessible(to, bytes) && is_device_accessible(from, bytes)))
+    return result(cudaErrorStreamCaptureUnsupported);
   copy(to, from, bytes, kind, stream);
   return cudaSuccess;
 }
@@ -616,11 +632,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   ENTER;
+  if (stream_of(stream).capture) return result(cudaErrorStreamCaptureUnsupported);
   for (Operation* operation : last_of(stream_of(stream))) wait(operation);
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   ENTER;
+  if (stream_of(stream).capture) return result(cudaErrorStreamCaptureUnsupported);
   for (Operation* operation : last_of(stream_of(stream)))
     if (query(operation) != cudaSuccess) return cudaErrorNotReady;
   return cudaSuccess;
@@ -634,6 +652,39 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
   ENTER;
   enqueue("cudaLaunchHostFunc", stream_of(stream), [=](Operation&) { function(data); });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  ENTER;
+  if (!stream || stream == cudaStreamLegacy) return result(cudaErrorStreamCaptureUnsupported);
+  stream_of(stream).capture = new CUgraph_st;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  ENTER;
+  *graph = std::exchange(stream_of(stream).capture, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  ENTER;
+  *status = stream_of(stream).capture ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  ENTER;
+  *executable = new CUgraph_st(*graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  ENTER;
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return cudaGraphDestroy(executable); }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  ENTER;
+  for (const CUgraph_st::Node& node : executable->nodes) enqueue(node.what, stream_of(stream), node.run);
   return cudaSuccess;
 }
 
@@ -653,15 +704,18 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream_handle) {
   ENTER;
   CUstream_st& stream = stream_of(stream_handle);
   if (event_of(event).device != stream.device) return result(cudaErrorInvalidResourceHandle);
+  event->captured = stream.capture != nullptr;
   event->record = enqueue("cudaEventRecord", stream, nullptr);
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   ENTER;
+  if (event_of(event).captured) return result(cudaErrorCapturedEvent);
   return query(event_of(event).record);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   ENTER;
+  if (event_of(event).captured) return result(cudaErrorCapturedEvent);
   wait(event_of(event).record);
   return cudaSuccess;
 }
