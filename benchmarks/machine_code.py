@@ -21,8 +21,8 @@ SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 
 # Threads of a block, dynamic shared memory and the bytes a thread asks for before it waits: facts of csrc/*.cu that
 # machine code does not show.
 LAUNCHES = {
-    "hash_leaves": (512, 48256, 64),
-    "fold_keys": (128, 32768, 32),
+    "hash_leaves": (128, 48256, 64),
+    "fold_keys": (128, 32800, 32),
     "overwrite": (256, 0, 64),
     "gather_kernel": (256, 0, 64),
     "scatter_kernel": (256, 0, 64),

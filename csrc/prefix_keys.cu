@@ -1,9 +1,10 @@
 // Content ids and prefix keys on the GPU: the in-place overwrite, and the fused overwrite and keys in two launches.
 //
 // BLAKE3's leaves are 128 ids, so the hash of every prefix is a fold over subtrees of leaves that all prefixes share:
-//   1. hash_leaves: a block takes 32 leaves. Every thread makes the content ids of eight positions in shared memory;
-//      one warp runs the 32 leaves' chains, a lane each; then that warp hashes five levels of the tree while the others
-//      finish the last leaf of every prefix that ends here.
+//   1. hash_leaves: a block takes 32 leaves. Three warps make content ids in shared memory, eight positions a thread at
+//   a
+//      time, and one warp runs the 32 leaves' chains a step behind them, a lane each; then that warp hashes five levels
+//      of the tree while the others finish the last leaf of every prefix that ends here. Four such blocks fit on an SM.
 //   2. fold_keys: each block rebuilds the levels above, at most 511 nodes, in shared memory; a thread folds one key.
 #include "error.h"
 #include "ops.h"
@@ -17,7 +18,9 @@ constexpr u32 kBlockIds = blake3::kBlockBytes / 8;
 constexpr u32 kGroupLeaves = 32;  // of one block of hash_leaves: as many as a warp has lanes
 constexpr u32 kGroupIds = kGroupLeaves * kLeafIds;
 constexpr u32 kGroupLevels = 6;  // the leaves, and five levels above them
-constexpr u32 kLeafThreads = kGroupIds / kBlockIds;
+constexpr u32 kMakers = 3;       // warps of a block that make content ids, beside the one that chains
+constexpr u32 kLeafThreads = (1 + kMakers) * kGroupLeaves;
+constexpr u32 kSteps = (blake3::kLeafBlocks + kMakers - 1) / kMakers;
 constexpr u32 kFoldThreads = 128;
 constexpr u32 kOverwriteThreads = 256;
 constexpr u64 kMaxIds = u64{1} << 21;  // what fold_keys can rebuild in 32 KiB of shared memory
@@ -131,26 +134,41 @@ __global__ void __launch_bounds__(kOverwriteThreads)
       token_ids[first + k] = static_cast<i64>(ids[k]);
 }
 
+// Cuts in ascending order: as many as have one step, then those of the table.
+struct Cuts {
+  u64 first, step;
+  u32 regular, count;
+  const u32* others;
+
+  Cuts() = default;
+  Cuts(const std::vector<u64>& cuts, Table& table)
+      : first(cuts[0]), step(cuts.size() > 1 ? cuts[1] - cuts[0] : 0), count(static_cast<u32>(cuts.size())) {
+    for (regular = 1; regular < count && cuts[regular] == cuts[regular - 1] + step;) ++regular;
+    const std::vector<u32> rest(cuts.begin() + regular, cuts.end());
+    others = table.append(rest.data(), rest.size());
+  }
+  __device__ u64 operator[](u32 c) const { return c < regular ? first + c * step : others[c - regular]; }
+};
+
 // What the two launches share: items and cuts in their table, all else in device memory. Node i of level d is the
 // chaining value of leaves [i 2^d, (i + 1) 2^d); the levels of hash_leaves are one after another in `nodes`.
 struct Prefixes {
   TokenIds token_ids;
   u64 end;  // the last cut: ids behind it are not read
   ItemsView items;
-  const u64* cuts;
-  u32 num_cuts;
+  Cuts cuts;
   u32 num_groups;
   u32 root[blake3::kKeyWords];
   u32* nodes;      // [level][node][8]
   u32* last_leaf;  // [cut][8]: the chaining value of a prefix's last leaf
-  u64* first_bad;  // the first position with an id outside [0, 2^32), or all ones
+  u64* first_bad;  // of each warp that makes ids: the first position with an id outside [0, 2^32), or all ones
   u8* keys;
 
   Prefixes() = default;
   // In a kernel: as the parameters say, with addresses.
   __device__ explicit Prefixes(const WithTable<Prefixes>& parameters) : Prefixes(parameters.head) {
     items = ItemsView(items, parameters.table());
-    cuts = in_table(parameters.table(), cuts);
+    cuts.others = in_table(parameters.table(), cuts.others);
   }
 
   __device__ u32* node(u32 level, u64 i) const {
@@ -160,7 +178,7 @@ struct Prefixes {
 
 // The first of `cuts` that is greater than `end`.
 __device__ u32 first_cut_after(const Prefixes& prefixes, u64 end) {
-  u32 low = 0, high = prefixes.num_cuts;
+  u32 low = 0, high = prefixes.cuts.count;
   while (low < high) {
     const u32 middle = (low + high) / 2;
     if (prefixes.cuts[middle] <= end)
@@ -171,8 +189,15 @@ __device__ u32 first_cut_after(const Prefixes& prefixes, u64 end) {
   return low;
 }
 
+// The least value of a warp's lanes.
+__device__ u64 least_of_warp(u64 value) {
+  for (u32 step = kGroupLeaves / 2; step > 0; step /= 2)
+    value = at_most(value, __shfl_xor_sync(kAllLanes, value, step));
+  return value;
+}
+
 struct LeafShared {
-  // One word of padding a leaf: the lanes of the chaining warp, a leaf each, then read from different banks.
+  // One word of padding a leaf: the lanes of a warp, a leaf each, then access different banks.
   u32 ids[kGroupLeaves][kLeafIds * 2 + 1];
   u32 running[blake3::kLeafBlocks - 1][blake3::kKeyWords][kGroupLeaves];  // [b]: the chain after block b
 };
@@ -181,38 +206,44 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
   const Prefixes prefixes(parameters);
   LeafShared& shared = shared_memory<LeafShared>();
   const u64 group_first = static_cast<u64>(blockIdx.x) * kGroupIds;
-  const u32 thread = threadIdx.x;
+  const u32 thread = threadIdx.x, lane = thread % kGroupLeaves;
+  const u32 maker = thread / kGroupLeaves - 1;  // wraps around in the warp that chains
 
-  {
-    u64 ids[kBlockIds], bad = ~u64{0};
-    content_ids(prefixes.token_ids, prefixes.items, group_first + thread * kBlockIds, prefixes.end, ids, &bad);
-    if (bad != ~u64{0}) atomicMin(reinterpret_cast<unsigned long long*>(prefixes.first_bad), bad);
-    u32* words = shared.ids[thread / blake3::kLeafBlocks] + thread % blake3::kLeafBlocks * blake3::kBlockWords;
-    LMC_UNROLL
-    for (u32 k = 0; k < kBlockIds; ++k) {
-      words[2 * k] = static_cast<u32>(ids[k]);
-      words[2 * k + 1] = static_cast<u32>(ids[k] >> 32);
-    }
-  }
-  __syncthreads();
-
+  u64 bad = ~u64{0};
   u32 cv[blake3::kKeyWords];
-  if (thread < kGroupLeaves) {
-    LMC_UNROLL
-    for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = prefixes.root[w];
-    const u64 leaf = static_cast<u64>(blockIdx.x) * kGroupLeaves + thread;
+  LMC_UNROLL
+  for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = prefixes.root[w];
 #pragma unroll 1
-    for (u32 b = 0; b < blake3::kLeafBlocks; ++b) {
-      const u32 flags = blake3::kKeyedHash | (b == 0 ? blake3::kLeafStart : 0) |
-                        (b + 1 == blake3::kLeafBlocks ? blake3::kLeafEnd : 0);
-      blake3::compress_cv(cv, cv, shared.ids[thread] + b * blake3::kBlockWords, leaf, blake3::kBlockBytes, flags);
-      if (b + 1 < blake3::kLeafBlocks) {
-        LMC_UNROLL
-        for (u32 w = 0; w < blake3::kKeyWords; ++w) shared.running[b][w][thread] = cv[w];
+  for (u32 step = 0; step <= kSteps; ++step) {
+    const u32 made = step * kMakers + maker;
+    if (maker < kMakers && made < blake3::kLeafBlocks) {
+      u64 ids[kBlockIds], bad_here = ~u64{0};
+      const u64 first = group_first + lane * kLeafIds + made * kBlockIds;
+      content_ids(prefixes.token_ids, prefixes.items, first, prefixes.end, ids, &bad_here);
+      bad = at_most(bad, bad_here);
+      u32* words = shared.ids[lane] + made * blake3::kBlockWords;
+      LMC_UNROLL
+      for (u32 k = 0; k < kBlockIds; ++k) {
+        words[2 * k] = static_cast<u32>(ids[k]);
+        words[2 * k + 1] = static_cast<u32>(ids[k] >> 32);
       }
     }
+    if (maker >= kMakers && step > 0) {
+      const u64 leaf = static_cast<u64>(blockIdx.x) * kGroupLeaves + lane;
+      const u32 end = step * kMakers < blake3::kLeafBlocks ? step * kMakers : blake3::kLeafBlocks;
+#pragma unroll 1
+      for (u32 b = (step - 1) * kMakers; b < end; ++b) {
+        const u32 flags = blake3::kKeyedHash | (b == 0 ? blake3::kLeafStart : 0) |
+                          (b + 1 == blake3::kLeafBlocks ? blake3::kLeafEnd : 0);
+        blake3::compress_cv(cv, cv, shared.ids[lane] + b * blake3::kBlockWords, leaf, blake3::kBlockBytes, flags);
+        if (b + 1 < blake3::kLeafBlocks) {
+          LMC_UNROLL
+          for (u32 w = 0; w < blake3::kKeyWords; ++w) shared.running[b][w][lane] = cv[w];
+        }
+      }
+    }
+    __syncthreads();
   }
-  __syncthreads();
 
   if (thread < kGroupLeaves) {
     const u64 full_leaves = prefixes.end / kLeafIds;
@@ -237,6 +268,9 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
     return;
   }
 
+  bad = least_of_warp(bad);
+  if (lane == 0) prefixes.first_bad[blockIdx.x * kMakers + maker] = bad;
+
   // The last leaf of each prefix that ends in this block's ids: the chain before its last 64 bytes, finished with them.
   const u32 cuts_end = first_cut_after(prefixes, group_first + kGroupIds);
 #pragma unroll 1
@@ -260,6 +294,7 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
 }
 
 struct FoldShared {
+  u64 first_bad[kFoldThreads / kGroupLeaves];
   u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // a level above the groups' after another, from the groups' own on
 };
 
@@ -267,6 +302,11 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   const Prefixes prefixes(parameters);
   FoldShared& shared = shared_memory<FoldShared>();
   const u32 thread = threadIdx.x;
+
+  u64 bad = ~u64{0};
+  for (u32 i = thread; i < prefixes.num_groups * kMakers; i += kFoldThreads) bad = at_most(bad, prefixes.first_bad[i]);
+  bad = least_of_warp(bad);
+  if (thread % kGroupLeaves == 0) shared.first_bad[thread / kGroupLeaves] = bad;
 
   u32 nodes = static_cast<u32>(prefixes.end / kGroupIds);  // full groups, then their parents, and so on
   for (u32 i = thread; i < nodes * blake3::kKeyWords; i += kFoldThreads)
@@ -285,7 +325,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   __syncthreads();
 
   const u32 c = blockIdx.x * kFoldThreads + thread;
-  if (c >= prefixes.num_cuts) return;
+  if (c >= prefixes.cuts.count) return;
   const u64 end = prefixes.cuts[c];
   u32 x[blake3::kKeyWords];
   u32 block[blake3::kBlockWords];
@@ -321,7 +361,8 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   }
   blake3::compress_cv(x, prefixes.root, block, 0, blake3::kBlockBytes,
                       blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);
-  const bool good = *prefixes.first_bad >= end;
+  for (const u64 first_bad : shared.first_bad) bad = at_most(bad, first_bad);
+  const bool good = bad >= end;
   u32* key = reinterpret_cast<u32*>(prefixes.keys + static_cast<u64>(c) * 32);
   LMC_UNROLL
   for (u32 w = 0; w < blake3::kKeyWords; ++w) key[w] = good ? x[w] : 0;
@@ -348,7 +389,7 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
 
 u64 prefix_keys_workspace_bytes(u64 count, u64 num_cuts) {
   const u64 groups = (count + kGroupIds - 1) / kGroupIds;
-  return aligned(8) + aligned(groups * 63 * 32) + num_cuts * 32;
+  return aligned(groups * kMakers * 8) + aligned(groups * 63 * 32) + num_cuts * 32;
 }
 
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
@@ -364,21 +405,19 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
   WithTable<Prefixes> parameters{};
   Prefixes& prefixes = parameters.head;
   prefixes.items = ItemsView(items, table);
-  prefixes.cuts = table.append(cuts.data(), cuts.size());
+  prefixes.cuts = Cuts(cuts, table);
   table.put(op, where, parameters);
   prefixes.token_ids = token_ids;
   prefixes.end = cuts.back();
-  prefixes.num_cuts = static_cast<u32>(cuts.size());
   prefixes.num_groups = static_cast<u32>((prefixes.end + kGroupIds - 1) / kGroupIds);
   std::memcpy(prefixes.root, root, 32);
   prefixes.keys = keys;
   u8* next = static_cast<u8*>(workspace);
   prefixes.first_bad = reinterpret_cast<u64*>(next);
-  next += aligned(8);
+  next += aligned(static_cast<u64>(prefixes.num_groups) * kMakers * 8);
   prefixes.nodes = reinterpret_cast<u32*>(next);
   next += aligned(static_cast<u64>(prefixes.num_groups) * 63 * 32);
   prefixes.last_leaf = reinterpret_cast<u32*>(next);
-  LMC_CUDA_CHECK(op, cudaMemsetAsync(prefixes.first_bad, 0xFF, 8, stream));
   if (prefixes.num_groups > 0)
     LMC_CUDA_CHECK(
         op, launch(hash_leaves, dim3(prefixes.num_groups), dim3(kLeafThreads), sizeof(LeafShared), stream, parameters));

@@ -677,6 +677,9 @@ TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
 FRAGMENTS_BEHIND = "LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));\n{}copy_fragments"
 
 
+STEP_ENDS = "__syncthreads();\n  }\n\n  if (thread < kGroupLeaves)"
+
+
 def call(text: str) -> str:
     return f"LMC_CUDA_CHECK(op, {text});"
 
@@ -686,25 +689,17 @@ def call(text: str) -> str:
 # chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
-    Mutation(KEYS, "content ids before they are hashed", "__syncthreads();", "", "}\n  __syncthreads();\n\n  u32 cv["),
     Mutation(
-        KEYS,
-        "chains before last leaves",
-        "__syncthreads();",
-        "",
-        "__syncthreads();\n\n  if (thread < kGroupLeaves) {\n    const u64 full_leaves",
+        KEYS, "content ids before they are hashed", "__syncthreads();", "if (step == kSteps) __syncthreads();", STEP_ENDS
     ),
+    Mutation(KEYS, "chains before last leaves", "__syncthreads();", "if (step < kSteps) __syncthreads();", STEP_ENDS),
     Mutation(KEYS, "a level before the next", "__syncthreads();", "", "__syncthreads();\n    const u32 parents"),
     Mutation(KEYS, "all levels before keys", "__syncthreads();", "", "__syncthreads();\n\n  const u32 c ="),
     Mutation(KEYS, "left children", "__shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves)", "cv[w]"),
     Mutation(KEYS, "right children", "__shfl_sync(kAllLanes, cv[w], (2 * thread + 1) % kGroupLeaves)", "cv[w]"),
     Mutation(COPY, "the other lanes' checksums", "__shfl_xor_sync(kAllLanes, sum, step)", "sum"),
-    Mutation(
-        KEYS,
-        "the atomicity of the first bad id",
-        "atomicMin(reinterpret_cast<unsigned long long*>(prefixes.first_bad), bad)",
-        "(*prefixes.first_bad = std::min(*prefixes.first_bad, bad))",
-    ),
+    Mutation(KEYS, "the other lanes' bad ids", "__shfl_xor_sync(kAllLanes, value, step)", "value"),
+    Mutation(KEYS, "the other warps' bad ids", "bad = at_most(bad, first_bad);", ""),
     Mutation(
         COPY,
         "the atomicity of a checksum",
@@ -740,8 +735,11 @@ MUTATIONS = [
     Mutation(KEYS, "leaving bad ids as they are", "static_cast<u64>(token_ids[first + k]) < kTokenIdEnd", "true"),
     Mutation(KEYS, "the mark of overwritten ids", "if (covered >> k & 1) ids[k] |= kOverwritten;", ""),
     # Keys
-    Mutation(KEYS, "telling of bad ids", "bad != ~u64{0}", "false"),
-    Mutation(KEYS, "one warp for the chains", "thread < kGroupLeaves", "true", "if (thread < kGroupLeaves) {\n    LMC"),
+    Mutation(KEYS, "the first of a thread's bad ids", "at_most(bad, bad_here)", "bad_here"),
+    Mutation(KEYS, "blocks of ids that all warps make", "made < blake3::kLeafBlocks", "true"),
+    Mutation(KEYS, "blocks to chain", "step * kMakers < blake3::kLeafBlocks", "true"),
+    Mutation(KEYS, "the end of cuts in steps", "cuts[regular] == cuts[regular - 1] + step", "true"),
+    Mutation(KEYS, "cuts behind those in steps", "c < regular", "true", "c < regular ? first"),
     Mutation(KEYS, "the last chain value, which is not kept", "b + 1 < blake3::kLeafBlocks", "true"),
     Mutation(KEYS, "the nodes of a level", "thread < kGroupLeaves >> level", "true"),
     Mutation(KEYS, "the last cut of a block", "c < cuts_end", "true"),
@@ -752,11 +750,10 @@ MUTATIONS = [
         "b == 0 ? prefixes.root[w] : shared.running[b - 1][w][leaf]",
         "shared.running[b - 1][w][leaf]",
     ),
-    Mutation(KEYS, "the last key", "if (c >= prefixes.num_cuts) return;", ""),
+    Mutation(KEYS, "the last key", "if (c >= prefixes.cuts.count) return;", ""),
     Mutation(KEYS, "the empty prefix", "end == 0", "false", "if (end == 0) {"),
     Mutation(KEYS, "levels that a prefix has no subtree of", "if ((leaves >> level & 1) == 0) continue;", ""),
-    Mutation(KEYS, "zeros behind a bad id", "*prefixes.first_bad >= end", "true"),
-    Mutation(KEYS, "no bad id so far", "LMC_CUDA_CHECK(op, cudaMemsetAsync(prefixes.first_bad, 0xFF, 8, stream));", ""),
+    Mutation(KEYS, "zeros behind a bad id", "bad >= end", "true"),
     Mutation(KEYS, "the most ids that fit", "cuts.back() > kMaxIds", "false"),
     Mutation(KEYS, "no cuts", "if (cuts.empty()) return;", ""),
     Mutation(KEYS, "no ids to hash", "prefixes.num_groups > 0", "true"),
@@ -802,7 +799,6 @@ MUTATIONS = [
     Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
     Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
-    Mutation(COPY, "no chunks", "if (call.chunks.empty()) return;", ""),
     Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
     Mutation(COPY, "a gather without payloads", f"if (payload) {STORE_LANE}", STORE_LANE),
     Mutation(COPY, "where a part has its lanes", "work.first_lane + lane", "lane", "work.first_lane + lane, lanes[v]"),

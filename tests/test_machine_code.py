@@ -59,3 +59,7 @@ def test_on_hopper_tiles_from_the_host_come_by_the_bulk_copy_engine(kernels):
     assert len(re.findall(r"\bSYNCS\.\S*TRYWAIT", kernel.sass)) >= 1
     assert len(re.findall(r"\bLDS\.128", kernel.sass)) >= 4
     assert len(re.findall(r"\bSTG\.E\.128", kernel.sass)) >= 4
+
+
+def test_blocks_that_hash_leaves_share_a_multiprocessor(kernels):
+    assert next(k for k in kernels if k.name == "hash_leaves").blocks_of_sm >= 3
