@@ -24,6 +24,7 @@ constexpr u32 kSteps = (blake3::kLeafBlocks + kMakers - 1) / kMakers;
 constexpr u32 kFoldThreads = 128;
 constexpr u32 kOverwriteThreads = 256;
 constexpr u64 kMaxIds = u64{1} << 21;  // what fold_keys can rebuild in 32 KiB of shared memory
+constexpr u32 kNone = ~u32{0};         // of positions, which are below kMaxIds
 constexpr u32 kMaxGroups = kMaxIds / kGroupIds;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
 
@@ -78,11 +79,11 @@ __device__ void rotate_left(u64 values[kBlockIds], u32 by) {
 // ids[k] = the content id of position first + k; ids[k] = 0 from position `end` on. Returns which are covered, a bit a
 // position. *bad: the first position here with an id outside [0, 2^32), untouched if there is none.
 __device__ u32 content_ids(TokenIds token_ids, const ItemsView& items, u64 first, u64 end, u64 ids[kBlockIds],
-                           u64* bad) {
+                           u32* bad) {
   LMC_UNROLL
   for (u32 k = kBlockIds; k-- > 0;) {
     ids[k] = first + k < end ? static_cast<u64>(token_ids[first + k]) : 0;
-    if (ids[k] >= kTokenIdEnd) *bad = first + k;
+    if (ids[k] >= kTokenIdEnd) *bad = static_cast<u32>(first + k);
   }
   u32 covered = 0;
   const u64 block_end = first + kBlockIds < end ? first + kBlockIds : end;
@@ -126,7 +127,8 @@ __global__ void __launch_bounds__(kOverwriteThreads)
   const ItemsView items(parameters.head.items, parameters.table());
   const u64 first = (static_cast<u64>(blockIdx.x) * kOverwriteThreads + threadIdx.x) * kBlockIds;
   if (first >= count) return;
-  u64 ids[kBlockIds], bad = 0;
+  u64 ids[kBlockIds];
+  u32 bad = 0;
   const u32 covered = content_ids({token_ids, count, true}, items, first, count, ids, &bad);
   LMC_UNROLL
   for (u32 k = 0; k < kBlockIds; ++k)
@@ -161,7 +163,7 @@ struct Prefixes {
   u32 root[blake3::kKeyWords];
   u32* nodes;      // [level][node][8]
   u32* last_leaf;  // [cut][8]: the chaining value of a prefix's last leaf
-  u64* first_bad;  // of each warp that makes ids: the first position with an id outside [0, 2^32), or all ones
+  u32* first_bad;  // of each warp that makes ids: the first position with an id outside [0, 2^32), or kNone
   u8* keys;
 
   Prefixes() = default;
@@ -190,7 +192,7 @@ __device__ u32 first_cut_after(const Prefixes& prefixes, u64 end) {
 }
 
 // The least value of a warp's lanes.
-__device__ u64 least_of_warp(u64 value) {
+__device__ u32 least_of_warp(u32 value) {
   for (u32 step = kGroupLeaves / 2; step > 0; step /= 2)
     value = at_most(value, __shfl_xor_sync(kAllLanes, value, step));
   return value;
@@ -209,15 +211,16 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
   const u32 thread = threadIdx.x, lane = thread % kGroupLeaves;
   const u32 maker = thread / kGroupLeaves - 1;  // wraps around in the warp that chains
 
-  u64 bad = ~u64{0};
+  u32 bad = kNone;
   u32 cv[blake3::kKeyWords];
-  LMC_UNROLL
-  for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = prefixes.root[w];
 #pragma unroll 1
   for (u32 step = 0; step <= kSteps; ++step) {
+    LMC_UNROLL
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = 0;  // no registers for it while ids are made
     const u32 made = step * kMakers + maker;
     if (maker < kMakers && made < blake3::kLeafBlocks) {
-      u64 ids[kBlockIds], bad_here = ~u64{0};
+      u64 ids[kBlockIds];
+      u32 bad_here = kNone;
       const u64 first = group_first + lane * kLeafIds + made * kBlockIds;
       content_ids(prefixes.token_ids, prefixes.items, first, prefixes.end, ids, &bad_here);
       bad = at_most(bad, bad_here);
@@ -230,9 +233,12 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
     }
     if (maker >= kMakers && step > 0) {
       const u64 leaf = static_cast<u64>(blockIdx.x) * kGroupLeaves + lane;
-      const u32 end = step * kMakers < blake3::kLeafBlocks ? step * kMakers : blake3::kLeafBlocks;
+      const u32 begin = (step - 1) * kMakers, end = at_most(begin + kMakers, blake3::kLeafBlocks);
+      LMC_UNROLL
+      for (u32 w = 0; w < blake3::kKeyWords; ++w)
+        cv[w] = begin == 0 ? prefixes.root[w] : shared.running[begin - 1][w][lane];
 #pragma unroll 1
-      for (u32 b = (step - 1) * kMakers; b < end; ++b) {
+      for (u32 b = begin; b < end; ++b) {
         const u32 flags = blake3::kKeyedHash | (b == 0 ? blake3::kLeafStart : 0) |
                           (b + 1 == blake3::kLeafBlocks ? blake3::kLeafEnd : 0);
         blake3::compress_cv(cv, cv, shared.ids[lane] + b * blake3::kBlockWords, leaf, blake3::kBlockBytes, flags);
@@ -294,7 +300,7 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
 }
 
 struct FoldShared {
-  u64 first_bad[kFoldThreads / kGroupLeaves];
+  u32 first_bad[kFoldThreads / kGroupLeaves];
   u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // a level above the groups' after another, from the groups' own on
 };
 
@@ -303,7 +309,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   FoldShared& shared = shared_memory<FoldShared>();
   const u32 thread = threadIdx.x;
 
-  u64 bad = ~u64{0};
+  u32 bad = kNone;
   for (u32 i = thread; i < prefixes.num_groups * kMakers; i += kFoldThreads) bad = at_most(bad, prefixes.first_bad[i]);
   bad = least_of_warp(bad);
   if (thread % kGroupLeaves == 0) shared.first_bad[thread / kGroupLeaves] = bad;
@@ -361,7 +367,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   }
   blake3::compress_cv(x, prefixes.root, block, 0, blake3::kBlockBytes,
                       blake3::kKeyedHash | blake3::kLeafStart | blake3::kLeafEnd | blake3::kRoot);
-  for (const u64 first_bad : shared.first_bad) bad = at_most(bad, first_bad);
+  for (const u32 first_bad : shared.first_bad) bad = at_most(bad, first_bad);
   const bool good = bad >= end;
   u32* key = reinterpret_cast<u32*>(prefixes.keys + static_cast<u64>(c) * 32);
   LMC_UNROLL
@@ -389,7 +395,7 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
 
 u64 prefix_keys_workspace_bytes(u64 count, u64 num_cuts) {
   const u64 groups = (count + kGroupIds - 1) / kGroupIds;
-  return aligned(groups * kMakers * 8) + aligned(groups * 63 * 32) + num_cuts * 32;
+  return aligned(groups * kMakers * 4) + aligned(groups * 63 * 32) + num_cuts * 32;
 }
 
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts, u8* keys,
@@ -413,8 +419,8 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
   std::memcpy(prefixes.root, root, 32);
   prefixes.keys = keys;
   u8* next = static_cast<u8*>(workspace);
-  prefixes.first_bad = reinterpret_cast<u64*>(next);
-  next += aligned(static_cast<u64>(prefixes.num_groups) * kMakers * 8);
+  prefixes.first_bad = reinterpret_cast<u32*>(next);
+  next += aligned(static_cast<u64>(prefixes.num_groups) * kMakers * 4);
   prefixes.nodes = reinterpret_cast<u32*>(next);
   next += aligned(static_cast<u64>(prefixes.num_groups) * 63 * 32);
   prefixes.last_leaf = reinterpret_cast<u32*>(next);

@@ -723,7 +723,7 @@ MUTATIONS = [
     Mutation(ERROR, "looking at errors", "error_ != cudaSuccess", "false", args=("--api-failures",)),
     # Content ids
     Mutation(KEYS, "the end of the ids", "first + k < end", "true", "first + k < end ? static_cast<u64>(token_ids"),
-    Mutation(KEYS, "finding bad ids", "if (ids[k] >= kTokenIdEnd) *bad = first + k;", ""),
+    Mutation(KEYS, "finding bad ids", "if (ids[k] >= kTokenIdEnd) *bad = static_cast<u32>(first + k);", ""),
     Mutation(KEYS, "the end of the ids", "first + kBlockIds < end ? first + kBlockIds : end", "first + kBlockIds"),
     Mutation(KEYS, "an item's begin", "item.offset > first ? item.offset : first", "first"),
     Mutation(KEYS, "an item's end", "item.end < block_end ? item.end : block_end", "block_end"),
@@ -737,7 +737,7 @@ MUTATIONS = [
     # Keys
     Mutation(KEYS, "the first of a thread's bad ids", "at_most(bad, bad_here)", "bad_here"),
     Mutation(KEYS, "blocks of ids that all warps make", "made < blake3::kLeafBlocks", "true"),
-    Mutation(KEYS, "blocks to chain", "step * kMakers < blake3::kLeafBlocks", "true"),
+    Mutation(KEYS, "blocks to chain", "at_most(begin + kMakers, blake3::kLeafBlocks)", "begin + kMakers"),
     Mutation(KEYS, "the end of cuts in steps", "cuts[regular] == cuts[regular - 1] + step", "true"),
     Mutation(KEYS, "cuts behind those in steps", "c < regular", "true", "c < regular ? first"),
     Mutation(KEYS, "the last chain value, which is not kept", "b + 1 < blake3::kLeafBlocks", "true"),
