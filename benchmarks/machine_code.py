@@ -19,20 +19,22 @@ THREADS_OF_SM = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
 SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 
 # Threads of a block, dynamic shared memory and the bytes a thread asks for before it waits: facts of csrc/*.cu that
-# machine code does not show.
+# machine code does not show. Nought bytes: all that shared memory is under way.
 LAUNCHES = {
     "hash_leaves": (128, 48256, 64),
     "fold_keys": (128, 32800, 32),
     "overwrite": (256, 0, 64),
     "gather_kernel": (256, 0, 64),
     "scatter_kernel": (256, 0, 64),
-    "scatter_bulk_kernel": (256, 65568, 0),  # its threads wait for none: four tiles of 16 KiB a block are under way
+    "copy_units_kernel": (256, 0, 4),
+    "gather_bulk_kernel": (288, 98448, 0),
+    "scatter_bulk_kernel": (288, 98448, 0),
 }
 
 
 @dataclass(frozen=True)
 class Kernel:
-    name: str  # such as gather_kernel<page, 16>
+    name: str  # such as gather_kernel<page>
     arch: int
     registers: int
     stack_bytes: int
@@ -55,11 +57,7 @@ class Kernel:
     def bytes_in_flight(self) -> int:
         """Of one multiprocessor, with all its blocks and every thread waiting."""
         threads, shared, in_flight = LAUNCHES[self.function]
-        if not in_flight:
-            return self.blocks_of_sm * shared
-        if "<" in self.name and not self.name.endswith("16>"):
-            in_flight = 16  # a narrow unit's thread holds one lane
-        return self.blocks_of_sm * threads * in_flight
+        return self.blocks_of_sm * (threads * in_flight or shared)
 
 
 def tool(name: str) -> str:
@@ -84,8 +82,8 @@ def kernels(arch: int) -> list[Kernel]:
 
 def readable(mangled: str) -> str:
     name = next(name for name in LAUNCHES if name in mangled)
-    parameters = re.search(r"ILNS_4ModeE(\d)ELj(\d+)E", mangled)
-    return f"{name}<{('page', 'token')[int(parameters[1])]}, {parameters[2]}>" if parameters else name
+    mode = re.search(r"ILNS_4ModeE(\d)E", mangled)
+    return f"{name}<{('page', 'token')[int(mode[1])]}>" if mode else name
 
 
 def main() -> int:
@@ -94,12 +92,15 @@ def main() -> int:
         return 0
     archs = [int(arch) for arch in _C.cuda_archs.split(",")]
     print(f"Expected, from the machine code of nvcc {_C.cuda_version} (not measured):\n")
-    print(f"{'kernel':26} {'arch':>5} {'registers':>10} {'stack':>6} {'blocks/SM':>10} {'in flight/SM':>13}")
+    print(
+        f"{'kernel':26} {'arch':>5} {'registers':>10} {'stack':>6} {'blocks/SM':>10} {'in flight/block':>16} {'/SM':>8}"
+    )
     for arch in archs:
         for kernel in sorted(kernels(arch), key=lambda k: k.name):
             print(
                 f"{kernel.name:26} {f'sm_{arch}':>5} {kernel.registers:>10} {kernel.stack_bytes:>6} "
-                f"{kernel.blocks_of_sm:>10} {kernel.bytes_in_flight // 1024:>9} KiB"
+                f"{kernel.blocks_of_sm:>10} {kernel.bytes_in_flight // kernel.blocks_of_sm // 1024:>12} KiB "
+                f"{kernel.bytes_in_flight // 1024:>4} KiB"
             )
     return 0
 

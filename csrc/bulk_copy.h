@@ -1,46 +1,56 @@
-// Copies into shared memory by Hopper's bulk copy engine: no thread and no register waits for the bytes.
-//
-// A barrier's phases complete one after the other, each when the copy that was begun in it has arrived. PTX ISA,
-// data movement and conversion instructions (cp.async.bulk) and mbarrier.
+// Copies into and out of shared memory by Hopper's bulk copy engine: no thread and no register waits for the bytes.
+// Addresses and lengths are multiples of 16. PTX ISA: cp.async.bulk and mbarrier.
 #pragma once
 
 #include "launch.h"
 
 namespace lmc {
 
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+#endif
+
+// A barrier in shared memory. Its phases complete one after the other, each when `arrivals` threads have arrived and
+// the copies that were begun in it are there.
 struct BulkBarrier {
   unsigned long long state;
 
-#ifdef __CUDA_ARCH__
-  __device__ __forceinline__ u32 address() { return static_cast<u32>(__cvta_generic_to_shared(&state)); }
-#endif
-
   // By one thread, before a block-wide barrier and any other use.
-  __device__ void init() {
+  __device__ void init(u32 arrivals) {
 #ifdef __CUDA_ARCH__
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals));
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #elif defined(LMC_HOST_CUDA)
-    host_cuda::mbarrier_init(&state);
+    host_cuda::mbarrier_init(&state, arrivals);
 #endif
   }
 
-  // By one thread: begins a phase and its copy. `to`: shared memory; `from`: global or mapped host memory; both and
-  // `bytes` multiples of 16.
-  __device__ void begin_copy(void* to, const void* from, u32 bytes) {
+  // By a thread that arrives later: begins a copy, to shared memory from global or mapped host memory.
+  __device__ void load(void* to, const void* from, u32 bytes) {
 #ifdef __CUDA_ARCH__
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(bytes)
+                 : "memory");
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     static_cast<u32>(__cvta_generic_to_shared(to))),
-                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(address())
+                     shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(&state))
                  : "memory");
 #elif defined(LMC_HOST_CUDA)
-    host_cuda::mbarrier_begin_copy(&state, to, from, bytes);
+    host_cuda::mbarrier_load(&state, to, from, bytes);
 #endif
   }
 
-  // Returns when phase number `phase`, counted from 0, is complete, and its copy visible. All phases before it are
-  // complete, and the one after it is not.
+  __device__ void arrive() {
+#ifdef __CUDA_ARCH__
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&state)) : "memory");
+#elif defined(LMC_HOST_CUDA)
+    host_cuda::mbarrier_arrive(&state);
+#endif
+  }
+
+  // Returns when phase number `phase`, counted from 0, is complete, with what came before it visible. All phases before
+  // it are complete, and the one after it is not.
   __device__ void wait(u32 phase) {
 #ifdef __CUDA_ARCH__
     u32 complete = 0;
@@ -50,12 +60,60 @@ struct BulkBarrier {
           "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
           "selp.u32 %0, 1, 0, p;\n\t}"
           : "=r"(complete)
-          : "r"(address()), "r"(phase & 1)
+          : "r"(shared_address(&state)), "r"(phase & 1)
           : "memory");
 #elif defined(LMC_HOST_CUDA)
     host_cuda::mbarrier_wait(&state, phase & 1);
 #endif
   }
 };
+
+// Between what a thread has stored to shared memory and a copy out of it, begun by whoever learns of it.
+__device__ inline void fence_for_bulk_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#elif defined(LMC_HOST_CUDA)
+  host_cuda::fence_for_bulk_copies();
+#endif
+}
+
+// Begins a copy from shared memory, to global or mapped host memory.
+__device__ inline void bulk_store(void* to, const void* from, u32 bytes) {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+#elif defined(LMC_HOST_CUDA)
+  host_cuda::bulk_store(to, from, bytes);
+#endif
+}
+
+// Ends a group of this thread's stores.
+__device__ inline void commit_bulk_stores() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+#elif defined(LMC_HOST_CUDA)
+  host_cuda::commit_bulk_stores();
+#endif
+}
+
+// Waits until shared memory is read by all of this thread's groups but the last kPending.
+template <u32 kPending>
+__device__ void wait_for_bulk_reads() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+#elif defined(LMC_HOST_CUDA)
+  host_cuda::wait_for_bulk_reads(kPending);
+#endif
+}
+
+// Waits until all of this thread's groups are written.
+__device__ inline void wait_for_bulk_stores() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+#elif defined(LMC_HOST_CUDA)
+  host_cuda::wait_for_bulk_stores();
+#endif
+}
 
 }  // namespace lmc

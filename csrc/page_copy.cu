@@ -2,8 +2,8 @@
 //
 // A payload is cut into lanes of 16 bytes and each lane is found in the cache by itself, whatever the runs' length, so
 // that short runs keep as many bytes in flight as long ones. A thread loads four lanes before it stores any: with four
-// blocks on an SM that is 64 KiB in flight. Lanes are copied in units of 16 bytes where all addresses and lengths allow
-// it, else of 4 or 1.
+// blocks on an SM that is 64 KiB in flight. Where an address or length is no multiple of 16, a kernel for any layout
+// takes units of 4 bytes or of one.
 #include "bulk_copy.h"
 #include "error.h"
 #include "ops.h"
@@ -13,40 +13,16 @@ namespace lmc::cuda {
 namespace {
 
 constexpr u32 kThreads = 256;
-// How many lanes a thread holds at once, and how many blocks an SM; narrow units need registers for their addresses.
-template <u32 kUnit>
-constexpr u32 kLanes = kUnit == 16 ? 4 : 1;
-template <u32 kUnit>
-constexpr u32 kBlocksPerSm = kUnit == 1 ? 2 : 4;
-template <u32 kUnit>
-constexpr u32 kTileLanes = kThreads * kLanes<kUnit>;
 constexpr u32 kWarp = 32, kWarps = kThreads / kWarp;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
-
-// The index type of a unit: 32 bits serve payloads of up to 16 GiB in units of 16 bytes, the case that has to be fast.
-template <u32 kUnit>
-struct IndexOf {
-  using type = u64;
-};
-template <>
-struct IndexOf<16> {
-  using type = u32;
-};
-
-template <u32 kUnit>
-struct Unit;
-template <>
-struct Unit<16> {
-  using type = uint4;
-};
-template <>
-struct Unit<4> {
-  using type = u32;
-};
-template <>
-struct Unit<1> {
-  using type = u8;
-};
+// 32-bit indices go with units of 16 bytes, up to payloads of 16 GiB: the case that has to be fast. 64-bit ones are for
+// all else. How many lanes a thread holds at once:
+template <typename Index>
+constexpr u32 kLanes = sizeof(Index) == 4 ? 4 : 1;
+template <typename Index>
+constexpr u32 kBlocksPerSm = sizeof(Index) == 4 ? 4 : 3;  // registers allow no more
+template <typename Index>
+constexpr u32 kTileLanes = kThreads * kLanes<Index>;
 
 // A chunk and its place among the tiles of a kernel.
 template <typename Index>
@@ -66,6 +42,7 @@ struct Copy {
   u64 tiles;
   unsigned long long* sums;  // null: none are made
   bool partial_sums;
+  bool token_mode, gather;  // for the kernel that does not have them in its name
   bool ids_in_table;
   const u8* table;
 
@@ -82,73 +59,15 @@ struct Copy {
     return work;
   }
 };
-template <u32 kUnit>
-using Parameters = WithTable<Copy<typename IndexOf<kUnit>::type>>;
+template <typename Index>
+using Parameters = WithTable<Copy<Index>>;
 
-// 16 bytes of a payload, or the last of it, in registers.
-union Lane {
-  uint4 vector;
-  u32 words[4];
-};
-
-template <u32 kUnit>
-__device__ void put_unit(Lane& lane, u32 k, typename Unit<kUnit>::type unit) {
-  if constexpr (kUnit == 16)
-    lane.vector = unit;
-  else if constexpr (kUnit == 4)
-    lane.words[k] = unit;
-  else
-    lane.words[k / 4] |= static_cast<u32>(unit) << (k % 4 * 8);
+__device__ void add_lane(LaneSums& sums, u64 index, const uint4& lane) {
+  sums.add(index, lane.x | static_cast<u64>(lane.y) << 32, lane.z | static_cast<u64>(lane.w) << 32);
 }
 
-template <u32 kUnit>
-__device__ typename Unit<kUnit>::type get_unit(const Lane& lane, u32 k) {
-  if constexpr (kUnit == 16)
-    return lane.vector;
-  else if constexpr (kUnit == 4)
-    return lane.words[k];
-  else
-    return static_cast<u8>(lane.words[k / 4] >> (k % 4 * 8));
-}
-
-__device__ void add_lane(LaneSums& sums, u64 index, const Lane& lane) {
-  sums.add(index, lane.words[0] | static_cast<u64>(lane.words[1]) << 32,
-           lane.words[2] | static_cast<u64>(lane.words[3]) << 32);
-}
-
-// A lane of the payload. `units`: how many the payload has; `vector`: it begins at a multiple of 16.
-template <u32 kUnit, typename Index>
-__device__ Lane load_payload(const u8* payload, bool vector, Index lane_index, Index units) {
-  constexpr u32 kUnits = kLaneBytes / kUnit;
-  Lane lane;
-  lane.vector = make_uint4(0, 0, 0, 0);
-  if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {
-    lane.vector = reinterpret_cast<const uint4*>(payload)[lane_index];
-  } else {
-    LMC_UNROLL
-    for (u32 k = 0; k < kUnits; ++k) {
-      const Index y = lane_index * kUnits + k;
-      if (y < units) put_unit<kUnit>(lane, k, reinterpret_cast<const typename Unit<kUnit>::type*>(payload)[y]);
-    }
-  }
-  return lane;
-}
-
-template <u32 kUnit, typename Index>
-__device__ void store_payload(u8* payload, bool vector, Index lane_index, Index units, const Lane& lane) {
-  constexpr u32 kUnits = kLaneBytes / kUnit;
-  if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {
-    reinterpret_cast<uint4*>(payload)[lane_index] = lane.vector;
-  } else {
-    LMC_UNROLL
-    for (u32 k = 0; k < kUnits; ++k) {
-      const Index y = lane_index * kUnits + k;
-      if (y < units) reinterpret_cast<typename Unit<kUnit>::type*>(payload)[y] = get_unit<kUnit>(lane, k);
-    }
-  }
-}
-
-// Tells the compiler that a pointer out of a table is one to global memory: the load or store then needs no test of it.
+// Tells the compiler that a pointer out of a table is one to global memory, and not null: the load or store then needs
+// no test of it.
 template <typename T>
 __device__ T* in_global_memory(T* pointer) {
 #ifdef __CUDA_ARCH__
@@ -178,9 +97,9 @@ __device__ void put_sum(const Copy<Index>& copy, u32 c, u64 sum, u64 length_term
     atomicAdd(copy.sums + c, sum + (warp == 0 ? length_term : 0));
 }
 
-// Calls visit(chunk, first, sums) for each tile of this block: `first` is the tile's first lane in its chunk's payload,
-// and what visits add to `sums` goes to the chunk's checksum.
-template <u32 kUnit, typename Index, typename Visit>
+// Calls visit(chunk, c, first, sums) for each tile of this block, in chunk number `c`: `first` is the tile's first lane
+// in its chunk's payload, and what visits add to `sums` goes to the chunk's checksum.
+template <typename Index, typename Visit>
 __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
   u64 tile = first_tile(blockIdx.x, copy.tiles, gridDim.x), chunk_begin = 0;
   const u64 end = first_tile(blockIdx.x + 1, copy.tiles, gridDim.x);
@@ -188,129 +107,225 @@ __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
     const u64 chunk_end = copy.chunks[c].tiles_end;
     if (tile < chunk_end) {
       const ChunkWork<Index> work = copy.chunk(c);
-      const u64 length_term = tile == chunk_begin ? checksum_length(static_cast<u64>(work.units) * kUnit) : 0;
+      const u64 bytes = static_cast<u64>(work.units) * copy.layout.unit_bytes;
+      const u64 length_term = tile == chunk_begin ? checksum_length(bytes) : 0;
       LaneSums sums;
       for (; tile < end && tile < chunk_end; ++tile)
-        visit(work, static_cast<Index>((tile - chunk_begin) * kTileLanes<kUnit>), sums);
+        visit(work, c, static_cast<Index>((tile - chunk_begin) * kTileLanes<Index>), sums);
       if (copy.sums) put_sum(copy, c, sums.total(), length_term);
     }
     chunk_begin = chunk_end;
   }
 }
 
-template <Mode kMode, bool kGather, u32 kUnit>
-__device__ void copy_tiles(const Parameters<kUnit>& parameters) {
-  using Index = typename IndexOf<kUnit>::type;
-  using Piece = typename Unit<kUnit>::type;
-  constexpr u32 kUnits = kLaneBytes / kUnit;
-  const Copy<Index> copy(parameters);
-  visit_tiles<kUnit>(copy, [&copy](const ChunkWork<Index>& work, Index first, LaneSums& sums) {
-    u8* payload = work.chunk.payload;
-    const bool vector = reinterpret_cast<std::uintptr_t>(payload) % kLaneBytes == 0;
-    Lane lanes[kLanes<kUnit>];
+template <Mode kMode, bool kGather>
+__device__ void copy_tiles(const Copy<u32>& copy) {
+  visit_tiles(copy, [&copy](const ChunkWork<u32>& work, u32, u32 first, LaneSums& sums) {
+    uint4* payload = reinterpret_cast<uint4*>(work.chunk.payload);
+    const auto in_cache = [&](u32 lane) {
+      return reinterpret_cast<uint4*>(cache_unit<kMode>(copy.layout, work.chunk, work.count, lane));
+    };
+    uint4 lanes[kLanes<u32>];
     LMC_UNROLL
-    for (u32 v = 0; v < kLanes<kUnit>; ++v) {
-      const Index lane = first + threadIdx.x + v * kThreads;
-      if constexpr (kGather) {
-        lanes[v].vector = make_uint4(0, 0, 0, 0);
-        LMC_UNROLL
-        for (u32 k = 0; k < kUnits; ++k) {
-          const Index y = lane * kUnits + k;
-          const u8* from = y < work.units ? cache_unit<kMode>(copy.layout, work.chunk, work.count, y) : nullptr;
-          if (from) put_unit<kUnit>(lanes[v], k, *in_global_memory(reinterpret_cast<const Piece*>(from)));
-        }
-      } else {
-        lanes[v] = load_payload<kUnit>(in_global_memory(payload), vector, lane, work.units);
+    for (u32 v = 0; v < kLanes<u32>; ++v) {
+      const u32 lane = first + threadIdx.x + v * kThreads;
+      lanes[v] = make_uint4(0, 0, 0, 0);
+      if (lane < work.units) {
+        const uint4* from = kGather ? in_cache(lane) : payload + lane;
+        if (from) lanes[v] = *in_global_memory(from);
       }
     }
     LMC_UNROLL
-    for (u32 v = 0; v < kLanes<kUnit>; ++v) {
-      const Index lane = first + threadIdx.x + v * kThreads;
-      if constexpr (kGather) {
-        if (payload) store_payload<kUnit>(in_global_memory(payload), vector, lane, work.units, lanes[v]);
-      } else {
-        LMC_UNROLL
-        for (u32 k = 0; k < kUnits; ++k) {
-          const Index y = lane * kUnits + k;
-          u8* to = y < work.units ? cache_unit<kMode>(copy.layout, work.chunk, work.count, y) : nullptr;
-          if (to) *in_global_memory(reinterpret_cast<Piece*>(to)) = get_unit<kUnit>(lanes[v], k);
-        }
+    for (u32 v = 0; v < kLanes<u32>; ++v) {
+      const u32 lane = first + threadIdx.x + v * kThreads;
+      if (lane < work.units) {
+        uint4* to = !kGather ? in_cache(lane) : payload ? payload + lane : nullptr;
+        if (to) *in_global_memory(to) = lanes[v];
+        if (copy.sums) add_lane(sums, work.first_lane + lane, lanes[v]);
       }
-      if (copy.sums && lane * kUnits < work.units) add_lane(sums, work.first_lane + lane, lanes[v]);
     }
   });
 }
 
-template <Mode kMode, u32 kUnit>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kUnit>)
-    gather_kernel(const __grid_constant__ Parameters<kUnit> parameters) {
-  copy_tiles<kMode, true, kUnit>(parameters);
+template <Mode kMode>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<u32>)
+    gather_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  copy_tiles<kMode, true>(Copy<u32>(parameters));
 }
 
-template <Mode kMode, u32 kUnit>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<kUnit>)
-    scatter_kernel(const __grid_constant__ Parameters<kUnit> parameters) {
-  copy_tiles<kMode, false, kUnit>(parameters);
+template <Mode kMode>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<u32>)
+    scatter_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  copy_tiles<kMode, false>(Copy<u32>(parameters));
 }
 
-// A ring of tiles of payload in shared memory.
-constexpr u32 kStages = 4;
+// Any layout, in units of 4 bytes or of one, in either direction and mode. Hardly any cache needs it, so that it is one
+// small kernel: a thread copies the units of a lane one after the other.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<u64>)
+    copy_units_kernel(const __grid_constant__ Parameters<u64> parameters) {
+  const Copy<u64> copy(parameters);
+  const u32 unit = copy.layout.unit_bytes, units = kLaneBytes / unit;
+  visit_tiles(copy, [&](const ChunkWork<u64>& work, u32, u64 first, LaneSums& sums) {
+    const u64 lane = first + threadIdx.x;
+    u64 low = 0, high = 0;  // the lane's bytes: shifted in from above
+#pragma unroll 1
+    for (u64 y = lane * units; y < (lane + 1) * units; ++y) {
+      u32 value = 0;
+      if (y < work.units) {
+        u8* in_payload = work.chunk.payload ? work.chunk.payload + y * unit : nullptr;
+        u8* in_cache = copy.token_mode ? cache_unit<Mode::kToken>(copy.layout, work.chunk, work.count, y)
+                                       : cache_unit<Mode::kPage>(copy.layout, work.chunk, work.count, y);
+        const u8* from = copy.gather ? in_cache : in_payload;
+        u8* to = copy.gather ? in_payload : in_cache;
+        if (from) value = unit == 4 ? *reinterpret_cast<const u32*>(from) : *from;
+        if (to && unit == 4) *reinterpret_cast<u32*>(to) = value;
+        if (to && unit == 1) *to = static_cast<u8>(value);
+      }
+      low = low >> 8 * unit | high << (64 - 8 * unit);
+      high = high >> 8 * unit | static_cast<u64>(value) << (64 - 8 * unit);
+    }
+    if (copy.sums && lane * units < work.units) sums.add(work.first_lane + lane, low, high);
+  });
+}
+
+// --- Copies between pages and host memory by the bulk copy engine, which keeps a ring of tiles in shared memory under
+// way: so a few blocks fill the bus, while loads by their threads would not. Warp kWarps moves tiles, into the ring
+// and, some tiles later, out of it; the others sum them up.
+
+constexpr u32 kStages = 6;  // 96 KiB: what a block may have on every GPU that has the engine
+constexpr u32 kAhead = 4;   // how many tiles are on their way into the ring, when as many others are on their way out
+constexpr u32 kBulkThreads = kThreads + kWarp;
+constexpr u64 kLeastBulkRun = 128;  // bytes; shorter runs are left to threads
+static_assert(kAhead < kStages, "a tile leaves its stage before the next comes");
+
 struct TileRing {
-  uint4 tiles[kStages][kTileLanes<16>];
-  BulkBarrier filled[kStages];
+  uint4 tiles[kStages][kTileLanes<u32>];
+  BulkBarrier filled[kStages], summed[kStages];
+  struct {
+    u32 chunk, first;
+  } places[kStages];  // of the tile in a stage
 };
 
-// One thread: begins to fill a stage with a tile. `c`: the chunk of an earlier tile, then of this one.
-__device__ void fill_stage(const Copy<u32>& copy, TileRing& ring, u32 stage, u64 tile, u32& c) {
-  while (copy.chunks[c].tiles_end <= tile) ++c;
-  const ChunkWork<u32>& work = copy.chunks[c];
-  const u32 first = static_cast<u32>(tile - (c ? copy.chunks[c - 1].tiles_end : 0)) * kTileLanes<16>;
-  const u32 lanes = at_most(work.units - first, kTileLanes<16>);
-  ring.filled[stage].begin_copy(ring.tiles[stage], work.chunk.payload + static_cast<u64>(first) * kLaneBytes,
-                                lanes * kLaneBytes);
+// Calls visit(cache, at, lanes) for each contiguous piece of a tile's cache, `at` lanes behind the tile's first; cache
+// is null for what is not there. The lanes of a warp share the runs among them. Pages are of whole runs, and so runs
+// begin at multiples of their length in a payload too.
+template <typename Visit>
+__device__ void visit_pieces(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 first, const Visit& visit) {
+  const Divisor<u32> run = copy.layout.run;
+  const u32 end = at_most(work.units, first + kTileLanes<u32>), runs_end = run.divide(end - 1) + 1;
+  for (u32 r = run.divide(first) + threadIdx.x % kWarp; r < runs_end; r += kWarp) {
+    const u32 stop = at_most(end, (r + 1) * run.d);
+    for (u32 y = r * run.d < first ? first : r * run.d; y < stop;) {
+      const Span<u32> span = page_span(copy.layout, work.chunk, work.count, y);
+      const u32 lanes = at_most(span.units, stop - y);
+      visit(span.cache, y - first, lanes);
+      y += lanes;
+    }
+  }
 }
 
-// As scatter_kernel<Mode::kPage, 16>, for payloads in host memory, and for few blocks: the bulk copy engine keeps up to
-// 64 KiB a block on the bus, which loads by threads do not.
-__global__ void __launch_bounds__(kThreads) scatter_bulk_kernel(const __grid_constant__ Parameters<16> parameters) {
+template <bool kGather>
+__device__ void fill_stage(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 first, uint4* tile,
+                           BulkBarrier& filled) {
+  if (kGather) {
+    bool zeros = false;
+    visit_pieces(copy, work, first, [&](const u8* cache, u32 at, u32 lanes) {
+      if (cache) return filled.load(tile + at, cache, lanes * kLaneBytes);
+      for (u32 i = 0; i < lanes; ++i) tile[at + i] = make_uint4(0, 0, 0, 0);
+      zeros = true;
+    });
+    if (zeros) fence_for_bulk_copies();
+  } else if (threadIdx.x % kWarp == 0) {
+    const u32 lanes = at_most(work.units - first, kTileLanes<u32>);
+    filled.load(tile, work.chunk.payload + static_cast<u64>(first) * kLaneBytes, lanes * kLaneBytes);
+  }
+  filled.arrive();
+}
+
+template <bool kGather>
+__device__ void empty_stage(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 first, const uint4* tile) {
+  if (!kGather) {
+    visit_pieces(copy, work, first, [&](u8* cache, u32 at, u32 lanes) {
+      if (cache) bulk_store(cache, tile + at, lanes * kLaneBytes);
+    });
+  } else if (threadIdx.x % kWarp == 0) {
+    const u32 lanes = at_most(work.units - first, kTileLanes<u32>);
+    bulk_store(work.chunk.payload + static_cast<u64>(first) * kLaneBytes, tile, lanes * kLaneBytes);
+  }
+  commit_bulk_stores();
+}
+
+template <bool kGather>
+__device__ void move_tiles(const Copy<u32>& copy, TileRing& ring) {
+  Copy<u32> no_sums = copy;
+  no_sums.sums = nullptr;
+  u32 begun = 0, moved = 0;
+  const auto move_out = [&] {
+    const u32 stage = moved % kStages;
+    ring.filled[stage].wait(moved / kStages);
+    empty_stage<kGather>(copy, copy.chunk(ring.places[stage].chunk), ring.places[stage].first, ring.tiles[stage]);
+    ++moved;
+  };
+  visit_tiles(no_sums, [&](const ChunkWork<u32>& work, u32 c, u32 first, LaneSums&) {
+    const u32 stage = begun % kStages;
+    if (begun >= kAhead) move_out();
+    if (begun >= kStages) {
+      wait_for_bulk_reads<kStages - kAhead>();
+      if (copy.sums) ring.summed[stage].wait(begun / kStages - 1);
+      __syncwarp();
+    }
+    if (threadIdx.x % kWarp == 0) ring.places[stage] = {c, first};
+    fill_stage<kGather>(copy, work, first, ring.tiles[stage], ring.filled[stage]);
+    ++begun;
+  });
+  while (moved < begun) move_out();
+  wait_for_bulk_stores();
+}
+
+template <bool kGather>
+__device__ void copy_by_bulk(const Parameters<u32>& parameters) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Copy<u32> copy(parameters);
   TileRing& ring = shared_memory<TileRing>();
-  const u64 begin = first_tile(blockIdx.x, copy.tiles, gridDim.x),
-            end = first_tile(blockIdx.x + 1, copy.tiles, gridDim.x);
-  u32 ahead = 0;  // the chunk of the tile that is filled next
-  if (threadIdx.x == 0) {
-    for (u32 stage = 0; stage < kStages; ++stage) ring.filled[stage].init();
-    for (u32 stage = 0; stage < kStages && begin + stage < end; ++stage)
-      fill_stage(copy, ring, stage, begin + stage, ahead);
-  }
-  __syncthreads();
-  u64 tile = begin;
-  visit_tiles<16>(copy, [&](const ChunkWork<u32>& work, u32 first, LaneSums& sums) {
-    const u32 stage = static_cast<u32>((tile - begin) % kStages);
-    ring.filled[stage].wait(static_cast<u32>((tile - begin) / kStages));
-    LMC_UNROLL
-    for (u32 v = 0; v < kLanes<16>; ++v) {
-      const u32 in_tile = threadIdx.x + v * kThreads, lane_index = first + in_tile;
-      if (lane_index < work.units) {
-        Lane lane;
-        lane.vector = ring.tiles[stage][in_tile];
-        u8* to = cache_unit<Mode::kPage>(copy.layout, work.chunk, work.count, lane_index);
-        if (to) *in_global_memory(reinterpret_cast<uint4*>(to)) = lane.vector;
-        if (copy.sums) add_lane(sums, work.first_lane + lane_index, lane);
-      }
+  if (threadIdx.x == 0)
+    for (u32 stage = 0; stage < kStages; ++stage) {
+      ring.filled[stage].init(kWarp);
+      ring.summed[stage].init(kWarps);
     }
-    __syncthreads();
-    if (threadIdx.x == 0 && tile + kStages < end) fill_stage(copy, ring, stage, tile + kStages, ahead);
-    ++tile;
+  __syncthreads();
+  if (threadIdx.x >= kThreads) return move_tiles<kGather>(copy, ring);
+  if (!copy.sums) return;
+  u32 n = 0;
+  visit_tiles(copy, [&](const ChunkWork<u32>& work, u32, u32 first, LaneSums& sums) {
+    const u32 stage = n % kStages;
+    ring.filled[stage].wait(n / kStages);
+    LMC_UNROLL
+    for (u32 v = 0; v < kLanes<u32>; ++v) {
+      const u32 in_tile = threadIdx.x + v * kThreads;
+      if (first + in_tile < work.units) add_lane(sums, work.first_lane + first + in_tile, ring.tiles[stage][in_tile]);
+    }
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) ring.summed[stage].arrive();
+    ++n;
   });
 #endif
+}
+
+__global__ void __launch_bounds__(kBulkThreads, 1)
+    gather_bulk_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  copy_by_bulk<true>(parameters);
+}
+
+__global__ void __launch_bounds__(kBulkThreads, 1)
+    scatter_bulk_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  copy_by_bulk<false>(parameters);
 }
 
 // --- Host
 
 struct Call {
   const char* op;
+  bool is_gather;
   const PagedCache& cache;
   Mode mode;
   const std::vector<Chunk>& chunks;
@@ -327,7 +342,7 @@ struct Call {
       most = std::max(most, cache.payload_bytes(mode, chunk));
       if (cache.splits_pages(mode, chunk)) all |= cache.token_bytes;
     }
-    if (all % 16 == 0 && most / 16 < (u64{1} << Divisor<u32>::kBits) - kTileLanes<16>) return 16;
+    if (all % 16 == 0 && most / 16 < (u64{1} << Divisor<u32>::kBits) - kTileLanes<u32>) return 16;
     return all % 4 == 0 ? 4 : 1;
   }
 };
@@ -338,20 +353,21 @@ u32 multiprocessors(const char* op, int device) {
   return static_cast<u32>(count);
 }
 
-// Whether a scatter from host memory can be done by the bulk copy engine: the code for this device, which may be older
-// than the device, has it.
-bool has_bulk_copies(const Call& call) {
+// Whether the bulk copy engine can copy, and is worth while: the code for this device, which may be older than the
+// device, has it.
+bool takes_bulk_copies(const Call& call) {
+  if (!call.where.payloads_on_host || call.mode != Mode::kPage || call.cache.run_bytes < kLeastBulkRun) return false;
   cudaFuncAttributes code{};
   LMC_CUDA_CHECK(call.op, cudaFuncGetAttributes(&code, scatter_bulk_kernel));
   return code.ptxVersion >= 90;
 }
 
 // Those of a call's chunks that one kernel copies.
-template <u32 kUnit>
+template <typename Index>
 struct Part {
-  Parameters<kUnit> parameters{};
+  Parameters<Index> parameters{};
   Table table;
-  std::vector<ChunkWork<typename IndexOf<kUnit>::type>> works;
+  std::vector<ChunkWork<Index>> works;
   u64 blocks, first_sum;
 
   u64 tiles() const { return works.back().tiles_end; }
@@ -360,15 +376,14 @@ struct Part {
     if (begin == end) return {0, 0, 0};
     const u64 first_block = block_of_tile(begin, tiles(), blocks), last_block = block_of_tile(end - 1, tiles(), blocks);
     return {first_sum + (first_block + c) * kWarps, first_sum + (last_block + c + 1) * kWarps,
-            checksum_length(static_cast<u64>(works[c].units) * kUnit)};
+            checksum_length(static_cast<u64>(works[c].units) * parameters.head.layout.unit_bytes)};
   }
 };
 
 // From chunk `first` on until the parameters are full: at least this one.
-template <u32 kUnit>
-Part<kUnit> part_from(const Call& call, std::size_t first) {
-  using Index = typename IndexOf<kUnit>::type;
-  Part<kUnit> part{};
+template <typename Index>
+Part<Index> part_from(const Call& call, u32 unit, std::size_t first) {
+  Part<Index> part{};
   u8* const* planes = part.table.append(call.cache.planes.data(), call.cache.planes.size());
   const u64 ids_end = call.cache.num_pages * (call.mode == Mode::kPage ? 1 : call.cache.page_tokens);
   const bool wide = ids_end > INT32_MAX;
@@ -385,48 +400,50 @@ Part<kUnit> part_from(const Call& call, std::size_t first) {
       chunk.ids = part.table.append(narrow.data(), wide ? 0 : narrow.size());
       if (wide) chunk.ids = part.table.append(ids.data(), ids.size());
     }
-    const u64 bytes = call.cache.payload_bytes(call.mode, chunk), tile_bytes = kTileLanes<kUnit> * kLaneBytes;
+    const u64 bytes = call.cache.payload_bytes(call.mode, chunk), tile_bytes = kTileLanes<Index> * kLaneBytes;
     tiles += (bytes + tile_bytes - 1) / tile_bytes;
-    part.works.push_back({chunk, Divisor<Index>(chunk.count ? chunk.count : 1), static_cast<Index>(bytes / kUnit),
+    part.works.push_back({chunk, Divisor<Index>(chunk.count ? chunk.count : 1), static_cast<Index>(bytes / unit),
                           chunk.offset / kLaneBytes, tiles});
   }
   Copy<Index>& copy = part.parameters.head;
-  copy.layout = call.cache.in_units<Index>(kUnit, planes);
+  copy.layout = call.cache.in_units<Index>(unit, planes);
   copy.chunks = part.table.append(part.works.data(), part.works.size());
   copy.ids_in_table = call.host_ids;
+  copy.token_mode = call.mode == Mode::kToken;
+  copy.gather = call.is_gather;
   copy.tiles = tiles;
   return part;
 }
 
-template <u32 kUnit>
-void launch_part(const Call& call, bool is_gather, const Part<kUnit>& part) {
-  const auto stream = static_cast<cudaStream_t>(call.where.stream);
-  const dim3 grid(static_cast<u32>(part.blocks));
-  if constexpr (kUnit == 16)
-    if (call.where.payloads_on_host && !is_gather && has_bulk_copies(call)) {
-      constexpr int shared_bytes = sizeof(TileRing);
-      LMC_CUDA_CHECK(call.op, cudaFuncSetAttribute(scatter_bulk_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   shared_bytes));
-      LMC_CUDA_CHECK(call.op, launch(scatter_bulk_kernel, grid, dim3(kThreads), shared_bytes, stream, part.parameters));
-      return;
-    }
-  void (*kernel)(Parameters<kUnit>) =
-      call.mode == Mode::kPage ? (is_gather ? gather_kernel<Mode::kPage, kUnit> : scatter_kernel<Mode::kPage, kUnit>)
-                               : (is_gather ? gather_kernel<Mode::kToken, kUnit> : scatter_kernel<Mode::kToken, kUnit>);
-  LMC_CUDA_CHECK(call.op, launch(kernel, grid, dim3(kThreads), 0, stream, part.parameters));
+void launch_part(const Call& call, const Part<u64>& part) {
+  LMC_CUDA_CHECK(call.op, launch(copy_units_kernel, dim3(static_cast<u32>(part.blocks)), dim3(kThreads), 0,
+                                 static_cast<cudaStream_t>(call.where.stream), part.parameters));
+}
+
+void launch_part(const Call& call, const Part<u32>& part) {
+  const bool bulk = takes_bulk_copies(call);
+  void (*kernel)(Parameters<u32>) = bulk ? (call.is_gather ? gather_bulk_kernel : scatter_bulk_kernel)
+                                    : call.mode == Mode::kPage
+                                        ? (call.is_gather ? gather_kernel<Mode::kPage> : scatter_kernel<Mode::kPage>)
+                                        : (call.is_gather ? gather_kernel<Mode::kToken> : scatter_kernel<Mode::kToken>);
+  constexpr int ring_bytes = sizeof(TileRing);
+  if (bulk)
+    LMC_CUDA_CHECK(call.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes));
+  LMC_CUDA_CHECK(call.op, launch(kernel, dim3(static_cast<u32>(part.blocks)), dim3(bulk ? kBulkThreads : kThreads),
+                                 bulk ? ring_bytes : 0, static_cast<cudaStream_t>(call.where.stream), part.parameters));
 }
 
 // checksums: device memory, one a chunk, or null.
-template <u32 kUnit>
-PartialSums run(const Call& call, bool is_gather, u64* checksums) {
-  u64 most_blocks = static_cast<u64>(kBlocksPerSm<kUnit>) * multiprocessors(call.op, call.where.device);
+template <typename Index>
+PartialSums run(const Call& call, u32 unit, u64* checksums) {
+  u64 most_blocks = static_cast<u64>(kBlocksPerSm<Index>) * multiprocessors(call.op, call.where.device);
   if (call.where.max_blocks) most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);
-  std::vector<Part<kUnit>> parts;
+  std::vector<Part<Index>> parts;
   PartialSums partial;
   u64 num_sums = 0;
   for (std::size_t first = 0; first < call.chunks.size(); first = partial.ranges.size()) {
-    parts.push_back(part_from<kUnit>(call, first));
-    Part<kUnit>& part = parts.back();
+    parts.push_back(part_from<Index>(call, unit, first));
+    Part<Index>& part = parts.back();
     part.blocks = std::min(part.tiles(), most_blocks);
     part.first_sum = num_sums;
     num_sums += (part.blocks + part.works.size()) * kWarps;
@@ -438,43 +455,37 @@ PartialSums run(const Call& call, bool is_gather, u64* checksums) {
   const auto stream = static_cast<cudaStream_t>(call.where.stream);
   if (sums && !are_partial) LMC_CUDA_CHECK(op, cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream));
   std::size_t first = 0;
-  for (Part<kUnit>& part : parts) {
+  for (Part<Index>& part : parts) {
     part.parameters.head.partial_sums = are_partial;
     if (sums)
       part.parameters.head.sums = reinterpret_cast<unsigned long long*>(sums) + (are_partial ? part.first_sum : first);
     first += part.works.size();
     if (part.tiles() == 0) continue;
     part.table.put(call.op, call.where, part.parameters);
-    launch_part(call, is_gather, part);
+    launch_part(call, part);
   }
   return partial;
 }
 
-PartialSums run(const Call& call, bool is_gather, u64* checksums) {
+PartialSums run(const Call& call, u64* checksums) {
   if (call.chunks.empty()) return {};
   const DeviceGuard guard(call.op, call.where.device);
-  switch (call.unit()) {
-    case 16:
-      return run<16>(call, is_gather, checksums);
-    case 4:
-      return run<4>(call, is_gather, checksums);
-    default:
-      return run<1>(call, is_gather, checksums);
-  }
+  const u32 unit = call.unit();
+  return unit == 16 ? run<u32>(call, unit, checksums) : run<u64>(call, unit, checksums);
 }
 
 }  // namespace
 
 PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                    const Launch& where) {
-  return run({mode == Mode::kPage ? "gather_pages" : "gather_tokens", cache, mode, chunks, host_ids, where}, true,
-             checksums);
+  const char* op = mode == Mode::kPage ? "gather_pages" : "gather_tokens";
+  return run({op, true, cache, mode, chunks, host_ids, where}, checksums);
 }
 
 PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                     const Launch& where) {
-  return run({mode == Mode::kPage ? "scatter_pages" : "scatter_tokens", cache, mode, chunks, host_ids, where}, false,
-             checksums);
+  const char* op = mode == Mode::kPage ? "scatter_pages" : "scatter_tokens";
+  return run({op, false, cache, mode, chunks, host_ids, where}, checksums);
 }
 
 int device_count(std::string& why) {

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -392,19 +393,19 @@ def copy_cases() -> Iterator[Case]:
                 f"{make.__name__}, {what}, checksums only", make(), True, False, Chunks(pages[what]), payloads=NONE
             )
     for make in (many_tiles, many_rows, token_major, mla):
-        for what, ids in pages.items():
+        for (what, ids), gather in product(pages.items(), (True, False)):
             for max_blocks in (1, 2):
                 yield copy_case(
-                    f"{make.__name__}, {what}, from the host by {max_blocks} blocks",
+                    f"{make.__name__}, {what}, payloads on the host, {max_blocks} blocks",
                     make(),
+                    gather,
                     False,
-                    False,
-                    Chunks(ids, offset=32 * (max_blocks - 1)),
+                    Chunks(ids, missing=gather * (max_blocks - 1), offset=32 * (max_blocks - 1)),
                     max_blocks=max_blocks,
                     checksums=what != "one page",
                     payloads=ON_HOST,
                     partial_sums=max_blocks == 2,
-                    small=what in ("many chunks", "some pages"),
+                    small=max_blocks == 2 and what in ("many chunks", "some pages", "nothing there"),
                 )
     for gather in (True, False):
         ids = [[i] if i < slots else [-1] for i in range(300)]
@@ -668,9 +669,7 @@ class Mutation:
         return "transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp"
 
 
-WHOLE_LANE = "if ((kUnit == kLaneBytes || vector) && (lane_index + 1) * kUnits <= units) {\n    "
-LOAD_VECTOR, STORE_VECTOR = WHOLE_LANE + "lane.vector", WHOLE_LANE + "reinterpret_cast"
-STORE_LANE = "store_payload<kUnit>(in_global_memory(payload), vector, lane, work.units, lanes[v]);"
+SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
 PUT_SUM = "put_sum(copy, c, sums.total(), length_term);"
 KEYS, COPY, SPAN, TABLE, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "table.h", "error.h"
 TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
@@ -690,7 +689,11 @@ def call(text: str) -> str:
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
     Mutation(
-        KEYS, "content ids before they are hashed", "__syncthreads();", "if (step == kSteps) __syncthreads();", STEP_ENDS
+        KEYS,
+        "content ids before they are hashed",
+        "__syncthreads();",
+        "if (step == kSteps) __syncthreads();",
+        STEP_ENDS,
     ),
     Mutation(KEYS, "chains before last leaves", "__syncthreads();", "if (step < kSteps) __syncthreads();", STEP_ENDS),
     Mutation(KEYS, "a level before the next", "__syncthreads();", "", "__syncthreads();\n    const u32 parents"),
@@ -765,23 +768,31 @@ MUTATIONS = [
     Mutation(SPAN, "slots behind the tail", "if (slot >= valid) return span;", ""),
     Mutation(SPAN, "sizes below a unit", "bytes < unit_bytes ? 1 : bytes / unit_bytes", "bytes / unit_bytes"),
     # Copies
-    Mutation(COPY, "misaligned payloads", "(kUnit == kLaneBytes || vector)", "true", LOAD_VECTOR),
-    Mutation(COPY, "misaligned payloads", "(kUnit == kLaneBytes || vector)", "true", STORE_VECTOR),
-    Mutation(COPY, "a last lane in part", "(lane_index + 1) * kUnits <= units", "true", LOAD_VECTOR),
-    Mutation(COPY, "a last lane in part", "(lane_index + 1) * kUnits <= units", "true", STORE_VECTOR),
-    Mutation(COPY, "the payload's end", "y < units", "true", "if (y < units) put_unit"),
-    Mutation(COPY, "the payload's end", "y < units", "true", "if (y < units) reinterpret_cast"),
-    Mutation(COPY, "the payload's end", "y < work.units", "true", "const u8* from = y < work.units"),
-    Mutation(COPY, "the payload's end", "y < work.units", "true", "u8* to = y < work.units"),
-    Mutation(COPY, "what the cache has nothing for", "from", "reinterpret_cast<const u8*>(1)", "if (from)"),
+    Mutation(
+        COPY, "the payload's end", "lane < work.units", "true", "if (lane < work.units) {\n        const uint4* from"
+    ),
+    Mutation(COPY, "the payload's end", "lane < work.units", "true", "if (lane < work.units) {\n        uint4* to"),
+    Mutation(COPY, "the payload's end", "y < work.units", "true"),
+    *(
+        Mutation(COPY, "what the cache has nothing or no place for", f"if ({pointer}) {statement}", statement)
+        for pointer, statement in (
+            ("from", "lanes[v] = *in_global_memory(from);"),
+            ("to", "*in_global_memory(to) = lanes[v];"),
+            ("from", "value = unit == 4 ? *reinterpret_cast<const u32*>(from) : *from;"),
+            ("cache", "return filled.load(tile + at, cache, lanes * kLaneBytes);"),
+            ("cache", "bulk_store(cache, tile + at, lanes * kLaneBytes);"),
+        )
+    ),
+    Mutation(COPY, "what the cache has no place for", "to && unit == 4", "unit == 4"),
+    Mutation(COPY, "what the cache has no place for", "to && unit == 1", "unit == 1"),
+    Mutation(COPY, "a gather without payloads", "payload ? payload + lane : nullptr", "payload + lane"),
     Mutation(
         COPY,
-        "what the cache has no place for",
-        "to",
-        "reinterpret_cast<u8*>(1)",
-        "if (to) *in_global_memory(reinterpret_cast<Piece*>",
+        "a gather without payloads",
+        "work.chunk.payload ? work.chunk.payload + y * unit : nullptr",
+        "work.chunk.payload + y * unit",
     ),
-    Mutation(COPY, "lanes behind the payload", "lane * kUnits < work.units", "true"),
+    Mutation(COPY, "lanes behind the payload", "lane * units < work.units", "true"),
     Mutation(COPY, "a call without checksums", f"if (copy.sums) {PUT_SUM}", PUT_SUM),
     Mutation(COPY, "one lane for its warp", "if (threadIdx.x % kWarp != 0) return;", ""),
     Mutation(COPY, "the length once, by one warp", "warp == 0", "true"),
@@ -800,48 +811,41 @@ MUTATIONS = [
     Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
     Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
-    Mutation(COPY, "a gather without payloads", f"if (payload) {STORE_LANE}", STORE_LANE),
-    Mutation(COPY, "where a part has its lanes", "work.first_lane + lane", "lane", "work.first_lane + lane, lanes[v]"),
-    # Copies from the host by the bulk copy engine
-    Mutation(
-        COPY,
-        "barriers before they are waited for",
-        "__syncthreads();",
-        "",
-        "__syncthreads();\n  u64 tile = begin;",
+    *(
+        Mutation(COPY, "where a part has its lanes", "work.first_lane + ", "", within)
+        for within in ("work.first_lane + lane, lanes[v]", "work.first_lane + lane, low", "work.first_lane + first")
     ),
-    Mutation(
-        COPY,
-        "a tile before the next in its stage",
-        "__syncthreads();",
-        "",
-        "__syncthreads();\n    if (threadIdx.x == 0",
-    ),
-    Mutation(
-        COPY,
-        "waiting for a tile",
-        "ring.filled[stage].wait(static_cast<u32>((tile - begin) / kStages));",
-        "",
-    ),
-    Mutation(
-        COPY, "the phase of a tile", "(tile - begin) / kStages", "0", "static_cast<u32>((tile - begin) / kStages)"
-    ),
-    Mutation(COPY, "the end of a block's tiles at its begin", "begin + stage < end", "true"),
-    Mutation(COPY, "the end of a block's tiles", "tile + kStages < end", "true"),
-    Mutation(
-        COPY, "the end of a chunk in its last tile", "at_most(work.units - first, kTileLanes<16>)", "kTileLanes<16>"
-    ),
-    Mutation(COPY, "the end of a chunk", "lane_index < work.units", "true"),
-    Mutation(COPY, "the chunk of a tile that is filled", "while (copy.chunks[c].tiles_end <= tile) ++c;", ""),
-    Mutation(
-        COPY,
-        "what the cache has no place for",
-        "to",
-        "reinterpret_cast<u8*>(1)",
-        "if (to) *in_global_memory(reinterpret_cast<uint4*>",
-    ),
-    Mutation(COPY, "where a part has its lanes", "work.first_lane + lane_index", "lane_index"),
     Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);", ""),
+    # Copies by the bulk copy engine
+    Mutation(COPY, "barriers before their use", "__syncthreads();", ""),
+    Mutation(COPY, "waiting for a tile to move out", "ring.filled[stage].wait(moved / kStages);", ""),
+    Mutation(COPY, "waiting for a tile to sum up", "ring.filled[stage].wait(n / kStages);", ""),
+    Mutation(COPY, "the phase of a tile to move out", "moved / kStages", "0"),
+    Mutation(COPY, "the phase of a tile to sum up", "n / kStages", "0", "wait(n / kStages)"),
+    Mutation(COPY, "waiting until a tile is summed up", f"if (copy.sums) {SUMMED}", ""),
+    Mutation(COPY, "that nobody sums up", f"if (copy.sums) {SUMMED}", SUMMED),
+    Mutation(COPY, "waiting until a tile is moved out", "wait_for_bulk_reads<kStages - kAhead>();", ""),
+    Mutation(COPY, "a warp's tile out before the next", "__syncwarp();", "", "__syncwarp();\n    }"),
+    Mutation(COPY, "a warp's sum before telling", "__syncwarp();", "", "__syncwarp();\n    if"),
+    Mutation(COPY, "telling that a tile is summed up", "ring.summed[stage].arrive();", ""),
+    Mutation(COPY, "arriving at a tile", "filled.arrive();", ""),
+    Mutation(COPY, "zeros before they are moved out", "if (zeros) fence_for_bulk_copies();", ""),
+    Mutation(COPY, "groups of stores", "commit_bulk_stores();", ""),
+    Mutation(COPY, "waiting for all stores", "wait_for_bulk_stores();", ""),
+    Mutation(COPY, "moving tiles out", "if (begun >= kAhead) move_out();", ""),
+    Mutation(COPY, "moving the last tiles out", "while (moved < begun) move_out();", ""),
+    Mutation(COPY, "the last stage", "begun >= kStages", "false"),
+    Mutation(COPY, "the end of a chunk in a sum", "first + in_tile < work.units", "true"),
+    *(
+        Mutation(COPY, "the end of a chunk", "at_most(work.units - first, kTileLanes<u32>)", "kTileLanes<u32>", within)
+        for within in (
+            f"at_most(work.units - first, kTileLanes<u32>);\n    {next}" for next in ("filled", "bulk_store")
+        )
+    ),
+    Mutation(COPY, "the end of a chunk", "at_most(work.units, first + kTileLanes<u32>)", "(first + kTileLanes<u32>)"),
+    Mutation(COPY, "the begin of a tile in a run", "r * run.d < first ? first : r * run.d", "r * run.d"),
+    Mutation(COPY, "the end of a tile in a run", "at_most(end, (r + 1) * run.d)", "(r + 1) * run.d"),
+    Mutation(COPY, "the end of a piece", "at_most(span.units, stop - y)", "stop - y"),
     # Transfers
     Mutation(
         TRANSFER,
@@ -967,8 +971,8 @@ def write_mutants(csrc: Path) -> None:
 
 SYNCHRONISES = (
     r"__syncthreads|__syncwarp|__\w+_sync\b|__threadfence|\batomic[A-Z]\w*|cudaEvent(Query|Record|Synchronize)"
+    r"|cudaStreamWaitEvent|(filled|summed)\S*\.(wait|arrive)|(?<!:)fence_for_bulk_copies\(\);"
 )
-SYNCHRONISES += r"|cudaStreamWaitEvent"
 
 
 def test_every_barrier_shuffle_atomic_access_and_event_has_a_mutation():

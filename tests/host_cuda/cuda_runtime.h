@@ -261,10 +261,17 @@ void after_atomic(const void* address);
 
 void* shared_memory(std::size_t bytes);
 
-// Barriers in shared memory whose phases end with a bulk copy each, which is made some time after it was begun.
-void mbarrier_init(const void* barrier);
-void mbarrier_begin_copy(const void* barrier, void* to, const void* from, std::size_t bytes);
+// Barriers in shared memory and bulk copies, which are made some time after they were begun, in any order: a store
+// reads shared memory at one time and writes at another.
+void mbarrier_init(const void* barrier, unsigned arrivals);
+void mbarrier_load(const void* barrier, void* to, const void* from, std::size_t bytes);
+void mbarrier_arrive(const void* barrier);
 void mbarrier_wait(const void* barrier, unsigned parity);
+void fence_for_bulk_copies();
+void bulk_store(void* to, const void* from, std::size_t bytes);
+void commit_bulk_stores();
+void wait_for_bulk_reads(unsigned pending);
+void wait_for_bulk_stores();
 
 struct Kernel {
   const void* function;

@@ -114,14 +114,16 @@ class Run {
     for (std::size_t r = 0; r < placed_.size(); ++r) {
       const Placed& p = placed_[r];
       const Region& region = case_.regions[r];
+      const bool on_host = region.name.rfind("payload", 0) == 0 && case_.number("payloads") == 1;
+      const u8* bytes = (on_host ? p.in : p.out).get();
       for (u64 i = 0; i < p.bytes; ++i) {
         const u64 at = i - front(region);
         const u8 want = at < region.after.size() ? static_cast<u8>(region.after[at]) : kGuard;
-        if (p.out.get()[i] == want) continue;
+        if (bytes[i] == want) continue;
         char text[160];
         std::snprintf(text, sizeof text, "byte %lld of %zu: got 0x%02x, want 0x%02x",
-                      static_cast<long long>(i) - static_cast<long long>(front(region)), region.after.size(),
-                      p.out.get()[i], want);
+                      static_cast<long long>(i) - static_cast<long long>(front(region)), region.after.size(), bytes[i],
+                      want);
         out.push_back("region " + region.name + ", " + text);
         break;
       }

@@ -65,6 +65,7 @@ struct Thread {
 
   bool fenced;
   std::vector<const void*> accessed;  // atomically, since the last fence
+  unsigned bulk_groups;               // committed
 };
 
 namespace {
@@ -78,17 +79,21 @@ struct Warp {
   Token order[kWarp][2] = {};
 };
 
+struct Mbarrier {
+  unsigned arrivals = 0, arrived = 0, phases = 0;  // expected in a phase; in this one; complete
+  std::size_t coming = 0;                          // bytes
+  Token order = {};
+};
+
 struct BulkCopy {
   void* to;
   const void* from;
   std::size_t bytes;
-  Token begun;
-};
-
-struct Mbarrier {
-  unsigned phases = 0;             // complete
-  std::unique_ptr<BulkCopy> copy;  // under way
-  Token complete = {};
+  Mbarrier* barrier;     // of a load
+  const Thread* thread;  // of a store
+  unsigned group;
+  std::vector<char> read;  // by a store
+  std::unique_ptr<Token> begun;
 };
 
 struct Grid {
@@ -109,7 +114,9 @@ struct Block {
   std::vector<Warp> warps;
   void* shared;
   std::map<const void*, Mbarrier> mbarriers;
-  Token order[2];  // of barriers, in turn: a thread may be late in leaving one when another comes to the next
+  std::vector<BulkCopy> bulk_copies;
+  Token fenced, bulk_done;  // what stores may read; what the engine has done
+  Token order[2];           // of barriers, in turn: a thread may be late in leaving one when another comes to the next
 };
 
 namespace {
@@ -235,6 +242,7 @@ Block* start_block(Grid& grid, u64 number, unsigned set) {
     thread.index = {t % kernel.block.x, t / kernel.block.x % kernel.block.y, t / kernel.block.x / kernel.block.y};
     thread.fenced = false;
     thread.accessed.clear();
+    thread.bulk_groups = 0;
     block->threads.push_back(&thread);
     make_ready(thread);
   }
@@ -253,22 +261,42 @@ Block* start_block(Grid& grid, u64 number, unsigned set) {
 
 }  // namespace
 
-// Makes one of the bulk copies that the block has begun, on an identity of the engine's own; false if there is none.
+static void end_phase_if_complete(Mbarrier& barrier) {
+  if (barrier.arrived < barrier.arrivals || barrier.coming) return;
+  barrier.arrived = 0;
+  ++barrier.phases;
+}
+
+// Makes one of the bulk copies that the block has begun, or half of a store, on an identity of the engine's own; false
+// if there is none. A store sees what was fenced, and not what else its thread has seen.
 static bool make_bulk_copy(Block& block) {
-  std::vector<Mbarrier*> begun;
-  for (auto& [address, barrier] : block.mbarriers)
-    if (barrier.copy) begun.push_back(&barrier);
-  if (begun.empty()) return false;
-  Mbarrier& barrier = *take_random(begun);
+  if (block.bulk_copies.empty()) return false;
+  BulkCopy& copy = block.bulk_copies[random_below(block.bulk_copies.size())];
   static void* const engine = new_identity();
   become(engine);
-  acquire(&barrier.copy->begun);
-  std::memcpy(barrier.copy->to, barrier.copy->from, barrier.copy->bytes);
-  release(&barrier.complete);
+  acquire(&block.grid->start);
+  acquire(copy.barrier ? copy.begun.get() : &block.fenced);
+  const bool reads = !copy.barrier && copy.read.empty();
+  if (reads) {
+    {
+      const Quiet quiet;
+      copy.read.resize(copy.bytes);
+    }
+    std::memcpy(copy.read.data(), copy.from, copy.bytes);
+  } else {
+    std::memcpy(copy.to, copy.barrier ? copy.from : copy.read.data(), copy.bytes);
+  }
+  release(copy.barrier ? &copy.barrier->order : &block.bulk_done);
+  release(&block.grid->operation.finished);
   become(runtime().running->identity);
+  if (reads) return true;
   const Quiet quiet;
-  barrier.copy.reset();
-  ++barrier.phases;
+  if (copy.barrier) {
+    copy.barrier->coming -= copy.bytes;
+    end_phase_if_complete(*copy.barrier);
+  }
+  std::swap(copy, block.bulk_copies.back());
+  block.bulk_copies.pop_back();
   return true;
 }
 
@@ -315,37 +343,85 @@ void* shared_memory(std::size_t bytes) {
   return thread.block->shared;
 }
 
-void mbarrier_init(const void* barrier) {
-  const Quiet quiet;
-  this_thread("an mbarrier").block->mbarriers[barrier] = Mbarrier();
+static Mbarrier& mbarrier(const void* address) {
+  Block& block = *this_thread("an mbarrier").block;
+  const auto found = block.mbarriers.find(address);
+  if (found == block.mbarriers.end()) fail("an mbarrier that is not initialised");
+  return found->second;
 }
 
-void mbarrier_begin_copy(const void* address, void* to, const void* from, std::size_t bytes) {
+static void begin_bulk_copy(BulkCopy copy, const void* in_shared, const void* outside) {
   Block& block = *this_thread("a bulk copy").block;
-  const auto all = reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from) | bytes;
-  const auto in_shared = static_cast<std::size_t>(static_cast<char*>(to) - static_cast<char*>(block.shared));
+  const auto all = reinterpret_cast<std::uintptr_t>(copy.to) | reinterpret_cast<std::uintptr_t>(copy.from) | copy.bytes;
+  const auto at = static_cast<std::size_t>(static_cast<const char*>(in_shared) - static_cast<char*>(block.shared));
+  if (all % 16 || copy.bytes == 0)
+    fail("a bulk copy of %zu bytes from %p to %p: multiples of 16 are needed", copy.bytes, copy.from, copy.to);
+  if (at + copy.bytes > runtime().kernel->shared_bytes) fail("%p of a bulk copy is not shared memory", in_shared);
+  if (!is_device_accessible(outside, copy.bytes))
+    fail("%p of a bulk copy is neither device nor pinned memory", outside);
+  copy.begun = std::make_unique<Token>();
+  release(copy.begun.get());
+  block.bulk_copies.push_back(std::move(copy));
+}
+
+void mbarrier_init(const void* barrier, unsigned arrivals) {
   const Quiet quiet;
-  const auto found = block.mbarriers.find(address);
-  if (found == block.mbarriers.end()) fail("a bulk copy on an mbarrier that is not initialised");
-  if (found->second.copy) fail("a bulk copy on an mbarrier that has one under way");
-  if (all % 16 || bytes == 0)
-    fail("a bulk copy of %zu bytes from %p to %p: multiples of 16 are needed", bytes, from, to);
-  if (in_shared + bytes > runtime().kernel->shared_bytes) fail("a bulk copy to %p, which is not shared memory", to);
-  if (!is_device_accessible(from, bytes)) fail("a bulk copy from %p, neither device nor pinned memory", from);
-  found->second.copy = std::make_unique<BulkCopy>(BulkCopy{to, from, bytes, {}});
-  release(&found->second.copy->begun);
+  this_thread("an mbarrier").block->mbarriers[barrier].arrivals = arrivals;
+}
+
+void mbarrier_load(const void* address, void* to, const void* from, std::size_t bytes) {
+  const Quiet quiet;
+  Mbarrier& barrier = mbarrier(address);
+  barrier.coming += bytes;
+  begin_bulk_copy({to, from, bytes, &barrier, nullptr, 0, {}, nullptr}, to, from);
+}
+
+void mbarrier_arrive(const void* address) {
+  const Quiet quiet;
+  Mbarrier& barrier = mbarrier(address);
+  release(&barrier.order);
+  ++barrier.arrived;
+  end_phase_if_complete(barrier);
 }
 
 void mbarrier_wait(const void* address, unsigned parity) {
-  Thread& thread = this_thread("an mbarrier");
-  const auto found = thread.block->mbarriers.find(address);
-  if (found == thread.block->mbarriers.end()) fail("waiting at an mbarrier that is not initialised");
-  while (found->second.phases % 2 == parity) {
+  Mbarrier& barrier = mbarrier(address);
+  while (barrier.phases % 2 == parity) {
+    make_ready(this_thread("an mbarrier"));
+    suspend();
+  }
+  acquire(&barrier.order);
+}
+
+void fence_for_bulk_copies() { release(&this_thread("a fence").block->fenced); }
+
+void bulk_store(void* to, const void* from, std::size_t bytes) {
+  const Quiet quiet;
+  const Thread& thread = this_thread("a bulk copy");
+  begin_bulk_copy({to, from, bytes, nullptr, &thread, thread.bulk_groups, {}, nullptr}, from, to);
+}
+
+void commit_bulk_stores() { ++this_thread("a bulk copy").bulk_groups; }
+
+// Until none of this thread's groups below `end` has a store left that is not read, or not written.
+static void wait_for_groups(unsigned end, bool written) {
+  Thread& thread = this_thread("a bulk copy");
+  const auto waits_for = [&](const BulkCopy& copy) {
+    return copy.thread == &thread && copy.group < end && (written || copy.read.empty());
+  };
+  const std::vector<BulkCopy>& copies = thread.block->bulk_copies;
+  while (std::any_of(copies.begin(), copies.end(), waits_for)) {
     make_ready(thread);
     suspend();
   }
-  acquire(&found->second.complete);
+  acquire(&thread.block->bulk_done);
 }
+
+void wait_for_bulk_reads(unsigned pending) {
+  const unsigned groups = this_thread("a bulk copy").bulk_groups;
+  wait_for_groups(groups < pending ? 0 : groups - pending, false);
+}
+void wait_for_bulk_stores() { wait_for_groups(this_thread("a bulk copy").bulk_groups, true); }
 
 unsigned lane() { return this_thread("a warp collective").linear % kWarp; }
 
