@@ -156,9 +156,9 @@ def prefix_keys(
     Raises TypeError or ValueError for an id outside [0, 2**32) before the last cut, for cuts that do not ascend or lie
     beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for prompts of
     at most 2**21 tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros, which no
-    store holds; validate=True waits and raises instead. A CUDA graph can capture a call with few
-    items and cuts, and keeps them: up to some 20 items without cuts, 400 cuts without items. A capture of more is a
-    RuntimeError. Source: docs/design.md, "Identity".
+    store holds; validate=True waits and raises instead. A CUDA graph can capture a call, and
+    keeps items and cuts: up to some 20 items, or 900 cuts beside those that have one step from the first on. A capture
+    of more is a RuntimeError. Source: docs/design.md, "Identity".
     """
     tensor = ids_tensor("token_ids", token_ids)
     device = tensor.device

@@ -715,7 +715,7 @@ MUTATIONS = [
     Mutation(TABLE, "aligning the parts of a table", "(bytes_.size() + 15) / 16 * 16 + part", "bytes_.size() + part"),
     Mutation(TABLE, "refusing captures", "capture != cudaStreamCaptureStatusNone", "false", args=("--graphs",)),
     Mutation(COPY, "the end of parameters", "part.table.bytes_after(more) > sizeof part.parameters.bytes", "false"),
-    Mutation(COPY, "ids in a table", "if (ids_in_table)", "if (false)"),
+    Mutation(COPY, "ids in a table", "ids_in_table", "false", "if (ids_in_table)"),
     Mutation(COPY, "ids outside the cache", "chunk.id(k) < ids_end", "true"),
     # Errors and devices
     Mutation(ERROR, "going back to the device before", "if (changed_) cudaSetDevice(before_);", ""),
@@ -800,7 +800,7 @@ MUTATIONS = [
     Mutation(COPY, "sums that begin at zero", call("cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream)"), ""),
     Mutation(COPY, "a place for each partial sum", "(blockIdx.x + c)", "c"),
     Mutation(COPY, "the partial sums of the last block", "last_block + c + 1", "first_block + c + 1"),
-    Mutation(COPY, "the partial sums of the first block", "first_block + c)", "c)"),
+    Mutation(COPY, "the partial sums of the first block", "(first_block + c)", "c"),
     Mutation(COPY, "partial sums of several kernels", "are_partial ? part.first_sum : first", "first"),
     Mutation(COPY, "chunks of no tiles", "if (begin == end) return {0, 0, 0};", ""),
     Mutation(COPY, "the end of a block's tiles", "tile < end", "true", "tile < end && tile < chunk_end"),
@@ -812,8 +812,10 @@ MUTATIONS = [
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
     Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
     *(
-        Mutation(COPY, "where a part has its lanes", "work.first_lane + ", "", within)
-        for within in ("work.first_lane + lane, lanes[v]", "work.first_lane + lane, low", "work.first_lane + first")
+        Mutation(
+            COPY, "where a part has its lanes", f"work.first_lane + {lane}", lane, f"work.first_lane + {lane}{next}"
+        )
+        for lane, next in (("lane", ", lanes[v]"), ("lane", ", low"), ("first", " + in_tile"))
     ),
     Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);", ""),
     # Copies by the bulk copy engine
