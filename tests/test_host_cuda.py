@@ -688,14 +688,7 @@ def call(text: str) -> str:
 # chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
-    Mutation(
-        KEYS,
-        "content ids before they are hashed",
-        "__syncthreads();",
-        "if (step == kSteps) __syncthreads();",
-        STEP_ENDS,
-    ),
-    Mutation(KEYS, "chains before last leaves", "__syncthreads();", "if (step < kSteps) __syncthreads();", STEP_ENDS),
+    Mutation(KEYS, "a step before the next", "__syncthreads();", "", STEP_ENDS),
     Mutation(KEYS, "a level before the next", "__syncthreads();", "", "__syncthreads();\n    const u32 parents"),
     Mutation(KEYS, "all levels before keys", "__syncthreads();", "", "__syncthreads();\n\n  const u32 c ="),
     Mutation(KEYS, "left children", "__shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves)", "cv[w]"),

@@ -54,7 +54,7 @@ def test_bulk_copies_are_made_by_the_engine_alone(kernels):
         assert re.search(r"\bUBLKCP\.S\.G", kernel.sass)
         assert re.search(r"\bUBLKCP\.G\.S", kernel.sass)
         assert re.search(r"\bSYNCS\.\S*TRYWAIT", kernel.sass)
-        assert len(re.findall(r"\bLDS\.128", kernel.sass)) >= 4
+        assert len(re.findall(r"\bLDS\.(128|64)", kernel.sass)) >= 4
         assert not re.search(r"\b(STG|ST)\.E\.128", kernel.sass)
 
 
