@@ -402,7 +402,7 @@ def copy_cases() -> Iterator[Case]:
                     False,
                     Chunks(ids, missing=gather * (max_blocks - 1), offset=32 * (max_blocks - 1)),
                     max_blocks=max_blocks,
-                    checksums=what != "one page",
+                    checksums=what != "some pages" or max_blocks == 2,
                     payloads=ON_HOST,
                     partial_sums=max_blocks == 2,
                     small=max_blocks == 2 and what in ("many chunks", "some pages", "nothing there"),
