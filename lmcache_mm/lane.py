@@ -149,9 +149,11 @@ class Work:
         self.advance(left_pages=last)
 
     def be_late(self) -> None:
-        """The work is not early any more: its own thread touches the pages. It did not stand still so far."""
-        self.lane.progress = time.monotonic()
+        """The work is not early any more: its own thread touches the pages. If that thread waits for this, the lane has
+        not stood still so far."""
         with self._changed:
+            if self._touch is not None:
+                self.lane.progress = time.monotonic()
             self.early = False
             self._changed.notify_all()
 

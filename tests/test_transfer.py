@@ -325,6 +325,18 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
         assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
 
 
+def test_early_work_that_may_begin_behind_work_that_hangs_is_no_progress():
+    """Else an engine that goes on storing would never notice that its store hangs."""
+    lane, gate = Lane("test"), threading.Event()
+    lane.submit(lambda _: gate.wait(10))
+    behind = lane.submit(lambda work: work.touch_pages(lambda _: True), early=True)
+    time.sleep(0.1)
+    behind.be_late()
+    assert lane.stalled_s() >= 0.1
+    gate.set()
+    assert lane.close(10)
+
+
 def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
     transfer = Transfer(layout_of(layers()), store, 1 << 16)

@@ -70,6 +70,11 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
                 f"{NAME}: load={options.load} is not supported with Model Runner V2, which goes on with the pages of a "
                 "load that failed; leave it out, or set VLLM_USE_V2_MODEL_RUNNER=0"
             )
+        if options.load != "async" and vllm_config.cache_config.enable_prefix_caching:
+            raise ValueError(
+                f"{NAME}: load={options.load} is not supported with vLLM's prefix caching, which lends the pages of a "
+                "load that failed to other requests; leave it out, or add --no-enable-prefix-caching"
+            )
         multi = _inside(vllm_config)
         _see_to_failures(vllm_config, role, multi)
         # MultiConnector ends the engine if two of its connectors use the same name in an answer, as two of these would.

@@ -54,7 +54,8 @@ class EncoderScheduler:
         self._options = options
         self._loads, self._saves = config.ec_transfer_config.is_ec_consumer, config.ec_transfer_config.is_ec_producer
         self._base = self._namespace = identity.encoder_namespace_of(config, options.weights)
-        self._weights_now = identity.weights_now
+        self._engine = config.instance_id
+        self._weights_now = identity.weights_now.get(self._engine)
         lora = config.lora_config
         self._lora_changes_encoder = lora is not None and lora.enable_tower_connector_lora
         self._adapters = identity.Adapters()
@@ -122,9 +123,10 @@ class EncoderScheduler:
 
     def _follow_weights(self) -> None:
         """After a reset, of which only the KV connector is told: see identity.weights_now."""
-        if identity.weights_now == self._weights_now:
+        weights_now = identity.weights_now.get(self._engine)
+        if weights_now == self._weights_now:
             return
-        self._weights_now = identity.weights_now
+        self._weights_now = weights_now
         self._namespace = self._base if self._weights_now is None else self._base.with_weights(self._weights_now)
         for ours in self._requests.values():
             self._abandon(ours)

@@ -33,9 +33,10 @@ ENCODER_SETTINGS = (
 )
 
 UNKNOWN = ""
-# What this process's engine has for weights since its caches were last reset, if not those that it started with. While
-# they are UNKNOWN nothing is cached. The KV connector is told of resets, and the encoder connector looks here.
-weights_now: str | None = None
+# What an engine has for weights since its caches were last reset, if not those that it started with; by the engine's
+# instance_id. While they are UNKNOWN nothing is cached. The KV connector is told of resets, and the encoder connector
+# of the same engine looks here.
+weights_now: dict[str, str | None] = {}
 _items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # of items' data, by id: modality, digest
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
 
@@ -229,17 +230,30 @@ class Identifiers:
 
 
 class Adapters:
-    """Digests of an engine's LoRA adapters, which it reads once: files that change afterwards are not what it uses."""
+    """Digests of an engine's LoRA adapters. vLLM knows them by number, and either keeps what it has read under a number
+    or reads it again in place: a number that has stood for two contents may be either's."""
 
     def __init__(self) -> None:
-        self._digests: dict[tuple[int, str], str] = {}
+        self._digests: dict[int, str | None] = {}
+        self._lock = threading.Lock()
 
     def digest(self, request: Any) -> str | None:
         """None without an adapter."""
         digest = digest_of_lora(request)
-        if digest is not None and self._digests.setdefault((request.lora_int_id, request.lora_path), digest) != digest:
-            raise Unknown(f"the files of the adapter {request.lora_name!r} have changed since it was first used")
+        if digest is None:
+            return None
+        with self._lock:
+            if self._digests.setdefault(request.lora_int_id, digest) != digest:
+                self._digests[request.lora_int_id] = None
+                raise Unknown(f"the adapter {request.lora_name!r} is not what it was when it was first used")
         return digest
+
+    def still_agreed(self, request: Any) -> bool:
+        """Whether the adapter, if there is one, is still the one that `digest` has named."""
+        try:
+            return self.digest(request) is not None or request is None
+        except (Unknown, OSError):
+            return False
 
 
 def digest_of_embeds(embeds: Any, is_token: Any) -> str | None:

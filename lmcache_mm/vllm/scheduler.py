@@ -81,7 +81,7 @@ class Scheduler:
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
         self._weights_now: str | None = None
-        identity.weights_now = None  # see there
+        self._engine = config.instance_id
         self._resets = 0
         self._look = False  # this step is to look at the weights
         self._looked: dict[int, bytes] = {}  # what ranks have told since the last reset
@@ -91,7 +91,7 @@ class Scheduler:
         self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
-        self._unknown: list[tuple[Work, set[str]]] = []  # identifiers of items that are computed before they are known
+        self._unknown: dict[Work, set[str]] = {}  # identifiers of items that are computed before they are known
         self._session_ends_caching = SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None
         self._failed: set[str] = set()  # requests that are matched no more
         self._planned: list[Load] = []  # for the next step
@@ -144,7 +144,7 @@ class Scheduler:
             self._cached_blocks = _cached_blocks(self._pool)
         self._resets += 1
         self._looked = {}
-        self._weights_now = identity.weights_now = identity.UNKNOWN
+        self._weights_now = identity.weights_now[self._engine] = identity.UNKNOWN
         self._make_namespace()
         if self.events:
             self.events.forget()
@@ -170,7 +170,7 @@ class Scheduler:
         else:
             self._weights_now = f"in memory {blake3(b''.join(digests)).hexdigest()}"
             logger.info("%s: the weights have changed: nothing stored for the old ones is used", NAME)
-        identity.weights_now = self._weights_now
+        identity.weights_now[self._engine] = self._weights_now
         self._make_namespace()
 
     def take_stats(self) -> Stats | None:
@@ -251,7 +251,7 @@ class Scheduler:
             lambda _: self._identify_part(request.request_id, features, token_ids, tracker, before)
         )
         if features:
-            self._unknown.append((ours.identifying, {feature.identifier for feature in features}))
+            self._unknown[ours.identifying] = {feature.identifier for feature in features}
         self._is_done(ours.identifying)
 
     def _identify_part(
@@ -291,6 +291,7 @@ class Scheduler:
             bool(name) and self._identifiers.agree(feature.identifier, name)
             for feature, name in zip(features, names, strict=True)
         ]
+        self._identifiers.distrust(f.identifier for f, name in zip(features, names, strict=True) if not name)
         for feature, name, good in zip(features, names, agreed, strict=True):
             if not name:
                 raise identity.Unknown(f"the data of the item {feature.identifier!r} cannot be digested")
@@ -557,10 +558,15 @@ class Scheduler:
         if self._saving > 0:
             metadata.written = self._written(step, metadata.loads)
         if self._loading and self._options.load != "async":
-            # Tokens computed with pages that are being loaded, also by other requests that share these pages, are valid
-            # only if all ranks report the loads as good. They are saved after that.
+            # Tokens computed with pages that are being loaded are valid only if all ranks report the loads as good.
+            # They are saved after that.
             return metadata
-        self._unknown = [(work, names) for work, names in self._unknown if not work.future.done()]
+        self._unknown = {work: names for work, names in self._unknown.items() if not work.future.done()}
+        for request_id in step.num_scheduled_tokens:
+            # vLLM computes requests that read no cache, as for prompt_logprobs, without asking whether they are known.
+            ours = self._requests.get(request_id)
+            if ours is not None and ours.items and ours.identifying and not ours.identifying.future.done():
+                self._unknown.setdefault(ours.identifying, {one.identifier for one in ours.request.mm_features})
         for request_id, scheduled in step.num_scheduled_tokens.items():
             ours = self._requests.get(request_id)
             if ours is None or not ours.saves:
@@ -598,7 +604,7 @@ class Scheduler:
         if tracker is None:
             return None
         features = request.mm_features[: len(tracker.items)]
-        unknown = {name for _, names in self._unknown for name in names}
+        unknown = {name for names in self._unknown.values() for name in names}
         if not self._still_agreed(features) or any(feature.identifier in unknown for feature in features):
             return None
         drafts = len(step.scheduled_spec_decode_tokens.get(request.request_id, ()))
@@ -615,6 +621,9 @@ class Scheduler:
             return None
         ours.planned_until = until
         if not records:
+            return None
+        if not self._adapters.still_agreed(request.lora_request):
+            ours.loads = ours.saves = False
             return None
         tracker.stored_tokens = records[-1].end
         whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]

@@ -273,7 +273,7 @@ class Worker:
 
     def _stored(self, jobs: list[Job[int]]) -> bool:
         try:
-            tokens = max(job.wait() for job in jobs)
+            tokens = max((job.wait() for job in jobs), default=0)  # none: a record of layers of other ranks
         except Abandoned:
             return False
         except Exception:

@@ -44,6 +44,7 @@ from lmcache_mm.cli import main as lmcache_mm
 from lmcache_mm.prompt import owner_of
 from lmcache_mm.stores import open_store
 
+V2 = os.environ.get("TRITON_INTERPRET") == "1"  # Model Runner V2
 FOLDER = Path(sys.argv[2]) if len(sys.argv) > 2 else Path()
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
@@ -301,23 +302,6 @@ def trouble(load: str) -> dict[str, Any]:
                 "blocks": [blocks, free_blocks(llm)],
                 "seconds": seconds,
             }
-    return seen
-
-
-def shared_pages() -> dict[str, Any]:
-    """A request that finds, in vLLM's own cache, the pages that another one's load within the step is to fill."""
-    words = " ".join(f"word{i}" for i in range(20))
-    both = [prompt(words), prompt(words + " and then more of them, enough for a page of their own at the end")]
-    with engine() as llm:
-        seen: dict[str, Any] = {"expected": ask(llm, *both)}
-    with store() as url:
-        options = {"extra": {"opaque_tails": True, "load": "sync"}, "enable_prefix_caching": True}
-        with engine(url, **options) as llm:
-            ask(llm, both[0])
-        with engine(url, **options) as llm, faulty.misbehaving(llm, faulty.Fails):
-            seen["at once"] = ask_at_once(llm, both)
-        with engine(url, extra={"opaque_tails": True}) as llm:
-            seen["then"] = ask(llm, *both)
     return seen
 
 
@@ -1004,7 +988,7 @@ def sessions() -> dict[str, Any]:
         "both at once": {},
         "prefix caching": {"enable_prefix_caching": True},
         "steps of 32 tokens": {"max_num_batched_tokens": 32, "enable_chunked_prefill": True},
-        "sync": {"extra": {"load": "sync"}},
+        **({} if V2 else {"sync": {"extra": {"load": "sync"}}}),
         "generated": {"extra": {"store_generated": True}},
     }.items():
         with store() as url, engine(url, **options) as llm:
@@ -1169,7 +1153,6 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         trouble,
         pressure,
         pausing,
-        shared_pages,
         weights,
         odd_requests,
         pooling,

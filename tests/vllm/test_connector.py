@@ -63,7 +63,6 @@ SCENARIOS = {
     "trouble:layers": ("0.32-V1",),
     "pressure": ("0.33-V2",),
     "pausing": ("0.33-V1",),
-    "shared_pages": ("0.33-V1",),
     "weights": ("0.33-V2",),
     "odd_requests": ("0.33-V1",),
     "pooling": ("0.33-V1",),
@@ -146,7 +145,7 @@ def _parameters(item: pytest.Item) -> list[Any]:
     return [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, tuple)]
 
 
-WITHIN_A_STEP = ("trouble:sync", "trouble:layers", "shared_pages")  # scenarios of loads that V2 does not have
+WITHIN_A_STEP = ("trouble:sync", "trouble:layers")  # scenarios of loads that V2 does not have
 RUNS = [
     (name, combination)
     for name, on in SCENARIOS.items()
@@ -332,12 +331,6 @@ def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault):
     assert found["seconds"] < 60
 
 
-def test_what_was_computed_from_another_requests_failed_load_is_not_stored(shared_pages):
-    expected = tokens(shared_pages["expected"])
-    assert tokens(shared_pages["at once"]) == expected
-    assert tokens(shared_pages["then"]) == expected
-
-
 def test_preempted_requests_answer_as_ever_and_no_page_is_lost(pressure):
     assert pressure["preemptions"] > 0
     assert tokens(pressure["preempted"]) == tokens(pressure["expected long"]) * 2
@@ -474,6 +467,8 @@ def test_blocks_of_all_groups_are_told(routing_groups):
 
 @pytest.mark.parametrize("setting", ["both at once", "prefix caching", "steps of 32 tokens", "sync", "generated"])
 def test_every_part_of_a_session_is_answered_as_without_the_connector(sessions, setting):
+    if setting == "sync" and setting not in sessions:
+        pytest.skip("Model Runner V2 has no loads within a step")
     expected = sessions["expected"]
     assert expected[0][:2] == expected[1][:2]
     assert expected[0][2] != expected[1][2]
@@ -786,7 +781,7 @@ def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store, combin
         assert store.stats()["records"] < 20
 
 
-def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(folder, shared_store, combination_of_spawned):
+def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(combination_of_spawned, folder, shared_store):
     """Its server, for the command itself looks for a package named vllm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -860,7 +855,7 @@ def run_example(number: int, folder: Path, shared_store: str, tmp_path: Path, co
     return done.stdout
 
 
-def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path, combination_of_spawned):
+def test_the_example_in_the_documentation_runs(combination_of_spawned, folder, shared_store, tmp_path):
     for again in (False, True):
         printed = run_example(0, folder, shared_store, tmp_path, combination_of_spawned)
         reused = [int(n) for n in re.findall(r"(\d+) of \d+ tokens reused", printed)]
@@ -869,5 +864,5 @@ def test_the_example_in_the_documentation_runs(folder, shared_store, tmp_path, c
         assert (reused[0] >= 1024) == again
 
 
-def test_the_example_of_the_encoder_connector_runs(folder, shared_store, tmp_path, combination_of_spawned):
+def test_the_example_of_the_encoder_connector_runs(combination_of_spawned, folder, shared_store, tmp_path):
     assert "0 pictures not encoded" in run_example(1, folder, shared_store, tmp_path, combination_of_spawned)

@@ -67,7 +67,7 @@ def step(tokens: int = 1, encode: dict[str, list[int]] | None = None, freed: lis
 def config(tower_lora: bool = False, role: str = "ec_both") -> Any:
     transfer = SimpleNamespace(is_ec_producer=role != "ec_consumer", is_ec_consumer=role != "ec_producer")
     lora = SimpleNamespace(enable_tower_connector_lora=tower_lora)
-    return SimpleNamespace(lora_config=lora, ec_transfer_config=transfer)
+    return SimpleNamespace(lora_config=lora, ec_transfer_config=transfer, instance_id="engine")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def store():
 @pytest.fixture
 def new_scheduler(encoder_scheduler, monkeypatch, store):
     monkeypatch.setattr(identity, "encoder_namespace_of", lambda *_: NAMESPACE)
-    monkeypatch.setattr(identity, "weights_now", None)
+    monkeypatch.setattr(identity, "weights_now", {})
     monkeypatch.setattr(encoder_scheduler, "open_store", lambda _: store)
     opened = []
 
@@ -224,7 +224,7 @@ def test_what_cannot_come_is_not_waited_for(new_scheduler, store, monkeypatch, h
         keep(store, one.mm_features[0])
         monkeypatch.setattr(module, "read_payload", lambda *_: None)
     if how == "reset":
-        monkeypatch.setattr(identity, "weights_now", "after a reset")
+        identity.weights_now["engine"] = "after a reset"
     assert waits_s(scheduler, one) < 1.9
     assert not scheduler.claims("a")
 
@@ -369,11 +369,14 @@ def test_a_request_without_what_is_to_be_encoded_is_refused_whatever_else_is_kno
     assert scheduler.take_unavailable() == {"asks"}
 
 
-def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store, monkeypatch):
+def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store):
     keep(store, item(1, "a"))
     one = request("1", item(1, "a"))
     ensure(scheduler, one)
-    monkeypatch.setattr(identity, "weights_now", "after a reset")
+    identity.weights_now["another engine"] = "after a reset"
+    ensure(scheduler, one)
+    assert scheduler.claims("a")
+    identity.weights_now["engine"] = "after a reset"
     ensure(scheduler, one)
     assert not scheduler.claims("a")
 

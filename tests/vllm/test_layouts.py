@@ -252,6 +252,21 @@ def test_options_that_are_wrong_are_refused(cases, extra, text):
         cases.Options.of(extra)
 
 
+@pytest.mark.parametrize("load", ["sync", "layers"])
+def test_loads_within_a_step_are_refused_where_vllm_lends_their_pages_to_others(cases, load, monkeypatch):
+    """Before they are known to be good: with prefix caching."""
+    connector = importlib.import_module("lmcache_mm.vllm.connector")
+    monkeypatch.setattr(connector, "Worker", lambda *_, **__: None)
+    config = cases.config_of("BLHNC")
+    config.kv_transfer_config.kv_connector_extra_config = {"store": "shm:///unused", "load": load}
+    arguments = (config, connector.KVConnectorRole.WORKER, cases.kv_cache_config_of("GQA", "BLHNC"))
+    config.cache_config.enable_prefix_caching = True
+    with pytest.raises(ValueError, match=f"load={load} is not supported with vLLM's prefix caching"):
+        connector.LMCacheMMConnector(*arguments)
+    config.cache_config.enable_prefix_caching = False
+    connector.LMCacheMMConnector(*arguments)
+
+
 def test_another_vllm_says_so_at_start(cases, monkeypatch):
     check_version = importlib.import_module("lmcache_mm.vllm.api").check_version
     check_version("0.32.0")

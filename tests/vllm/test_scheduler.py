@@ -3,6 +3,7 @@
 # ruff: noqa: F811  # fixtures that come from another file
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import junk
 from lmcache_mm.vllm import identity
-from test_sessions import CHUNK, PAGE, Request, Vllm, feature, new_vllm, pytestmark, vllm  # noqa: F401
+from test_sessions import CHUNK, ENGINE, PAGE, Request, Vllm, feature, gate, new_vllm, pytestmark, vllm  # noqa: F401
 
 
 def step_of(vllm: Vllm, blocks: dict[str, tuple[list[int], ...]], **scheduled: int) -> Any:
@@ -113,7 +114,7 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
     told(vllm, weights={(number - 1, 0): b"w"})  # of a look before that reset
     assert scheduler.match(waiting, 0) == (None, False)
     told(vllm, weights={(number, 0): b"w"})
-    assert scheduler._weights_now is identity.weights_now is None
+    assert scheduler._weights_now is identity.weights_now[ENGINE] is None
     while scheduler.match(waiting, 0)[0] is None:
         scheduler._at_once_left_s = 0.001
     assert scheduler._requests["waiting"].tracker is not None
@@ -124,6 +125,67 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
         told(vllm, weights={(step_of(vllm, {}, waiting=1).look, 0): digest})
         roots.add(scheduler._namespace.root())
     assert len(roots) == 3  # those of startup, of v, and of what cannot be seen
+
+
+def saved(metadata: Any) -> list[bytes]:
+    return [record.key for save in metadata.saves for record in save.records]
+
+
+def test_a_request_that_vllm_computes_before_its_items_are_known_hides_whose_they_are(vllm, gate):
+    """vLLM takes "ask again" for "no hit" where a request reads no cache, as for prompt_logprobs. Its encoder cache
+    then has that request's picture under an identifier that stood for another one."""
+    one = Request("one", 2 * CHUNK, feature(1, "a", CHUNK + 4))
+    two = Request("two", PAGE, feature(100, "a", 4))
+    blocks = {"one": ([1, 2, 3, 4],), "two": ([5],)}
+    vllm.begin(one)
+    assert saved(step_of(vllm, blocks, one=CHUNK))
+    one.num_computed_tokens = CHUNK
+    vllm.scheduler.add(two)
+    assert vllm.scheduler.match(two, 0)[0] is None
+    assert not saved(step_of(vllm, blocks, two=PAGE))
+    assert not saved(step_of(vllm, blocks, one=CHUNK))
+    gate.set()
+    vllm.identified()
+    assert not saved(step_of(vllm, blocks, one=CHUNK))
+
+
+def test_an_item_without_a_digest_takes_the_trust_from_its_identifier(vllm):
+    odd = feature(1, "a", 4)
+    odd.data["more"] = SimpleNamespace(data={"any": "thing"}, field=SimpleNamespace(keep_on_cpu=False))
+    vllm.begin(Request("odd", PAGE, odd))
+    one = Request("one", CHUNK, feature(2, "a", 4))
+    vllm.begin(one)
+    assert not saved(step_of(vllm, {"one": ([1, 2],)}, one=CHUNK))
+
+
+def adapter(folder: Path, content: bytes, number: int = 1) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return SimpleNamespace(lora_name="adapter", lora_int_id=number, lora_path=str(folder))
+
+
+def test_an_adapters_number_that_is_used_for_another_one_names_nothing(vllm, tmp_path):
+    """vLLM goes on with the adapter that it has."""
+    blocks = {"one": ([1, 2],), "two": ([3, 4],), "three": ([5, 6],)}
+    one, two, three = (Request(name, CHUNK) for name in blocks)
+    one.lora_request = adapter(tmp_path / "a", b"a")
+    two.lora_request = adapter(tmp_path / "b", b"b")
+    three.lora_request = adapter(tmp_path / "b", b"b", 2)
+    for request in (one, two, three):
+        vllm.begin(request)
+    assert not saved(step_of(vllm, blocks, one=CHUNK, two=CHUNK))
+    assert len(saved(step_of(vllm, blocks, three=CHUNK))) == 1
+
+
+def test_an_adapter_that_changes_while_its_requests_wait_is_not_saved_as_what_it_was(vllm, tmp_path):
+    one = Request("one", 2 * CHUNK)
+    one.lora_request = adapter(tmp_path / "a", b"a")
+    vllm.begin(one)
+    blocks = {"one": ([1, 2, 3, 4],)}
+    assert saved(step_of(vllm, blocks, one=CHUNK))
+    one.num_computed_tokens = CHUNK
+    adapter(tmp_path / "a", b"another")
+    assert not saved(step_of(vllm, blocks, one=CHUNK))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

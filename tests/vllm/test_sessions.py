@@ -27,6 +27,7 @@ pytestmark = pytest.mark.skipif(
 
 NAMESPACE = Namespace(model="m")
 CHUNK, PAGE = 64, 32
+ENGINE = "engine"
 
 
 class Data(dict[str, Any]):
@@ -125,6 +126,7 @@ def new_vllm(monkeypatch):
     options = importlib.import_module("lmcache_mm.vllm.options")
     store = open_store("mem://?capacity=1MiB")
     monkeypatch.setattr(identity, "namespace_of", lambda *_: NAMESPACE)
+    monkeypatch.setattr(identity, "weights_now", {})
     monkeypatch.setattr(module, "open_store", lambda _: store)
     opened = []
 
@@ -134,6 +136,7 @@ def new_vllm(monkeypatch):
             kv_events_config=None,
             kv_transfer_config=SimpleNamespace(is_kv_consumer=True, is_kv_producer=True),
             use_v2_model_runner=False,
+            instance_id=ENGINE,
             speculative_config=speculative,
         )
         groups = [options.Group(0, 0, ["layer"], PAGE, None, "float32", "full_attention")]
