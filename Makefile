@@ -54,7 +54,7 @@ $(VENV)/bin/python:
 
 # Dependencies first and the build without isolation, so that a change in csrc/ rebuilds only what it touches.
 $(VENV)/dependencies: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=2.12'
+	$(PIP) install --quiet 'setuptools>=77' 'cmake>=3.24' ninja 'pybind11>=3.0'
 	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	  print(*p["dependencies"], *sum(p["optional-dependencies"].values(), []), sep="\n")' > $(VENV)/requirements.txt
 	$(PIP) install --quiet -r $(VENV)/requirements.txt

@@ -253,45 +253,57 @@ PYBIND11_MODULE(_C, m) {
       py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
       py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
 
-  py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type))
+  // Their destructors wait for the device, or may.
+  const py::release_gil_before_calling_cpp_dtor without_gil;
+  py::class_<cuda::Event>(m, "CudaEvent", py::metaclass((PyObject*)&PyType_Type), without_gil)
+      .def(py::init([](int device, u64 stream) {
+             py::gil_scoped_release release;
+             return std::make_unique<cuda::Event>(device, reinterpret_cast<void*>(stream));
+           }),
+           py::arg("device"), py::arg("stream"));
+
+  py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type), without_gil)
+      .def("go_on", &cuda::Staging::Job::go_on, py::arg("planes"), py::arg("behind") = nullptr,
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "order",
-          [](const cuda::Staging::Job& job, u64 stream) {
-            py::gil_scoped_release release;
-            job.order(reinterpret_cast<void*>(stream));
+          [](const cuda::Staging::Job& job, u64 stream, u64 planes) {
+            job.order(reinterpret_cast<void*>(stream), planes);
           },
-          py::arg("stream"))
+          py::arg("stream"), py::arg("planes"), py::call_guard<py::gil_scoped_release>())
       .def("finished", &cuda::Staging::Job::finished, py::call_guard<py::gil_scoped_release>())
       .def("wait", &cuda::Staging::Job::wait, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<cuda::Staging>(m, "CudaStaging", py::metaclass((PyObject*)&PyType_Type))
-      .def(py::init([](int device, u64 ring, u64 buffer_bytes, u32 buffers) {
-             return std::make_unique<cuda::Staging>(device, reinterpret_cast<u8*>(ring), buffer_bytes, buffers);
+  py::class_<cuda::Staging>(m, "CudaStaging", py::metaclass((PyObject*)&PyType_Type), without_gil)
+      .def(py::init([](int device, u64 ring, u64 buffer_bytes, u32 buffers, bool urgent, u32 max_blocks) {
+             py::gil_scoped_release release;
+             return std::make_unique<cuda::Staging>(device, reinterpret_cast<u8*>(ring), buffer_bytes, buffers, urgent,
+                                                    max_blocks);
            }),
-           py::arg("device"), py::arg("ring"), py::arg("buffer_bytes"), py::arg("buffers"))
+           py::arg("device"), py::arg("ring"), py::arg("buffer_bytes"), py::arg("buffers"), py::arg("urgent"),
+           py::arg("max_blocks"))
       .def(
           "store",
-          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, u64 stream,
-             u64 fragment_bytes) {
-            const std::vector<Chunk> list = to_chunks(chunks);
-            cpu::check_ids(cache, Mode::kPage, list);
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,
+             bool checksums, u64 fragment_bytes) {
+            std::vector<Chunk> list = to_chunks(chunks);
             py::gil_scoped_release release;
-            return staging.store(cache, list, reinterpret_cast<void*>(stream), fragment_bytes);
+            cpu::check_ids(cache, Mode::kPage, list);
+            return staging.store(cache, std::move(list), std::move(ends), checksums, fragment_bytes);
           },
-          py::arg("cache"), py::arg("chunks"), py::arg("stream"), py::arg("fragment_bytes"))
+          py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("fragment_bytes"))
       .def(
           "load",
-          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, bool checksums, u64 stream,
-             u64 fragment_bytes, u32 kernel_blocks) {
-            const std::vector<Chunk> list = to_chunks(chunks);
-            cpu::check_ids(cache, Mode::kPage, list);
+          [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,
+             bool checksums, const cuda::Event& behind, u64 fragment_bytes, u32 kernel_blocks) {
+            std::vector<Chunk> list = to_chunks(chunks);
             py::gil_scoped_release release;
-            return staging.load(cache, list, checksums, reinterpret_cast<void*>(stream), fragment_bytes, kernel_blocks);
+            cpu::check_ids(cache, Mode::kPage, list);
+            return staging.load(cache, std::move(list), std::move(ends), checksums, behind, fragment_bytes,
+                                kernel_blocks);
           },
-          py::arg("cache"), py::arg("chunks"), py::arg("checksums"), py::arg("stream"), py::arg("fragment_bytes"),
-          py::arg("kernel_blocks"));
-
-  m.def("cuda_least_buffer_bytes", &cuda::Staging::least_buffer_bytes, py::arg("cache"), py::arg("pages"));
+          py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("behind"),
+          py::arg("fragment_bytes"), py::arg("kernel_blocks"));
 
   m.def(
       "cuda_register_host",

@@ -1,6 +1,7 @@
 // CUDA errors as exceptions that name the operation, the error and where it was seen.
 #pragma once
 
+#include <cudaTypedefs.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -23,23 +24,47 @@ namespace lmc {
     }                                                        \
   } while (0)
 
-// Makes `device` current for a scope.
+// A function of the driver as of a CUDA version; null where the driver has none.
+template <typename Function>
+Function driver_function(const char* op, const char* name, [[maybe_unused]] unsigned version) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+#if defined(LMC_HOST_CUDA) || CUDART_VERSION >= 12050
+  LMC_CUDA_CHECK(op, cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &found));
+#else
+  LMC_CUDA_CHECK(op, cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found));
+#endif
+  return reinterpret_cast<Function>(function);
+}
+
+// Makes `device` current for a scope, and lets the scope's calls pass while another thread captures a CUDA graph, which
+// cudaEventQuery and cudaHostAlloc, for example, would otherwise end.
+//
+// A thread starts with device 0 current but without a context. The guard does not set device 0 again on such a thread:
+// since CUDA 12, cudaSetDevice makes a context, which takes some 0.5 GiB of that device.
 class DeviceGuard {
  public:
   DeviceGuard(const char* op, int device) {
+    static const auto current_context = driver_function<PFN_cuCtxGetCurrent_v4000>(op, "cuCtxGetCurrent", 4000);
+    CUcontext context = nullptr;
+    const bool has_context = current_context(&context) == CUDA_SUCCESS && context;
     LMC_CUDA_CHECK(op, cudaGetDevice(&before_));
-    if (before_ != device) LMC_CUDA_CHECK(op, cudaSetDevice(device));
-    changed_ = before_ != device;
+    LMC_CUDA_CHECK(op, cudaThreadExchangeStreamCaptureMode(&capture_mode_));
+    if (before_ == device) return;
+    LMC_CUDA_CHECK(op, cudaSetDevice(device));
+    restore_ = has_context;
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(before_);
+    if (cudaThreadExchangeStreamCaptureMode(&capture_mode_) != cudaSuccess) cudaGetLastError();
+    if (restore_) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
-  bool changed_ = false;
+  bool restore_ = false;
+  cudaStreamCaptureMode capture_mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 }  // namespace lmc

@@ -144,27 +144,51 @@ PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>&
 PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                     const Launch& launch);
 
+// Loads the kernels of page mode on the current device, which CUDA otherwise does when they are first launched.
+void load_page_copies(const char* op);
+
 // Pins host memory for transfers of all devices, in pieces, none of which is longer than `piece_bytes`: drivers refuse
 // very long ones, and a transfer must not cross the end of one. Throws std::runtime_error, with nothing pinned, if a
 // piece cannot be. Unregister what was registered before it is unmapped, and when no transfer uses it.
 void register_host(int device, void* address, u64 bytes, u64 piece_bytes);
 void unregister_host(int device, void* address, u64 bytes, u64 piece_bytes);
 
+// What a stream holds at a moment. Throws std::runtime_error for a stream that is being captured.
+class Event {
+ public:
+  Event(int device, void* stream);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+ private:
+  friend class Staging;
+  int device_;
+  void* event_;
+};
+
 // Copies of chunks between a GPU's pages and pinned host memory, through a ring of buffers in device memory: kernels
-// gather (or scatter) one buffer while a DMA empties (or fills) another, one DMA a chunk. Or without the ring, where
-// the caller says so. On streams of its own, ordered by events; nothing waits for the device but what says so. One
-// thread at a time; one object a direction, so that both are under way at once.
+// gather (or scatter) one buffer while the copy engine empties (or fills) another. Or without the ring, where the
+// caller says so. On streams of its own, ordered by events; nothing waits for the device but what says so. One object
+// for each direction, so that both are under way at once; its jobs may be of several threads.
 class Staging {
  public:
-  // A transfer under way. Its destructor waits for it.
+  // A transfer, begun layer by layer. Its destructor waits for what is under way. `order` may be called by any thread,
+  // the others by one at a time, and go_on while the Staging lives.
   class Job {
    public:
     ~Job();
-    // What `stream` is given from now on comes behind the last access to pages.
-    void order(void* stream) const;
+    // Begins what has not been begun of the layers within the first `planes` planes, behind what `behind` (or nullptr)
+    // stands for. Of a store, a step of several layers begins with the last of them. After an exception nothing is
+    // under way, and the job is over.
+    void go_on(u64 planes, const Event* behind);
+    // Returns when the last access to the first `planes` planes has been begun, or the job is over. What `stream` is
+    // given from now on comes behind that access.
+    void order(void* stream, u64 planes) const;
     bool finished() const;
-    // Waits. The payloads' checksums, if they were asked for; of parts of a payload, they add up to its own.
-    std::vector<u64> wait();
+    // Waits for what was begun; the job is over. The payloads' checksums, if they were asked for. Throws
+    // std::runtime_error if not all was begun.
+    std::vector<i64> wait();
 
    private:
     friend class Staging;
@@ -174,28 +198,27 @@ class Staging {
   };
 
   // ring: device memory of `buffers` (at least 2) times buffer_bytes (a multiple of 256), the object's for as long as
-  // it lives.
-  Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers);
+  // it lives. urgent: the device prefers its work to others' (loads), else others' to its. max_blocks: of a kernel's
+  // grid; 0: as many as keep up with the bus.
+  Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers, bool urgent, u32 max_blocks);
   ~Staging();
 
-  // What buffer_bytes has to be at least for chunks of so many pages.
-  static u64 least_buffer_bytes(const PagedCache& cache, u64 pages);
-
   // Page mode, ids outside the cache count as not there. Chunk::ids: host memory, copied before return; Chunk::payload:
-  // pinned host memory, which is the job's until it is finished; Chunk::offset: a multiple of 16. Pages are accessed
-  // behind all that `behind` (a cudaStream_t of the device) holds now. Chunks of whole pages whose fragments,
-  // contiguous in cache and payload, are at least fragment_bytes long on average (0: none) are copied without the ring,
-  // in one call a step. kernel_blocks > 0: loads are done by so many blocks of a kernel that reads the host's memory.
-  // Payloads in memory that is not pinned go through the ring all the same, slowly. Throws std::invalid_argument for a
-  // chunk that does not fit into a buffer; after an exception nothing is under way.
-  std::unique_ptr<Job> store(const PagedCache& cache, std::vector<Chunk> chunks, void* behind, u64 fragment_bytes);
-  std::unique_ptr<Job> load(const PagedCache& cache, std::vector<Chunk> chunks, bool checksums, void* behind,
-                            u64 fragment_bytes, u32 kernel_blocks);
+  // pinned host memory, which is the job's until it is finished; Chunk::offset: 0. ends: up to which plane each layer
+  // reaches, the last of them the last plane. A load begins with the first layer. Chunks of whole pages whose runs,
+  // contiguous in cache and payload, are at least fragment_bytes long on average (0: none) are copied without the ring.
+  // kernel_blocks > 0: loads are done by so many blocks of a kernel that reads the host's memory. With payloads in
+  // memory that is not pinned all goes through the ring, slowly. Throws std::invalid_argument for a chunk of which one
+  // layer does not fit into a buffer, and for checksums of layers that end within 16 bytes of a payload.
+  std::unique_ptr<Job> store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
+                             u64 fragment_bytes);
+  std::unique_ptr<Job> load(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
+                            const Event& behind, u64 fragment_bytes, u32 kernel_blocks);
 
  private:
-  class Sums;
   struct State;
-  std::unique_ptr<State> state_;
+  std::unique_ptr<Job> begin(std::unique_ptr<Job::State> state, u64 fragment_bytes);
+  std::shared_ptr<State> state_;
 };
 
 // How many GPUs there are; 0, with `why` set, when there is no driver or it is too old for this build.

@@ -488,6 +488,15 @@ PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>
   return run({op, false, cache, mode, chunks, host_ids, where}, checksums);
 }
 
+void load_page_copies(const char* op) {
+  cudaFuncAttributes loaded{};
+  const auto load = [&](const auto&... kernels) {
+    for (const cudaError_t error : {cudaFuncGetAttributes(&loaded, kernels)...}) LMC_CUDA_CHECK(op, error);
+  };
+  load(gather_kernel<Mode::kPage>, scatter_kernel<Mode::kPage>, gather_bulk_kernel, scatter_bulk_kernel);
+  load(copy_units_kernel);
+}
+
 int device_count(std::string& why) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);

@@ -1,17 +1,20 @@
 // Transfers between the pages of a GPU and pinned host memory: staged through a ring of buffers in device memory,
-// filled by kernels and emptied by the copy engine, or the other way round; by copies of long fragments straight from
-// or to pages; or, loads, by a few blocks of a kernel that read the host's memory.
+// filled by kernels and emptied by the copy engine, or the other way round; by copies of long runs straight from or to
+// pages; or, loads, by a few blocks of a kernel that read the host's memory.
 //
-// A store, step by step, `>` for an event that one stream waits for:
-//   kernels:  [behind] > [free b] > gather into b, record filled b ... record left_pages
-//   copies:   [filled b] > payloads and checksums to the host, record free b ... record finished
-// A load:
-//   copies:   [free b] > payloads to b, record filled b
-//   kernels:  [behind] > [filled b] > scatter from b, checksums to the host, record free b ... record left_pages,
-//   finished
-// Fragments are copied by `copies` too, which then waits for [behind]; a kernel sums up the pages that they come from,
-// or have gone to. A buffer then holds the checksums only, as it does for a load by a kernel
-// alone.
+// A job goes in steps, each of which has a buffer b of the ring. `>` marks an event that a stream waits for:
+//   store  kernels:  [behind] > [free b] > gather into b, record filled b, record reached
+//          copies:   [filled b] > one batch to payloads, record free b ... record finished
+//   load   copies:   [free b] > one batch into b, record filled b
+//          kernels:  [behind] > [filled b] > scatter from b, record free b, record reached ... record finished
+// Long runs are in the same batch, without the buffer: a load's copies wait for [behind] then, and a store's record
+// reached. Kernels write partial checksums to pinned memory, for these runs in a launch that does nothing else. A load
+// by a kernel alone needs no copies and no buffer.
+//
+// A step is a range of planes of all chunks, or a range of chunks of one layer's planes. Steps begin with a layer of
+// kFirstStepBytes at most and double, so that the first layer is there early and the others take few calls.
+#include <algorithm>
+#include <condition_variable>
 #include <cstring>
 #include <mutex>
 #include <utility>
@@ -20,10 +23,20 @@
 #include "error.h"
 #include "ops.h"
 
+#if __has_include(<nvtx3/nvToolsExtCudaRt.h>)
+#include <nvtx3/nvToolsExtCudaRt.h>
+#else
+#define nvtxNameCudaStreamA(stream, name) static_cast<void>(name)
+#define nvtxRangePushA(name) static_cast<void>(name)
+#define nvtxRangePop() static_cast<void>(0)
+#endif
+
 namespace lmc::cuda {
 namespace {
 
-constexpr u64 kAlignment = 256;
+constexpr u64 kAlignment = 256, kFirstStepBytes = 1 << 20;
+// Of pinned memory, taken at once so that no transfer has to.
+constexpr u64 kPinnedBytes = 32 << 10, kPinnedBlocks = 32;
 
 u64 align(u64 bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
@@ -32,217 +45,399 @@ void quietly(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
 }
 
+// For destructors: without the guard rather than not at all.
+template <typename Work>
+void on_device(int device, const Work& work) {
+  try {
+    const DeviceGuard guard("transfer", device);
+    return work();
+  } catch (const std::exception&) {
+  }
+  work();
+}
+
 cudaEvent_t new_event(const char* op) {
   cudaEvent_t event = nullptr;
   LMC_CUDA_CHECK(op, cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   return event;
 }
 
-// How payloads travel.
-enum class Path { kStaged, kFragments, kKernel };
+void refuse_capture(const char* op, void* stream) {
+  cudaStreamCaptureStatus status{};
+  LMC_CUDA_CHECK(op, cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  if (status != cudaStreamCaptureStatusNone)
+    throw std::runtime_error(std::string(op) + ": the stream is being captured, and no CUDA graph can hold a transfer");
+}
 
-// Chunks that share one buffer, and where in it each part lies.
-struct Step {
-  Path path;
-  std::size_t first;  // of the call's chunks
-  std::vector<Chunk> chunks;
-  u64 sums_at;  // u64, one a chunk
-  std::vector<u64> payloads_at;
-  u64 bytes;
+// Bytes of every plane that are contiguous both in the cache and in a chunk's payload.
+struct Run {
+  u64 in_plane, in_payload, bytes;
 };
 
-Step place(const PagedCache& cache, Path path, std::size_t first, std::vector<Chunk> chunks) {
-  Step step{path, first, std::move(chunks), 0, {}, 0};
-  step.bytes = align(step.sums_at + 8 * step.chunks.size());
-  if (path != Path::kStaged) return step;
-  for (const Chunk& chunk : step.chunks) {
-    step.payloads_at.push_back(step.bytes);
-    step.bytes = align(step.bytes + cache.payload_bytes(Mode::kPage, chunk));
-  }
-  return step;
-}
-
-// The fragments of a chunk of whole pages that are all there, if they are at least `least_bytes` long on average; else
-// none.
-std::vector<Fragment> long_fragments(const PagedCache& cache, const Chunk& chunk, u64 least_bytes) {
-  std::vector<Fragment> fragments;
-  const u64 bytes = cache.payload_bytes(Mode::kPage, chunk);
-  if (least_bytes == 0 || bytes < least_bytes || cache.splits_pages(Mode::kPage, chunk)) return {};
-  u8* payload = chunk.payload;
-  for (u8* plane : cache.planes)
-    for (u64 i = 0; i < chunk.count; ++i) {
-      if (chunk.id(i) >= cache.num_pages) return {};
-      for (u64 in_page = 0; in_page < cache.page_bytes; in_page += cache.run_bytes) {
-        u8* run = plane + chunk.id(i) * cache.page_stride + in_page / cache.run_bytes * cache.run_stride;
-        const bool begins_plane = i == 0 && in_page == 0;  // whose memory may be another allocation
-        if (!fragments.empty() && !begins_plane && fragments.back().cache + fragments.back().bytes == run) {
-          fragments.back().bytes += cache.run_bytes;
-        } else {
-          if (fragments.size() == bytes / least_bytes) return {};
-          fragments.push_back({run, payload, cache.run_bytes});
-        }
-        payload += cache.run_bytes;
-      }
-    }
-  return fragments;
-}
-
-std::vector<Step> steps_of(const char* op, const PagedCache& cache, const std::vector<Chunk>& chunks,
-                           const std::vector<Path>& paths, u64 buffer_bytes) {
-  std::vector<Step> steps;
-  for (std::size_t i = 0; i < chunks.size(); ++i) {
-    if (chunks[i].offset % kLaneBytes)
-      throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(i) +
-                                  ": expected an offset that is a multiple of 16, got " +
-                                  std::to_string(chunks[i].offset));
-    if (!steps.empty() && steps.back().path == paths[i]) {
-      std::vector<Chunk> longer = steps.back().chunks;
-      longer.push_back(chunks[i]);
-      Step step = place(cache, paths[i], steps.back().first, std::move(longer));
-      if (step.bytes <= buffer_bytes) {
-        steps.back() = std::move(step);
-        continue;
-      }
-    }
-    steps.push_back(place(cache, paths[i], i, {chunks[i]}));
-    if (steps.back().bytes > buffer_bytes)
-      throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(i) + " needs a buffer of " +
-                                  std::to_string(steps.back().bytes) + " bytes, and those of the ring have " +
-                                  std::to_string(buffer_bytes));
-  }
-  return steps;
-}
-
-// How each chunk travels. Where that is not through the ring, its payload becomes what devices call it; memory that is
-// not pinned has no such address, and goes through the ring.
-std::vector<Path> choose_paths(const PagedCache& cache, std::vector<Chunk>& chunks, u64 fragment_bytes,
-                               u32 kernel_blocks) {
-  std::vector<Path> paths;
-  for (Chunk& chunk : chunks) {
-    Path path = Path::kStaged;
-    if (kernel_blocks)
-      path = Path::kKernel;
-    else if (!long_fragments(cache, chunk, fragment_bytes).empty())
-      path = Path::kFragments;
-    if (path != Path::kStaged) {
-      void* address = nullptr;
-      if (cudaHostGetDevicePointer(&address, chunk.payload, 0) == cudaSuccess) {
-        chunk.payload = static_cast<u8*>(address);
+// The runs of a chunk of whole pages that are all there, if they are at least `least_bytes` long on average; else none.
+std::vector<Run> long_runs(const PagedCache& cache, const Chunk& chunk, u64 least_bytes) {
+  std::vector<Run> runs;
+  if (least_bytes == 0 || cache.splits_pages(Mode::kPage, chunk)) return runs;
+  for (u64 i = 0; i < chunk.count; ++i) {
+    if (chunk.id(i) >= cache.num_pages) return {};
+    for (u64 in_page = 0; in_page < cache.page_bytes; in_page += cache.run_bytes) {
+      const u64 at = chunk.id(i) * cache.page_stride + in_page / cache.run_bytes * cache.run_stride;
+      if (!runs.empty() && runs.back().in_plane + runs.back().bytes == at) {
+        runs.back().bytes += cache.run_bytes;
       } else {
-        cudaGetLastError();
-        path = Path::kStaged;
+        if ((runs.size() + 1) * least_bytes > chunk.count * cache.page_bytes) return {};
+        runs.push_back({at, i * cache.page_bytes + in_page, cache.run_bytes});
       }
     }
-    paths.push_back(path);
   }
-  return paths;
+  return runs;
 }
 
-// The step's chunks as a kernel takes them.
-std::vector<Chunk> for_kernel(const Step& step, u8* buffer) {
-  std::vector<Chunk> chunks = step.chunks;
-  for (std::size_t i = 0; i < chunks.size(); ++i) {
-    if (step.path == Path::kStaged) chunks[i].payload = buffer + step.payloads_at[i];
-    if (step.path == Path::kFragments) chunks[i].payload = nullptr;
-  }
-  return chunks;
+// So many blocks of a kernel keep up with the bus, and leave the other multiprocessors to compute: a bus has at most
+// 128 GB/s (PCIe 6) or 450 GB/s (NVLink-C2C), a block has 16 KiB under way, and takes 2 us for them at most.
+u32 blocks_for_bus(const char* op, int device) {
+  int is_c2c = 0;
+  LMC_CUDA_CHECK(op, cudaDeviceGetAttribute(&is_c2c, cudaDevAttrHostNativeAtomicSupported, device));
+  return (is_c2c ? 450'000 : 128'000) * 2 / (16 << 10) + 1;
 }
 
-std::vector<Fragment> all_fragments(const PagedCache& cache, const Step& step) {
-  std::vector<Fragment> all;
-  for (const Chunk& chunk : step.chunks) {
-    const std::vector<Fragment> of_chunk = long_fragments(cache, chunk, 1);
-    all.insert(all.end(), of_chunk.begin(), of_chunk.end());
-  }
-  return all;
-}
+// What a profiler shows beside the streams' names, docs/design.md has the picture. Without a profiler it is a test of a
+// pointer.
+struct Range {
+  explicit Range(const char* name) { nvtxRangePushA(name); }
+  ~Range() { nvtxRangePop(); }
+};
+
+// Planes [begin, end) of chunks [first, last).
+struct Step {
+  u64 begin, end;
+  std::size_t first, last;
+};
 
 }  // namespace
 
-// Pinned memory for the checksums of jobs, which outlives them: to allocate and free it may wait for the device.
-class Staging::Sums {
- public:
-  struct Block {
-    u64* host;
-    std::size_t capacity;
+Event::Event(int device, void* stream) : device_(device) {
+  const char* op = "transfer";
+  const DeviceGuard guard(op, device);
+  refuse_capture(op, stream);
+  event_ = new_event(op);
+  const cudaError_t recorded = cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(stream));
+  if (recorded != cudaSuccess) quietly(cudaEventDestroy(static_cast<cudaEvent_t>(event_)));
+  LMC_CUDA_CHECK(op, recorded);
+}
+
+Event::~Event() {
+  on_device(device_, [this] { quietly(cudaEventDestroy(static_cast<cudaEvent_t>(event_))); });
+}
+
+struct Staging::State {
+  // Mapped pinned memory for what jobs exchange with kernels, tables and partial checksums. It is kept: to allocate and
+  // free it may wait for the device.
+  struct Pinned {
+    u8* host;
+    u64 bytes;
   };
 
-  ~Sums() {
-    for (const Block& block : spare_) quietly(cudaFreeHost(block.host));
+  int device;
+  u8* ring;
+  u64 buffer_bytes;
+  u32 buffers, max_blocks;
+  cudaStream_t kernels = nullptr, copies = nullptr;
+  std::vector<cudaEvent_t> filled{}, free{};  // of each buffer
+  std::mutex one_job{};                       // enqueues at a time
+  u32 next = 0;
+  std::mutex pinned_mutex{};
+  std::vector<Pinned> pinned{};
+
+  ~State() {
+    on_device(device, [this] {
+      for (const cudaEvent_t event : filled) quietly(cudaEventDestroy(event));
+      for (const cudaEvent_t event : free) quietly(cudaEventDestroy(event));
+      for (const Pinned& block : pinned) quietly(cudaFreeHost(block.host));
+      if (kernels) quietly(cudaStreamDestroy(kernels));
+      if (copies) quietly(cudaStreamDestroy(copies));
+    });
   }
-  Block take(const char* op, std::size_t count) {
+
+  void synchronize() {
+    quietly(cudaStreamSynchronize(copies));
+    quietly(cudaStreamSynchronize(kernels));
+  }
+
+  static Pinned allocate(const char* op, u64 bytes) {
+    void* host = nullptr;
+    LMC_CUDA_CHECK(op, cudaHostAlloc(&host, bytes, cudaHostAllocPortable | cudaHostAllocMapped));
+    return {static_cast<u8*>(host), bytes};
+  }
+  Pinned take(const char* op, u64 bytes) {
     {
-      std::lock_guard<std::mutex> lock(mutex_);
-      for (Block& block : spare_)
-        if (block.capacity >= count) {
-          std::swap(block, spare_.back());
-          const Block taken = spare_.back();
-          spare_.pop_back();
+      std::lock_guard<std::mutex> lock(pinned_mutex);
+      for (Pinned& block : pinned)
+        if (block.bytes >= bytes) {
+          std::swap(block, pinned.back());
+          const Pinned taken = pinned.back();
+          pinned.pop_back();
           return taken;
         }
     }
-    std::size_t capacity = 64;
-    while (capacity < count) capacity *= 2;
-    void* host = nullptr;
-    LMC_CUDA_CHECK(op, cudaHostAlloc(&host, 8 * capacity, cudaHostAllocPortable));
-    return {static_cast<u64*>(host), capacity};
+    return allocate(op, std::max(bytes, kPinnedBytes));
   }
-  void give_back(const Block& block) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    spare_.push_back(block);
+  void give_back(const std::vector<Pinned>& blocks) {
+    std::lock_guard<std::mutex> lock(pinned_mutex);
+    pinned.insert(pinned.end(), blocks.begin(), blocks.end());
   }
-
- private:
-  std::mutex mutex_;
-  std::vector<Block> spare_;
 };
 
 struct Staging::Job::State {
-  const char* op;
-  int device;
-  std::size_t count;
-  std::shared_ptr<Sums> sums;
-  Sums::Block block{};
-  std::vector<Sums::Block> tables;
-  cudaEvent_t left_pages = nullptr, finished = nullptr;
-  bool under_way = false;
-  std::vector<u64> results;
+  struct Reached {
+    u64 planes;  // the first ones, which this event comes behind the last access to
+    cudaEvent_t event;
+  };
+  struct Sums {
+    std::vector<std::size_t> chunks;
+    PartialSums partial;
+    const u64* sums;
+  };
 
-  void allocate() {
-    left_pages = new_event(op);
-    finished = new_event(op);
-    block = sums->take(op, count);
-  }
-  // What gather and scatter need on a stream of the device.
-  Launch on(cudaStream_t stream) {
-    Launch where{device, stream};
-    where.place_table = [this](const u8* table, u64 bytes) {
-      tables.push_back(sums->take(op, (bytes + 7) / 8));
-      std::memcpy(tables.back().host, table, bytes);
-      return reinterpret_cast<const u8*>(tables.back().host);
-    };
-    return where;
-  }
+  const char* op;
+  bool is_store, checksums;
+  std::shared_ptr<Staging::State> staging;
+  PagedCache cache;
+  std::vector<Chunk> chunks;
+  std::vector<u64> ends;  // of layers, in planes
+  u32 kernel_blocks;      // 0: kernels do not read payloads
+  std::vector<std::vector<i64>> ids{};
+  std::vector<std::vector<Run>> runs{};  // of each chunk; none: it goes through the ring
+  bool has_runs = false, is_pinned = true;
+
+  // What comes next.
+  u64 plane = 0;
+  std::size_t chunk = 0;
+  u64 budget = 0;
+
+  std::vector<Staging::State::Pinned> pinned{};
+  u64 pinned_used = 0;
+  std::vector<Sums> sums{};
+  cudaEvent_t finished = nullptr;
+  bool under_way = false;
+
+  // For those who wait for planes.
+  std::mutex mutex{};
+  std::condition_variable changed{};
+  std::vector<Reached> reached{};
+  bool over = false;
+
   ~State() {
-    if (left_pages) quietly(cudaEventDestroy(left_pages));
-    if (finished) quietly(cudaEventDestroy(finished));
-    if (block.host) sums->give_back(block);
-    for (const Sums::Block& table : tables) sums->give_back(table);
+    on_device(staging->device, [this] {
+      if (under_way) quietly(cudaEventSynchronize(finished));
+      for (const Reached& one : reached) quietly(cudaEventDestroy(one.event));
+      if (finished) quietly(cudaEventDestroy(finished));
+    });
+    staging->give_back(pinned);
+  }
+
+  void prepare(u64 fragment_bytes) {
+    const DeviceGuard guard(op, staging->device);
+    if (chunks.empty()) plane = ends.back();
+    for (std::size_t c = 0; c < chunks.size(); ++c) {
+      Chunk& one = chunks[c];
+      u64 from = 0;
+      for (const u64 end : ends) {
+        if (checksums && end != ends.back() && end * one.count * cache.page_bytes % kLaneBytes)
+          throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(c) + ": layers do not end at " +
+                                      "multiples of 16 bytes of its payload, as checksums need");
+        if (bytes_of(c, from, end) > staging->buffer_bytes)
+          throw std::invalid_argument(std::string(op) + ": chunk " + std::to_string(c) + " needs a buffer of " +
+                                      std::to_string(bytes_of(c, from, end)) + " bytes, and those of the ring have " +
+                                      std::to_string(staging->buffer_bytes));
+        from = end;
+      }
+      ids.emplace_back();
+      for (u64 i = 0; i < one.count; ++i) ids.back().push_back(static_cast<i64>(one.id(i)));
+      one.ids = ids.back().data();
+      one.wide = true;
+      void* address = nullptr;  // as devices call it; memory that is not pinned has none
+      if (is_pinned && cudaHostGetDevicePointer(&address, one.payload, 0) == cudaSuccess) {
+        one.payload = static_cast<u8*>(address);
+      } else {
+        cudaGetLastError();
+        is_pinned = false;
+      }
+    }
+    if (!is_pinned) kernel_blocks = 0;
+    for (const Chunk& one : chunks) {
+      runs.push_back(long_runs(cache, one, kernel_blocks ? 0 : fragment_bytes));
+      has_runs |= !runs.back().empty();
+    }
+    budget = std::min(kFirstStepBytes, staging->buffer_bytes);
+    finished = new_event(op);
+  }
+
+  u64 plane_bytes(std::size_t c) const { return chunks[c].count * cache.page_bytes; }
+  u64 bytes_of(std::size_t c, u64 begin, u64 end) const { return align((end - begin) * plane_bytes(c)); }
+
+  // The next step, if it lies within the first `planes` planes.
+  bool next_step(u64 planes, Step& step) {
+    if (plane == ends.back()) return false;
+    auto end = std::upper_bound(ends.begin(), ends.end(), plane);
+    step = {plane, *end, chunk, chunk};
+    u64 bytes = 0;
+    while (step.last < chunks.size() && (step.last == chunk || bytes + bytes_of(step.last, plane, *end) <= budget))
+      bytes += bytes_of(step.last++, plane, *end);
+    const bool whole = step.last == chunks.size();
+    if (whole && chunk == 0 && plane > 0)  // the first layer goes without the others
+      while (++end != ends.end()) {
+        bytes = 0;
+        for (std::size_t c = 0; c < chunks.size(); ++c) bytes += bytes_of(c, plane, *end);
+        if (bytes > budget) break;
+        step.end = *end;
+      }
+    if (step.end > planes) return false;
+    chunk = whole ? 0 : step.last;
+    if (whole) plane = step.end;
+    budget = std::min(2 * budget, staging->buffer_bytes);
+    return true;
+  }
+
+  u8* allocate(u64 bytes) {
+    bytes = (bytes + 15) / 16 * 16;
+    if (pinned.empty() || pinned_used + bytes > pinned.back().bytes) {
+      pinned.push_back(staging->take(op, bytes));
+      pinned_used = 0;
+    }
+    pinned_used += bytes;
+    return pinned.back().host + pinned_used - bytes;
+  }
+
+  // A kernel over the step's chunks that have long runs, or over the others, between pages and the buffer.
+  void run_kernel(const Step& step, bool with_runs, u8* buffer) {
+    Sums made{{}, {}, nullptr};
+    std::vector<Chunk> parts;
+    u64 in_buffer = 0;
+    for (std::size_t c = step.first; c < step.last; ++c) {
+      if (runs[c].empty() != with_runs) {
+        Chunk part = chunks[c];
+        part.offset = step.begin * plane_bytes(c);
+        part.payload = with_runs ? nullptr : kernel_blocks ? part.payload + part.offset : buffer + in_buffer;
+        made.chunks.push_back(c);
+        parts.push_back(part);
+      }
+      in_buffer += bytes_of(c, step.begin, step.end);
+    }
+    if (parts.empty() || (with_runs && !checksums)) return;
+    PagedCache planes = cache;
+    planes.planes.assign(cache.planes.begin() + static_cast<i64>(step.begin),
+                         cache.planes.begin() + static_cast<i64>(step.end));
+    Launch where{staging->device, staging->kernels, kernel_blocks ? kernel_blocks : staging->max_blocks,
+                 kernel_blocks > 0};
+    where.place_table = [this](const u8* table, u64 bytes) {
+      return static_cast<const u8*>(std::memcpy(allocate(bytes), table, bytes));
+    };
+    if (checksums)
+      where.partial_sums = [&](u64 count) {
+        u64* sums_of_blocks = reinterpret_cast<u64*>(allocate(8 * count));
+        made.sums = sums_of_blocks;
+        return sums_of_blocks;
+      };
+    made.partial = is_store || with_runs ? gather(planes, Mode::kPage, parts, true, nullptr, where)
+                                         : scatter(planes, Mode::kPage, parts, true, nullptr, where);
+    if (checksums) sums.push_back(std::move(made));
+  }
+
+  void run_kernels(const Step& step, u8* buffer) {
+    run_kernel(step, false, buffer);
+    run_kernel(step, true, buffer);
+  }
+
+  void copy(const Step& step, u8* buffer) {
+    std::vector<Fragment> fragments;
+    for (std::size_t c = step.first; c < step.last; ++c) {
+      u8* payload = chunks[c].payload + step.begin * plane_bytes(c);
+      if (runs[c].empty() && plane_bytes(c))
+        fragments.push_back({buffer, payload, (step.end - step.begin) * plane_bytes(c)});
+      buffer += bytes_of(c, step.begin, step.end);
+      for (u64 p = step.begin; p < step.end; ++p, payload += plane_bytes(c))
+        for (const Run& run : runs[c])
+          fragments.push_back({cache.planes[p] + run.in_plane, payload + run.in_payload, run.bytes});
+    }
+    copy_fragments(op, fragments, is_store, is_pinned, staging->copies);
+  }
+
+  void enqueue(const Step& step) {
+    Staging::State& s = *staging;
+    const cudaStream_t second = is_store ? s.copies : s.kernels;
+    if (kernel_blocks) {
+      run_kernel(step, false, nullptr);
+    } else {
+      const cudaStream_t first = is_store ? s.kernels : s.copies;
+      const u32 b = s.next++ % s.buffers;
+      u8* buffer = s.ring + b * s.buffer_bytes;
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(first, s.free[b]));
+      is_store ? run_kernels(step, buffer) : copy(step, buffer);
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], first));
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(second, s.filled[b]));
+      is_store ? copy(step, buffer) : run_kernels(step, buffer);
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], second));
+    }
+    if (plane != step.end) return;  // there are more chunks
+    std::lock_guard<std::mutex> lock(mutex);
+    reached.push_back({step.end, new_event(op)});
+    LMC_CUDA_CHECK(op, cudaEventRecord(reached.back().event, is_store && !has_runs ? s.kernels : second));
+    changed.notify_all();
+  }
+
+  void end() {
+    std::lock_guard<std::mutex> lock(mutex);
+    over = true;
+    changed.notify_all();
   }
 };
 
 Staging::Job::Job(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Staging::Job::~Job() = default;
 
-Staging::Job::~Job() {
-  if (state_->under_way) quietly(cudaEventSynchronize(state_->finished));
+void Staging::Job::go_on(u64 planes, const Event* behind) {
+  State& j = *state_;
+  Staging::State& s = *j.staging;
+  std::lock_guard<std::mutex> lock(s.one_job);
+  try {
+    const DeviceGuard guard(j.op, s.device);
+    const Range range(j.op);
+    if (behind) {
+      const auto event = static_cast<cudaEvent_t>(behind->event_);
+      LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.kernels, event));
+      if (j.has_runs) LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.copies, event));
+    }
+    for (Step step{}; !j.over && j.next_step(planes, step);) j.enqueue(step);
+    LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.is_store ? s.copies : s.kernels));
+    j.under_way = true;
+  } catch (...) {
+    // What was enqueued ends before the exception leaves: its memory is the caller's again.
+    on_device(s.device, [&s] { s.synchronize(); });
+    j.under_way = false;
+    j.plane = 0;  // nothing of it counts
+    j.end();
+    throw;
+  }
 }
 
-void Staging::Job::order(void* stream) const {
-  const DeviceGuard guard(state_->op, state_->device);
-  LMC_CUDA_CHECK(state_->op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), state_->left_pages));
+void Staging::Job::order(void* stream, u64 planes) const {
+  State& j = *state_;
+  const auto is_reached = [planes](const State::Reached& one) { return one.planes >= planes; };
+  std::unique_lock<std::mutex> lock(j.mutex);
+  auto found = j.reached.end();
+  j.changed.wait(lock, [&] {
+    found = std::find_if(j.reached.begin(), j.reached.end(), is_reached);
+    return found != j.reached.end() || j.over || j.chunks.empty();
+  });
+  if (found == j.reached.end()) return;  // nothing is under way
+  const DeviceGuard guard(j.op, j.staging->device);
+  refuse_capture(j.op, stream);
+  LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), found->event));
 }
 
 bool Staging::Job::finished() const {
+  const DeviceGuard guard(state_->op, state_->staging->device);
   const cudaError_t state = cudaEventQuery(state_->finished);
   if (state != cudaErrorNotReady) {
     LMC_CUDA_CHECK(state_->op, state);
@@ -252,166 +447,74 @@ bool Staging::Job::finished() const {
   return false;
 }
 
-std::vector<u64> Staging::Job::wait() {
-  if (!state_->under_way) return state_->results;
-  LMC_CUDA_CHECK(state_->op, cudaEventSynchronize(state_->finished));
-  state_->under_way = false;
-  state_->results.assign(state_->block.host, state_->block.host + state_->count);
-  return state_->results;
+std::vector<i64> Staging::Job::wait() {
+  State& j = *state_;
+  if (j.under_way) {
+    const DeviceGuard guard(j.op, j.staging->device);
+    LMC_CUDA_CHECK(j.op, cudaEventSynchronize(j.finished));
+    j.under_way = false;
+  }
+  j.end();
+  if (j.plane != j.ends.back())
+    throw std::runtime_error(std::string(j.op) + ": it ended at plane " + std::to_string(j.plane) + " of " +
+                             std::to_string(j.ends.back()));
+  std::vector<i64> checksums(j.checksums ? j.chunks.size() : 0);
+  for (const State::Sums& made : j.sums) {
+    const std::vector<u64> of_step = made.partial.add_up(made.sums);
+    for (std::size_t i = 0; i < of_step.size(); ++i)
+      checksums[made.chunks[i]] = static_cast<i64>(static_cast<u64>(checksums[made.chunks[i]]) + of_step[i]);
+  }
+  return checksums;
 }
 
-struct Staging::State {
-  int device;
-  u8* ring;
-  u64 buffer_bytes;
-  u32 buffers;
-  std::shared_ptr<Sums> sums = std::make_shared<Sums>();
-  cudaStream_t kernels = nullptr, copies = nullptr;
-  cudaEvent_t behind = nullptr;
-  std::vector<cudaEvent_t> filled, free;  // of each buffer
-  u32 next = 0;
-
-  ~State() {
-    for (const cudaEvent_t event : filled) quietly(cudaEventDestroy(event));
-    for (const cudaEvent_t event : free) quietly(cudaEventDestroy(event));
-    if (behind) quietly(cudaEventDestroy(behind));
-    if (kernels) quietly(cudaStreamDestroy(kernels));
-    if (copies) quietly(cudaStreamDestroy(copies));
-  }
-
-  // Kernels come behind what the caller's stream holds now.
-  void begin(const char* op, void* stream) {
-    LMC_CUDA_CHECK(op, cudaEventRecord(behind, static_cast<cudaStream_t>(stream)));
-    LMC_CUDA_CHECK(op, cudaStreamWaitEvent(kernels, behind));
-  }
-
-  std::unique_ptr<Job> new_job(const char* op, std::size_t count) const {
-    auto job = std::make_unique<Job::State>(Job::State{op, device, count, sums});
-    job->allocate();
-    return std::unique_ptr<Job>(new Job(std::move(job)));
-  }
-
-  // What was enqueued ends before an exception leaves: its memory is the caller's again.
-  template <typename Enqueue>
-  void all_or_nothing(Job& job, const Enqueue& enqueue) {
-    try {
-      enqueue(*job.state_);
-      job.state_->under_way = true;
-    } catch (...) {
-      quietly(cudaStreamSynchronize(copies));
-      quietly(cudaStreamSynchronize(kernels));
-      throw;
-    }
-  }
-};
-
-Staging::Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers)
-    : state_(std::make_unique<State>(State{device, ring, buffer_bytes, buffers})) {
+Staging::Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers, bool urgent, u32 max_blocks)
+    : state_(new State{device, ring, buffer_bytes, buffers, max_blocks}) {
   const char* op = "staging";
   if (buffers < 2 || buffer_bytes % kAlignment || reinterpret_cast<u64>(ring) % kAlignment)
     throw std::invalid_argument("staging: expected at least 2 buffers of a multiple of 256 bytes, aligned to 256");
+  State& s = *state_;
   const DeviceGuard guard(op, device);
+  if (max_blocks == 0) s.max_blocks = blocks_for_bus(op, device);
   int least = 0, greatest = 0;
   LMC_CUDA_CHECK(op, cudaDeviceGetStreamPriorityRange(&least, &greatest));
-  LMC_CUDA_CHECK(op, cudaStreamCreateWithPriority(&state_->kernels, cudaStreamNonBlocking, greatest));
-  LMC_CUDA_CHECK(op, cudaStreamCreateWithPriority(&state_->copies, cudaStreamNonBlocking, greatest));
-  state_->behind = new_event(op);
+  for (cudaStream_t* stream : {&s.kernels, &s.copies})
+    LMC_CUDA_CHECK(op, cudaStreamCreateWithPriority(stream, cudaStreamNonBlocking, urgent ? greatest : least));
+  nvtxNameCudaStreamA(s.kernels, urgent ? "lmcache_mm load: kernels" : "lmcache_mm store: kernels");
+  nvtxNameCudaStreamA(s.copies, urgent ? "lmcache_mm load: copies" : "lmcache_mm store: copies");
   for (u32 b = 0; b < buffers; ++b) {
-    state_->filled.push_back(new_event(op));
-    state_->free.push_back(new_event(op));
+    s.filled.push_back(new_event(op));
+    s.free.push_back(new_event(op));
   }
+  load_page_copies(op);
+  for (u64 i = 0; i < kPinnedBlocks; ++i) s.pinned.push_back(State::allocate(op, kPinnedBytes));
 }
 
 Staging::~Staging() {
-  quietly(cudaStreamSynchronize(state_->copies));
-  quietly(cudaStreamSynchronize(state_->kernels));
+  on_device(state_->device, [this] { state_->synchronize(); });
 }
 
-u64 Staging::least_buffer_bytes(const PagedCache& cache, u64 pages) {
-  return place(cache, Path::kStaged, 0, {Chunk{nullptr, pages, pages * cache.page_tokens, nullptr, true}}).bytes;
+std::unique_ptr<Staging::Job> Staging::begin(std::unique_ptr<Job::State> state, u64 fragment_bytes) {
+  if (state->ends.empty() || state->ends.back() != state->cache.planes.size())
+    throw std::invalid_argument(std::string(state->op) + ": expected layers that end at the last plane");
+  state->prepare(fragment_bytes);
+  return std::unique_ptr<Job>(new Job(std::move(state)));
 }
 
-std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vector<Chunk> chunks, void* stream,
-                                             u64 fragment_bytes) {
-  const char* op = "store";
-  State& s = *state_;
-  const DeviceGuard guard(op, s.device);
-  const std::vector<Path> paths = choose_paths(cache, chunks, fragment_bytes, 0);
-  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
-  std::unique_ptr<Job> job = s.new_job(op, chunks.size());
-  s.all_or_nothing(*job, [&](Job::State& j) {
-    s.begin(op, stream);
-    cudaStream_t reads_last = s.kernels;
-    for (const Step& step : steps) {
-      const u32 b = s.next++ % s.buffers;
-      u8* buffer = s.ring + b * s.buffer_bytes;
-      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.free[b]));
-      auto* sums = reinterpret_cast<u64*>(buffer + step.sums_at);
-      gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, j.on(s.kernels));
-      LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.kernels));
-      if (step.path == Path::kFragments) {
-        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-        copy_fragments(op, all_fragments(cache, step), true, s.copies);
-        reads_last = s.copies;  // which waits for kernels
-      }
-      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.filled[b]));
-      for (std::size_t i = 0; i < step.payloads_at.size(); ++i)
-        LMC_CUDA_CHECK(
-            op, cudaMemcpyAsync(step.chunks[i].payload, buffer + step.payloads_at[i],
-                                cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyDeviceToHost, s.copies));
-      LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
-                                         cudaMemcpyDeviceToHost, s.copies));
-      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.copies));
-    }
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, reads_last));
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.copies));
-  });
-  return job;
+std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends,
+                                             bool checksums, u64 fragment_bytes) {
+  return begin(std::unique_ptr<Job::State>(
+                   new Job::State{"store", true, checksums, state_, cache, std::move(chunks), std::move(ends), 0}),
+               fragment_bytes);
 }
 
-std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector<Chunk> chunks, bool checksums,
-                                            void* stream, u64 fragment_bytes, u32 kernel_blocks) {
-  const char* op = "load";
-  State& s = *state_;
-  const DeviceGuard guard(op, s.device);
-  const std::vector<Path> paths = choose_paths(cache, chunks, fragment_bytes, kernel_blocks);
-  const std::vector<Step> steps = steps_of(op, cache, chunks, paths, s.buffer_bytes);
-  std::unique_ptr<Job> job = s.new_job(op, checksums ? chunks.size() : 0);
-  s.all_or_nothing(*job, [&](Job::State& j) {
-    s.begin(op, stream);
-    for (const Step& step : steps) {
-      const u32 b = s.next++ % s.buffers;
-      u8* buffer = s.ring + b * s.buffer_bytes;
-      auto* sums = checksums ? reinterpret_cast<u64*>(buffer + step.sums_at) : nullptr;
-      Launch where = j.on(s.kernels);
-      if (step.path == Path::kKernel) {
-        where.max_blocks = kernel_blocks;
-        where.payloads_on_host = true;
-      } else {
-        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.free[b]));
-        for (std::size_t i = 0; i < step.payloads_at.size(); ++i)
-          LMC_CUDA_CHECK(
-              op, cudaMemcpyAsync(buffer + step.payloads_at[i], step.chunks[i].payload,
-                                  cache.payload_bytes(Mode::kPage, step.chunks[i]), cudaMemcpyHostToDevice, s.copies));
-        if (step.path == Path::kFragments) {
-          LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));
-          copy_fragments(op, all_fragments(cache, step), false, s.copies);
-        }
-        LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], s.copies));
-        LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.kernels, s.filled[b]));
-      }
-      if (step.path != Path::kFragments)
-        scatter(cache, Mode::kPage, for_kernel(step, buffer), true, sums, where);
-      else if (checksums)
-        gather(cache, Mode::kPage, for_kernel(step, buffer), true, sums, where);
-      if (checksums)
-        LMC_CUDA_CHECK(op, cudaMemcpyAsync(j.block.host + step.first, sums, 8 * step.chunks.size(),
-                                           cudaMemcpyDeviceToHost, s.kernels));
-      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], s.kernels));
-    }
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.left_pages, s.kernels));
-    LMC_CUDA_CHECK(op, cudaEventRecord(j.finished, s.kernels));
-  });
+std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends,
+                                            bool checksums, const Event& behind, u64 fragment_bytes,
+                                            u32 kernel_blocks) {
+  std::unique_ptr<Job> job =
+      begin(std::unique_ptr<Job::State>(new Job::State{"load", false, checksums, state_, cache, std::move(chunks),
+                                                       std::move(ends), kernel_blocks}),
+            fragment_bytes);
+  job->go_on(job->state_->ends.front(), &behind);
   return job;
 }
 

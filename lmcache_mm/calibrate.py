@@ -7,7 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,9 +19,11 @@ FRAGMENT_BYTES = tuple((16 << 10) << i for i in range(9))  # 16 KiB to 4 MiB
 COUNTS = (16, 128, 1024)
 MOST_BYTES = 512 << 20
 LAYER_BLOCKS = (2, 4, 8, 16)
+RING_BLOCKS = (4, 8, 16, 32, 64)
+RING_PAGE_BYTES = 32 << 10
 LAYERS, LAYER_BYTES = 28, 8 << 20  # about 8,192 tokens of Qwen2-VL-7B
 ROUNDS = 9
-GAIN = 0.02  # what another way has to gain on the ring to be taken
+GAIN = 0.02  # what another way has to gain on the ring to be taken, and what a ring of fewer blocks may lose
 CHUNK_BYTES = 8 << 20
 BUFFERS, BUFFER_BYTES = 3, 16 << 20
 
@@ -66,6 +68,11 @@ def layer_blocks_of(ring: LayerTimes, kernels: Mapping[int, LayerTimes]) -> int:
     return good[min(good)] if good else 0
 
 
+def ring_blocks_of(times: Mapping[int, float]) -> int:
+    """The fewest blocks of the ring's kernels with which a transfer is about as fast as it gets."""
+    return min(blocks for blocks, seconds in times.items() if seconds <= min(times.values()) * (1 + GAIN))
+
+
 class Bench:
     """Transfers of made-up pages of one GPU."""
 
@@ -73,9 +80,26 @@ class Bench:
         self._device = device
         self._pages = torch.randint(0, 256, (2 * MOST_BYTES,), dtype=torch.uint8, device=device)
         self._host = torch.empty(MOST_BYTES, dtype=torch.uint8, pin_memory=True)
-        ring = torch.empty(BUFFERS * BUFFER_BYTES, dtype=torch.uint8, device=device)
-        self._kept = ring
-        self._staging = _C.CudaStaging(device.index, ring.data_ptr(), BUFFER_BYTES, BUFFERS)
+        self._ring = torch.empty(BUFFERS * BUFFER_BYTES, dtype=torch.uint8, device=device)
+        self._staging = {direction: self._new_staging(direction, 0) for direction in ("store", "load")}
+
+    def use_ring_blocks(self, blocks: int) -> None:
+        self._staging = {direction: self._new_staging(direction, blocks) for direction in self._staging}
+
+    def _new_staging(self, direction: str, blocks: int) -> _C.CudaStaging:
+        ring = (self._ring.data_ptr(), BUFFER_BYTES, BUFFERS)  # one direction at a time
+        return _C.CudaStaging(self._device.index, *ring, direction == "load", blocks)
+
+    def _move(
+        self, direction: str, layout: KVLayout, parts: list[Any], ends: list[int], least: int, blocks: int = 0
+    ) -> list[int]:
+        behind = _C.CudaEvent(self._device.index, torch.cuda.current_stream(self._device).cuda_stream)
+        if direction == "store":
+            job = self._staging[direction].store(layout.compiled, parts, ends, True, least)
+        else:
+            job = self._staging[direction].load(layout.compiled, parts, ends, True, behind, least, blocks)
+        job.go_on(ends[-1], behind)
+        return job.wait()
 
     def times(self, direction: str, count: int, size: int) -> Times:
         """Of a transfer of `count` fragments, in shuffled order."""
@@ -89,10 +113,7 @@ class Bench:
             at += len(ids) * size
 
         def run(least: int) -> list[int]:
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            if direction == "store":
-                return self._staging.store(layout.compiled, parts, stream, least).wait()
-            return self._staging.load(layout.compiled, parts, True, stream, least, 0).wait()
+            return self._move(direction, layout, parts, [1], least)
 
         if run(0) != run(1):
             raise RuntimeError(f"calibrate: {direction}: a batch copies something else than the ring")
@@ -102,23 +123,16 @@ class Bench:
         """Of a load of LAYERS layers, one after the other, and of compute beside it. blocks: 0 for the ring."""
         size = 32 << 10
         count = LAYER_BYTES // size
-        layers = self._pages[: LAYERS * 2 * LAYER_BYTES].view(LAYERS, -1)
-        layouts = [self._layout(layer, size) for layer in layers]
+        layout = self._layout(self._pages[: LAYERS * 2 * LAYER_BYTES], size, LAYERS)
         ids = torch.randperm(2 * count)[:count]
         a = torch.randn(4096, 4096, device=self._device, dtype=torch.bfloat16)
         compute_stream = torch.cuda.Stream(self._device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         compute: list[float] = []
 
-        def load(blocks: int = blocks) -> list[list[int]]:
-            stream = torch.cuda.current_stream(self._device).cuda_stream
-            at = self._host.data_ptr()
-            jobs = []
-            for layout in layouts:
-                part = (ids.data_ptr(), True, count, count, at, 0)
-                jobs.append(self._staging.load(layout.compiled, [part], True, stream, 0, blocks))
-                at += LAYER_BYTES
-            return [job.wait() for job in jobs]
+        def load(blocks: int = blocks) -> list[int]:
+            part = (ids.data_ptr(), True, count, count, self._host.data_ptr(), 0)
+            return self._move("load", layout, [part], list(range(1, LAYERS + 1)), 0, blocks)
 
         if load() != load(0):
             raise RuntimeError(f"calibrate: {blocks} blocks load something else than the ring")
@@ -137,8 +151,8 @@ class Bench:
         medians([beside])
         return LayerTimes(loaded, statistics.median(compute))
 
-    def _layout(self, pages: torch.Tensor, size: int) -> KVLayout:
-        return KVLayout.from_tensors([pages.view(-1, size)], page_tokens=1, page_dim=0, opaque=True)
+    def _layout(self, pages: torch.Tensor, size: int, layers: int = 1) -> KVLayout:
+        return KVLayout.from_tensors(list(pages.view(layers, -1, size)), page_tokens=1, page_dim=0, opaque=True)
 
 
 def medians(works: list[Callable[[], object]]) -> list[float]:
@@ -156,6 +170,16 @@ def medians(works: list[Callable[[], object]]) -> list[float]:
 def measure(device: torch.device) -> Iterator[str | Paths]:
     """Says what it found, line by line; the last is the choice."""
     bench = Bench(device)
+    by_ring_blocks = {}
+    count = MOST_BYTES // RING_PAGE_BYTES
+    for blocks in RING_BLOCKS:
+        bench.use_ring_blocks(blocks)
+        seconds = [bench.times(direction, count, RING_PAGE_BYTES).ring for direction in ("store", "load")]
+        by_ring_blocks[blocks] = sum(seconds)
+        speeds = ", ".join(f"{MOST_BYTES / s / 1e9:5.1f}" for s in seconds)
+        yield f"ring of {blocks:2} blocks: store, load {speeds} GB/s"
+    ring_blocks = ring_blocks_of(by_ring_blocks)
+    bench.use_ring_blocks(ring_blocks)
     rows = {}
     for direction in ("store", "load"):
         times = {}
@@ -174,7 +198,7 @@ def measure(device: torch.device) -> Iterator[str | Paths]:
         way = f"{blocks:2} blocks" if blocks else "ring     "
         yield f"load by layers, {way}: {speed:5.1f} GB/s, compute beside it {found_layers.compute * 1e3:.2f} ms"
     ring_layers = by_blocks.pop(0)
-    yield Paths(rows["store"], rows["load"], layer_blocks_of(ring_layers, by_blocks))
+    yield Paths(rows["store"], rows["load"], layer_blocks_of(ring_layers, by_blocks), ring_blocks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

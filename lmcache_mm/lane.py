@@ -93,7 +93,6 @@ class Work:
         self.abandoned = False
         self.left_pages = False
         self.written: Any = None  # on CUDA, an event: early work that is early no more touches pages behind it
-        self.planes_ready = 0
         self.lane = lane
         self.early = early
         self._pages = threading.Lock()
@@ -119,11 +118,10 @@ class Work:
         self.lane._finished()
         self.advance(left_pages=True)
 
-    def advance(self, planes: int = 0, left_pages: bool = False) -> None:
-        """Says that there is progress: `planes` leading planes are as they will be; the pages are left alone."""
+    def advance(self, left_pages: bool = False) -> None:
+        """Says that there is progress; if so, that the pages are left alone."""
         self.lane.progress = time.monotonic()
         with self._changed:
-            self.planes_ready = max(planes, self.planes_ready)
             self.left_pages |= left_pages
             self._changed.notify_all()
 

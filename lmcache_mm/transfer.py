@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, partial
 from itertools import pairwise, takewhile
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 
@@ -36,10 +36,10 @@ class Job(Generic[T]):
         self,
         work: Work,
         layout: KVLayout,
-        layers: Sequence[_Layer],
+        by_layer: Sequence[_Copies] = (),
         result_of: Callable[[Any], T] = lambda result: result,
     ) -> None:
-        self.work, self._layout, self._layers, self._result_of = work, layout, layers, result_of
+        self.work, self._layout, self._by_layer, self._result_of = work, layout, by_layer, result_of
 
     def done(self) -> bool:
         return self.work.future.done()
@@ -54,7 +54,7 @@ class Job(Generic[T]):
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
-        return Job(self.work, self._layout, self._layers, lambda result: result_of(self._result_of(result)))
+        return Job(self.work, self._layout, self._by_layer, lambda result: result_of(self._result_of(result)))
 
     def give_up(self, patience_s: float) -> bool:
         """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
@@ -84,17 +84,15 @@ class Job(Generic[T]):
         on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
         `pages_free`. ValueError for a layer that the layout does not name."""
         planes = self._planes_until(layer)
-        ready = self.work.wait_for(lambda: self.work.planes_ready >= planes or self.work.left_pages, patience_s)
-        started = next((started for end, started in self._layers if end >= planes), None)
-        if started:
-            started.order(_current_stream(self._layout.device))
+        ready = self.work.wait_for(lambda: bool(self._by_layer) or self.work.left_pages, patience_s)
+        for copies in self._by_layer:
+            copies.order(_current_stream(self._layout.device), planes)
         return ready
 
     def written(self) -> None:
         """Says that the pages hold what an early store is to keep; on CUDA, once the caller's current stream has done
         what it holds. The store's own thread reads them from now on."""
-        if self._layout.device.type == "cuda":
-            self.work.written = torch.cuda.current_stream(self._layout.device).record_event()
+        self.work.written = _current_event(self._layout.device)
         self.work.be_late()
 
     def layer_written(self, layer: str, patience_s: float) -> bool:
@@ -111,21 +109,23 @@ class Job(Generic[T]):
         return self._layout.planes_until[layer]
 
 
-class _Started(Protocol):
-    """Copies under way, or done."""
+class _Copies(Protocol):
+    """Copies of chunks between pages and payloads, begun layer by layer. `behind`: a `_current_event`."""
 
-    def order(self, stream: int) -> None:
-        """What `stream` is given from now on comes behind their last access to pages."""
+    def go_on(self, planes: int, behind: Any = None) -> None:
+        """Begins those of the first `planes` planes that have not been begun, behind `behind`; on CUDA a store's that
+        make a step. After an exception nothing is under way."""
+        ...
+
+    def order(self, stream: int, planes: int) -> None:
+        """Returns when those of the first `planes` planes have been begun, or it is over; what `stream` is given from
+        now on comes behind them."""
         ...
 
     def wait(self) -> list[int]:
-        """The payloads' checksums, unsigned; of parts of a payload, they add up to its own."""
+        """Waits for those that were begun. The payloads' checksums, if they were asked for; RuntimeError if not all
+        were begun."""
         ...
-
-
-class _Layer(NamedTuple):
-    end: int  # planes, from the first on, that it and the layers before it have
-    started: _Started
 
 
 class Chunk(NamedTuple):
@@ -148,8 +148,11 @@ class Transfer:
         self._load_staging, self._store_staging = self._staging(), self._staging()
         self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores
         self._loading, self._storing = (
-            _Ring(layout, largest) if layout.device.type == "cuda" else _HostCopies() for _ in range(2)
+            _Ring(layout, largest, urgent) if layout.device.type == "cuda" else _HostCopies(layout)
+            for urgent in (True, False)
         )
+        self._planes = len(layout.planes)
+        self._ends = sorted({*layout.planes_until.values(), self._planes})  # of layers
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
@@ -171,8 +174,8 @@ class Transfer:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
         wait by `Job.layer_ready`; then it is all chunks or none."""
-        layers: list[_Layer] = []
-        return self._submit(self._loads, self._load, chunks, owner, layers if by_layer else None, layers=layers)
+        copies: list[_Copies] = []
+        return self._submit(self._loads, self._load, chunks, owner, copies if by_layer else None, by_layer=copies)
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
@@ -200,61 +203,39 @@ class Transfer:
         run: Callable[..., int],
         *arguments: Any,
         early: bool = False,
-        layers: Sequence[_Layer] = (),
+        by_layer: Sequence[_Copies] = (),
     ) -> Job[int]:
-        """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
-        device = self.layout.device
-        if device.type == "cpu":
-            return Job(lane.submit(lambda work: run(work, *arguments), early), self.layout, layers)
-        before = torch.cuda.current_stream(device).record_event()
+        """Runs `run` on a lane's thread, with what the caller's stream holds now."""
+        behind = _current_event(self.layout.device)
+        return Job(lane.submit(lambda work: run(work, behind, *arguments), early), self.layout, by_layer)
 
-        def on_own_stream(work: Work) -> int:
-            stream = torch.cuda.Stream(device)
-            stream.wait_event(before)
-            with torch.cuda.stream(stream):
-                return run(work, *arguments)
-
-        return Job(lane.submit(on_own_stream, early), self.layout, layers)
-
-    def _touch(self, work: Work, touch: Callable[[], T]) -> T:
-        """What `touch` returns: it alone reads or writes pages, which are left alone afterwards."""
-        results: list[T] = []
-
-        def touch_all(_: int) -> bool:
-            results.append(touch())
-            return True
-
-        work.touch_pages(touch_all)
-        return results[0]
-
-    def _load(self, work: Work, chunks: Sequence[Chunk], owner: bytes, layers: list[_Layer] | None) -> int:
+    def _load(
+        self, work: Work, behind: Any, chunks: Sequence[Chunk], owner: bytes, by_layer: list[_Copies] | None
+    ) -> int:
         loaded = 0
-        by_layer = layers is not None
-        steps = [list(chunks)] if by_layer and self._in_place and chunks else list(self._steps(chunks))
-        for i, step in enumerate(steps, 1):
-            if self._in_place:
-                good = self._load_slots(work, step, owner, layers)
-            else:
-                good = self._load_staged(work, step, owner, layers, i == len(steps))
+        whole = by_layer is not None
+        steps = [list(chunks)] if whole and self._in_place and chunks else list(self._steps(chunks))
+        for step in steps:
+            load = self._load_slots if self._in_place else self._load_staged
+            good = load(work, behind, step, owner, by_layer if step is steps[-1] else None, whole)
             loaded += good
             if good < len(step):
-                return 0 if by_layer else loaded
+                return 0 if whole else loaded
         return loaded
 
-    def _load_slots(self, work: Work, step: list[Chunk], owner: bytes, layers: list[_Layer] | None) -> int:
-        """Scatters straight from the store's slots."""
+    def _load_slots(
+        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[_Copies] | None, whole: bool
+    ) -> int:
+        """Scatters straight from the store's slots; if `whole`, all of them or none."""
         store = cast(SlotStore, self._store)
         slots = store.lend([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
         lent = [slot for slot in slots if slot]
         try:
             there = lent[: slots.index(None)] if None in slots else lent
-            if not there or (layers is not None and len(there) < len(step)):
+            if not there or (whole and len(there) < len(step)):
                 return 0
             views = [torch.from_numpy(store.view(slot)) for slot in there]
-            if layers is None:
-                found = self._scatter(work, step[: len(there)], views, checksums=True)
-            else:
-                found = self._scatter_layers(work, step, views, layers, verify=True, ready=True)
+            found = self._scatter(work, behind, step[: len(there)], views, True, by_layer)
             matches = [a == slot.checksum for a, slot in zip(found, there, strict=True)]
             for slot, match in zip(there, matches, strict=True):
                 if not match:
@@ -263,91 +244,69 @@ class Transfer:
         finally:
             store.release(lent)
 
-    def _scatter(self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], checksums: bool) -> list[int]:
-        """The payloads' checksums, if they are asked for."""
-        parts = self._parts(chunks, payloads, whole_pages=True)
-        sums = self._touch(work, lambda: self._loading.load(self.layout, parts, checksums).wait())
-        return [ops.checksum_of_parts([total]) for total in sums]
-
-    def _scatter_layers(
+    def _scatter(
         self,
         work: Work,
+        behind: Any,
         chunks: list[Chunk],
         payloads: list[torch.Tensor],
-        layers: list[_Layer],
-        verify: bool,
-        ready: bool,
+        checksums: bool,
+        by_layer: list[_Copies] | None,
     ) -> list[int]:
-        """Scatters layer after layer; the payloads' checksums, if they are to be verified. ready: layers are then."""
+        """Fills pages, layer after layer for those who wait for the copies `by_layer`; the payloads' checksums, if
+        they are asked for."""
+        ends, on_the_way = self._layers(by_layer is not None)
+        sums: list[int] = []
 
-        def scatter() -> list[list[int]]:
-            with _waiting_for_all(layers):
-                for i, (end, layout) in enumerate(self._layers):
-                    parts = self._parts(chunks, payloads, True, i)
-                    started = self._loading.load(layout, parts, verify and self._whole_lanes)
-                    layers.append(_Layer(end, started))
-                    work.advance(planes=end if ready else 0)
-                return [layer.started.wait() for layer in layers]
+        def scatter(_: int) -> bool:
+            parts = self._parts(chunks, payloads, whole_pages=True)
+            copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
+            with _ending(copies):
+                if by_layer is not None:
+                    by_layer.append(copies)
+                    work.advance()
+                copies.go_on(self._planes)
+                sums.extend(copies.wait())
+            return True
 
-        sums = self._touch(work, scatter)
-        return self._sums_of_layers(payloads, sums) if verify else []
+        work.touch_pages(scatter)
+        return sums if on_the_way or not checksums else [ops.checksum(payload) for payload in payloads]
 
-    @cached_property
-    def _layers(self) -> list[_Planes]:
-        """Of each layer up to which plane it reaches, and a layout of its planes alone."""
-        ends = sorted({*self.layout.planes_until.values(), len(self.layout.planes)})
-        return [
-            _Planes(end, replace(self.layout, planes=self.layout.planes[begin:end]))
-            for begin, end in pairwise([0, *ends])
-        ]
+    def _layers(self, by_layer: bool) -> tuple[list[int], bool]:
+        """The planes up to which each layer reaches, all of them being one if not `by_layer`; and whether copies can
+        make checksums on the way: layers' parts of payloads have to begin at lanes of them."""
+        return (self._ends, self.layout.page_bytes % LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
-    @property
-    def _whole_lanes(self) -> bool:
-        """Whether a layer's part of a payload begins at a lane of the checksum."""
-        return self.layout.page_bytes % LANE_BYTES == 0
-
-    def _parts(
-        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, layer: int | None = None
-    ) -> list[_Part]:
-        """What is to be copied; of one layer: the part of each payload that it has."""
-        parts = []
-        begin = self._layers[layer - 1].end if layer else 0
-        for chunk, payload in zip(chunks, payloads, strict=True):
-            offset = begin * len(chunk.pages) * self.layout.page_bytes
-            tokens = len(chunk.pages) * self.layout.page_tokens if whole_pages else chunk.tokens
-            pages = (chunk.pages.data_ptr(), True, len(chunk.pages), tokens)
-            parts.append((*pages, payload.data_ptr() + offset, offset if self._whole_lanes else 0))
-        return parts
-
-    def _sums_of_layers(self, payloads: list[torch.Tensor], sums: list[list[int]]) -> list[int]:
-        """The payloads' checksums from those of their layers' parts."""
-        if self._whole_lanes:
-            return [ops.checksum_of_parts(of_payload) for of_payload in zip(*sums, strict=True)]
-        return [ops.checksum(payload) for payload in payloads]
-
-    def _load_staged(self, work: Work, step: list[Chunk], owner: bytes, layers: list[_Layer] | None, last: bool) -> int:
+    def _load_staged(
+        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[_Copies] | None, whole: bool
+    ) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
         found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
-        whole = len(list(takewhile(bool, found)))
-        if layers is not None and whole == len(step):
-            of_step: list[_Layer] = layers if last else []
-            self._scatter_layers(work, step, payloads, of_step, verify=False, ready=last)
-        elif whole and layers is None:
-            self._scatter(work, step[:whole], payloads[:whole], checksums=False)
-        return whole
+        good = len(list(takewhile(bool, found)))
+        if good == len(step) or (good and not whole):
+            self._scatter(work, behind, step[:good], payloads[:good], False, by_layer)
+        return good
 
-    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool) -> int:
+    def _put(
+        self,
+        work: Work,
+        behind: Any,
+        chunks: Sequence[Chunk],
+        owner: bytes,
+        staging: torch.Tensor,
+        by_layer: bool,
+    ) -> int:
         whole = [chunk for chunk in chunks if -1 not in chunk.pages]
         if not self._in_place:
             present = self._store.contains([chunk.key for chunk in whole])
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
-        if self._in_place:
-            return sum(self._store_slots(work, step, owner, by_layer, step is steps[-1]) for step in steps)
-        return sum(self._store_staged(work, step, owner, staging, by_layer, step is steps[-1]) for step in steps)
+        gather = partial(self._gather, work, behind, by_layer)
+        store = self._store_slots if self._in_place else partial(self._store_staged, staging)
+        return sum(store(step, owner, partial(gather, step is steps[-1])) for step in steps)
 
-    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
+    def _store_slots(self, step: list[Chunk], owner: bytes, gather: _Gather) -> int:
         """Gathers straight into slots of the store; of how many tokens."""
         store = cast(SlotStore, self._store)
         slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
@@ -356,50 +315,57 @@ class Transfer:
         if not chunks:
             return 0
         try:
-            sums = self._gather(work, chunks, [torch.from_numpy(store.view(slot)) for slot in reserved], by_layer, last)
+            sums = gather(chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
         except BaseException:
             store.abandon(reserved)
             raise
         store.publish(reserved, sums)
         return sum(chunk.tokens for chunk in chunks)
 
-    def _store_staged(
-        self, work: Work, step: list[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool, last: bool
-    ) -> int:
+    def _store_staged(self, staging: torch.Tensor, step: list[Chunk], owner: bytes, gather: _Gather) -> int:
         payloads = self._payloads(step, staging)
-        sums = self._gather(work, step, payloads, by_layer, last)
+        sums = gather(step, payloads)
         self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
         return sum(chunk.tokens for chunk in step)
 
     def _gather(
-        self, work: Work, chunks: list[Chunk], payloads: list[torch.Tensor], by_layer: bool, last: bool
+        self,
+        work: Work,
+        behind: Any,
+        by_layer: bool,
+        last: bool,
+        chunks: list[Chunk],
+        payloads: list[torch.Tensor],
     ) -> list[int]:
         """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; their
         checksums."""
-        started: list[_Layer] = []
-        layers = self._layers if by_layer else [_Planes(len(self.layout.planes), self.layout)]
+        ends, on_the_way = self._layers(by_layer)
+        parts = self._parts(chunks, payloads, whole_pages=self.layout.opaque)
+        copies = self._storing.store(parts, ends, on_the_way)
 
         def gather(planes: int) -> bool:
-            if work.written is not None:
-                torch.cuda.current_stream(self.layout.device).wait_event(work.written)
-            for i, (end, layout) in enumerate(layers[len(started) :], len(started)):
-                if end > planes:
-                    return False
-                parts = self._parts(chunks, payloads, self.layout.opaque, i)
-                copies = self._storing.store(layout, parts, self._whole_lanes or not by_layer)
-                started.append(_Layer(end, copies))
+            written = work.written or (_current_event(self.layout.device) if work.early else behind)
+            copies.go_on(planes, written)
+            if planes < self._planes:
+                return False
             if work.early:  # the caller's thread goes on, its stream behind the reads
-                started[-1].started.order(_current_stream(self.layout.device))
+                copies.order(_current_stream(self.layout.device), self._planes)
             else:
-                started[-1].started.wait()
+                copies.wait()
             return True
 
-        with _waiting_for_all(started):
+        with _ending(copies):
             work.touch_pages(gather, last)
-            sums = [layer.started.wait() for layer in started]
-        if len(sums) != len(layers):
-            raise RuntimeError(f"store: {len(sums)} of {len(layers)} layers were read")
-        return self._sums_of_layers(payloads, sums) if by_layer else [ops.checksum_of_parts([s]) for s in sums[0]]
+            sums = copies.wait()
+        return sums if on_the_way else [ops.checksum(payload) for payload in payloads]
+
+    def _parts(self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool) -> list[_Part]:
+        """What is to be copied."""
+        size = self.layout.page_tokens
+        return [
+            (pages.data_ptr(), True, len(pages), len(pages) * size if whole_pages else tokens, payload.data_ptr(), 0)
+            for (_, pages, tokens), payload in zip(chunks, payloads, strict=True)
+        ]
 
     def _payload_bytes(self, chunk: Chunk) -> int:
         return self.layout.payload_bytes(len(chunk.pages))
@@ -430,88 +396,109 @@ class Transfer:
 
 
 @contextmanager
-def _waiting_for_all(layers: list[_Layer]) -> Iterator[None]:
-    """Of copies that were begun, none is under way when an exception leaves: what they read and write is given back."""
+def _ending(copies: _Copies) -> Iterator[None]:
+    """None is under way when an exception leaves: what they read and write is given back."""
     try:
         yield
     except BaseException:
-        for layer in layers:
-            with suppress(Exception):
-                layer.started.wait()
+        with suppress(Exception):
+            copies.wait()
         raise
 
 
+_Gather = Callable[[list[Chunk], list[torch.Tensor]], list[int]]
 _Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
 
 
-class _Planes(NamedTuple):
-    """The first planes of a cache, up to `end`, or a layer's, which end there."""
+class _HostCopy:
+    """Copies between pages and payloads on the CPU, by the threads that say `go_on`. See `_Copies`."""
 
-    end: int
-    layout: KVLayout
+    def __init__(self, copy_layer: Callable[[int, int], list[int]], ends: list[int]) -> None:
+        self._copy_layer, self._layers = copy_layer, list(pairwise([0, *ends]))
+        self._sums: list[list[int]] = []  # of each layer's parts of payloads, which add up
+        self._planes, self._over = 0, False
+        self._changed = threading.Condition()
 
+    def go_on(self, planes: int, behind: Any = None) -> None:
+        for begin, end in self._layers[len(self._sums) :]:
+            if end > planes:
+                break
+            self._sums.append(self._copy_layer(begin, end))
+            with self._changed:
+                self._planes = end
+                self._changed.notify_all()
 
-class _Done(NamedTuple):
-    """See `_Started`."""
-
-    sums: list[int]
-
-    def order(self, stream: int) -> None:
-        pass
+    def order(self, stream: int, planes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._planes >= planes or self._over)
 
     def wait(self) -> list[int]:
-        return self.sums
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        if len(self._sums) < len(self._layers):
+            raise RuntimeError(f"it ended at layer {len(self._sums)} of {len(self._layers)}")
+        return [ops.checksum_of_parts(of_payload) for of_payload in zip(*self._sums, strict=True)]
 
 
 class _HostCopies:
-    """Copies between pages and payloads on the CPU, by the thread that asks for them."""
+    """Copies on the CPU."""
 
-    def store(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
-        return self._copy(_C.gather, layout, parts, checksums)
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout_of = cache(lambda begin, end: replace(layout, planes=layout.planes[begin:end]))
 
-    def load(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
-        return self._copy(_C.scatter, layout, parts, checksums)
+    def store(self, parts: list[_Part], ends: list[int], checksums: bool) -> _Copies:
+        return _HostCopy(partial(self._copy, _C.gather, parts, checksums), ends)
 
-    def _copy(self, copy: Callable[..., None], layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
+    def load(self, parts: list[_Part], ends: list[int], checksums: bool, behind: Any) -> _Copies:
+        return _HostCopy(partial(self._copy, _C.scatter, parts, checksums), ends)
+
+    def _copy(self, copy: Callable[..., None], parts: list[_Part], checksums: bool, begin: int, end: int) -> list[int]:
+        """Planes from `begin` to `end`; the checksums of the payloads' parts, unsigned."""
+        layout = self._layout_of(begin, end)
         sums = torch.empty(len(parts) if checksums else 0, dtype=torch.uint64)
-        copy(layout.compiled, False, parts, sums.data_ptr() if checksums else 0, ops.THREADS)
-        return _Done(cast(list[int], sums.tolist()))
+        of_layer = []
+        for ids, wide, count, tokens, payload, _ in parts:
+            offset = begin * count * layout.page_bytes
+            of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
+        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
+        return cast(list[int], sums.tolist())
 
 
 class _Ring:
-    """Copies between a GPU's pages and pinned memory, in one direction, behind the caller's current stream: see
-    csrc/transfer.cu."""
+    """Copies between a GPU's pages and pinned memory, in one direction: see csrc/transfer.cu."""
 
-    def __init__(self, layout: KVLayout, largest: int) -> None:
-        self._device, self._planes = layout.device, len(layout.planes)
-        self._lock = threading.Lock()  # stores by layers have a thread each
-        pages = largest // layout.payload_bytes(1)
-        buffer_bytes = max(RING_BUFFER_BYTES, _C.cuda_least_buffer_bytes(layout.compiled, pages))
+    def __init__(self, layout: KVLayout, largest: int, urgent: bool) -> None:
+        self._layout = layout
+        buffer_bytes = max(RING_BUFFER_BYTES, _whole_pages(largest))
         memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
         torch.cuda.current_stream(layout.device).synchronize()  # what had this memory before is done with it
-        self._staging = _C.CudaStaging(layout.device.index, memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        self.paths = transfer_paths.of_device(layout.device)
+        ring = (memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        self._staging = _C.CudaStaging(layout.device.index, *ring, urgent, self.paths.ring_blocks)
         self._memory = memory  # let go behind what uses it
-        self._paths = transfer_paths.of_device(layout.device)
 
-    def store(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
-        least = self._paths.store_fragment_bytes(_bytes_of(layout, parts))
-        with self._lock:
-            return self._staging.store(layout.compiled, parts, _current_stream(self._device), least)
+    def store(self, parts: list[_Part], ends: list[int], checksums: bool) -> _Copies:
+        least = self.paths.store_fragment_bytes(self._bytes_of(parts))
+        return self._staging.store(self._layout.compiled, parts, ends, checksums, least)
 
-    def load(self, layout: KVLayout, parts: list[_Part], checksums: bool) -> _Started:
-        least = self._paths.load_fragment_bytes(_bytes_of(layout, parts))
-        blocks = self._paths.layer_blocks if len(layout.planes) < self._planes else 0
-        with self._lock:
-            return self._staging.load(layout.compiled, parts, checksums, _current_stream(self._device), least, blocks)
+    def load(self, parts: list[_Part], ends: list[int], checksums: bool, behind: Any) -> _Copies:
+        least = self.paths.load_fragment_bytes(self._bytes_of(parts))
+        blocks = self.paths.layer_blocks if len(ends) > 1 else 0
+        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks)
 
-
-def _bytes_of(layout: KVLayout, parts: list[_Part]) -> int:
-    return sum(layout.payload_bytes(pages) for _, _, pages, *_ in parts)
+    def _bytes_of(self, parts: list[_Part]) -> int:
+        return sum(self._layout.payload_bytes(pages) for _, _, pages, *_ in parts)
 
 
 def _current_stream(device: torch.device) -> int:
     """Its handle; 0 where there are none."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _current_event(device: torch.device) -> Any:
+    """What the current stream holds now; None where there is none. RuntimeError if it is being captured."""
+    return _C.CudaEvent(device.index, _current_stream(device)) if device.type == "cuda" else None
 
 
 def _whole_pages(size: int) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 1
+FORMAT = 2
 
 logger = logging.getLogger("lmcache_mm")
 
@@ -30,11 +30,13 @@ class Paths:
     on average. Without a measurement: 256 KiB, for a fragment of a batch costs about 0.1 µs beside its bytes on an H100
     once it is longer than 28 KiB (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at 64 KiB), 2 % there.
     layer_blocks: how many blocks of a kernel do a load by layers; 0: the ring does.
+    ring_blocks: how many blocks the ring's kernels have at most; 0: as many as should keep up with the device's bus.
     """
 
     store: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
     load: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
     layer_blocks: int = 0
+    ring_blocks: int = 0
 
     def store_fragment_bytes(self, total_bytes: int) -> int:
         """How long the fragments of so many bytes have to be for a batch to pay; 0: they never are."""
@@ -72,9 +74,10 @@ def load(file: Path) -> Paths | None:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         rows = {name: tuple((int(count), int(size)) for count, size in content[name]) for name in ("store", "load")}
-        if any(count < 1 or size < 1 for row in rows.values() for count, size in row) or content["layer_blocks"] < 0:
+        blocks = {name: int(content[name]) for name in ("layer_blocks", "ring_blocks")}
+        if any(count < 1 or size < 1 for row in rows.values() for count, size in row) or min(blocks.values()) < 0:
             raise ValueError("expected positive counts and sizes")
-        return Paths(**rows, layer_blocks=int(content["layer_blocks"]))
+        return Paths(rows["store"], rows["load"], blocks["layer_blocks"], blocks["ring_blocks"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -13,6 +15,7 @@ import torch
 import lmcache_mm as lmc
 from conftest import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
 from lmcache_mm import _C, ops, reference
+from lmcache_mm.transfer import _Ring
 from lmcache_mm.transfer_paths import Paths
 from test_stores import new_store
 
@@ -194,7 +197,7 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
     loop = Loop(torch.device("cuda", 0), store)
     prompt, ids = lmc.Prompt([1] * 48), torch.randperm(64)[:12]
     for ring in (loop.cache._transfer._loading, loop.cache._transfer._storing):
-        ring._paths = paths
+        ring.paths = paths
     with loop.on_stream:
         loop.compute(48, ids, 1.0)
         assert loop.cache.store(prompt, ids).wait() == 48
@@ -204,6 +207,56 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
             assert loop.holds(48, ids, 1.0)
     loop.cache.close()
     remove()
+
+
+@NO_GPU
+def test_no_thread_waits_for_a_transfer_but_the_one_that_lets_it_go():
+    pages = torch.zeros(64, 1 << 20, dtype=torch.uint8, device="cuda:0")
+    layout = lmc.KVLayout.from_tensors([pages], page_tokens=1, page_dim=0, opaque=True)
+    ring, ids = _Ring(layout, 64 << 20, urgent=True), torch.arange(64)
+    payload = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
+    passed, stop = [0], threading.Event()
+
+    def pass_time() -> None:
+        while not stop.wait(1e-3):
+            passed[0] += 1
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copies = [ring.store([(ids.data_ptr(), True, 64, 64, payload.data_ptr(), 0)], [1], True) for _ in range(64)]
+        for one in copies:
+            one.go_on(1, _C.CudaEvent(0, torch.cuda.current_stream().cuda_stream))
+    thread = threading.Thread(target=pass_time)
+    thread.start()
+    before = passed[0]
+    begun = time.perf_counter()
+    while copies:
+        del copies[-1]  # the last, which ends behind all others
+    waited_s = time.perf_counter() - begun
+    assert passed[0] - before > waited_s / 1e-2
+    stop.set()
+    thread.join()
+
+
+@NO_GPU
+def test_a_transfer_refuses_to_be_part_of_a_graph_and_breaks_nobody_elses():
+    loop = Loop(torch.device("cuda", 0), "mem://?capacity=4MiB")
+    prompt, ids = lmc.Prompt([1] * 48), torch.randperm(64)[:12]
+    assert loop.cache.store(prompt, ids).wait() == 48
+    stream, x = torch.cuda.Stream(), torch.zeros(64, device="cuda:0")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="global")
+        with pytest.raises(RuntimeError, match="the stream is being captured"):
+            loop.cache.retrieve(prompt, ids)
+        x.add_(1)
+        other = threading.Thread(target=lambda: loop.cache.retrieve(prompt, ids).wait())
+        other.start()
+        other.join()
+        graph.capture_end()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert x.unique().tolist() == [1]
+    loop.cache.close()
 
 
 def test_an_early_store_holds_what_was_computed_when_its_pages_were_asked_for(loop: Loop):

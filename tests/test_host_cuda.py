@@ -664,16 +664,18 @@ class Mutation:
     within: str = ""  # text that is in the file once and contains `original`, where that is there more often
     args: tuple[str, ...] = ()  # of the driver
 
-    @property
-    def driver(self) -> str:
-        return "transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp"
+    driver: str = ""
+
+    def __post_init__(self) -> None:
+        self.driver = self.driver or ("transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp")
 
 
 SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
 PUT_SUM = "put_sum(copy, c, sums.total(), length_term);"
 KEYS, COPY, SPAN, TABLE, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "table.h", "error.h"
 TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
-FRAGMENTS_BEHIND = "LMC_CUDA_CHECK(op, cudaStreamWaitEvent(s.copies, s.behind));\n{}copy_fragments"
+CALLERS_EVENT = "cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(stream))"
+FAILURES = ("--api-failures",)
 
 
 STEP_ENDS = "__syncthreads();\n  }\n\n  if (thread < kGroupLeaves)"
@@ -685,7 +687,8 @@ def call(text: str) -> str:
 
 # Not among them, for nothing but time depends on it: looking at items.reach before an item, `first >= count` in
 # overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, or no
-# chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell.
+# chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell, nor what destructors do when
+# CUDA fails in them.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
     Mutation(KEYS, "a step before the next", "__syncthreads();", "", STEP_ENDS),
@@ -711,11 +714,46 @@ MUTATIONS = [
     Mutation(COPY, "ids in a table", "ids_in_table", "false", "if (ids_in_table)"),
     Mutation(COPY, "ids outside the cache", "chunk.id(k) < ids_end", "true"),
     # Errors and devices
-    Mutation(ERROR, "going back to the device before", "if (changed_) cudaSetDevice(before_);", ""),
+    Mutation(ERROR, "going back to the device before", "if (restore_) cudaSetDevice(before_);", ""),
+    Mutation(ERROR, "going to the call's device", call("cudaSetDevice(device)"), ""),
     Mutation(
-        ERROR, "going to the call's device", "if (before_ != device) LMC_CUDA_CHECK(op, cudaSetDevice(device));", ""
+        ERROR,
+        "leaving alone a device that nobody chose",
+        "restore_ = has_context;",
+        "restore_ = true;",
+        driver="transfer_driver.cpp",
     ),
-    Mutation(ERROR, "clearing an error that is thrown", "cudaGetLastError()", "cudaSuccess", args=("--api-failures",)),
+    Mutation(
+        ERROR,
+        "letting another thread capture",
+        call("cudaThreadExchangeStreamCaptureMode(&capture_mode_)"),
+        "",
+        driver="transfer_driver.cpp",
+    ),
+    Mutation(
+        ERROR,
+        "going back to the mode of captures",
+        "cudaThreadExchangeStreamCaptureMode(&capture_mode_) != cudaSuccess",
+        "false",
+        driver="transfer_driver.cpp",
+    ),
+    Mutation(
+        ERROR,
+        "clearing an error of going back",
+        "cudaGetLastError()",
+        "cudaSuccess",
+        "cudaSuccess) cudaGetLastError();\n    if (restore_)",
+        ("--api-failures",),
+        "transfer_driver.cpp",
+    ),
+    Mutation(
+        ERROR,
+        "clearing an error that is thrown",
+        "cudaGetLastError()",
+        "cudaSuccess",
+        "cudaGetLastError();   ",
+        ("--api-failures",),
+    ),
     Mutation(ERROR, "looking at errors", "error_ != cudaSuccess", "false", args=("--api-failures",)),
     # Content ids
     Mutation(KEYS, "the end of the ids", "first + k < end", "true", "first + k < end ? static_cast<u64>(token_ids"),
@@ -841,66 +879,85 @@ MUTATIONS = [
     Mutation(COPY, "the begin of a tile in a run", "r * run.d < first ? first : r * run.d", "r * run.d"),
     Mutation(COPY, "the end of a tile in a run", "at_most(end, (r + 1) * run.d)", "(r + 1) * run.d"),
     Mutation(COPY, "the end of a piece", "at_most(span.units, stop - y)", "stop - y"),
-    # Transfers
+    # Transfers: of threads and devices
+    *(
+        Mutation(TRANSFER, f"the device {of}", device, "0", f"guard({op}, {device});\n  {then}")
+        for of, op, device, then in [
+            ("of an event", "op", "device", "refuse_capture"),
+            ("of what begins", "j.op", "s.device", "  const Range"),
+            ("of an order", "j.op", "j.staging->device", "refuse_capture"),
+            ("of a question", "state_->op", "state_->staging->device", "const cudaError_t state"),
+            ("of a wait", "j.op", "j.staging->device", "  LMC_CUDA_CHECK(j.op, cudaEventSynchronize"),
+            ("of a ring", "op", "device", "if (max_blocks == 0)"),
+            ("of what is prepared", "op", "staging->device", "  if (chunks.empty())"),
+        ]
+    ),
+    Mutation(TRANSFER, "the device of what is destroyed", "device", "0", 'guard("transfer", device)'),
+    Mutation(TRANSFER, "refusing to come behind a capture", "refuse_capture(op, stream);", ""),
+    Mutation(TRANSFER, "refusing to be in a capture", "refuse_capture(j.op, stream);", ""),
+    *(
+        Mutation(
+            TRANSFER,
+            f"one thread at a time that {does}",
+            mutex,
+            "[]() -> std::mutex& { thread_local std::mutex own; return own; }()",
+            f"lock({mutex});\n{then}",
+        )
+        for does, mutex, then in [
+            ("enqueues", "s.one_job", "  try {"),
+            ("takes pinned memory", "pinned_mutex", "      for (Pinned"),
+        ]
+    ),
+    # Of order
+    Mutation(TRANSFER, "what the caller's stream holds", CALLERS_EVENT, "cudaSuccess"),
     Mutation(
         TRANSFER,
-        "what the caller's stream holds",
-        call("cudaEventRecord(behind, static_cast<cudaStream_t>(stream))"),
+        "kernels behind the caller's stream",
+        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.kernels, event));",
         "",
-    ),
-    Mutation(TRANSFER, "coming behind the caller's stream", call("cudaStreamWaitEvent(kernels, behind)"), ""),
-    Mutation(
-        TRANSFER,
-        "a buffer's payloads at the host before the next gather",
-        call("cudaStreamWaitEvent(s.kernels, s.free[b])"),
-        "",
-    ),
-    Mutation(TRANSFER, "that a buffer is gathered", call("cudaEventRecord(s.filled[b], s.kernels)"), ""),
-    Mutation(TRANSFER, "a gather before its copy", call("cudaStreamWaitEvent(s.copies, s.filled[b])"), ""),
-    Mutation(TRANSFER, "that a buffer's payloads are at the host", call("cudaEventRecord(s.free[b], s.copies)"), ""),
-    Mutation(TRANSFER, "that a store has left its pages", call("cudaEventRecord(j.left_pages, reads_last)"), ""),
-    Mutation(TRANSFER, "that fragments are read after all else", "reads_last = s.copies;", ""),
-    Mutation(
-        TRANSFER,
-        "fragments to the host behind the caller's stream",
-        call("cudaStreamWaitEvent(s.copies, s.behind)"),
-        "",
-        FRAGMENTS_BEHIND.format(" " * 8),
     ),
     Mutation(
         TRANSFER,
-        "fragments to pages behind the caller's stream",
-        call("cudaStreamWaitEvent(s.copies, s.behind)"),
+        "copies to pages behind the caller's stream",
+        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.copies, event));",
         "",
-        FRAGMENTS_BEHIND.format(" " * 10),
     ),
-    Mutation(TRANSFER, "memory that is not pinned", "path = Path::kStaged;", "", "path = Path::kStaged;\n      }"),
-    Mutation(TRANSFER, "fragments of whole pages only", "chunk.id(i) >= cache.num_pages", "false"),
-    Mutation(TRANSFER, "fragments that end", "fragments.back().cache + fragments.back().bytes == run", "true"),
+    Mutation(TRANSFER, "a buffer that is free", call("cudaStreamWaitEvent(first, s.free[b])"), ""),
+    Mutation(TRANSFER, "that a buffer is filled", call("cudaEventRecord(s.filled[b], first)"), ""),
+    Mutation(TRANSFER, "a buffer that is filled", call("cudaStreamWaitEvent(second, s.filled[b])"), ""),
+    Mutation(TRANSFER, "that a buffer is free", call("cudaEventRecord(s.free[b], second)"), ""),
     Mutation(
-        FRAGMENTS,
-        "reading pages in the order of the stream",
-        "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_STREAM;",
-        "attributes.srcAccessOrder = CU_MEMCPY_SRC_ACCESS_ORDER_ANY;",
+        TRANSFER,
+        "that layers are reached",
+        call("cudaEventRecord(reached.back().event, is_store && !has_runs ? s.kernels : second)"),
+        "",
     ),
-    Mutation(FRAGMENTS, "a driver that does not support batches", "result != CUDA_ERROR_NOT_SUPPORTED", "true"),
-    Mutation(FRAGMENTS, "looking at the driver's errors", "result == CUDA_SUCCESS", "true"),
-    Mutation(TRANSFER, "refusing odd offsets", "chunks[i].offset % kLaneBytes", "false"),
-    Mutation(TRANSFER, "that a store is finished", call("cudaEventRecord(j.finished, s.copies)"), ""),
+    Mutation(TRANSFER, "that long runs are read after all else", "is_store && !has_runs", "is_store"),
     Mutation(
-        TRANSFER, "a scatter before its buffer's next payloads", call("cudaStreamWaitEvent(s.copies, s.free[b])"), ""
+        TRANSFER,
+        "that a job is finished",
+        "LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.is_store ? s.copies : s.kernels));",
+        "",
     ),
-    Mutation(TRANSFER, "that payloads are in a buffer", call("cudaEventRecord(s.filled[b], s.copies)"), ""),
-    Mutation(TRANSFER, "payloads before their scatter", call("cudaStreamWaitEvent(s.kernels, s.filled[b])"), ""),
-    Mutation(TRANSFER, "that a buffer is scattered", call("cudaEventRecord(s.free[b], s.kernels)"), ""),
-    Mutation(TRANSFER, "that a load has left its pages", call("cudaEventRecord(j.left_pages, s.kernels)"), ""),
-    Mutation(TRANSFER, "that a load is finished", call("cudaEventRecord(j.finished, s.kernels)"), ""),
     Mutation(
         TRANSFER,
         "the caller's stream behind the pages",
-        "LMC_CUDA_CHECK(state_->op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), state_->left_pages));",
+        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), found->event));",
         "",
     ),
+    Mutation(TRANSFER, "waiting until layers are begun", "found != j.reached.end() || j.over", "true"),
+    Mutation(
+        TRANSFER,
+        "waking those who wait for layers",
+        "changed.notify_all();",
+        "",
+        "s.kernels : second));\n    changed.notify_all();",
+    ),
+    Mutation(TRANSFER, "waiting for no layers of a job that is over", "j.over", "false", "j.over || j.chunks"),
+    Mutation(TRANSFER, "waiting for no layers of no chunks", "j.chunks.empty()", "false", "j.over || j.chunks.empty()"),
+    Mutation(TRANSFER, "the right layers", "one.planes >= planes", "true"),
+    Mutation(TRANSFER, "layers that are not written yet", "if (step.end > planes) return false;", ""),
+    Mutation(TRANSFER, "going on no more when it is over", "!j.over", "true", "!j.over && j.next_step"),
     Mutation(TRANSFER, "asking whether a job is finished", "cudaEventQuery(state_->finished)", "cudaSuccess"),
     Mutation(
         TRANSFER,
@@ -909,28 +966,49 @@ MUTATIONS = [
         "cudaSuccess",
         "cudaGetLastError();\n  return false;",
     ),
-    Mutation(TRANSFER, "waiting for a job", "LMC_CUDA_CHECK(state_->op, cudaEventSynchronize(state_->finished));", ""),
-    Mutation(
-        TRANSFER, "waiting for a job that nobody waits for", "quietly(cudaEventSynchronize(state_->finished));", ""
-    ),
-    Mutation(TRANSFER, "stores that outlive their ring", "quietly(cudaStreamSynchronize(state_->copies));", ""),
-    Mutation(TRANSFER, "loads that outlive their ring", "quietly(cudaStreamSynchronize(state_->kernels));", ""),
+    Mutation(TRANSFER, "waiting for a job", "LMC_CUDA_CHECK(j.op, cudaEventSynchronize(j.finished));", ""),
     Mutation(
         TRANSFER,
-        "copies under way at an error",
-        "quietly(cudaStreamSynchronize(copies));",
+        "waiting for a job that nobody waits for",
+        "if (under_way) quietly(cudaEventSynchronize(finished));",
         "",
-        args=("--api-failures",),
     ),
+    Mutation(TRANSFER, "a job that was not begun whole", "j.plane != j.ends.back()", "false"),
+    Mutation(TRANSFER, "that it is over when it was waited for", "j.end();", "", "j.end();\n  if (j.plane"),
+    # Of errors
+    *(
+        Mutation(
+            TRANSFER, f"{what} under way at an error", f"quietly(cudaStreamSynchronize({what}));", "", args=FAILURES
+        )
+        for what in ("copies", "kernels")
+    ),
+    Mutation(TRANSFER, "jobs that outlive their ring", "state_->synchronize();", ""),
+    Mutation(TRANSFER, "that a failed job is over", "j.end();", "", "j.end();\n    throw;", FAILURES),
+    Mutation(TRANSFER, "that a failed job has no checksums", "j.plane = 0;", "", args=FAILURES),
+    # Of steps
+    Mutation(TRANSFER, "the end of a buffer by chunks", "bytes + bytes_of(step.last, plane, *end) <= budget", "true"),
+    Mutation(TRANSFER, "the end of a buffer by layers", "if (bytes > budget) break;", ""),
+    Mutation(TRANSFER, "the first layer by itself", "plane > 0", "true", "chunk == 0 && plane > 0"),
+    Mutation(TRANSFER, "steps of several layers", "whole && chunk == 0", "false"),
+    Mutation(TRANSFER, "few blocks", "s.max_blocks = blocks_for_bus(op, device);", ""),
+    Mutation(TRANSFER, "kernels before their first launch", "load_page_copies(op);", ""),
+    Mutation(TRANSFER, "pinned memory before the first job", "i < kPinnedBlocks", "false"),
+    Mutation(TRANSFER, "the end of pinned memory", "pinned_used + bytes > pinned.back().bytes", "false"),
+    Mutation(TRANSFER, "memory that is not pinned", "is_pinned = false;", ""),
+    Mutation(TRANSFER, "kernels that read pinned memory only", "if (!is_pinned) kernel_blocks = 0;", ""),
+    Mutation(TRANSFER, "long runs or a kernel", "kernel_blocks ? 0 : fragment_bytes", "fragment_bytes"),
+    Mutation(TRANSFER, "long runs of whole pages only", "chunk.id(i) >= cache.num_pages", "false"),
+    Mutation(TRANSFER, "long runs that end", "runs.back().in_plane + runs.back().bytes == at", "true"),
+    Mutation(TRANSFER, "refusing what does not fit", "bytes_of(c, from, end) > staging->buffer_bytes", "false"),
+    Mutation(TRANSFER, "refusing layers within lanes", "end * one.count * cache.page_bytes % kLaneBytes", "0"),
     Mutation(
-        TRANSFER,
-        "kernels under way at an error",
-        "quietly(cudaStreamSynchronize(kernels));",
-        "",
-        args=("--api-failures",),
+        FRAGMENTS,
+        "reading device memory in the order of the stream",
+        "to_payloads ? CU_MEMCPY_SRC_ACCESS_ORDER_STREAM : CU_MEMCPY_SRC_ACCESS_ORDER_ANY",
+        "CU_MEMCPY_SRC_ACCESS_ORDER_ANY",
     ),
-    Mutation(TRANSFER, "the end of a buffer", "step.bytes <= buffer_bytes", "true"),
-    Mutation(TRANSFER, "refusing what does not fit", "steps.back().bytes > buffer_bytes", "false"),
+    Mutation(FRAGMENTS, "a driver that does not support batches", "result != CUDA_ERROR_NOT_SUPPORTED", "true"),
+    Mutation(FRAGMENTS, "looking at the driver's errors", "result == CUDA_SUCCESS", "true"),
 ]
 
 

@@ -4,6 +4,7 @@ import gc
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -114,15 +115,15 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
     want = kv.clone()
     kv.zero_()
     scattered, go_on = [], threading.Event()
-    scatter = HostCopies.load
+    scatter = HostCopies._copy
 
-    def slow(self, layout, *arguments):
+    def slow(*arguments):
         if scattered:
             assert go_on.wait(30)
-        scattered.append(layout.planes)
-        return scatter(self, layout, *arguments)
+        scattered.append(arguments[-1])
+        return scatter(*arguments)
 
-    monkeypatch.setattr(HostCopies, "load", slow)
+    monkeypatch.setattr(HostCopies, "_copy", slow)
     job = transfer.load(chunks, b"", by_layer=True)
     assert job.layer_ready("layer0", 10)
     assert len(scattered) == 1
@@ -245,48 +246,65 @@ def test_closing_gives_up_a_store_by_layers_that_nobody_finishes(make, store):
 
 
 class Late(HostCopies):
-    """Copies as a GPU makes them: some time after they were asked for, in order."""
+    """Copies as a GPU makes them: some time after they were begun, in order."""
 
-    def __init__(self):
-        self.queue = []
-        self.ordered, self.made = [], []
-        self.lock = threading.Lock()
+    def __init__(self, layout, fails_at=None):
+        super().__init__(layout)
+        self.queue, self.ordered, self.made = [], [], []
+        self.fails_at = fails_at
+        self.changed = threading.Condition()
 
-    def store(self, *arguments):
-        return self._later(super().store, arguments)
+    def store(self, parts, ends, *more):
+        return LateCopies(self, super().store(parts, ends, *more), ends)
 
-    def load(self, *arguments):
-        return self._later(super().load, arguments)
-
-    def _later(self, copy, arguments):
-        late, own = self, {}
-        number = len(self.queue)
-
-        class Started:
-            def order(self, stream):
-                late.ordered.append(number)
-                late.run(number)
-
-            def wait(self):
-                late.run(number)
-                return own["done"].wait()
-
-        kept = [arguments[0], list(arguments[1]), *arguments[2:]]
-        self.queue.append(lambda: own.update(done=copy(*kept)) or self.made.append(number))
-        return Started()
+    def load(self, parts, ends, *more):
+        return LateCopies(self, super().load(parts, ends, *more), ends)
 
     def run(self, number):
-        with self.lock:
+        with self.changed:
             for i in range(number + 1):
                 copy, self.queue[i] = self.queue[i], lambda: None
                 copy()
+
+
+class LateCopies:
+    def __init__(self, late, copies, ends):
+        self.late, self.copies, self.ends = late, copies, ends
+        self.numbers = {}  # in the queue, of the planes so far
+
+    def go_on(self, planes, behind=None):
+        for end in self.ends:
+            if end > planes or end in self.numbers:
+                continue
+            with self.late.changed:
+                number = self.numbers[end] = len(self.late.queue)
+                if number == self.late.fails_at:
+                    raise ZeroDivisionError
+                self.late.queue.append(partial(self.copy, end, number))
+                self.late.changed.notify_all()
+
+    def copy(self, end, number):
+        self.copies.go_on(end)
+        self.late.made.append(number)
+
+    def order(self, stream, planes):
+        with self.late.changed:
+            assert self.late.changed.wait_for(lambda: max(self.numbers, default=0) >= planes, 10)
+            number = self.numbers[planes]
+            self.late.ordered.append(number)
+        self.late.run(number)
+
+    def wait(self):
+        if self.numbers:
+            self.late.run(min(max(self.numbers.values()), len(self.late.queue) - 1))
+        return self.copies.wait()
 
 
 def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, row):
     kv = layers(row=row)
     chunks = chunks_of([3, 1, 7], [0, 11])
     _, transfer = make(kv)
-    storing = transfer._storing = Late()
+    storing = transfer._storing = Late(transfer.layout)
     want = layers(row=row, seed=1)
     job = transfer.store(chunks, b"", by_layer=True)
     for i, layer in enumerate(kv):
@@ -295,7 +313,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
     assert storing.ordered == [2]  # with the last layer, whose reads come last
     kv.zero_()
     assert job.wait(10) == 20
-    loading = transfer._loading = Late()
+    loading = transfer._loading = Late(transfer.layout)
     job = transfer.load(chunks, b"", by_layer=True)
     for i in range(3):
         assert job.layer_ready(f"layer{i}", 10)
@@ -340,7 +358,7 @@ def test_early_work_that_may_begin_behind_work_that_hangs_is_no_progress():
 def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
     transfer = Transfer(layout_of(layers()), store, 1 << 16)
-    late = transfer._storing = Late()
+    late = transfer._storing = Late(transfer.layout)
     job = transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True)
     assert job.layer_written("layer0", 10)
     made_before = []
@@ -362,9 +380,7 @@ def test_a_load_by_layers_that_fails_in_between_leaves_its_pages_first(make, row
     _, transfer = make(kv)
     transfer.store(chunks, b"").wait()
     kv.zero_()
-    late = transfer._loading = Late()
-    load = late.load
-    late.load = lambda *arguments: load(*arguments) if len(late.queue) < 2 else 1 / 0
+    late = transfer._loading = Late(transfer.layout, fails_at=2)
     job = transfer.load(chunks, b"", by_layer=True)
     with pytest.raises(ZeroDivisionError):
         job.wait(10)
@@ -394,13 +410,13 @@ def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
     want = kv.clone()
     chunks = chunks_of(*([page] for page in range(PAGES)))
     _, transfer = make(kv, largest=1)
-    gather = HostCopies.store
+    gather = HostCopies._copy
 
     def slow(*arguments):
         time.sleep(0.002)
         return gather(*arguments)
 
-    monkeypatch.setattr(HostCopies, "store", slow)
+    monkeypatch.setattr(HostCopies, "_copy", slow)
     job = transfer.store(chunks, b"", early=True)
     threads = [threading.Thread(target=job.pages_free, args=(10,)) for _ in range(3)]
     for thread in threads:
@@ -443,8 +459,7 @@ def test_a_job_whose_store_hangs_is_abandoned_and_never_touches_its_pages(make, 
     assert gate.reached.wait(10)
     assert not job.pages_free(PATIENCE_S)
     touched = []
-    for name in ("load", "store"):
-        monkeypatch.setattr(HostCopies, name, lambda *_: touched.append(1))
+    monkeypatch.setattr(HostCopies, "_copy", lambda *_: touched.append(1))
     gate.open.set()
     with pytest.raises(Abandoned):
         job.wait(10)
@@ -493,13 +508,13 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
-    gather = HostCopies.store
+    gather = HostCopies._copy
 
     def seen(*arguments):
         readers.append(threading.current_thread())
         return gather(*arguments)
 
-    monkeypatch.setattr(HostCopies, "store", seen)
+    monkeypatch.setattr(HostCopies, "_copy", seen)
     kv = layers()
     kv.zero_()
     _, transfer = make(kv, largest=1)
@@ -523,14 +538,14 @@ def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_wr
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
-    gather = HostCopies.store
+    gather = HostCopies._copy
 
     def slow(*arguments):
         readers.append(threading.current_thread())
         time.sleep(0.02)
         return gather(*arguments)
 
-    monkeypatch.setattr(HostCopies, "store", slow)
+    monkeypatch.setattr(HostCopies, "_copy", slow)
     kv = layers()
     kv.zero_()
     _, transfer = make(kv, largest=1)
@@ -557,7 +572,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
     """The pages that it has read are stored, and it touches none of the others."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
-    gather = HostCopies.store
+    gather = HostCopies._copy
     reads = []
 
     def slow(*arguments):
@@ -565,7 +580,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
         reads.append(kv.clone())
         return gather(*arguments)
 
-    monkeypatch.setattr(HostCopies, "store", slow)
+    monkeypatch.setattr(HostCopies, "_copy", slow)
     kv = layers()
     want = kv.clone()
     _, transfer = make(kv, largest=1)
@@ -601,7 +616,7 @@ def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
     def fails(*_, **__):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(HostCopies, "store", fails)
+    monkeypatch.setattr(HostCopies, "_copy", fails)
     for early in (False, True):
         job = transfer.store(chunks_of([3, 1, 7]), b"", early=early)
         assert job.pages_free(10)

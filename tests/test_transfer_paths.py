@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_mm import transfer_paths
-from lmcache_mm.calibrate import LayerTimes, Times, layer_blocks_of, rows_of
+from lmcache_mm.calibrate import LayerTimes, Times, layer_blocks_of, ring_blocks_of, rows_of
 from lmcache_mm.transfer_paths import Paths
 
 NAME = "NVIDIA H100 80GB HBM3"
@@ -31,7 +31,7 @@ def test_a_batch_is_for_long_fragments_and_for_as_many_as_pay():
 
 
 def test_a_measurement_is_kept_and_found_by_the_devices_name(cache_home):
-    paths = Paths(((16, 4096),), ((1, 8192), (128, 512)), 4)
+    paths = Paths(((16, 4096),), ((1, 8192), (128, 512)), 4, 12)
     file = transfer_paths.save(paths, NAME)
     assert file == cache_home / "lmcache_mm" / "paths-nvidia-h100-80gb-hbm3.json"
     assert transfer_paths.load(transfer_paths.file_of(NAME)) == paths
@@ -42,7 +42,15 @@ def test_a_measurement_is_kept_and_found_by_the_devices_name(cache_home):
 
 
 @pytest.mark.parametrize(
-    "change", [{"format": 2}, {"store": 7}, {"load": [[0, 5]]}, {"layer_blocks": -1}, {"store": [["a", 1]]}]
+    "change",
+    [
+        {"format": 1},
+        {"store": 7},
+        {"load": [[0, 5]]},
+        {"layer_blocks": -1},
+        {"ring_blocks": "x"},
+        {"store": [["a", 1]]},
+    ],
 )
 def test_a_file_that_is_none_is_left_aside_and_said_so(change, caplog):
     file = transfer_paths.save(Paths(), NAME)
@@ -76,6 +84,11 @@ def test_a_measured_case_goes_by_batch_only_if_it_gained_by_it(gains):
     for (count, size), gain in gains.items():
         if any(least_count == count and least <= size for least_count, least in rows):
             assert gain
+
+
+def test_the_ring_has_the_fewest_blocks_that_are_as_fast_as_any():
+    assert ring_blocks_of({4: 1.3, 8: 1.01, 16: 1.0, 32: 1.0}) == 8
+    assert ring_blocks_of({4: 0.99, 8: 1.0}) == 4
 
 
 def test_kernels_load_layers_where_they_gain_and_cost_compute_no_more():

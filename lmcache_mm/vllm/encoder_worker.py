@@ -72,6 +72,7 @@ class EncoderWorker:
     def _put(self, store: Store, key: OutputKey, packed: Packed, copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
+                torch.cuda.set_device(copied.device)  # a new thread's is 0: to wait there would make a context on it
                 copied.synchronize()
             write(store, key.key, packed, key.owner)
             self._tell(stored=True)

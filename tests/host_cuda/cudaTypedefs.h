@@ -12,6 +12,7 @@ enum CUmemcpySrcAccessOrder {
   CU_MEMCPY_SRC_ACCESS_ORDER_DURING_API_CALL = 2,
   CU_MEMCPY_SRC_ACCESS_ORDER_ANY = 3,
 };
+enum CUmemcpyFlags { CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE = 1 };
 struct CUmemLocation {
   int type, id;
 };
@@ -20,6 +21,8 @@ struct CUmemcpyAttributes {
   CUmemLocation srcLocHint, dstLocHint;
   unsigned flags;
 };
+using CUcontext = struct CUctx_st*;
+using PFN_cuCtxGetCurrent_v4000 = CUresult (*)(CUcontext* context);
 using PFN_cuMemcpyBatchAsync_v12080 = CUresult (*)(CUdeviceptr* to, CUdeviceptr* from, std::size_t* sizes,
                                                    std::size_t count, CUmemcpyAttributes* attributes,
                                                    std::size_t* first_of_attributes, std::size_t num_attributes,
@@ -31,6 +34,6 @@ enum cudaDriverEntryPointQueryResult {
   cudaDriverEntryPointVersionNotSufficent = 2,
 };
 constexpr unsigned long long cudaEnableDefault = 0;
-// Knows cuMemcpyBatchAsync, if host_cuda::options().batch_copies.
+// Knows cuCtxGetCurrent and, if host_cuda::options().batch_copies, cuMemcpyBatchAsync.
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version,
                                              unsigned long long flags, cudaDriverEntryPointQueryResult* found);

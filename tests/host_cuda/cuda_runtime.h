@@ -93,6 +93,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxThreadsPerMultiProcessor = 39,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrHostNativeAtomicSupported = 86,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 enum cudaStreamCaptureMode {
@@ -144,6 +145,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest);
 cudaError_t cudaDeviceSynchronize();
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaRuntimeGetVersion(int* version);
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
@@ -227,9 +229,12 @@ Options& options();
 
 // Of the calling host thread.
 struct Calls {
-  int until_failure = 0;          // n > 0: the n-th call from now that can fail does, with cudaErrorUnknown
-  std::uint64_t most_blocks = 0;  // the greatest grid launched since this was set to 0
-  std::uint64_t waits = 0;        // how often a call has waited for the device
+  int until_failure = 0;                   // n > 0: the n-th call from now that can fail does, with cudaErrorUnknown
+  std::uint64_t most_blocks = 0;           // the greatest grid launched since this was set to 0
+  std::uint64_t waits = 0;                 // how often a call has waited for the device
+  std::uint64_t devices = 0;               // bit n: a call has made a context on device n, or found it there
+  std::uint64_t launches = 0, copies = 0;  // how many kernels, and how many copies or batches of them, were enqueued
+  std::uint64_t delays = 0;  // how often a launch has loaded its kernel, or a call has allocated pinned memory
 };
 Calls& calls();
 

@@ -109,6 +109,7 @@ struct Runtime {
 
   std::map<std::uintptr_t, Allocation> memory;
   std::map<const void*, std::size_t> shared_bytes_optin;
+  std::set<const void*> loaded;  // kernels
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUstream_st>> legacy_streams;
@@ -125,6 +126,7 @@ struct Runtime {
   void seed(u64 value) {
     policy = static_cast<Policy>(value % 3);
     random_state = value;
+    loaded.clear();
   }
 };
 

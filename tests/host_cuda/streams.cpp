@@ -98,6 +98,8 @@ namespace {
 constexpr std::size_t kSharedBytes = 48 << 10, kSharedBytesOptin = 227 << 10, kParameterBytes = 4096;
 
 thread_local int current_device = 0;
+thread_local bool has_context = false;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
 
 // One host thread at a time is in the runtime. A lock that ThreadSanitizer does not see: those of CUDA order nothing
@@ -131,10 +133,26 @@ bool must_fail() {
   return countdown > 0 && --countdown == 0;
 }
 
-// Opens each function that tests can make fail.
-#define ENTER         \
-  const Entry entry_; \
+void use_device() {
+  has_context = true;
+  calls().devices |= u64{1} << current_device;
+}
+
+// What waits, or may, no thread may call while another one captures, unless its mode is the relaxed one.
+void refuse_captures(const char* call) {
+  if (capture_mode == cudaStreamCaptureModeRelaxed) return;
+  for (const CUstream_st* stream : runtime().streams)
+    if (stream->capture) fail("a call that %s while a stream is captured", call);
+}
+
+// These open each function that tests can make fail: one that needs no context, and one that makes one on the current
+// device if the thread has none.
+#define ENTER_WITHOUT_CONTEXT \
+  const Entry entry_;         \
   if (must_fail()) return result(cudaErrorUnknown)
+#define ENTER            \
+  ENTER_WITHOUT_CONTEXT; \
+  use_device()
 
 // --- The scheduler
 
@@ -215,6 +233,7 @@ void run_until_done(Operation* operation) {
 
 // The host waits for `operation`, or for nothing.
 void wait(Operation* operation) {
+  refuse_captures("waits");
   if (!operation) return;
   if (!operation->done) {
     ++calls().waits;
@@ -232,6 +251,7 @@ void let_time_pass() {
 }
 
 cudaError_t query(Operation* operation) {
+  refuse_captures("asks");
   let_time_pass();
   if (!operation) return cudaSuccess;
   // Sooner or later, so that a loop that asks ends.
@@ -318,6 +338,7 @@ cudaMemoryType type_of(const void* pointer, std::size_t bytes) {
 
 Operation* copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream_handle) {
   CUstream_st& stream = stream_of(stream_handle);
+  ++calls().copies;
   const cudaMemoryType to_type = type_of(to, bytes), from_type = type_of(from, bytes);
   const bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
   const bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
@@ -338,6 +359,7 @@ Operation* copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind ki
 }
 
 cudaError_t allocate(void** pointer, std::size_t bytes, cudaMemoryType type) {
+  refuse_captures("allocates");
   *pointer = nullptr;
   if (bytes == 0) return cudaSuccess;
   if (posix_memalign(pointer, 256, bytes)) return result(cudaErrorMemoryAllocation);
@@ -351,6 +373,7 @@ cudaError_t allocate(void** pointer, std::size_t bytes, cudaMemoryType type) {
 
 cudaError_t deallocate(void* pointer, cudaMemoryType type) {
   if (!pointer) return cudaSuccess;
+  refuse_captures("frees");
   const auto found = runtime().memory.find(reinterpret_cast<std::uintptr_t>(pointer));
   if (found == runtime().memory.end() || found->second.type != type || found->second.registered)
     fail("%p is freed twice, or not by the function that belongs to its allocation", pointer);
@@ -390,6 +413,8 @@ cudaError_t launch(const Kernel& kernel, cudaStream_t stream_handle, std::functi
   for (const void* pointer : pointer_parameters)
     if (pointer && type_of(pointer, 1) == cudaMemoryTypeUnregistered)
       fail("a kernel is given %p, which is neither device nor pinned memory", pointer);
+  if (runtime().loaded.insert(kernel.function).second) ++calls().delays;
+  ++calls().launches;
   calls().most_blocks = std::max(calls().most_blocks, static_cast<u64>(grid.x) * grid.y * grid.z);
   enqueue("kernel", stream,
           [kernel, call = std::move(call_one_thread)](Operation& operation) { run_kernel(kernel, call, operation); });
@@ -410,12 +435,12 @@ using namespace host_cuda;
 // --- Devices
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  ENTER;
+  ENTER_WITHOUT_CONTEXT;
   *count = options().devices;
   return *count ? cudaSuccess : result(cudaErrorNoDevice);
 }
 cudaError_t cudaGetDevice(int* device) {
-  ENTER;
+  ENTER_WITHOUT_CONTEXT;
   *device = current_device;
   return cudaSuccess;
 }
@@ -423,6 +448,7 @@ cudaError_t cudaSetDevice(int device) {
   const Entry entry;  // never fails on request: there would be no way back to the device before
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
   current_device = device;
+  use_device();
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
@@ -441,7 +467,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  ENTER;
+  ENTER_WITHOUT_CONTEXT;
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
   const std::map<cudaDeviceAttr, int> values = {
       {cudaDevAttrMaxSharedMemoryPerBlock, kSharedBytes},
@@ -449,6 +475,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
       {cudaDevAttrWarpSize, 32},
       {cudaDevAttrMultiProcessorCount, options().multiprocessors},
       {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
+      {cudaDevAttrHostNativeAtomicSupported, 0},
       {cudaDevAttrComputeCapabilityMajor, options().compute_capability / 10},
       {cudaDevAttrComputeCapabilityMinor, options().compute_capability % 10},
   };
@@ -469,8 +496,13 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
-  ENTER;
+  ENTER_WITHOUT_CONTEXT;
   *version = 13000;
+  return cudaSuccess;
+}
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  ENTER_WITHOUT_CONTEXT;
+  std::swap(capture_mode, *mode);
   return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
@@ -499,6 +531,7 @@ cudaError_t cudaFree(void* pointer) {
 }
 cudaError_t cudaHostAlloc(void** pointer, std::size_t bytes, unsigned) {
   ENTER;
+  ++calls().delays;
   return allocate(pointer, bytes, cudaMemoryTypeHost);
 }
 cudaError_t cudaMallocHost(void** pointer, std::size_t bytes) { return cudaHostAlloc(pointer, bytes, 0); }
@@ -573,6 +606,7 @@ static CUresult memcpy_batch(CUdeviceptr* to, CUdeviceptr* from, std::size_t* si
     const void* from;
     std::size_t bytes;
   };
+  ++calls().copies;
   std::vector<Copy> copies;
   for (std::size_t i = 0; i < count; ++i) {
     copies.push_back({reinterpret_cast<void*>(to[i]), reinterpret_cast<const void*>(from[i]), sizes[i]});
@@ -603,12 +637,18 @@ static CUresult memcpy_batch(CUdeviceptr* to, CUdeviceptr* from, std::size_t* si
   }
   return CUDA_SUCCESS;
 }
+static CUresult current_context(CUcontext* context) {
+  *context = has_context ? reinterpret_cast<CUcontext>(&runtime()) : nullptr;
+  return CUDA_SUCCESS;
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned version, unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
-  ENTER;
-  const bool known = std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 && options().batch_copies;
-  *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  *function = known ? reinterpret_cast<void*>(memcpy_batch) : nullptr;
+  ENTER_WITHOUT_CONTEXT;
+  *function = nullptr;
+  if (std::strcmp(symbol, "cuMemcpyBatchAsync") == 0 && version == 12080 && options().batch_copies)
+    *function = reinterpret_cast<void*>(memcpy_batch);
+  if (std::strcmp(symbol, "cuCtxGetCurrent") == 0) *function = reinterpret_cast<void*>(current_context);
+  *found = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 
@@ -727,8 +767,9 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   runtime().shared_bytes_optin[kernel] = bytes;
   return cudaSuccess;
 }
-cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   ENTER;
+  runtime().loaded.insert(kernel);
   attributes->ptxVersion = options().compute_capability;
   return cudaSuccess;
 }

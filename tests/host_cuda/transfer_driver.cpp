@@ -4,18 +4,22 @@
 //   transfer_driver [--schedules N] [--seed S] [--fail-fast]
 //                   [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
 //
-// It is built as driver.cpp is. A schedule draws a layout, a ring, chunks and the order of everything from its seed: it
-// writes pages, stores them, overwrites them, loads other payloads into them and reads them back, while earlier jobs
-// are still under way, each job by a path of its own. One line a failure, a count at the end, exit status 1 if there
-// was any.
+// It is built as driver.cpp is. A schedule draws a layout, its layers, a ring, chunks and the order of everything from
+// its seed: it writes pages, stores them, overwrites them, loads other payloads into them and reads them back, while
+// earlier jobs are still under way, each job by a path of its own, all at once or layer by layer. One line a failure, a
+// count at the end, exit status 1 if there was any.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 
 #include "checksum.h"
 #include "device_memory.h"
@@ -36,15 +40,14 @@ void fail(const std::string& what) {
   if (fail_fast) std::_Exit(1);
 }
 
-// Of a part of a payload that begins at `offset` in it.
-u64 checksum(const u8* payload, u64 bytes, u64 offset) {
+i64 checksum(const std::vector<u8>& payload) {
   LaneSums sums;
-  for (u64 at = 0; at < bytes; at += kLaneBytes) {
+  for (u64 at = 0; at < payload.size(); at += kLaneBytes) {
     u64 words[2] = {0, 0};
-    std::memcpy(words, payload + at, at + kLaneBytes <= bytes ? kLaneBytes : bytes - at);
-    sums.add((offset + at) / kLaneBytes, words[0], words[1]);
+    std::memcpy(words, &payload[at], std::min<u64>(kLaneBytes, payload.size() - at));
+    sums.add(at / kLaneBytes, words[0], words[1]);
   }
-  return sums.total() + checksum_length(bytes);
+  return static_cast<i64>(sums.total() + checksum_length(payload.size()));
 }
 
 using Random = std::mt19937_64;
@@ -56,7 +59,7 @@ struct Pages {
   DeviceMemory memory;
 
   explicit Pages(Random& random) {
-    const u64 planes = 1 + random() % 3, pages = 16, run_bytes = (1 + random() % 40) * (random() % 2 ? 16 : 4);
+    const u64 planes = 1 + random() % 6, pages = 16, run_bytes = (1 + random() % 40) * (random() % 2 ? 16 : 4);
     const u64 runs = random() % 2 ? 1 : 1 + random() % 3, run_stride = run_bytes + (random() % 2 ? 0 : 48);
     const u64 page_stride = runs * run_stride;
     bytes = planes * pages * page_stride;
@@ -64,6 +67,8 @@ struct Pages {
     cache = {{}, pages, page_stride, runs * run_bytes, run_bytes, run_stride, 4, 0};
     for (u64 p = 0; p < planes; ++p) cache.planes.push_back(memory.get() + p * pages * page_stride);
   }
+  u64 end() const { return cache.planes.size(); }
+  u64 plane_bytes() const { return bytes / end(); }
   u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_stride; }
   u64 payload_bytes(u64 pages) const { return cache.planes.size() * pages * cache.page_bytes; }
   // Each run of a payload: where it is in the payload, and where in the cache, ~0 if nowhere.
@@ -97,17 +102,27 @@ struct Record {
   HostMemory payload;
   u64 bytes;
   std::vector<u8> want;
-  u64 offset = 0;  // in a longer payload
-
-  u64 checksum() const { return ::checksum(want.data(), bytes, offset); }
 };
 
 std::vector<Chunk> chunks_of(std::vector<Record>& records) {
   std::vector<Chunk> chunks;
   for (Record& record : records)
-    chunks.push_back(
-        {record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true, record.offset});
+    chunks.push_back({record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true});
   return chunks;
+}
+
+// Where layers end: there may be one of all planes.
+std::vector<u64> draw_layers(Random& random, const Pages& pages) {
+  std::vector<u64> ends;
+  for (u64 end = 1; end < pages.end(); ++end)
+    if (random() % 2) ends.push_back(end);
+  ends.push_back(pages.end());
+  return random() % 3 ? ends : std::vector<u64>{pages.end()};
+}
+
+// Whether checksums can be made of the layers' parts of payloads.
+bool are_whole_lanes(const Pages& pages, const std::vector<u64>& ends) {
+  return ends.size() == 1 || pages.cache.page_bytes % kLaneBytes == 0;
 }
 
 // How long fragments have to be for a path of their own, on average: none are, all are, some are.
@@ -131,6 +146,18 @@ std::vector<std::vector<i64>> draw_pages(Random& random, u64 pages) {
   return out;
 }
 
+// Chunks of all pages, of a round or repeated; their payloads hold nothing yet.
+std::vector<Record> draw_records(Random& random, const Pages& pages, std::size_t repeated = 0) {
+  std::vector<std::vector<i64>> drawn = draw_pages(random, pages.cache.num_pages);
+  if (repeated) drawn.assign(repeated, {static_cast<i64>(random() % pages.cache.num_pages)});
+  std::vector<Record> records;
+  for (std::vector<i64>& ids : drawn) {
+    const u64 bytes = pages.payload_bytes(ids.size());
+    records.push_back({std::move(ids), host_memory(random, bytes), bytes, {}});
+  }
+  return records;
+}
+
 // A stream of the caller's that writes and reads pages, and what it read.
 class Caller {
  public:
@@ -139,14 +166,19 @@ class Caller {
     CHECK(cudaStreamSynchronize(stream));
     CHECK(cudaStreamDestroy(stream));
   }
-  void write(const Pages& pages, const std::vector<u8>& content) {
-    kept_.push_back(pinned_memory(bytes_));
-    std::memcpy(kept_.back().get(), content.data(), bytes_);
-    CHECK(cudaMemcpyAsync(pages.memory.get(), kept_.back().get(), bytes_, cudaMemcpyHostToDevice, stream));
+  // Planes from `first` up to `end`.
+  void write(const Pages& pages, const std::vector<u8>& content, u64 first = 0, u64 end = ~u64{0}) {
+    const u64 at = first * pages.plane_bytes(),
+              bytes = std::min(bytes_, end == ~u64{0} ? bytes_ : end * pages.plane_bytes()) - at;
+    kept_.push_back(pinned_memory(bytes));
+    std::memcpy(kept_.back().get(), &content[at], bytes);
+    CHECK(cudaMemcpyAsync(pages.memory.get() + at, kept_.back().get(), bytes, cudaMemcpyHostToDevice, stream));
   }
-  u8* read(const Pages& pages) {
-    kept_.push_back(pinned_memory(bytes_));
-    CHECK(cudaMemcpyAsync(kept_.back().get(), pages.memory.get(), bytes_, cudaMemcpyDeviceToHost, stream));
+  u8* read(const Pages& pages, u64 first = 0, u64 end = ~u64{0}) {
+    const u64 at = first * pages.plane_bytes(),
+              bytes = std::min(bytes_, end == ~u64{0} ? bytes_ : end * pages.plane_bytes()) - at;
+    kept_.push_back(pinned_memory(bytes));
+    CHECK(cudaMemcpyAsync(kept_.back().get(), pages.memory.get() + at, bytes, cudaMemcpyDeviceToHost, stream));
     return kept_.back().get();
   }
 
@@ -165,6 +197,7 @@ std::vector<u8> random_bytes(Random& random, u64 bytes) {
 
 struct Store {
   std::vector<Record> records;
+  bool checksums;
   std::unique_ptr<cuda::Staging::Job> job;
 
   void compare(Random& random) {
@@ -172,51 +205,65 @@ struct Store {
     while (asks && !job->finished()) {
     }
     if (cudaGetLastError() != cudaSuccess) fail("asking leaves an error behind");
-    std::vector<u64> sums;
+    std::vector<i64> sums;
     if (!asks) sums = job->wait();
     for (const Record& record : records)
       if (std::memcmp(record.payload.get(), record.want.data(), record.bytes) != 0) fail("a stored payload differs");
     if (asks) sums = job->wait();
-    for (std::size_t i = 0; i < records.size(); ++i) {
-      const Record& record = records[i];
-      if (sums.at(i) != record.checksum()) fail("a stored payload has another checksum");
-    }
+    for (std::size_t i = 0; checksums && i < records.size(); ++i)
+      if (sums.at(i) != checksum(records[i].want)) fail("a stored payload has another checksum");
   }
 };
+
+// Jobs whose chunks have this many pages at most.
+u64 draw_buffer_bytes(Random& random, const Pages& pages) {
+  return (pages.payload_bytes(5) + 255) / 256 * 256 * (1 + random() % 2);
+}
+
+template <typename Error, typename Work>
+void must_throw(const char* what, const Work& work) {
+  try {
+    work();
+    fail(what);
+  } catch (const Error&) {
+  }
+}
 
 void run(u64 seed) {
   Random random(seed);
   std::vector<Record> outliving(2);
   std::vector<std::unique_ptr<cuda::Staging::Job>> last;
   const Pages pages(random);
-  const u64 most_pages = 5, buffers = 2 + random() % 2;
-  u64 buffer_bytes = cuda::Staging::least_buffer_bytes(pages.cache, most_pages);
-  if (random() % 2) buffer_bytes *= 2;
+  const u64 buffers = 2 + random() % 2, buffer_bytes = draw_buffer_bytes(random, pages);
   const DeviceMemory store_ring = device_memory(buffers * buffer_bytes),
                      load_ring = device_memory(buffers * buffer_bytes);
-  cuda::Staging stores(0, store_ring.get(), buffer_bytes, static_cast<u32>(buffers));
-  cuda::Staging loads(0, load_ring.get(), buffer_bytes, static_cast<u32>(buffers));
+  const u32 max_blocks = random() % 2;
+  cuda::Staging stores(0, store_ring.get(), buffer_bytes, static_cast<u32>(buffers), false, max_blocks);
+  cuda::Staging loads(0, load_ring.get(), buffer_bytes, static_cast<u32>(buffers), true, max_blocks);
   Caller caller(pages.bytes);
 
   std::vector<Store> stored;
   std::vector<u8> content(pages.bytes);
   for (int round = 0; round < 3; ++round) {
     content = random_bytes(random, pages.bytes);
-    caller.write(pages, content);
-    Store store;
-    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), {}, 0, {}};
-      record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = host_memory(random, record.bytes);
+    const std::vector<u64> ends = draw_layers(random, pages);
+    Store store{draw_records(random, pages, round == 0 && seed % 4 == 1 ? 500 : 0), are_whole_lanes(pages, ends), {}};
+    for (Record& record : store.records) {
       record.want.assign(record.bytes, 0);
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
         if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.run_bytes);
       });
-      record.offset = random() % 4 * 16;
-      store.records.push_back(std::move(record));
     }
-    store.job = stores.store(pages.cache, chunks_of(store.records), caller.stream, draw_fragment_bytes(random, pages));
-    store.job->order(caller.stream);
+    store.job =
+        stores.store(pages.cache, chunks_of(store.records), ends, store.checksums, draw_fragment_bytes(random, pages));
+    u64 first = 0;
+    for (const u64 end : ends) {
+      caller.write(pages, content, first, end);
+      if (end == pages.end() || random() % 3)
+        store.job->go_on(end, std::make_unique<cuda::Event>(0, caller.stream).get());
+      first = end;
+    }
+    store.job->order(caller.stream, pages.end());
     caller.write(pages, random_bytes(random, pages.bytes));  // the pages are somebody else's by now
     if (random() % 3 == 0) store.compare(random);
     stored.push_back(std::move(store));
@@ -226,32 +273,46 @@ void run(u64 seed) {
   std::vector<std::unique_ptr<cuda::Staging::Job>> jobs;
   std::vector<std::vector<Record>> loaded;
   std::vector<std::pair<const u8*, std::vector<u8>>> reads;
-  std::vector<std::vector<u64>> checksums;
+  std::vector<std::vector<i64>> checksums;
   for (int round = 0; round < 3; ++round) {
     content = random_bytes(random, pages.bytes);
     caller.write(pages, content);
     reads.emplace_back(caller.read(pages), content);  // pages that others read until the load begins
-    std::vector<Record> records;
-    std::vector<u64> sums;
-    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), {}, 0, {}};
-      record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = host_memory(random, record.bytes);
+    std::vector<Record> records = draw_records(random, pages);
+    std::vector<i64> sums;
+    for (Record& record : records) {
       record.want = random_bytes(random, record.bytes);
       std::memcpy(record.payload.get(), record.want.data(), record.bytes);
-      record.offset = random() % 4 * 16;
-      sums.push_back(record.checksum());
+      sums.push_back(checksum(record.want));
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
         if (in_cache != ~u64{0}) std::memcpy(&content[in_cache], &record.want[in_payload], pages.cache.run_bytes);
       });
-      records.push_back(std::move(record));
     }
-    if (random() % 4 == 0) sums.clear();  // a load that sums up nothing
+    const std::vector<u64> ends = draw_layers(random, pages);
+    if (random() % 4 == 0 || !are_whole_lanes(pages, ends)) sums.clear();  // a load that sums up nothing
     const u32 kernel_blocks = random() % 3 ? 0 : 1 + random() % 2;
-    jobs.push_back(loads.load(pages.cache, chunks_of(records), !sums.empty(), caller.stream,
+    jobs.push_back(loads.load(pages.cache, chunks_of(records), ends, !sums.empty(), cuda::Event(0, caller.stream),
                               draw_fragment_bytes(random, pages), kernel_blocks));
-    jobs.back()->order(caller.stream);
-    reads.emplace_back(caller.read(pages), content);
+    cuda::Staging::Job& job = *jobs.back();
+    const auto read_layers = [&] {
+      u64 first = 0;
+      for (const u64 end : ends) {
+        job.order(caller.stream, end);
+        reads.emplace_back(caller.read(pages, first, end),
+                           std::vector<u8>(content.begin() + static_cast<i64>(first * pages.plane_bytes()),
+                                           content.begin() + static_cast<i64>(end * pages.plane_bytes())));
+        first = end;
+      }
+    };
+    if (random() % 4 == 0) {  // somebody waits for layers while they are begun
+      std::thread waiting(read_layers);
+      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      job.go_on(pages.end(), nullptr);
+      waiting.join();
+    } else {
+      job.go_on(pages.end(), nullptr);
+      read_layers();
+    }
     if (random() % 3 == 0) {  // nobody waits for it, and its payloads are gone
       jobs.pop_back();
       records.clear();
@@ -264,64 +325,195 @@ void run(u64 seed) {
     if (jobs[i]->wait() != checksums[i]) fail("a load has other checksums");
   CHECK(cudaStreamSynchronize(caller.stream));
   for (const auto& [got, want] : reads)
-    if (std::memcmp(got, want.data(), pages.bytes) != 0) fail("pages differ");
+    if (std::memcmp(got, want.data(), want.size()) != 0) fail("pages differ");
 
   std::vector<i64> all(4096, 0);
-  const std::vector<Chunk> refused{{all.data(), all.size(), all.size() * 4, nullptr, true},
-                                   {all.data(), 1, 4, nullptr, true, 8}};
-  for (const Chunk& chunk : refused) try {
-      stores.store(pages.cache, {chunk}, caller.stream, 0);
-      fail("a chunk that is too large, or at an odd offset, is taken");
-    } catch (const std::invalid_argument&) {
-    }
+  const std::vector<u64> whole{pages.end()};
+  const Chunk too_large{all.data(), all.size(), all.size() * 4, nullptr, true};
+  must_throw<std::invalid_argument>("a chunk that is too large is taken",
+                                    [&] { stores.store(pages.cache, {too_large}, whole, true, 0); });
   // Jobs outlive what made them, and that its ring.
   for (Record& record : outliving) {
-    record.ids = {1, 2};
-    record.bytes = pages.payload_bytes(2);
-    record.payload = host_memory(random, record.bytes);
+    record = {{1, 2}, host_memory(random, pages.payload_bytes(2)), pages.payload_bytes(2), {}};
     std::memset(record.payload.get(), 0, record.bytes);
   }
   std::vector<Chunk> both = chunks_of(outliving);
-  last.push_back(stores.store(pages.cache, {both[0]}, caller.stream, random() % 2));
-  last.back()->order(caller.stream);
-  last.push_back(loads.load(pages.cache, {both[1]}, true, caller.stream, random() % 2, 0));
+  if (const Chunk part{all.data(), 1, 4, both[0].payload, true}; pages.end() > 1 && pages.cache.page_bytes % kLaneBytes)
+    must_throw<std::invalid_argument>("checksums of layers that end anywhere are taken",
+                                      [&] { stores.store(pages.cache, {part}, {1, pages.end()}, true, 0); });
+  std::unique_ptr<cuda::Staging::Job> given_up = stores.store(pages.cache, {both[0]}, {pages.end()}, true, 0);
+  must_throw<std::runtime_error>("a store that was given up has checksums", [&] { given_up->wait(); });
+  given_up->go_on(pages.end(), nullptr);
+  given_up->order(caller.stream, pages.end());
+  given_up.reset();
+  if (std::any_of(both[0].payload, both[0].payload + outliving[0].bytes, [](u8 byte) { return byte != 0; }))
+    fail("a job that was given up goes on");
+  stores.store(pages.cache, {}, whole, true, 0)->order(caller.stream, pages.end());
+  last.push_back(stores.store(pages.cache, {both[0]}, whole, true, random() % 2));
+  last.back()->go_on(pages.end(), std::make_unique<cuda::Event>(0, caller.stream).get());
+  last.back()->order(caller.stream, pages.end());
+  last.push_back(loads.load(pages.cache, {both[1]}, whole, true, cuda::Event(0, caller.stream), random() % 2, 0));
   if (cudaGetLastError() != cudaSuccess) fail("an error is left behind");
 }
 
 #ifdef LMC_HOST_CUDA
+// Ends the program once it has not run for ten seconds: one thread waits for what none does.
+[[noreturn]] void end_a_standstill() {
+  for (std::clock_t before = std::clock();; before = std::clock()) {
+    std::this_thread::sleep_for(std::chrono::seconds(10));
+    if (std::clock() - before < CLOCKS_PER_SEC / 50) {
+      fail("nothing moves");
+      std::_Exit(1);
+    }
+  }
+}
+
+// Two threads that transfer for device 1, with one ring, leave device 0 alone, and the graph that somebody captures.
+void leave_others_alone(u64 seed) {
+  Random random(seed);
+  CHECK(cudaSetDevice(1));
+  const Pages pages(random);
+  const u64 buffer_bytes = draw_buffer_bytes(random, pages), fragment_bytes = random() % 2;
+  const u32 kernel_blocks = random() % 2;
+  const DeviceMemory ring = device_memory(2 * buffer_bytes);
+  std::vector<Record> records = draw_records(random, pages);
+  const std::vector<Chunk> chunks = chunks_of(records);
+  const std::vector<u64> ends{pages.end()};
+  Caller caller(pages.bytes), captured(0);
+  caller.write(pages, random_bytes(random, pages.bytes));
+  cudaGraph_t graph = nullptr;
+  CHECK(cudaStreamBeginCapture(captured.stream, cudaStreamCaptureModeGlobal));
+  const auto is_refused = [&](const auto& work) {
+    try {
+      work();
+      fail("a transfer is ordered by a stream that is captured");
+    } catch (const std::runtime_error& error) {
+      if (!std::strstr(error.what(), "is being captured")) fail(error.what());
+    }
+  };
+  const auto check_devices = [] {
+    if (host_cuda::calls().devices != 2) fail("a thread for device 1 makes a context on device 0");
+  };
+  std::unique_ptr<cuda::Staging> staging;
+  const auto transfer = [&](std::size_t c) {
+    if (!staging) staging = std::make_unique<cuda::Staging>(1, ring.get(), buffer_bytes, 2, true, 0);
+    const cuda::Event behind(1, caller.stream);
+    std::unique_ptr<cuda::Staging::Job> job = staging->store(pages.cache, {chunks[c]}, ends, true, fragment_bytes);
+    job->go_on(pages.end(), &behind);
+    while (!job->finished()) {
+    }
+    const std::vector<i64> sums = job->wait();
+    job = staging->load(pages.cache, {chunks[c]}, ends, true, behind, fragment_bytes, kernel_blocks);
+    job->order(caller.stream, pages.end());
+    if (job->wait() != sums) fail("a load on another device has other checksums");
+    is_refused([&] { cuda::Event(1, captured.stream); });
+    job = staging->load(pages.cache, {chunks[c]}, ends, false, behind, fragment_bytes, 0);
+    is_refused([&] { job->order(captured.stream, pages.end()); });
+    job.reset();
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+    CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    if (mode != cudaStreamCaptureModeGlobal) fail("a thread is left in another mode of capture");
+    check_devices();
+  };
+  std::thread(transfer, 0).join();
+  std::thread other(transfer, 1);
+  std::thread(transfer, 2).join();
+  other.join();
+  std::thread([&] {
+    staging.reset();
+    check_devices();
+  }).join();
+  CHECK(cudaStreamEndCapture(captured.stream, &graph));
+  CHECK(cudaGraphDestroy(graph));
+  CHECK(cudaSetDevice(0));
+  cuda::Staging(1, ring.get(), buffer_bytes, 2, true, 0)
+      .load(pages.cache, chunks, ends, false, cuda::Event(1, caller.stream), 0, 0)
+      ->wait();
+  int device = 1;
+  CHECK(cudaGetDevice(&device));
+  if (device != 0) fail("the device that a thread had chosen is another one");
+}
+
+// A transfer of many layers is few calls, none of which keeps it waiting, and few blocks.
+void take_few_calls() {
+  constexpr u64 planes = 40, page_bytes = 4096, num_pages = 16;
+  const DeviceMemory memory = device_memory(planes * num_pages * page_bytes), ring = device_memory(2 << 21);
+  const PinnedMemory payloads = pinned_memory(2 * planes * 4 * page_bytes);
+  PagedCache cache{{}, num_pages, page_bytes, page_bytes, page_bytes, page_bytes, 4, 0};
+  std::vector<u64> ends;
+  for (u64 plane = 0; plane < planes; ++plane) {
+    cache.planes.push_back(memory.get() + plane * num_pages * page_bytes);
+    ends.push_back(plane + 1);
+  }
+  const i64 ids[] = {3, 1, 4, 15, 9, 2, 6, 5};
+  std::vector<Chunk> chunks;
+  for (u64 c = 0; c < 2; ++c)
+    chunks.push_back({ids + 4 * c, 4, 16, payloads.get() + c * planes * 4 * page_bytes, true});
+  host_cuda::options().multiprocessors = 132;
+  Caller caller(0);
+  cuda::Staging staging(0, ring.get(), 2 << 20, 2, true, 0);
+  host_cuda::Calls& calls = host_cuda::calls();
+  calls.launches = calls.copies = calls.delays = calls.most_blocks = 0;
+  const auto expect = [&](u64 steps) {
+    if (calls.launches != steps || calls.copies != steps) fail("a transfer takes more calls, or fewer, than its steps");
+  };
+  const cuda::Event behind(0, caller.stream);
+  const std::unique_ptr<cuda::Staging::Job> load = staging.load(cache, chunks, ends, true, behind, 0, 0);
+  expect(1);  // the first layer
+  load->go_on(planes, nullptr);
+  expect(2);
+  const std::unique_ptr<cuda::Staging::Job> store = staging.store(cache, chunks, ends, true, 0);
+  for (u64 end = 1; end < planes; ++end) store->go_on(end, &behind);
+  expect(3);  // the first layer, the other ones with the last
+  store->go_on(planes, &behind);
+  expect(4);
+  if (calls.delays) fail("a transfer loads a kernel or allocates pinned memory");
+  if (calls.most_blocks != 16) fail("a transfer's kernels have other blocks than keep up with the bus");
+  host_cuda::options().multiprocessors = 2;
+}
+
 // Every CUDA call of a store and of a load fails in turn: an exception, nothing under way, and the next one is right.
 void fail_every_call(u64 seed) {
   Random random(seed);
   const Pages pages(random);
-  const u64 buffer_bytes = cuda::Staging::least_buffer_bytes(pages.cache, 5);
+  const u64 buffer_bytes = draw_buffer_bytes(random, pages);
   const DeviceMemory ring = device_memory(2 * buffer_bytes);
   for (int call = 1;; ++call) {
     Caller caller(pages.bytes);
     std::vector<u8> content = random_bytes(random, pages.bytes);
     caller.write(pages, content);
-    std::vector<Record> records;
-    for (std::vector<i64>& ids : draw_pages(random, pages.cache.num_pages)) {
-      Record record{std::move(ids), {}, 0, {}};
-      record.bytes = pages.payload_bytes(record.ids.size());
-      record.payload = host_memory(random, record.bytes);
-      records.push_back(std::move(record));
-    }
+    std::vector<Record> records = draw_records(random, pages);
+    const std::vector<u64> ends = draw_layers(random, pages);
+    const bool checksums = are_whole_lanes(pages, ends);
     host_cuda::calls().until_failure = call;
     std::unique_ptr<cuda::Staging> staging;
+    std::unique_ptr<cuda::Staging::Job> job;
+    bool is_begun = false;
     try {
-      staging = std::make_unique<cuda::Staging>(0, ring.get(), buffer_bytes, 2);
+      staging = std::make_unique<cuda::Staging>(0, ring.get(), buffer_bytes, 2, true, 0);
       const u64 fragment_bytes = seed / 3 % 2;
       const std::vector<Chunk> chunks = chunks_of(records);
-      const std::vector<u64> sums = staging->store(pages.cache, chunks, caller.stream, fragment_bytes)->wait();
-      const u32 kernel_blocks = seed / 6 % 2;
-      if (staging->load(pages.cache, chunks, true, caller.stream, fragment_bytes, kernel_blocks)->wait() != sums)
-        fail("a payload has another checksum than when it was stored");
+      const cuda::Event behind(0, caller.stream);
+      job = staging->store(pages.cache, chunks, ends, checksums, fragment_bytes);
+      job->go_on(pages.end(), &behind);
+      is_begun = true;
+      const std::vector<i64> sums = job->wait();
+      job = staging->load(pages.cache, chunks, ends, checksums, behind, fragment_bytes, seed / 6 % 2);
+      is_begun = false;
+      job->go_on(pages.end(), nullptr);
+      is_begun = true;
+      if (job->wait() != sums) fail("a payload has another checksum than when it was stored");
     } catch (const std::runtime_error&) {
       // As it has to be, unless the call is one of a destructor's, which have nobody to tell.
     }
     const bool failed = host_cuda::calls().until_failure == 0;
     host_cuda::calls().until_failure = 0;
+    if (failed && job && !is_begun) {
+      job->order(caller.stream, pages.end());
+      must_throw<std::runtime_error>("a job that failed has checksums", [&] { job->wait(); });
+    }
     // Whatever was under way: its payloads are gone, and its pages are the caller's.
+    job.reset();
     records.clear();
     caller.write(pages, content);
     const u8* read = caller.read(pages);
@@ -347,7 +539,7 @@ int main(int argc, char** argv) {
       fail_fast = true;
 #ifdef LMC_HOST_CUDA
     else if (i + 1 < argc && option == "--watchdog")
-      host_cuda::options().watchdog_seconds = std::atoi(argv[++i]);
+      host_cuda::options().watchdog_seconds = std::atoi(argv[++i]), std::thread(end_a_standstill).detach();
 #endif
     else if (i + 1 < argc && option == "--schedules")
       schedules = std::strtoull(argv[++i], nullptr, 0);
@@ -364,6 +556,8 @@ int main(int argc, char** argv) {
       fail_every_call(schedule);
       continue;
     }
+    leave_others_alone(schedule);
+    if (host_cuda::options().batch_copies == 1) take_few_calls();
 #endif
     run(schedule);
   }
