@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 import torch
 
 from lmcache_mm import _C, ops, transfer_paths
-from lmcache_mm.lane import EXIT_S, Lane, Work
+from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
 
@@ -153,6 +153,7 @@ class Transfer:
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
+        close_at_exit(self.close)
 
     def close(self, patience_s: float | None = None) -> bool:
         """Finishes all jobs; with a patience, those that end within it. Whether these are all. Stores by layers whose
@@ -182,7 +183,7 @@ class Transfer:
         if not by_layer:
             return self._submit(self._stores, self._put, chunks, owner, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
-        lane = Lane("lmcache_mm store by layers")
+        lane = Lane("lmcache_mm store by layers", at_exit=False)  # `close` gives it up
         job = self._submit(lane, self._put, chunks, owner, self._staging(), True, early=True)
         self._by_layer.add(job.work)
         return job

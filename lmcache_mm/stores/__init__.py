@@ -175,11 +175,11 @@ def _open_tiers(urls: Sequence[str]) -> Store:
     try:
         for url in urls:
             stores.append(open_store(url))
+        return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
     except BaseException:
         for store in stores:
             store.close()
         raise
-    return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
 
 
 def _open_mem(url: str) -> Store:
