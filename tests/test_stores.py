@@ -122,7 +122,7 @@ def local(request, tmp_path):
     remove()
 
 
-@pytest.fixture(params=["mem", "mem,mem"])
+@pytest.fixture(params=["mem", "mem,mem", "valkey"])
 def checked(request, tmp_path):
     """One that checks what it is given by `checked_records`."""
     store, remove = new_store(request.param, tmp_path)
