@@ -9,7 +9,7 @@ import torch
 
 from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
-from lmcache_mm.prompt import Namespace, Prompt, count, owner_of
+from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import Store, open_store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 
@@ -131,9 +131,7 @@ class KVCache:
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store; returns their number."""
-        if not salt:
-            raise ValueError("salt: expected one, got none")
-        return self.backend.forget(owner_of(salt))
+        return self.backend.forget(owner_to_forget(salt))
 
     def _records(self, prompt: Prompt) -> list[Record]:
         if not isinstance(prompt, Prompt):

@@ -179,12 +179,17 @@ class Transfer:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
         tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
         is asked already, and they are read by the thread that waits for `Job.pages_free` or, by_layer, that says
-        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`."""
+        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`. What was forgotten since
+        the store was asked for is not stored."""
+        try:
+            as_of = self._store.moment()
+        except Exception:  # it is closed, say, as the job will find
+            as_of = 0
         if not by_layer:
-            return self._submit(self._stores, self._put, chunks, owner, self._store_staging, False, early=early)
+            return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
         lane = Lane("lmcache_mm store by layers", at_exit=False)  # `close` gives it up
-        job = self._submit(lane, self._put, chunks, owner, self._staging(), True, early=True)
+        job = self._submit(lane, self._put, chunks, owner, as_of, self._staging(), True, early=True)
         self._by_layer.add(job.work)
         return job
 
@@ -338,20 +343,23 @@ class Transfer:
             self._scatter(work, step[:whole], payloads[:whole], checksums=False)
         return whole
 
-    def _put(self, work: Work, chunks: Sequence[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool) -> int:
+    def _put(
+        self, work: Work, chunks: Sequence[Chunk], owner: bytes, as_of: int, staging: torch.Tensor, by_layer: bool
+    ) -> int:
         whole = [chunk for chunk in chunks if -1 not in chunk.pages]
         if not self._in_place:
             present = self._store.contains([chunk.key for chunk in whole])
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         if self._in_place:
-            return sum(self._store_slots(work, step, owner, by_layer, step is steps[-1]) for step in steps)
-        return sum(self._store_staged(work, step, owner, staging, by_layer, step is steps[-1]) for step in steps)
+            return sum(self._store_slots(work, step, owner, as_of, by_layer, step is steps[-1]) for step in steps)
+        return sum(self._store_staged(work, step, owner, as_of, staging, by_layer, step is steps[-1]) for step in steps)
 
-    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, by_layer: bool, last: bool) -> int:
+    def _store_slots(self, work: Work, step: list[Chunk], owner: bytes, as_of: int, by_layer: bool, last: bool) -> int:
         """Gathers straight into slots of the store; of how many tokens."""
         store = cast(SlotStore, self._store)
-        slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
+        sizes = [self._payload_bytes(chunk) for chunk in step]
+        slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
         reserved = [slot for slot in slots if slot]
         chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
         if not chunks:
@@ -365,11 +373,12 @@ class Transfer:
         return sum(chunk.tokens for chunk in chunks)
 
     def _store_staged(
-        self, work: Work, step: list[Chunk], owner: bytes, staging: torch.Tensor, by_layer: bool, last: bool
+        self, work: Work, step: list[Chunk], owner: bytes, as_of: int, staging: torch.Tensor, by_layer: bool, last: bool
     ) -> int:
         payloads = self._payloads(step, staging)
         sums = self._gather(work, step, payloads, by_layer, last)
-        self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
+        buffers = [payload.numpy().data for payload in payloads]
+        self._store.put([chunk.key for chunk in step], buffers, owner, sums, as_of)
         return sum(chunk.tokens for chunk in step)
 
     def _gather(

@@ -59,6 +59,7 @@ class EncoderWorker:
             self._tell(stored=False)
             return
         try:
+            as_of = store.moment()
             packed = pack(output)
         except Exception:  # no memory, or no tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
@@ -67,13 +68,13 @@ class EncoderWorker:
         copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
         with self._lock:
             self._waiting_bytes += packed.payload.nbytes
-        self._puts.submit(lambda _: self._put(store, key, packed, copied))
+        self._puts.submit(lambda _: self._put(store, key, packed, as_of, copied))
 
-    def _put(self, store: Store, key: OutputKey, packed: Packed, copied: torch.cuda.Event | None) -> None:
+    def _put(self, store: Store, key: OutputKey, packed: Packed, as_of: int, copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
                 copied.synchronize()
-            write(store, key.key, packed, key.owner)
+            write(store, key.key, packed, key.owner, as_of)
             self._tell(stored=True)
         except Exception:
             logger.exception("%s: an encoder output could not be stored", ENCODER_NAME)
