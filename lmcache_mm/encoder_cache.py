@@ -12,6 +12,7 @@ from blake3 import blake3
 from lmcache_mm.layout import check_storage
 from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
 from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores.arguments import is_lack
 
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
 PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"
@@ -113,7 +114,7 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> bool:
-        """Stores a copy of the output. False: the store has it.
+        """Stores a copy of the output. False: the store has it, or there is no memory for a copy.
 
         On CUDA it is copied behind what torch's current streams of its devices hold, and save waits for the copy.
         Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
@@ -125,7 +126,12 @@ class EncoderCache:
             return False
         if there is not None and there != description:
             self.backend.delete([key])  # it would keep its place, and name a payload that is not this one
-        packed = pack(output)
+        try:
+            packed = pack(output)
+        except (MemoryError, RuntimeError) as error:
+            if is_lack(error):
+                return False
+            raise
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         write(self.backend, key, packed, owner_of(salt), as_of)
@@ -296,7 +302,13 @@ def has_payload(store: Store, key: bytes, description: bytes) -> bool:
 
 
 def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
-    packed = Packed(description, torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned))
+    try:
+        memory = torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned)
+    except (MemoryError, RuntimeError) as error:
+        if is_lack(error):
+            return None
+        raise
+    packed = Packed(description, memory)
     buffer = packed.payload.numpy().data
     if not store.get_into([payload_key(key, description)], [buffer], owner)[0]:
         return None

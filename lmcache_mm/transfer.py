@@ -19,6 +19,7 @@ from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
+from lmcache_mm.stores.arguments import is_lack
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -188,8 +189,13 @@ class Transfer:
         if not by_layer:
             return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
-        lane = Lane("lmcache_mm store by layers", at_exit=False)  # `close` gives it up
-        job = self._submit(lane, self._put, chunks, owner, as_of, self._staging(), True, early=True)
+        try:
+            lane, staging = Lane("lmcache_mm store by layers", at_exit=False), self._staging()  # `close` gives it up
+        except Exception as error:
+            if not is_lack(error):
+                raise
+            return Job(_nothing(self._stores), self.layout, ())
+        job = self._submit(lane, self._put, chunks, owner, as_of, staging, True, early=True)
         self._by_layer.add(job.work)
         return job
 
@@ -211,14 +217,14 @@ class Transfer:
         """Runs `run` on a lane's thread; on CUDA on a stream of its own, behind what the caller's stream holds now."""
         device = self.layout.device
         if device.type == "cpu":
-            return Job(lane.submit(lambda work: run(work, *arguments), early), self.layout, layers)
+            return Job(lane.submit(lambda work: _moved(run, work, *arguments), early), self.layout, layers)
         before = torch.cuda.current_stream(device).record_event()
 
         def on_own_stream(work: Work) -> int:
             stream = torch.cuda.Stream(device)
             stream.wait_event(before)
             with torch.cuda.stream(stream):
-                return run(work, *arguments)
+                return _moved(run, work, *arguments)
 
         return Job(lane.submit(on_own_stream, early), self.layout, layers)
 
@@ -437,6 +443,24 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += _whole_pages(size)
         return payloads
+
+
+def _moved(run: Callable[..., int], work: Work, *arguments: Any) -> int:
+    """What `run` returns; 0 where there is no memory for it: that is a miss, or something not stored."""
+    try:
+        return run(work, *arguments)
+    except Exception as error:
+        if is_lack(error):
+            return 0
+        raise
+
+
+def _nothing(lane: Lane) -> Work:
+    """Work that is done, and was nothing."""
+    work = Work(lane)
+    work.future.set_result(0)
+    work.advance(left_pages=True)
+    return work
 
 
 @contextmanager

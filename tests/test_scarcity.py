@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import mmap
 import os
 import shutil
 import subprocess
 import sys
+import threading
+import uuid
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from test_remote_stores import Kept
+
+import lmcache_mm as lmc
+from lmcache_mm.secret import Seal
+from lmcache_mm.serve import Server
+from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores.remote import RemoteStore
+from test_stores import OWNER, key, payload
 
 CXX = os.environ.get("CXX", "c++")
 
@@ -141,3 +156,150 @@ def test_any_thread_or_allocation_in_c_plus_plus_may_fail(tmp_path: Path):
         assert places > raised + 4, "the four threads, and the memory of each, are done without"
     for name in ("prefix_keys", "overwrite", "extend"):
         assert failed[name][1] == failed[name][0] > 2
+
+
+# --- In Python
+
+
+class Scarce:
+    """Lets the n-th start of a thread or larger piece of memory fail, as each of them fails by itself."""
+
+    def __init__(self, monkeypatch):
+        self.failed, self._left = False, 0
+        self._lock = threading.Lock()
+        torch_says = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+        self._patch(monkeypatch, threading.Thread, "start", RuntimeError("can't start new thread"))
+        self._patch(monkeypatch, np, "empty", MemoryError())
+        self._patch(monkeypatch, mmap, "mmap", OSError(errno.ENOMEM, "Cannot allocate memory"))
+        for name in ("empty", "zeros"):
+            self._patch(monkeypatch, torch, name, RuntimeError(torch_says))
+
+    def _patch(self, monkeypatch, module, name, error):
+        real = getattr(module, name)
+
+        def fails_or_does(*arguments, **options):
+            with self._lock:
+                self._left -= 1
+                fails = self._left == 0
+                self.failed |= fails
+            if fails:
+                raise error
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, name, fails_or_does)
+
+    def fail(self, n):
+        """n: 0 for none."""
+        self.failed, self._left = False, n
+
+
+def used(store):
+    """What a store and the caches above it do; what of it was found."""
+    found = []
+    store.put([key(1), key(2)], [payload(1, 300_000), payload(2)], OWNER)
+    store.flush()
+    found.append(store.contains([key(1)]) == [True])
+    buffer = bytearray(300_000)
+    hit = store.get_into([key(1)], [buffer], OWNER) == [True]
+    assert not hit or buffer == payload(1, 300_000)
+    found.append(hit)
+    pages = torch.arange(16 * 4 * 100, dtype=torch.float32).view(16, 4, 100)
+    want = pages.clone()
+    layout = lmc.KVLayout.from_tensors([pages], page_tokens=4, page_dim=0, token_dim=1)
+    prompt = lmc.Prompt(range(60), salt="ours")
+    try:
+        cache = lmc.KVCache(layout, store, lmc.Namespace(model="m"), 16)
+    except (RuntimeError, MemoryError, OSError):
+        return found
+    for by_layer in (False, True):
+        job = cache.store(prompt, range(16), by_layer)
+        if by_layer:
+            job.layer_written("0", 10)
+        job.wait(20)
+        store.flush()
+        match = cache.match(prompt)
+        pages.zero_()
+        restored = cache.retrieve(prompt, range(16), by_layer=by_layer).wait(20)
+        assert torch.equal(pages.view(64, -1)[:restored], want.view(64, -1)[:restored])
+        pages.copy_(want)
+        found += [match == 60, restored == 60]
+        cache.forget("ours")
+    cache.close()
+    items = lmc.EncoderCache(lmc.Namespace(model="m"), store)
+    items.save("a", want)
+    store.flush()
+    loaded = items.load("a")
+    assert loaded is None or torch.equal(loaded, want)
+    found.append(loaded is not None)
+    store.delete([key(1), key(2)])
+    assert store.contains([key(1), key(2)]) == [False, False]
+    return found
+
+
+class Opened:
+    def __init__(self, kind, folder):
+        self.kind, self.folder = kind, folder
+
+    def __call__(self):
+        if self.kind == "remote":
+            kept = {}  # the server, of all connections
+            return RemoteStore("kept", lambda: Kept(kept), Seal(b"a secret of a deployment"), 20, 2, 100)
+        shm = f"shm:///{self.folder.name}?capacity=4MiB"
+        urls = {"mem": "mem://?capacity=4MiB", "shm": shm, "file": f"file://{self.folder}/s?capacity=4MiB"}
+        named = [urls[one] for one in self.kind.split(",")]
+        return open_store(named if len(named) > 1 else named[0])
+
+
+@pytest.mark.parametrize("kind", ["mem", "remote", "file", "mem,file", "shm,mem"])
+def test_any_thread_or_piece_of_memory_may_be_lacking_in_python(kind, tmp_path, monkeypatch):
+    folder = tmp_path / f"test-{uuid.uuid4().hex}"
+    folder.mkdir()
+    opened = Opened(kind, folder)
+    scarce = Scarce(monkeypatch)
+    n, refused, failed = 0, 0, True
+    while failed:
+        n += 1
+        scarce.fail(n)
+        try:
+            store = opened()
+        except (RuntimeError, OSError, MemoryError):
+            assert scarce.failed
+            refused += 1
+            continue
+        used(store)
+        failed = scarce.failed
+        scarce.fail(0)
+        assert all(used(store)), f"it does not work again after the {n}-th"
+        store.close()
+        assert not slab._open
+    assert n > refused + 5
+    if "shm" in kind:
+        assert slab.remove(slab_directory(f"shm:///{folder.name}")[1])
+
+
+def test_a_peer_without_threads_is_missed_and_not_left_alone_for_it(monkeypatch):
+    url = f"shm:///test-{uuid.uuid4().hex}?capacity=16MiB"
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
+    seal = Seal(b"a secret of a deployment")
+    with (
+        contextlib.closing(open_store(url)) as lent,
+        contextlib.closing(Server(lent, ("127.0.0.1", 0), seal, None)) as s,
+    ):
+        lent.put([key(1)], [payload(1)])
+        start, failures = threading.Thread.start, []
+
+        def fails_for_readers(thread):
+            if thread.name.startswith("lmcache_mm peer") and failures:
+                failures.pop()
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", fails_for_readers)
+        for attempts in (1, 2, 5):
+            with contextlib.closing(open_store(f"peer://127.0.0.1:{s.address[1]}?timeout=20")) as reader:
+                failures[:] = [True] * attempts
+                for _ in range(attempts):
+                    assert reader.get_into([key(1)], [bytearray(100)]) in ([False], [True])
+                assert reader.get_into([key(1)], [bytearray(100)]) == [True]
+                assert reader.stats()["errors"] == 0
+    assert slab.remove(slab_directory(url)[1])

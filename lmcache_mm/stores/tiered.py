@@ -279,7 +279,7 @@ class TieredStore:
                 self._state.notify_all()
 
     def _write_behind(self) -> None:
-        staging = np.empty(0, np.uint8)
+        staging: np.ndarray | None = None
         while True:
             with self._state:
                 self._writing = 0
@@ -298,7 +298,7 @@ class TieredStore:
                     batch.append(self._waiting.popleft())
                     self._writing += 1
             try:
-                if batch[0].payload_bytes > len(staging) or not len(staging):
+                if staging is None or batch[0].payload_bytes > len(staging):
                     size = max(BATCH_BYTES, batch[0].payload_bytes)
                     staging = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
                 self._write_down(batch, staging)
