@@ -193,7 +193,7 @@ class Scarce:
         self.failed, self._left = False, n
 
 
-def used(store):
+def used(store, by_layers=(False, True)):
     """What a store and the caches above it do; what of it was found."""
     found = []
     store.put([key(1), key(2)], [payload(1, 300_000), payload(2)], OWNER)
@@ -211,7 +211,7 @@ def used(store):
         cache = lmc.KVCache(layout, store, lmc.Namespace(model="m"), 16)
     except (RuntimeError, MemoryError, OSError):
         return found
-    for by_layer in (False, True):
+    for by_layer in by_layers:
         job = cache.store(prompt, range(16), by_layer)
         if by_layer:
             job.layer_written("0", 10)
@@ -250,7 +250,7 @@ class Opened:
         return open_store(named if len(named) > 1 else named[0])
 
 
-@pytest.mark.parametrize("kind", ["mem", "remote", "file", "mem,file", "shm,mem"])
+@pytest.mark.parametrize("kind", ["remote", "mem,file", "shm,mem"])
 def test_any_thread_or_piece_of_memory_may_be_lacking_in_python(kind, tmp_path, monkeypatch):
     folder = tmp_path / f"test-{uuid.uuid4().hex}"
     folder.mkdir()
@@ -269,7 +269,7 @@ def test_any_thread_or_piece_of_memory_may_be_lacking_in_python(kind, tmp_path, 
         used(store)
         failed = scarce.failed
         scarce.fail(0)
-        assert all(used(store)), f"it does not work again after the {n}-th"
+        assert all(used(store, by_layers=[n % 2 == 0])), f"it does not work again after the {n}-th"
         store.close()
         assert not slab._open
     assert n > refused + 5

@@ -17,6 +17,7 @@ import servers
 from lmcache_mm import ops
 from lmcache_mm.stores import mem as mem_module
 from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores.mem import MemStore
 from lmcache_mm.stores.remote import RemoteStore
 
 
@@ -468,3 +469,51 @@ def test_no_room_is_an_error_that_says_so(tmp_path):
         open_store(f"file://{tmp_path}/large?capacity={size}")
     assert not [path for path in (tmp_path / "large").iterdir() if path.name != "lock"]
     assert os.listdir(tmp_path) == ["large"]
+
+
+SCHEMES = st.sampled_from(
+    [*["mem", "shm", "file", "valkey", "s3", "mooncake", "peer", "nixl"], "tiered", "http", "", "MEM", "mem,mem"]
+)
+PLACES = st.sampled_from(
+    ["", "/", "/x", "bucket", "host:1", "[::1]:1", "[::1", "host:0", ":1", "a b", "\0", "//", "é:1"]
+)
+VALUES = st.sampled_from(
+    ["", "0", "1", "-1", "1e3", "nan", "inf", "2", "1GiB", "1" * 5000, "\u0661", "1MiB", "/x", "%00"]
+)
+OPTIONS = [
+    "capacity",
+    "quota",
+    "ttl",
+    "timeout",
+    "connections",
+    "tls",
+    "ca",
+    "cluster",
+    "endpoint",
+    "region",
+    "admin",
+    "hostname",
+    "trusted_network",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_url_opens_a_store_or_raises_what_is_documented(data):
+    def url():
+        options = data.draw(st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=3))
+        query = "?" * data.draw(st.booleans()) + "&".join(f"{name}={value}" for name, value in options.items())
+        return f"{data.draw(SCHEMES)}:{data.draw(st.sampled_from(['//', '', '/', '////']))}{data.draw(PLACES)}{query}"
+
+    names = [url() for _ in range(data.draw(st.integers(1, 3)))]
+    joined = data.draw(st.sampled_from([names, f"tiered:{','.join(names)}", names[0], data.draw(st.text(max_size=20))]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
+        for module in ("valkey", "s3", "mooncake"):  # what they connect to is others' business
+            patched.setattr(f"lmcache_mm.stores.{module}.connecting", lambda *_, **__: lambda: None)
+        patched.setattr(slab.SlabStore, "open", classmethod(lambda *_, **__: MemStore(1 << 20)))
+        try:
+            store = open_store(joined)
+        except (ValueError, OSError, RuntimeError):
+            return
+        store.close()
