@@ -327,5 +327,5 @@ def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int) ->
     """The payload first, so that who finds the description finds the payload. as_of: the store's moment when the output
     was handed over, see `Store.put`."""
     keys = [payload_key(key, packed.description), key]
-    store.put(keys[:1], [packed.payload.numpy().data], owner, as_of=as_of)
-    store.put(keys[1:], [packed.description], owner, as_of=as_of)
+    store.put(keys[:1], [packed.payload.numpy().data], owner, None, as_of)
+    store.put(keys[1:], [packed.description], owner, None, as_of)
