@@ -48,7 +48,9 @@ class ContentIds {
  public:
   // token_ids[0] is position `base` of the prompt.
   ContentIds(TokenIds token_ids, const ItemTable& items, u64 base = 0)
-      : token_ids_(token_ids), items_(items), base_(base) {}
+      : token_ids_(token_ids), items_(items), base_(base) {
+    active_.reserve(items.spans.size());  // so that nothing is allocated later
+  }
 
   // ids[0, count) = the content ids of positions [first, first + count). False if a token id is outside [0, 2^32); the
   // ids are worthless then.
@@ -238,7 +240,10 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
   if (!folds.empty()) std::memcpy(keys, folds.data(), 32 * folds.size());
 }
 
-RunningKeys::RunningKeys(const ItemTable& items, const u8 root[32]) : items_(items) { std::memcpy(root_, root, 32); }
+RunningKeys::RunningKeys(const ItemTable& items, const u8 root[32]) : items_(items) {
+  std::memcpy(root_, root, 32);
+  subtrees_.reserve(64);  // so that `extend` allocates nothing once it has begun
+}
 
 // The key of the first `cut` tokens, whose last leaf begins at `leaf`; leaf_cv is its chaining value if it is full.
 void RunningKeys::put_key(u64 cut, const u64* leaf, const u32* leaf_cv, u8* key) const {
@@ -548,8 +553,13 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
   };
   const u64 parts = std::max<u64>(1, std::min<u64>(threads, total / kThreadBytes));
   std::vector<std::thread> others;
-  for (u64 t = 1; t < parts; ++t) others.emplace_back(part, total * t / parts, total * (t + 1) / parts);
+  u64 begun = 1;
+  try {
+    for (; begun < parts; ++begun) others.emplace_back(part, total * begun / parts, total * (begun + 1) / parts);
+  } catch (const std::exception&) {  // out of threads or memory
+  }
   part(0, total / parts);
+  part(total * begun / parts, total);  // what no thread was started for
   for (std::thread& thread : others) thread.join();
 }
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
-from lmcache_mm.prompt import Namespace, Prompt, count, owner_of
+from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores.arguments import is_lack
 from lmcache_mm.transfer import Chunk, Job, Transfer
 
 
@@ -67,7 +68,11 @@ class KVCache:
         if capacity < largest:
             self._close_store()
             raise ValueError(f"store: expected a capacity of at least a chunk's {largest} bytes, got {capacity}")
-        self._transfer = Transfer(layout, self.backend, largest)
+        try:
+            self._transfer = Transfer(layout, self.backend, largest)
+        except BaseException:
+            self._close_store()
+            raise
 
     def close(self) -> None:
         """Finishes all jobs, then closes the store if this cache opened it."""
@@ -88,8 +93,8 @@ class KVCache:
     def match(self, prompt: Prompt) -> int:
         """How many tokens of `prompt` could be restored now, up to all of them. Whoever needs logits computes the last
         one again. Nothing is reserved: a record may be gone when it is retrieved."""
-        chain = self._present(self._records(prompt))
-        return chain[-1].end if chain else 0
+        records, _ = self._plan(lambda: (self._present(self._records(prompt)), []))
+        return records[-1].end if records else 0
 
     def _present(self, records: list[Record]) -> list[Record]:
         """Those of a prompt's records that the store has and that cover its longest prefix."""
@@ -105,16 +110,20 @@ class KVCache:
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
-        records = self._records(prompt)
-        if hit is None:
-            records = self._present(records)
-            limit = records[-1].end if records else 0
-        else:
-            limit = count("hit", hit)
-            if limit > len(prompt):
-                raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
-            records = chain((r for r in records if r.end <= limit), self.chunk_tokens)
-        chunks = self._chunks(records, self._pages(block_ids, limit))
+
+        def plan() -> tuple[list[Record], list[Chunk]]:
+            records = self._records(prompt)
+            if hit is None:
+                records = self._present(records)
+                limit = records[-1].end if records else 0
+            else:
+                limit = count("hit", hit)
+                if limit > len(prompt):
+                    raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
+                records = chain((r for r in records if r.end <= limit), self.chunk_tokens)
+            return records, self._chunks(records, self._pages(block_ids, limit))
+
+        records, chunks = self._plan(plan)
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
         return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
 
@@ -125,15 +134,21 @@ class KVCache:
         forward pass that computes it, which then says `Job.layer_written` of one layer after the other.
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
-        pages = self._pages(block_ids, len(prompt))
-        chunks = self._chunks(self._records(prompt), pages)
+        _, chunks = self._plan(lambda: ([], self._chunks(self._records(prompt), self._pages(block_ids, len(prompt)))))
         return self._transfer.store(chunks, owner_of(prompt.salt), by_layer=by_layer)
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store; returns their number."""
-        if not salt:
-            raise ValueError("salt: expected one, got none")
-        return self.backend.forget(owner_of(salt))
+        return self.backend.forget(owner_to_forget(salt))
+
+    def _plan(self, make: Callable[[], tuple[list[Record], list[Chunk]]]) -> tuple[list[Record], list[Chunk]]:
+        """What `make` returns, or nothing where there is no memory for it."""
+        try:
+            return make()
+        except (MemoryError, RuntimeError) as error:
+            if is_lack(error):
+                return [], []
+            raise
 
     def _records(self, prompt: Prompt) -> list[Record]:
         if not isinstance(prompt, Prompt):

@@ -9,8 +9,10 @@ from math import prod
 import torch
 from blake3 import blake3
 
-from lmcache_mm.prompt import Namespace, owner_of, utf8
+from lmcache_mm.layout import check_storage
+from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
 from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores.arguments import is_lack
 
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
 PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"
@@ -18,6 +20,7 @@ DIGEST_CONTEXT = "lmcache_mm v1 item digest"
 DESCRIPTION_BYTES = 4096  # one size, for stores look records up by key and length
 ALIGNMENT = 64  # a tensor begins on a cache line, so that its bytes can be viewed in its dtype
 MOST_ELEMENTS = 1 << 48  # of a tensor
+DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 Output = torch.Tensor | Sequence[torch.Tensor]
 
@@ -111,30 +114,36 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> bool:
-        """Stores a copy of the output. False: the store has it.
+        """Stores a copy of the output. False: the store has it, or there is no memory for a copy.
 
         On CUDA it is copied behind what torch's current streams of its devices hold, and save waits for the copy.
         Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
         """
         key, description = self._key(identifier, modality, salt, lora), describe(output)
+        as_of = self.backend.moment()
         there = read_description(self.backend, key, owner_of(salt))
         if there == description and has_payload(self.backend, key, description):
             return False
         if there is not None and there != description:
             self.backend.delete([key])  # it would keep its place, and name a payload that is not this one
-        packed = pack(output)
+        try:
+            packed = pack(output)
+        except (MemoryError, RuntimeError) as error:
+            if is_lack(error):
+                return False
+            raise
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        write(self.backend, key, packed, owner_of(salt))
+        write(self.backend, key, packed, owner_of(salt), as_of)
         return True
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""
-        if not salt:
-            raise ValueError("salt: expected one, got none")
-        return self.backend.forget(owner_of(salt))
+        return self.backend.forget(owner_to_forget(salt))
 
     def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
+        if identifier == "":
+            raise ValueError("identifier: expected a name of the item's content, got an empty one")
         return output_key(self._namespace.root(salt, lora), identifier, modality)
 
 
@@ -168,6 +177,7 @@ def as_tensors(output: Output) -> list[torch.Tensor]:
             raise TypeError(f"{name}: expected a dense tensor, got {tensor.layout} of {tensor.dtype}")
         if tensor.device.type not in ("cpu", "cuda"):
             raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {tensor.device}")
+        check_storage(name, tensor)
     return tensors
 
 
@@ -216,8 +226,8 @@ def _places(description: bytes) -> tuple[bool, list[_Place]]:
     places, begin = [], 0
     for _ in range(count):
         name = take(number(4)).decode()
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype):
+        dtype = DTYPES.get(name)
+        if dtype is None:
             raise ValueError(f"description: no dtype of torch: {name!r}")
         shape = tuple(number(8) for _ in range(number(4)))
         if prod(max(size, 1) for size in shape) >= MOST_ELEMENTS:
@@ -292,7 +302,13 @@ def has_payload(store: Store, key: bytes, description: bytes) -> bool:
 
 
 def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
-    packed = Packed(description, torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned))
+    try:
+        memory = torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned)
+    except (MemoryError, RuntimeError) as error:
+        if is_lack(error):
+            return None
+        raise
+    packed = Packed(description, memory)
     buffer = packed.payload.numpy().data
     if not store.get_into([payload_key(key, description)], [buffer], owner)[0]:
         return None
@@ -307,8 +323,9 @@ def read(store: Store, key: bytes, owner: bytes, pinned: bool = False) -> Packed
     return read_payload(store, key, description, owner, pinned)
 
 
-def write(store: Store, key: bytes, packed: Packed, owner: bytes) -> None:
-    """The payload first, so that who finds the description finds the payload."""
+def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int) -> None:
+    """The payload first, so that who finds the description finds the payload. as_of: the store's moment when the output
+    was handed over, see `Store.put`."""
     keys = [payload_key(key, packed.description), key]
-    store.put(keys[:1], [packed.payload.numpy().data], owner)
-    store.put(keys[1:], [packed.description], owner)
+    store.put(keys[:1], [packed.payload.numpy().data], owner, None, as_of)
+    store.put(keys[1:], [packed.description], owner, None, as_of)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import functools
+import itertools
+import logging
 import queue
 import threading
 import time
@@ -12,7 +15,11 @@ from concurrent.futures import Future
 from typing import Any
 
 EXIT_S = 5.0  # how long work may hang when the interpreter ends
+LEAST_EXIT_S = 0.1  # what is left of that to each of those that come behind work that hangs
 ALL_PLANES = 1 << 62
+
+
+logger = logging.getLogger("lmcache_mm")
 
 
 class Abandoned(RuntimeError):
@@ -21,9 +28,9 @@ class Abandoned(RuntimeError):
 
 class Lane:
     """A thread that does one piece of work after the other, until the lane is closed or gone. Not one of an executor's,
-    which the interpreter would wait for, whatever they wait for."""
+    which the interpreter would wait for, whatever they wait for. at_exit: closed when the interpreter ends."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, at_exit: bool = True) -> None:
         self.progress = 0.0  # when a piece of work, or a step of one, last began or ended
         self._unfinished = 0
         self._closed = False
@@ -31,18 +38,20 @@ class Lane:
         self._queue: _Queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=_work_off, args=(self._queue,), name=name, daemon=True)
         self._thread.start()
-        weakref.finalize(self, self._queue.put, None)
-        _open.add(self)
+        # Not at the end of the interpreter, when those that were opened later may still need it.
+        weakref.finalize(self, self._queue.put, None).atexit = False
+        if at_exit:
+            close_at_exit(self.close)
 
     def submit(self, run: Callable[[Work], Any], early: bool = False) -> Work:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._thread.name}: it is closed")
+            work = Work(self, early)
+            self._queue.put((work, run))
             if not self._unfinished:
                 self.progress = time.monotonic()
             self._unfinished += 1
-            work = Work(self, early)
-            self._queue.put((work, run))
         return work
 
     def stalled_s(self) -> float:
@@ -64,7 +73,6 @@ class Lane:
 
 
 _Queue = queue.SimpleQueue["tuple[Work, Callable[[Work], Any]] | None"]
-_open: weakref.WeakSet[Lane] = weakref.WeakSet()
 
 
 def _work_off(works: _Queue) -> None:
@@ -73,12 +81,60 @@ def _work_off(works: _Queue) -> None:
         del item  # it holds the lane
 
 
-@atexit.register
+_opened = itertools.count()
+_open: dict[int, weakref.WeakMethod[Callable[[float], bool]]] = {}
+
+
+def close_at_exit(close: Callable[[float], bool]) -> None:
+    """`close`, a method, is called when the interpreter ends, before those of what was opened earlier and may be in use
+    by it: what a store has accepted is still written then, and a thread that comes back from C++ later would end the
+    process. It is told how many seconds it may take, and returns whether it has done all that was begun."""
+    _register()
+    number = next(_opened)
+    _open[number] = weakref.WeakMethod(close, lambda _: _open.pop(number, None))
+
+
+@functools.cache
+def _register() -> None:
+    """At the first use, and so behind the handlers of modules, which run later than this one."""
+    atexit.register(_close_all)
+
+
 def _close_all() -> None:
-    """A thread that comes back from C++ while the interpreter ends would end the process."""
     until = time.monotonic() + EXIT_S
-    for lane in list(_open):
-        lane.close(max(0.0, until - time.monotonic()))
+    unfinished = 0
+    for _, reference in sorted(_open.items(), reverse=True):
+        if close := reference():
+            unfinished += not close(max(LEAST_EXIT_S, until - time.monotonic()))
+    if unfinished:
+        logger.warning("the process ends before %d threads have done their work, after %g s", unfinished, EXIT_S)
+
+
+class Call:
+    """The jobs of one call, on threads of an executor: none begins after its end, which waits for those that have
+    begun."""
+
+    def __init__(self) -> None:
+        self._running, self._ended = 0, False
+        self._changed = threading.Condition()
+
+    def run(self, do: Callable[..., Any], *arguments: Any) -> Any:
+        """What `do` returns; False, without doing it, after the end."""
+        with self._changed:
+            if self._ended:
+                return False
+            self._running += 1
+        try:
+            return do(*arguments)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._changed.notify_all()
+
+    def end(self) -> None:
+        with self._changed:
+            self._ended = True
+            self._changed.wait_for(lambda: not self._running)
 
 
 class Work:

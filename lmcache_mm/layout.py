@@ -23,8 +23,10 @@ PAYLOAD_VERSION = 1
 
 def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
     """`value` as a torch tensor that shares its memory: torch, numpy, cupy, anything with DLPack or
-    __cuda_array_interface__. A read-only numpy array is copied, or refused if it is to be written."""
+    __cuda_array_interface__. A read-only numpy array is copied, or refused if it is to be written; so is a tensor whose
+    storage has been resized to less than it needs."""
     if isinstance(value, torch.Tensor):
+        check_storage(name, value)
         return value.detach()
     if isinstance(value, np.ndarray) and not value.flags.writeable:
         if writable:
@@ -38,6 +40,17 @@ def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
             raise RuntimeError(f"{name}: in CUDA memory, but no GPU can be used: {why or 'torch finds none'}")
         return torch.as_tensor(value, device="cuda")
     raise TypeError(f"{name}: expected a torch tensor or an array with DLPack, got {type(value).__name__}")
+
+
+def check_storage(name: str, tensor: torch.Tensor) -> None:
+    """ValueError for a tensor that reaches beyond its storage: whoever resizes that to 0 frees the memory."""
+    if tensor.layout != torch.strided or tensor.numel() == 0:
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    there = tensor.untyped_storage().nbytes()
+    if there < needed:
+        raise ValueError(f"{name}: expected a storage of {needed} bytes or more, got {there}: was it freed?")
 
 
 @dataclass(frozen=True)

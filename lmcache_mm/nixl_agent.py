@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import ipaddress
+import logging
 import mmap
 import os
 import select
@@ -30,6 +31,7 @@ import numpy as np
 IDLE_POLL_S = 0.05
 POLL_S = 3e-4
 START_S = 60.0
+RETRY_S = 10.0  # after which a process that did not come up is started again
 LONGEST_S = 30.0  # of a transfer: slots are lent for no longer
 LEAST_WAIT_S = 1e-3  # 0 would mean something else to a socket
 SAY_S = 1.0  # for which a word to the process that lends may wait to be taken
@@ -37,6 +39,8 @@ NEEDED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME
 STAGING_BYTES = 64 << 20  # at least
 READY, DONE = b"ready", b"done"
 SIOCGIFCONF = 0x8912  # <linux/sockios.h>
+
+logger = logging.getLogger("lmcache_mm")
 
 _AGENT = struct.Struct("<QQI")  # where the slab lies in the agent's process, its bytes, bytes of metadata
 _READ = struct.Struct("<QI")  # bytes of staging memory, bytes of metadata; metadata and pieces follow
@@ -135,13 +139,35 @@ class _Process:
 
 
 class SlabAgent(_Process):
-    """The process that lets a slab be read. Raises RuntimeError where it does not come up."""
+    """The process that lets a slab be read. One that has ended, as UCX can make it when a reader dies, is replaced at
+    once, with a warning, and counted in `restarts`. Raises RuntimeError where it does not come up."""
 
     def __init__(self, slab: Path, interface: str) -> None:
         self._slab, self._interface = slab, interface
+        self.restarts = 0
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self._readers = 0
         self._start()
+        try:
+            threading.Thread(target=self._watch, name="lmcache_mm nixl", daemon=True).start()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._closed.set()
+        with self._lock:
+            super().close()
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            self._process.wait()
+            try:
+                self.describe()
+            except Exception as error:
+                logger.warning("nixl: %s; it is tried again", error)
+                self._closed.wait(RETRY_S)
 
     def _start(self) -> None:
         super().__init__("lend", self._interface, str(self._slab))
@@ -151,17 +177,22 @@ class SlabAgent(_Process):
         except OSError:
             self._described = b""
         if not self._described:
-            self.close()
+            super().close()
             raise RuntimeError(f"nixl: the process that maps {self._slab} did not start")
         self._socket.settimeout(SAY_S)
 
     def describe(self) -> bytes:
-        """What `described_agent` reads. A process that has ended, as UCX can make it when a reader dies, is replaced
-        first; RuntimeError where the other one does not come up."""
+        """What `described_agent` reads. RuntimeError where a process that has ended cannot be replaced."""
         with self._lock:
-            if self.ended:
-                self.close()
+            if self.ended and not self._closed.is_set():
+                self.restarts += 1
+                logger.warning(
+                    "nixl: the process that lends ended with status %d; it has been replaced %d times now",
+                    *(self._process.returncode, self.restarts),
+                )
+                super().close()
                 self._start()
+                self._socket.send(str(self._readers).encode())
             return self._described
 
     @contextmanager

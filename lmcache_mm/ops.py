@@ -394,10 +394,10 @@ class _Chunks:
             payloads.append(tensor)
         return payloads
 
-    def _checksums(self, checksums: torch.Tensor | None) -> torch.Tensor | None:
+    def _checksums(self, checksums: torch.Tensor | None, filled: bool) -> torch.Tensor | None:
         if checksums is None:
             return None
-        tensor = as_tensor("checksums", checksums)
+        tensor = as_tensor("checksums", checksums, writable=filled)
         self._check_device("checksums", tensor)
         if tensor.dtype != torch.int64 or tuple(tensor.shape) != (len(self.ids),) or not tensor.is_contiguous():
             raise ValueError(
@@ -417,7 +417,7 @@ class _Chunks:
             out = [torch.empty(size, dtype=torch.uint8, device=self.layout.device) for size in sizes]
             out = out if self.many else out[0]
         payloads = self._payloads("out", out, unit_bytes)
-        sums = self._checksums(checksums)
+        sums = self._checksums(checksums, filled=True)
         arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
         address = 0 if sums is None else sums.data_ptr()
         if self.layout.device.type == "cuda":
@@ -430,7 +430,7 @@ class _Chunks:
         self, payload: Any, checksums: torch.Tensor | None, unit_bytes: int, threads: int, max_blocks: int
     ) -> torch.Tensor | None:
         payloads = self._payloads("payload", payload, unit_bytes)
-        expected = self._checksums(checksums)
+        expected = self._checksums(checksums, filled=False)
         sums = None if expected is None else torch.empty_like(expected)
         arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
         address = 0 if sums is None else sums.data_ptr()

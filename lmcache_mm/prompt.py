@@ -122,19 +122,37 @@ class Namespace:
         lora: str | bytes | None = None,
         prompt_embeds: str | bytes | None = None,
     ) -> bytes:
-        """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings."""
+        """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings. TypeError
+        or ValueError for what `Prompt` does not take."""
         fields = dict(self._fields)
         for name, value in (("salt", salt), ("lora", lora), ("prompt_embeds", prompt_embeds)):
             if value is not None:
-                fields[name] = _field_value(name, value)
+                fields[name] = _request_field(name, value)
         return blake3(encode_fields(fields), derive_key_context=NAMESPACE_CONTEXT).digest()
 
 
 def owner_of(salt: str | bytes | None) -> bytes:
-    """The 16 bytes by which stores know a tenant, for quotas and for forgetting; none without a salt."""
-    if not salt:
+    """The 16 bytes by which stores know a tenant, for quotas and for forgetting; none without a salt (None). TypeError
+    or ValueError for what `Prompt` does not take."""
+    if salt is None:
         return b""
-    return blake3(_field_value("salt", salt), derive_key_context=OWNER_CONTEXT).digest(length=16)
+    return blake3(_request_field("salt", salt), derive_key_context=OWNER_CONTEXT).digest(length=16)
+
+
+def owner_to_forget(salt: str | bytes) -> bytes:
+    """As `owner_of`; ValueError for None, since what has no salt belongs to nobody."""
+    if salt is None:
+        raise ValueError("salt: expected one, got none")
+    return owner_of(salt)
+
+
+def _request_field(name: str, value: Any) -> bytes:
+    """Of a salt, a LoRA or a digest of embeddings: a str or bytes, and not empty, for keys and owners alike."""
+    if not isinstance(value, (str, bytes)):
+        raise TypeError(f"{name}: expected str or bytes, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{name}: expected a name, got an empty one; None stands for none")
+    return _field_value(name, value)
 
 
 def _field_value(name: str, value: Any) -> bytes:
@@ -153,8 +171,10 @@ def _field_value(name: str, value: Any) -> bytes:
 class Prompt:
     """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
 
-    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `salt`, `lora` (a fingerprint of the adapter's
-    file) and `prompt_embeds` (a digest) are fields of the namespace. Requests with different salts share nothing.
+    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `items`: each with an identifier, for two that
+    have none would be one. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest) are
+    fields of the namespace: a str or bytes that is not empty, or None for none. Requests with different salts share
+    nothing. TypeError or ValueError for anything else. Its repr shows neither tokens nor names.
     """
 
     token_ids: Any  # afterwards a read-only int64 array
@@ -179,14 +199,21 @@ class Prompt:
         ids.flags.writeable = False
         object.__setattr__(self, "token_ids", ids)
         object.__setattr__(self, "items", checked_items(self.items))
+        for i, item in enumerate(self.items):
+            if not item.identifier:
+                raise ValueError(f"items[{i}].identifier: expected a name of its content, got an empty one")
         for name in REQUEST_FIELDS:
             if getattr(self, name) is not None:
-                _field_value(name, getattr(self, name))
+                _request_field(name, getattr(self, name))
         ends = (item.offset + item.length for item in self.items)
         object.__setattr__(self, "end_of_items", min(len(ids), max(ends, default=0)))
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def __repr__(self) -> str:
+        given = [f", {name}=..." for name in REQUEST_FIELDS if getattr(self, name) is not None]
+        return f"Prompt({len(self)} tokens, {len(self.items)} items{''.join(given)})"
 
     def cuts(self, chunk_tokens: int, whole: int = 1) -> list[int]:
         """The token counts, ascending, at which this prompt has keys: every multiple of `chunk_tokens`, the last

@@ -109,22 +109,22 @@ class Server:
         while not self._closing:
             try:
                 sock, where = self._listener.accept()
-            except OSError as error:
+            except (OSError, MemoryError) as error:
                 if not self._closing:
                     logger.warning("a connection could not be accepted: %s", error)
                     time.sleep(0.1)  # out of descriptors, say
                 continue
             with self._changed:
-                if len(self._handshakes) >= HANDSHAKES:
-                    self._end(next(iter(self._handshakes)))
-                thread = threading.Thread(target=self._serve, args=(sock, where), daemon=True)
-                self._open[sock], self._handshakes[sock] = thread, None
                 try:
+                    if len(self._handshakes) >= HANDSHAKES:
+                        self._end(next(iter(self._handshakes)))
+                    thread = threading.Thread(target=self._serve, args=(sock, where), daemon=True)
+                    self._open[sock], self._handshakes[sock] = thread, None
                     thread.start()
-                except RuntimeError as error:  # out of threads
+                except (RuntimeError, MemoryError) as error:  # out of threads
                     logger.warning("%s is refused: %s", where[0], error)
                     self._end(sock)
-                    del self._open[sock]
+                    self._open.pop(sock, None)
                     sock.close()
 
     def _end(self, sock: socket.socket) -> None:

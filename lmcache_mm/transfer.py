@@ -16,9 +16,10 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
 import torch
 
 from lmcache_mm import _C, ops, transfer_paths
-from lmcache_mm.lane import EXIT_S, Lane, Work
+from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores import SlotStore, Store
+from lmcache_mm.stores.arguments import is_lack
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -156,6 +157,7 @@ class Transfer:
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
+        close_at_exit(self.close)
 
     def close(self, patience_s: float | None = None) -> bool:
         """Finishes all jobs; with a patience, those that end within it. Whether these are all. Stores by layers whose
@@ -181,12 +183,22 @@ class Transfer:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
         tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
         is asked already, and they are read by the thread that waits for `Job.pages_free` or, by_layer, that says
-        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`."""
+        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`. What was forgotten since
+        the store was asked for is not stored."""
+        try:
+            as_of = self._store.moment()
+        except Exception:  # it is closed, say, as the job will find
+            as_of = 0
         if not by_layer:
-            return self._submit(self._stores, self._put, chunks, owner, self._store_staging, False, early=early)
+            return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
-        lane = Lane("lmcache_mm store by layers")
-        job = self._submit(lane, self._put, chunks, owner, self._staging(), True, early=True)
+        try:
+            lane, staging = Lane("lmcache_mm store by layers", at_exit=False), self._staging()  # `close` gives it up
+        except Exception as error:
+            if not is_lack(error):
+                raise
+            return Job(_nothing(self._stores), self.layout, ())
+        job = self._submit(lane, self._put, chunks, owner, as_of, staging, True, early=True)
         self._by_layer.add(job.work)
         return job
 
@@ -207,7 +219,7 @@ class Transfer:
     ) -> Job[int]:
         """Runs `run` on a lane's thread, with what the caller's stream holds now."""
         behind = _current_event(self.layout.device)
-        return Job(lane.submit(lambda work: run(work, behind, *arguments), early), self.layout, by_layer)
+        return Job(lane.submit(lambda work: _moved(run, work, behind, *arguments), early), self.layout, by_layer)
 
     def _load(
         self, work: Work, behind: Any, chunks: Sequence[Chunk], owner: bytes, by_layer: list[_Copies] | None
@@ -294,6 +306,7 @@ class Transfer:
         behind: Any,
         chunks: Sequence[Chunk],
         owner: bytes,
+        as_of: int,
         staging: torch.Tensor,
         by_layer: bool,
     ) -> int:
@@ -304,12 +317,13 @@ class Transfer:
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         gather = partial(self._gather, work, behind, by_layer)
         store = self._store_slots if self._in_place else partial(self._store_staged, staging)
-        return sum(store(step, owner, partial(gather, step is steps[-1])) for step in steps)
+        return sum(store(step, owner, as_of, partial(gather, step is steps[-1])) for step in steps)
 
-    def _store_slots(self, step: list[Chunk], owner: bytes, gather: _Gather) -> int:
+    def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> int:
         """Gathers straight into slots of the store; of how many tokens."""
         store = cast(SlotStore, self._store)
-        slots = store.reserve([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
+        sizes = [self._payload_bytes(chunk) for chunk in step]
+        slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
         reserved = [slot for slot in slots if slot]
         chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
         if not chunks:
@@ -322,10 +336,11 @@ class Transfer:
         store.publish(reserved, sums)
         return sum(chunk.tokens for chunk in chunks)
 
-    def _store_staged(self, staging: torch.Tensor, step: list[Chunk], owner: bytes, gather: _Gather) -> int:
+    def _store_staged(self, staging: torch.Tensor, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> int:
         payloads = self._payloads(step, staging)
         sums = gather(step, payloads)
-        self._store.put([chunk.key for chunk in step], [payload.numpy().data for payload in payloads], owner, sums)
+        buffers = [payload.numpy().data for payload in payloads]
+        self._store.put([chunk.key for chunk in step], buffers, owner, sums, as_of)
         return sum(chunk.tokens for chunk in step)
 
     def _gather(
@@ -393,6 +408,24 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += _whole_pages(size)
         return payloads
+
+
+def _moved(run: Callable[..., int], work: Work, *arguments: Any) -> int:
+    """What `run` returns; 0 where there is no memory for it: that is a miss, or something not stored."""
+    try:
+        return run(work, *arguments)
+    except Exception as error:
+        if is_lack(error):
+            return 0
+        raise
+
+
+def _nothing(lane: Lane) -> Work:
+    """Work that is done, and was nothing."""
+    work = Work(lane)
+    work.future.set_result(0)
+    work.advance(left_pages=True)
+    return work
 
 
 @contextmanager

@@ -243,8 +243,29 @@ def test_what_one_tenant_stored_is_forgotten_everywhere(engine):
     assert engine.cache.forget("ours") == len(keys_of(engine, ours))
     assert engine.cache.match(ours) == 0
     assert retrieved(engine, theirs) == len(theirs)
-    with pytest.raises(ValueError, match="salt: expected one"):
+    with pytest.raises(ValueError, match="salt: expected a name"):
         engine.cache.forget("")
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_what_is_forgotten_while_it_is_stored_does_not_come_back(engine, by_layer):
+    ours, theirs = prompt(salt="ours"), prompt(salt="theirs")
+    stored(engine, ours)
+    forgotten = threading.Event()
+    if not by_layer:
+        engine.cache._transfer._stores.submit(lambda _: forgotten.wait(10))  # a store that is slow
+    ids = engine.block_ids(len(ours), seed=1)
+    engine.compute(len(ours), ids, 1.0)
+    jobs = [engine.cache.store(p, ids, by_layer=by_layer) for p in (ours, theirs)]
+    engine.cache.forget("ours")
+    forgotten.set()
+    for job in jobs:
+        if by_layer:
+            job.layer_written("1", 10)
+        job.wait(10)
+    engine.cache.backend.flush()
+    assert engine.cache.match(ours) == 0
+    assert engine.cache.match(theirs) == len(theirs)
 
 
 def test_what_lies_in_a_slower_tier_is_restored_from_it_and_forgotten_in_both(tmp_path):

@@ -315,6 +315,74 @@ def test_read_only_memory_is_not_gathered_into(cache):
         ops.gather_pages(cache.layout, [0], out)
 
 
+def test_checksums_that_are_read_only_are_not_filled_but_compared(cache):
+    payload, sums = ops.gather_pages(cache.layout, [0]), np.zeros(1, np.int64)
+    ops.gather_pages(cache.layout, [0], checksums=sums)
+    sums.flags.writeable = False
+    with pytest.raises(ValueError, match="checksums: expected writable memory"):
+        ops.gather_pages(cache.layout, [0], checksums=sums)
+    assert ops.scatter_pages(cache.layout, [0], payload, checksums=sums).all()
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused_before_it_is_touched(cache):
+    def freed(dtype, *shape):
+        tensor = torch.zeros(*shape, dtype=dtype)
+        tensor.untyped_storage().resize_(tensor.nbytes - 1 if tensor.nbytes < 100 else 0)
+        return tensor
+
+    size = cache.layout.payload_bytes(1)
+    for name, call in {
+        "out": lambda: ops.gather_pages(cache.layout, [0], freed(torch.uint8, size)),
+        "payload": lambda: ops.scatter_pages(cache.layout, [0], freed(torch.uint8, size)),
+        "checksums": lambda: ops.gather_pages(cache.layout, [0], checksums=freed(torch.int64, 1)),
+        "block_ids": lambda: ops.gather_pages(cache.layout, freed(torch.int64, 1)),
+        "token_ids": lambda: ops.prefix_keys(freed(torch.int32, 200), [], bytes(32), [200]),
+        r"kv_caches\[0\]": lambda: lmc.KVLayout.from_tensors(
+            [freed(torch.half, 3, 4, 8)], page_tokens=4, page_dim=0, token_dim=1
+        ),
+        "output": lambda: lmc.EncoderCache(lmc.Namespace(), "mem://?capacity=1MiB").save("a", freed(torch.half, 99)),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}: expected a storage of"):
+            call()
+    assert ops.checksum(torch.zeros(0, dtype=torch.uint8)) == ops.checksum(torch.zeros(2, dtype=torch.uint8)[2:])
+
+
+LAYOUT_ARGUMENTS = st.fixed_dictionaries(
+    {
+        "page_tokens": st.integers(-2, 5) | st.sampled_from([1 << 63, 4.0, "4", None]),
+        "page_dim": st.integers(-4, 4) | st.sampled_from([1 << 70, None, True]),
+        "token_dim": st.integers(-4, 4) | st.none() | st.just("x"),
+        "opaque": st.booleans(),
+    }
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data(), LAYOUT_ARGUMENTS)
+def test_any_tensors_make_a_layout_that_lies_within_their_memory_or_are_refused(data, arguments):
+    shape = data.draw(st.lists(st.integers(0, 4), max_size=4))
+    strides = data.draw(st.lists(st.integers(0, 300), min_size=len(shape), max_size=len(shape)))
+    dtype = data.draw(st.sampled_from([torch.uint8, torch.float16, torch.float64, torch.bool, torch.complex64]))
+    memory = torch.zeros(6000, dtype=dtype)
+    layers = [
+        memory.as_strided(shape, strides, offset) for offset in data.draw(st.lists(st.integers(0, 500), max_size=3))
+    ]
+    try:
+        layout = lmc.KVLayout.from_tensors(layers, **arguments)
+    except (TypeError, ValueError):
+        return
+    begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes
+    extent = (
+        max(0, layout.num_pages - 1) * layout.page_stride + (layout.runs - 1) * layout.run_stride + layout.run_bytes
+    )
+    if layout.num_pages:
+        assert all(begin <= plane and plane + extent <= end for plane in layout.planes)
+        pages = list(range(layout.num_pages))
+        payload = torch.arange(layout.payload_bytes(len(pages))).to(torch.uint8)
+        ops.scatter_pages(layout, pages, payload)
+        assert len(layers) > 1 or torch.equal(ops.gather_pages(layout, pages), payload)
+
+
 def test_opaque_pages_have_no_tokens_to_copy_and_no_tails():
     layout = lmc.KVLayout.from_tensors([torch.zeros(3, 50)], page_tokens=4, page_dim=0, opaque=True)
     with pytest.raises(ValueError, match="layout: expected one with a token dimension"):

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import lmcache_mm as lmc
 from lmcache_mm import reference
+from lmcache_mm.prompt import NAMESPACE_CONTEXT, encode_fields, owner_of
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text())
 ROOT = bytes(range(32))
@@ -75,7 +76,15 @@ def test_prefix_keys_of_the_golden_prompt_are_the_golden_ones(dtype):
 
 @pytest.mark.parametrize("case", VECTORS["namespaces"], ids=lambda c: c["root"][:8])
 def test_namespace_roots_are_the_golden_ones(case):
-    assert lmc.Namespace(**case["fields"]).root(**case["request"]).hex() == case["root"]
+    namespace = lmc.Namespace(**case["fields"])
+    if "" in case["request"].values():  # a root of the format that no request has
+        with pytest.raises(ValueError, match="expected a name"):
+            namespace.root(**case["request"])
+        fields = {**namespace._fields, **{name: value.encode() for name, value in case["request"].items()}}
+        root = blake3(encode_fields(fields), derive_key_context=NAMESPACE_CONTEXT).digest()
+    else:
+        root = namespace.root(**case["request"])
+    assert root.hex() == case["root"]
 
 
 @pytest.mark.parametrize("case", VECTORS["layouts"], ids=lambda c: c["fingerprint"][:8])
@@ -283,7 +292,6 @@ def test_a_prompt_keeps_a_copy_of_its_ids():
     [
         ({"salt": "x"}, {"lora": "x"}),
         ({"salt": "x"}, {"salt": "y"}),
-        ({}, {"salt": ""}),
         ({"salt": "x", "lora": "y"}, {"salt": "xy"}),
         ({"prompt_embeds": "x"}, {}),
     ],
@@ -296,6 +304,30 @@ def test_tenants_loras_and_prompt_embeddings_have_roots_of_their_own(a, b):
 def test_a_namespace_reads_dtypes_and_integers_and_leaves_none_out():
     assert lmc.Namespace(dtype=torch.bfloat16, tp=2).root() == lmc.Namespace(dtype="bfloat16", tp="2", pp=None).root()
     assert lmc.Namespace(pp=None).root() != lmc.Namespace(pp="None").root()
+
+
+@pytest.mark.parametrize("salt, error", [("", ValueError), (b"", ValueError), (0, TypeError), (5, TypeError)])
+@pytest.mark.parametrize("name", ["salt", "lora", "prompt_embeds"])
+def test_one_rule_says_what_a_salt_is_wherever_it_enters(name, salt, error):
+    namespace = lmc.Namespace(model="m")
+    cache = lmc.EncoderCache(namespace, "mem://?capacity=1KiB")
+    enters = [lambda: lmc.Prompt([1], **{name: salt}), lambda: namespace.root(**{name: salt})]
+    if name != "prompt_embeds":
+        enters += [lambda: cache.contains("a", **{name: salt})]
+    if name == "salt":
+        enters += [lambda: owner_of(salt), lambda: cache.forget(salt), lambda: lmc.KVCache.forget(cache, salt)]
+    for enter in enters:
+        with pytest.raises(error, match=rf"{name}: expected"):
+            enter()
+    assert owner_of(None) == b""
+    assert owner_of("5") == owner_of(b"5") != owner_of("0")
+    with pytest.raises(ValueError, match="salt: expected one, got none"):
+        cache.forget(None)
+
+
+def test_a_prompt_shows_neither_its_tokens_nor_whose_it_is():
+    shown = repr(lmc.Prompt([4711, 4712], [lmc.Item("a face", 0, 1)], salt="hunter2", lora="adapter"))
+    assert shown == "Prompt(2 tokens, 1 items, salt=..., lora=...)"
 
 
 def test_a_namespace_does_not_show_its_secret():
@@ -407,7 +439,8 @@ def test_bad_roots_cuts_and_items_are_refused(root, cuts, items, error, text):
         (lambda: lmc.Prompt([1.0]), TypeError, "token_ids: expected integers"),
         (lambda: lmc.Prompt([[1]]), ValueError, "token_ids: expected 1 dimension"),
         (lambda: lmc.Prompt([1], [("a", 0, 1)]), TypeError, r"items\[0\]: expected lmcache_mm.Item"),
-        (lambda: lmc.Prompt([1], salt=7.0), TypeError, "salt: expected str, bytes or int"),
+        (lambda: lmc.Prompt([1], salt=7.0), TypeError, "salt: expected str or bytes, got float"),
+        (lambda: lmc.Prompt([1], [lmc.Item("", 0, 1)]), ValueError, r"items\[0\].identifier: expected a name"),
         (lambda: lmc.Prompt([1], salt="\udfff"), ValueError, "salt: .* UTF-8"),
         (lambda: lmc.Namespace(modle="m"), TypeError, "Namespace: expected fields among .* got 'modle'"),
         (lambda: lmc.Namespace(salt="s"), TypeError, "belongs to the request"),

@@ -479,6 +479,21 @@ def test_a_process_that_lends_and_has_ended_is_started_again(own):
         assert process.poll() is None
 
 
+def test_a_process_that_lends_and_has_ended_is_replaced_at_once_and_counted(lent_slab, caplog):
+    slab = lent_slab[0].directory / "slab"
+    with closing(nixl_agent.SlabAgent(slab, "lo")) as agent, agent.busy():
+        for restarts in (1, 2):
+            described, ended = agent._described, agent._process
+            ended.kill()
+            until(lambda n=restarts, old=described: agent.restarts == n and agent._described != old, "not replaced")
+            assert agent.describe() == agent._described
+            assert agent.restarts == restarts
+            assert agent._process is not ended
+            assert f"status -9; it has been replaced {restarts} times" in caplog.text
+    assert agent.ended
+    assert agent.restarts == 2
+
+
 # --- Peers that lie
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import test_stores
-from lmcache_mm import certificates, cli
+from lmcache_mm import certificates, cli, lane
 from lmcache_mm.secret import Seal
 from lmcache_mm.serve import Server
 from lmcache_mm.stores import breaker, channel, open_store, peer, slab, slab_directory
@@ -186,7 +186,7 @@ def test_what_no_socket_says_is_a_miss_too(monkeypatch):
 
 
 def test_no_job_begins_after_its_call_has_ended():
-    call, begun, go_on = peer._Call(), threading.Event(), threading.Event()
+    call, begun, go_on = lane.Call(), threading.Event(), threading.Event()
     running = threading.Thread(target=call.run, args=(lambda: begun.set() or go_on.wait(10),))
     running.start()
     assert begun.wait(10)

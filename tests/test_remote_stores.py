@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import resource
 import ssl
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -461,46 +464,52 @@ def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload
     assert (found, buffer == payload(1)) == ([when == "after"], when == "after")
 
 
+class Kept:
+    """A client whose server is a dictionary."""
+
+    expires = False
+
+    def __init__(self, kept=None):
+        self.kept = {} if kept is None else kept
+
+    def exists(self, names, peek):
+        return [name in self.kept for name in names]
+
+    def heads(self, names, size):
+        return [self.kept.get(name, b"")[:size] or None for name in names]
+
+    def read(self, name, into):
+        if name not in self.kept:
+            return None
+        into[: len(self.kept[name])] = self.kept[name]
+        return len(self.kept[name])
+
+    def write(self, name, record, ttl_s, replace):
+        self.kept[name] = bytes(record)
+        return True
+
+    def delete(self, names):
+        for name in names:
+            self.kept.pop(name, None)
+
+    def names(self, prefix):
+        yield [name for name in self.kept if name.startswith(prefix)]
+
+    def close(self):
+        pass
+
+
 def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten_meanwhile():
     kept, arrive, arriving = {}, threading.Event(), threading.Event()
 
-    class Kept:
-        slow = False
-
-        def exists(self, names, peek):
-            return [name in kept for name in names]
-
-        def heads(self, names, size):
-            return [kept.get(name, b"")[:size] or None for name in names]
-
-        def read(self, name, into):
-            if name not in kept:
-                return None
-            into[: len(kept[name])] = kept[name]
-            return len(kept[name])
-
-        def write(self, name, record, ttl_s, replace):
-            if self.slow:
-                arriving.set()
-                arrive.wait(30)
-            kept[name] = bytes(record)
-            return True
-
-        def delete(self, names):
-            for name in names:
-                kept.pop(name, None)
-
-        def names(self, prefix):
-            yield [name for name in kept if name.startswith(prefix)]
-
-        def close(self):
-            pass
-
     class Slow(Kept):
-        slow = True
+        def write(self, *arguments):
+            arriving.set()
+            arrive.wait(30)
+            return super().write(*arguments)
 
     seal = Seal(b"a secret of a deployment")
-    slow, other = (RemoteStore("kept", engine, seal, 0.2, 1, 10) for engine in (Slow, Kept))
+    slow, other = (RemoteStore("kept", lambda e=engine: e(kept), seal, 0.2, 1, 10) for engine in (Slow, Kept))
     for forgotten in (True, False):
         owner = OWNER if forgotten else OTHER_OWNER
         slow._breaker.tell(True)
@@ -650,6 +659,44 @@ def test_a_full_server_drops_puts_and_is_not_taken_for_a_broken_one(own_server):
     store.close()
 
 
+def test_a_value_far_longer_than_the_record_is_not_brought_here(own_server):
+    store = opened(own_server.port, "20")
+    store.put([key(1)], [payload(1)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    engine_of(store)._client.custom_command(["SETRANGE", store._name(key(1)), str(400 << 20), "x"])
+    assert get(store, 1) is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+    assert (store.stats()["errors"], store.stats()["down"]) == (0, 0)
+    store.close()
+
+
+def test_a_server_that_says_more_than_it_was_asked_for_is_left_alone(far, monkeypatch):
+    far.put([key(1)], [payload(1)])
+    monkeypatch.setattr(type(engine_of(far)._client), "exec", lambda *_, **__: [bytes(1 << 20)])
+    assert far.ages([key(1)]) == [math.inf]
+    assert far.stats()["down"]
+
+
+@pytest.mark.parametrize("lack", [MemoryError(), OSError(errno.ENOMEM, "no memory")])
+def test_memory_that_cannot_be_had_costs_a_call_and_is_not_held_against_the_server(lack, monkeypatch, caplog):
+    store = RemoteStore("kept", Kept, Seal(b"a secret of a deployment"), 30, 1, 100)
+    store.put([key(1)], [payload(1)])
+    with monkeypatch.context() as patched:
+
+        def fail(*_, **__):
+            raise lack
+
+        patched.setattr(remote._Hand, "memory", fail)
+        assert get(store, 1) is None
+        store.put([key(2)], [payload(2)])
+        assert store.stats()["dropped_puts"] == 1
+    store.put([key(2)], [payload(2)])
+    assert get(store, 1) == payload(1)
+    assert get(store, 2) == payload(2)
+    assert not caplog.records
+    store.close()
+
+
 # --- Opening
 
 
@@ -730,6 +777,15 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url, environment):
         with pytest.raises(ValueError) as raised:
             open_store(one)
         assert "hunter2" not in str(raised.value)
+
+
+@pytest.mark.parametrize("host, warned", [("127.0.0.1", 0), ("localhost", 0), ("[::1]", 0), ("10.0.0.7", 1)])
+def test_an_endpoint_without_tls_beyond_this_host_is_warned_of(host, warned, recwarn, environment):
+    connecting = import_module("lmcache_mm.stores.s3").connecting
+    for scheme in ("http", "https"):
+        connecting("bucket", "", f"{scheme}://{host}:1", "r", 1.0)
+    said = [str(warning.message) for warning in recwarn if "not encrypted" in str(warning.message)]
+    assert len(said) == warned
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import servers
 from lmcache_mm import ops
+from lmcache_mm.stores import mem as mem_module
 from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores.mem import MemStore
 from lmcache_mm.stores.remote import RemoteStore
 
 
@@ -116,6 +118,14 @@ def single(request, tmp_path):
 @pytest.fixture(params=LOCAL)
 def local(request, tmp_path):
     """One that has a capacity."""
+    store, remove = new_store(request.param, tmp_path)
+    yield store
+    remove()
+
+
+@pytest.fixture(params=["mem", "mem,mem", "valkey"])
+def checked(request, tmp_path):
+    """One that checks what it is given by `checked_records`."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
@@ -325,6 +335,63 @@ def test_any_sequence_of_calls_never_returns_a_wrong_payload(scheme, tmp_path):
 # --- mem:
 
 
+@pytest.mark.parametrize(
+    "wrong, error, text",
+    [
+        ({"checksums": [2**64]}, ValueError, r"checksums: expected 2|checksums\[0\]: expected a signed"),
+        ({"checksums": [0, 2**63]}, ValueError, r"checksums\[1\]: expected a signed integer of 64 bits"),
+        ({"checksums": []}, ValueError, "checksums: expected 2, as many as keys, got 0"),
+        ({"checksums": [1, "2"]}, TypeError, r"checksums\[1\]: expected an integer, got str"),
+        ({"buffers": [payload(1)]}, ValueError, "buffers: expected 2, as many as keys, got 1"),
+        ({"owner": "tenant-seven...."}, TypeError, "owner: expected bytes, got str"),
+        ({"owner": b"seven"}, ValueError, "owner: expected 16 bytes or none, got 5"),
+        ({"keys": [key(1), "k" * 36]}, TypeError, "keys: expected bytes, got str"),
+    ],
+)
+def test_a_put_that_is_wrong_is_refused_before_anything_is_stored(checked, wrong, error, text):
+    before = {name: value for name, value in checked.stats().items() if name != "processes"}
+    arguments = {"keys": [key(1), key(2)], "buffers": [payload(1), payload(2)], "owner": OWNER, "checksums": None}
+    with pytest.raises(error, match=text):
+        checked.put(**{**arguments, **wrong})
+    assert {name: value for name, value in checked.stats().items() if name != "processes"} == before
+    assert checked.contains([key(1), key(2)]) == [False, False]
+
+
+@pytest.mark.parametrize("owner, error", [(b"", ValueError), (bytes(16), ValueError), ("seven", TypeError)])
+def test_nobody_is_not_forgotten(checked, owner, error):
+    checked.put([key(1)], [payload(1)])
+    with pytest.raises(error, match="owner: expected"):
+        checked.forget(owner)
+    assert checked.contains([key(1)]) == [True]
+
+
+def test_what_was_forgotten_since_a_moment_is_not_stored_and_counted(mem):
+    moment = mem.moment()
+    mem.forget(OWNER)
+    mem.put([key(1)], [payload(1)], OWNER, as_of=moment)
+    mem.put([key(2)], [payload(2)], OTHER_OWNER, as_of=moment)
+    mem.put([key(3)], [payload(3)], as_of=moment)
+    mem.put([key(4)], [payload(4)], OWNER, as_of=mem.moment())
+    assert mem.contains([key(i) for i in range(1, 5)]) == [False, True, True, True]
+    assert mem.stats()["dropped_puts"] == 1
+
+
+def test_who_was_forgotten_is_known_of_the_last_owners_alone_and_counts_as_forgotten_before(mem, monkeypatch):
+    monkeypatch.setattr(mem_module, "MOST_FORGOTTEN", 3)
+    moments = [mem.moment()]
+    for i in range(10):
+        mem.forget(bytes([i + 1]) * 16)
+        moments.append(mem.moment())
+    assert len(mem._forgotten) == 3
+    assert moments == sorted(set(moments))
+    mem.put([key(1)], [payload(1)], bytes([1]) * 16, as_of=moments[0])  # forgotten since, and not known any more
+    mem.put([key(2)], [payload(2)], OWNER, as_of=moments[6])  # never forgotten, but nobody knows
+    mem.put([key(3)], [payload(3)], bytes([1]) * 16, as_of=moments[7])
+    mem.put([key(4)], [payload(4)], bytes([10]) * 16, as_of=moments[9])
+    mem.put([key(5)], [payload(5)], bytes([10]) * 16, as_of=moments[10])
+    assert mem.contains([key(i) for i in range(1, 6)]) == [False, False, True, False, True]
+
+
 def test_the_least_recently_used_record_goes_first_and_the_head_of_a_prefix_last(mem):
     for i in range(8):
         mem.put([key(i)], [payload(i)])
@@ -402,3 +469,51 @@ def test_no_room_is_an_error_that_says_so(tmp_path):
         open_store(f"file://{tmp_path}/large?capacity={size}")
     assert not [path for path in (tmp_path / "large").iterdir() if path.name != "lock"]
     assert os.listdir(tmp_path) == ["large"]
+
+
+SCHEMES = st.sampled_from(
+    [*["mem", "shm", "file", "valkey", "s3", "mooncake", "peer", "nixl"], "tiered", "http", "", "MEM", "mem,mem"]
+)
+PLACES = st.sampled_from(
+    ["", "/", "/x", "bucket", "host:1", "[::1]:1", "[::1", "host:0", ":1", "a b", "\0", "//", "é:1"]
+)
+VALUES = st.sampled_from(
+    ["", "0", "1", "-1", "1e3", "nan", "inf", "2", "1GiB", "1" * 5000, "\u0661", "1MiB", "/x", "%00"]
+)
+OPTIONS = [
+    "capacity",
+    "quota",
+    "ttl",
+    "timeout",
+    "connections",
+    "tls",
+    "ca",
+    "cluster",
+    "endpoint",
+    "region",
+    "admin",
+    "hostname",
+    "trusted_network",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_url_opens_a_store_or_raises_what_is_documented(data):
+    def url():
+        options = data.draw(st.dictionaries(st.sampled_from(OPTIONS), VALUES, max_size=3))
+        query = "?" * data.draw(st.booleans()) + "&".join(f"{name}={value}" for name, value in options.items())
+        return f"{data.draw(SCHEMES)}:{data.draw(st.sampled_from(['//', '', '/', '////']))}{data.draw(PLACES)}{query}"
+
+    names = [url() for _ in range(data.draw(st.integers(1, 3)))]
+    joined = data.draw(st.sampled_from([names, f"tiered:{','.join(names)}", names[0], data.draw(st.text(max_size=20))]))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
+        for module in ("valkey", "s3", "mooncake"):  # what they connect to is others' business
+            patched.setattr(f"lmcache_mm.stores.{module}.connecting", lambda *_, **__: lambda: None)
+        patched.setattr(slab.SlabStore, "open", classmethod(lambda *_, **__: MemStore(1 << 20)))
+        try:
+            store = open_store(joined)
+        except (ValueError, OSError, RuntimeError):
+            return
+        store.close()

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import subprocess
+import sys
 import threading
+import time
+import uuid
 
 import numpy as np
 import pytest
 
-from lmcache_mm.stores import SlotStore, open_store, slab, slab_index, tiered
+from lmcache_mm import lane
+from lmcache_mm.stores import SlotStore, open_store, slab, slab_directory, slab_index, tiered
 from lmcache_mm.stores.mem import MemStore
 from lmcache_mm.stores.tiered import TieredStore
 from test_stores import OWNER, get, key, new_store, payload
@@ -382,3 +388,160 @@ def test_tiers_are_not_carried_over_a_fork(store):
         store.close()  # nothing, at once
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
+
+
+# --- Promises that others break
+
+
+def promoting(store, tiers, meanwhile):
+    """A hit in the second tier, with `meanwhile` between its being read there and its being put into the first."""
+    tiers[1].put([key(1), key(2)], [payload(1), payload(2)])
+    ages = tiers[1].ages
+
+    def read_and_wait(keys):
+        tiers[1].ages = ages
+        meanwhile()
+        return ages(keys)
+
+    tiers[1].ages = read_and_wait
+    return store.get_into([key(1), key(2)], [bytearray(100), bytearray(100)])
+
+
+def test_what_is_deleted_while_it_is_promoted_does_not_come_back(store, tiers):
+    assert promoting(store, tiers, lambda: store.delete([key(1), key(9)])) == [True, True]
+    assert store.contains([key(1), key(2)]) == [False, True]
+    assert tiers[0].contains([key(1), key(2)]) == [False, True]
+    assert store.stats()["promoted"] == 1
+
+
+def test_slots_deleted_while_they_are_promoted_do_not_come_back(tmp_path, monkeypatch):
+    store, remove = new_store("shm,mem", tmp_path)
+    low = store.tiers[1]
+    low.put([key(1)], [payload(1)])
+    get_into = low.get_into
+
+    def read_and_delete(*arguments):
+        found = get_into(*arguments)
+        store.delete([key(1)])
+        return found
+
+    monkeypatch.setattr(low, "get_into", read_and_delete)
+    assert store.lend([key(1)], [100]) == [None]
+    assert store.contains([key(1)]) == [False]
+    store.put([key(1)], [payload(1)])  # its place is free
+    assert get(store, 1) == payload(1)
+    remove()
+
+
+def test_a_promotion_that_begins_while_its_record_is_deleted_does_not_bring_it_back(store, tiers, monkeypatch):
+    tiers[1].put([key(1)], [payload(1)])
+    delete = tiers[0].delete
+
+    def delete_and_ask(keys):  # the first tier has done its part, the second has not
+        delete(keys)
+        assert get(store, 1) == payload(1)
+
+    monkeypatch.setattr(tiers[0], "delete", delete_and_ask)
+    store.delete([key(1)])
+    assert store.contains([key(1)]) == [False]
+
+
+def test_gets_and_deletes_of_many_threads_leave_nothing_that_was_deleted_last(store, tiers):
+    back = 0
+    for _ in range(100):
+        tiers[1].put([key(1)], [payload(1)])
+        readers = [threading.Thread(target=get, args=(store, 1)) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        store.delete([key(1)])
+        for reader in readers:
+            reader.join()
+        back += store.contains([key(1)]) == [True]
+    assert not back
+
+
+def test_what_was_forgotten_after_the_moment_of_a_put_does_not_come_back_in_any_tier(store, tiers):
+    moment = store.moment()
+    assert store.moment() == moment
+    tiers[1].forget(OWNER)  # by another process, say
+    assert store.moment() > moment
+    store.put([key(1), key(2)], [payload(1), payload(2)], OWNER, as_of=moment)
+    store.put([key(3)], [payload(3)], as_of=moment)
+    store.flush()
+    assert tiers[1].contains([key(1), key(2), key(3)]) == [False, False, True]
+    store.forget(OWNER)
+    store.put([key(4)], [payload(4)], OWNER, as_of=moment)
+    store.put([key(5)], [payload(5)], OWNER, as_of=store.moment())
+    store.flush()
+    assert [tier.contains([key(4), key(5)]) for tier in tiers] == [[False, True]] * 2
+
+
+def test_a_moment_too_long_ago_counts_as_before_all_that_was_forgotten(store, tiers, monkeypatch):
+    monkeypatch.setattr(tiered, "MOST_TOLD", 3)
+    moment = store.moment()
+    for i in range(5):
+        store.forget(bytes([i + 1]) * 16)
+        store.moment()
+    store.put([key(1), key(2)], [payload(1), payload(2)], bytes([1]) * 16, as_of=moment)
+    store.put([key(3)], [payload(3)], OWNER, as_of=moment)
+    store.flush()
+    assert store.contains([key(1), key(2), key(3)]) == [False, False, True]
+
+
+def at_exit(code):
+    """What a process says whose interpreter ends behind `code`, and how many seconds that takes."""
+    begin = "import sys, time; from lmcache_mm.stores import *; from lmcache_mm.stores.tiered import TieredStore\n"
+    end = "\nprint(time.monotonic(), flush=True)"
+    command = [sys.executable, "-c", begin + code + end]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    return done.stderr, time.monotonic() - float(done.stdout)
+
+
+@pytest.mark.parametrize("first", ["mem://?capacity=16MiB", "shm:///NAME?capacity=16MiB"])
+def test_what_a_store_has_accepted_is_written_when_the_process_ends(tmp_path, first):
+    shm = f"test-{uuid.uuid4().hex}"
+    url = f"file://{tmp_path}/store?capacity=64MiB"
+    code = f"""
+store = open_store("tiered:{first.replace("NAME", shm)},{url}")
+for i in range(100):
+    store.put([i.to_bytes(36, "little")], [bytes([i]) * 100_000])
+"""
+    said, _ = at_exit(code)
+    assert said == ""
+    with contextlib.closing(open_store(url)) as below:
+        assert below.stats()["records"] == 100
+        assert get(below, 7, 100_000) == bytes([7]) * 100_000
+    if first.startswith("shm"):
+        assert slab.remove(slab_directory(f"shm:///{shm}")[1])
+
+
+def test_jobs_of_a_cache_are_done_before_its_store_is_closed_when_the_process_ends(tmp_path):
+    url = f"file://{tmp_path}/store?capacity=64MiB"
+    code = f"""
+import torch, lmcache_mm as lmc
+pages = torch.ones(64, 16, 4096)
+layout = lmc.KVLayout.from_tensors([pages], page_tokens=16, page_dim=0, token_dim=1)
+cache = lmc.KVCache(layout, ["mem://?capacity=32MiB", "{url}"], lmc.Namespace(model="m"))
+jobs = [cache.store(lmc.Prompt([i] * 256), range(16)) for i in range(4)]
+early = cache.store(lmc.Prompt([9] * 256), range(16), by_layer=True)  # whose layers are never written
+"""
+    said, _ = at_exit(code)
+    assert said == ""
+    with contextlib.closing(open_store(url)) as below:
+        assert below.stats()["records"] == 4
+
+
+def test_a_tier_that_hangs_holds_up_the_end_of_a_process_for_a_while_and_what_is_lost_is_said(tmp_path):
+    code = """
+class Hangs(type(open_store("mem://?capacity=1KiB"))):
+    def put(self, *arguments):
+        time.sleep(60)
+store = TieredStore([open_store("mem://?capacity=1MiB"), Hangs(1 << 20)])
+for i in range(10):
+    store.put([i.to_bytes(36, "little")], [bytes(100)])
+"""
+    said, seconds = at_exit(code)
+    assert "10 records were not written downwards" in said
+    assert said.count("records were not written") == 1
+    assert "Traceback" not in said
+    assert seconds < lane.EXIT_S + 20

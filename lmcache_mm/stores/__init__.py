@@ -76,8 +76,10 @@ class Store(Protocol):
         """Stores payloads, copied before it returns. A key that is there keeps its record. `owner`: 16 bytes that name
         a tenant, or empty. `checksums`: the payloads' (see `ops.checksum`) where the caller has them.
 
-        For payloads that come from another store: `as_of`, what `moment` said before they were read there, lest what
-        was forgotten meanwhile come back; `age_s`, for how long they have been stored."""
+        `as_of`: what `moment` said when they were computed, or before they were read in another store; whose owner has
+        been forgotten since are dropped. `age_s`: for how long they have been stored in another store.
+
+        TypeError or ValueError, before anything is stored, for arguments that are wrong."""
         ...
 
     def moment(self) -> int:
@@ -175,11 +177,11 @@ def _open_tiers(urls: Sequence[str]) -> Store:
     try:
         for url in urls:
             stores.append(open_store(url))
+        return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
     except BaseException:
         for store in stores:
             store.close()
         raise
-    return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
 
 
 def _open_mem(url: str) -> Store:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import operator
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -20,15 +22,28 @@ def check_process(pid: int) -> None:
         raise RuntimeError(f"store: opened in process {pid}, used in {os.getpid()}: open it again after a fork")
 
 
+def is_lack(error: BaseException) -> bool:
+    """Whether it says that there is no memory or no thread to be had now: that is nobody's mistake and no store's
+    failure, and a later call may have them."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOMEM, errno.EAGAIN)
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return isinstance(error, MemoryError) or "can't allocate memory" in said or "can't start new thread" in said
+
+
 def check_keys(keys: Sequence[bytes]) -> None:
-    """ValueError for keys of another length than 32 to 64 bytes."""
+    """TypeError for keys that are no bytes, ValueError for another length than 32 to 64."""
     for key in keys:
+        if not isinstance(key, bytes):
+            raise TypeError(f"keys: expected bytes, got {type(key).__name__}")
         if not 32 <= len(key) <= 64:
             raise ValueError(f"keys: expected 32 to 64 bytes, got {len(key)}")
 
 
 def checked_owner(owner: bytes) -> bytes:
-    """16 bytes, NO_OWNER for none; ValueError for another length."""
+    """16 bytes, NO_OWNER for none; TypeError for what is no bytes, ValueError for another length."""
+    if not isinstance(owner, bytes):
+        raise TypeError(f"owner: expected bytes, got {type(owner).__name__}")
     if owner and len(owner) != len(NO_OWNER):
         raise ValueError(f"owner: expected {len(NO_OWNER)} bytes or none, got {len(owner)}")
     return owner or NO_OWNER
@@ -37,6 +52,39 @@ def checked_owner(owner: bytes) -> bytes:
 def bytes_of(buffer: Buffer) -> np.ndarray:
     """A buffer's bytes, uint8, where they are."""
     return np.frombuffer(buffer, dtype=np.uint8)
+
+
+def check_forgotten(owner: bytes) -> None:
+    """As `checked_owner`, and ValueError for none: what has no owner cannot be forgotten."""
+    if not checked_owner(owner).strip(b"\0"):
+        raise ValueError(f"owner: expected {len(NO_OWNER)} bytes, got none")
+
+
+def checked_records(
+    keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes, checksums: Sequence[int] | None
+) -> tuple[list[np.ndarray], list[int] | None]:
+    """What a put is given: the buffers' bytes, and the checksums, signed. TypeError or ValueError, before anything is
+    stored, for keys, buffers, an owner or checksums that are none, or of different number."""
+    check_keys(keys)
+    checked_owner(owner)
+    if len(buffers) != len(keys):
+        raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(buffers)}")
+    arrays = [bytes_of(buffer) for buffer in buffers]
+    if checksums is None:
+        return arrays, None
+    if len(checksums) != len(keys):
+        raise ValueError(f"checksums: expected {len(keys)}, as many as keys, got {len(checksums)}")
+    return arrays, [_checked_checksum(i, checksum) for i, checksum in enumerate(checksums)]
+
+
+def _checked_checksum(i: int, checksum: int) -> int:
+    try:
+        number = operator.index(checksum)
+    except TypeError:
+        raise TypeError(f"checksums[{i}]: expected an integer, got {type(checksum).__name__}") from None
+    if not -(1 << 63) <= number < 1 << 63:
+        raise ValueError(f"checksums[{i}]: expected a signed integer of 64 bits, got {number}")
+    return number
 
 
 def writable(buffers: Sequence[Buffer]) -> list[np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import threading
@@ -12,15 +13,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from lmcache_mm.ops import checksum
-from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm import _C
+from lmcache_mm.ops import THREADS
+from lmcache_mm.stores.arguments import (
+    check_forgotten,
+    check_keys,
+    check_process,
+    checked_owner,
+    checked_records,
+    writable,
+)
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
 
 ALIGNMENT = 64  # a payload begins on a cache line
+MOST_FORGOTTEN = 4096  # owners of whom it is known when they were forgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +56,10 @@ class MemStore:
     def __init__(self, capacity: int) -> None:
         if capacity < ALIGNMENT:
             raise ValueError(f"capacity: expected at least {ALIGNMENT} bytes, got {capacity}")
-        self._buffer = torch.empty(capacity // ALIGNMENT * ALIGNMENT, dtype=torch.uint8)
+        try:
+            self._buffer = np.empty(capacity // ALIGNMENT * ALIGNMENT, np.uint8)
+        except (MemoryError, ValueError):
+            raise OSError(errno.ENOMEM, f"mem: there are no {capacity} bytes of memory: lower capacity=") from None
         self._records: OrderedDict[bytes, _Record] = OrderedDict()  # the next to be evicted first
         self._held: Counter[bytes] = Counter()
         self._gaps = [(0, len(self._buffer))]  # free (begin, end), ascending, never adjacent
@@ -54,7 +67,9 @@ class MemStore:
             dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions"), 0)
         )
         self._lock = threading.Lock()
-        self._forgotten: dict[bytes, int] = {}
+        self._moment = 0  # how often anybody was forgotten
+        self._forgotten: OrderedDict[bytes, int] = OrderedDict()  # each owner's last moment, the earliest first
+        self._forgotten_before = 0  # the last moment that is not known of any more
         self._pid = os.getpid()
 
     def _check(self) -> None:
@@ -69,6 +84,7 @@ class MemStore:
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
         self._check()
         check_keys(keys)
+        keys = list(keys)
 
         def add(by: int) -> None:
             with self._lock:
@@ -84,20 +100,20 @@ class MemStore:
     ) -> list[bool]:
         self._check()
         check_keys(keys)
+        checked_owner(owner)
         arrays = writable(buffers)
         with self._lock:
-            found = [self._get(key, torch.from_numpy(array)) for key, array in zip(keys, arrays, strict=True)]
+            found = [self._get(key, array) for key, array in zip(keys, arrays, strict=True)]
             if not peek:
                 self._touch(keys)
         return found
 
-    def _get(self, key: bytes, out: torch.Tensor) -> bool:
+    def _get(self, key: bytes, out: np.ndarray) -> bool:
         record = self._records.get(key)
         if record is None or record.payload_bytes != len(out):
             self._counts["misses"] += 1
             return False
-        out.copy_(self._buffer[record.begin : record.begin + record.payload_bytes])
-        if checksum(out) != record.checksum:
+        if _copy(out, self._buffer[record.begin : record.begin + record.payload_bytes]) != record.checksum:
             self._counts["corrupt"] += 1
             self._remove(key)
             return False
@@ -114,18 +130,23 @@ class MemStore:
         age_s: float = 0.0,
     ) -> None:
         self._check()
-        check_keys(keys)
-        checked_owner(owner)
+        arrays, given = checked_records(keys, buffers, owner, checksums)
         with self._lock:
-            if as_of is not None and self._forgotten.get(owner, 0) > as_of:
-                return
-            for i, (key, buffer) in enumerate(zip(keys, buffers, strict=True)):
-                payload = _bytes(buffer)
-                if key not in self._records:
-                    self._put(key, payload, checksum(payload) if checksums is None else checksums[i], owner, age_s)
+            # Of who is not among the last that were forgotten it is not known: it counts as forgotten then.
+            forgotten = owner and as_of is not None and self._forgotten.get(owner, self._forgotten_before) > as_of
+            for i, (key, array) in enumerate(zip(keys, arrays, strict=True)):
+                if key in self._records:
+                    continue
+                if forgotten:
+                    self._counts["dropped_puts"] += 1
+                    continue
+                try:
+                    self._put(key, array, None if given is None else given[i], owner, age_s)
+                except MemoryError:
+                    self._counts["dropped_puts"] += 1
             self._touch(keys)
 
-    def _put(self, key: bytes, payload: torch.Tensor, payload_checksum: int, owner: bytes, age_s: float) -> None:
+    def _put(self, key: bytes, payload: np.ndarray, checksum: int | None, owner: bytes, age_s: float) -> None:
         size = _Record(0, len(payload), 0).end
         if size > len(self._buffer):
             self._counts["dropped_puts"] += 1
@@ -137,11 +158,12 @@ class MemStore:
                 return
             self._remove(oldest)
             self._counts["evictions"] += 1
-        self._gaps.remove(gap)
-        if gap[1] - gap[0] > size:
-            insort(self._gaps, (gap[0] + size, gap[1]))
-        self._buffer[gap[0] : gap[0] + len(payload)] = payload
-        self._records[key] = _Record(gap[0], len(payload), payload_checksum, owner, time.monotonic() - age_s)
+        computed = _copy(self._buffer[gap[0] : gap[0] + len(payload)], payload)
+        stored_at = time.monotonic() - age_s
+        rest = [(gap[0] + size, gap[1])] if gap[1] - gap[0] > size else []
+        self._records[key] = _Record(gap[0], len(payload), computed if checksum is None else checksum, owner, stored_at)
+        i = self._gaps.index(gap)
+        self._gaps[i : i + 1] = rest  # which needs no memory
         self._counts["puts"] += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
@@ -161,9 +183,11 @@ class MemStore:
         insort(self._gaps, (begin, end))
 
     def moment(self) -> int:
-        return len(self._forgotten) and max(self._forgotten.values())
+        return self._moment
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
+        self._check()
+        check_keys(keys)
         now = time.monotonic()
         with self._lock:
             return [now - self._records[key].stored_at if key in self._records else math.inf for key in keys]
@@ -178,9 +202,14 @@ class MemStore:
 
     def forget(self, owner: bytes) -> int:
         self._check()
+        check_forgotten(owner)
         with self._lock:
-            self._forgotten[owner] = 1 + max(self._forgotten.values(), default=0)
-            keys = [key for key, record in self._records.items() if owner and record.owner == owner]
+            self._moment += 1
+            self._forgotten[owner] = self._moment
+            self._forgotten.move_to_end(owner)
+            if len(self._forgotten) > MOST_FORGOTTEN:
+                self._forgotten_before = self._forgotten.popitem(last=False)[1]
+            keys = [key for key, record in self._records.items() if record.owner == owner]
             for key in keys:
                 self._remove(key)
             return len(keys)
@@ -201,9 +230,9 @@ class MemStore:
         with self._lock:
             self._records.clear()
             self._gaps = []
-            self._buffer = torch.empty(0, dtype=torch.uint8)
+            self._buffer = np.empty(0, np.uint8)
 
 
-def _bytes(buffer: Buffer) -> torch.Tensor:
-    view = bytes_of(buffer)
-    return torch.from_numpy(view if view.flags.writeable else view.copy())
+def _copy(to: np.ndarray, source: np.ndarray) -> int:
+    """Copies; returns the checksum."""
+    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, THREADS)

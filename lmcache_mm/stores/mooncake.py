@@ -11,6 +11,7 @@ import numpy as np
 from mooncake.store import MooncakeDistributedStore
 
 LOCAL_BYTES = 64 << 20  # of the client's own buffers
+MOST_SAID_BYTES = 1 << 30  # by the master's HTTP server: the names of some ten million records
 # Of mooncake-store/include/types.h: no handle, parameters (a buffer that is too small); being written, not found, and
 # read for longer than its lease, after which it may have been another's memory.
 NO_SPACE, BUFFER_TOO_SMALL, NOT_THERE = -200, -600, (-703, -704, -707)
@@ -61,7 +62,10 @@ def _ask(admin: tuple[str, int], path: str, timeout_s: float) -> str:
         answer = connection.getresponse()
         if answer.status != http.client.OK:
             raise ConnectionError(f"{path}: status {answer.status}")
-        return answer.read().decode()
+        said = answer.read(MOST_SAID_BYTES + 1)
+        if len(said) > MOST_SAID_BYTES:
+            raise ConnectionError(f"{path}: more than {MOST_SAID_BYTES} bytes")
+        return said.decode()
     finally:
         connection.close()
 

@@ -147,7 +147,11 @@ class NixlStore(PeerStore):
                 if looking:
                     looking.join()
                 looking = threading.Thread(target=look, args=(placed,))
-                looking.start()
+                try:
+                    looking.start()
+                except RuntimeError:  # out of threads
+                    looking = None
+                    look(placed)
         finally:
             if looking:
                 looking.join()

@@ -12,12 +12,22 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lmcache_mm.lane import Call
 from lmcache_mm.secret import MAC_BYTES, Seal
-from lmcache_mm.stores.arguments import check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.arguments import (
+    check_forgotten,
+    check_keys,
+    check_process,
+    checked_owner,
+    checked_records,
+    is_lack,
+    writable,
+)
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 from lmcache_mm.stores.channel import (
     AGES,
@@ -42,32 +52,6 @@ LEAST_SHARE_BYTES = 8 << 20  # of what one connection carries where several coul
 RECORD_HEAD = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, length, MAC
 
 logger = logging.getLogger("lmcache_mm")
-
-
-class _Call:
-    """The jobs of one call: none begins after its end, which waits for those that have begun. A job says whether it was
-    done, or what the peer did wrong; False says nothing about the peer."""
-
-    def __init__(self) -> None:
-        self._running, self._ended = 0, False
-        self._changed = threading.Condition()
-
-    def run(self, do: Callable[..., Exception | bool], *arguments: Any) -> Exception | bool:
-        with self._changed:
-            if self._ended:
-                return False
-            self._running += 1
-        try:
-            return do(*arguments)
-        finally:
-            with self._changed:
-                self._running -= 1
-                self._changed.notify_all()
-
-    def end(self) -> None:
-        with self._changed:
-            self._ended = True
-            self._changed.wait_for(lambda: not self._running)
 
 
 class PeerStore:
@@ -201,8 +185,7 @@ class PeerStore:
         age_s: float = 0.0,
     ) -> None:
         self._check()
-        check_keys(keys)
-        checked_owner(owner)
+        checked_records(keys, buffers, owner, checksums)
         self._count("dropped_puts", len(keys))
 
     def moment(self) -> int:
@@ -214,6 +197,7 @@ class PeerStore:
 
     def forget(self, owner: bytes) -> int:
         self._check()
+        check_forgotten(owner)
         raise RuntimeError(f"forget: {self._name} is read only: its host's own store must forget")
 
     def flush(self) -> None:
@@ -254,10 +238,13 @@ class PeerStore:
             return
         said: list[Exception | bool] = []
         good = False
-        call = _Call()
+        call = Call()
         try:
             deadline = time.monotonic() + self._timeout_s
-            jobs = [self._pool.submit(call.run, self._do, work, deadline) for work in works]
+            jobs = []
+            for work in works:
+                with suppress(RuntimeError, MemoryError):  # no thread can be started: what is not asked for is a miss
+                    jobs.append(self._pool.submit(call.run, self._do, work, deadline))
             wait(jobs, max(0.0, deadline - time.monotonic()))
             call.end()
             said = [one for job in jobs if (one := not job.cancel() and job.result())]
@@ -273,7 +260,8 @@ class PeerStore:
                 self._breaker.tell(good)
 
     def _do(self, work: Callable[[Channel], None], deadline: float) -> Exception | bool:
-        """See `_Call`. Work that has waited here for half of its time, or more, does not tell a peer that is slow."""
+        """Whether the work was done, or what the peer did wrong; False says nothing about the peer, as work does not
+        that has waited here for half of its time or more."""
         late = deadline - time.monotonic() < self._timeout_s / 2
         try:
             channel = self._take_idle(deadline)
@@ -282,8 +270,10 @@ class PeerStore:
         except TimeoutError as error:
             return False if late else error
         except OSError as error:
-            return error
-        except Exception as error:  # of the engine below, or out of threads: the caller's path raises nothing
+            return not is_lack(error) and error
+        except Exception as error:  # of the engine below: the caller's path raises nothing
+            if is_lack(error):
+                return False
             logger.warning("%s: unexpected", self._name, exc_info=True)
             return error
         return True

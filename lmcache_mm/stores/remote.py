@@ -25,7 +25,16 @@ import numpy as np
 from lmcache_mm import _C
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.secret import MAC_BYTES, Seal
-from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.arguments import (
+    bytes_of,
+    check_forgotten,
+    check_keys,
+    check_process,
+    checked_owner,
+    checked_records,
+    is_lack,
+    writable,
+)
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
 if TYPE_CHECKING:
@@ -267,6 +276,8 @@ class RemoteStore:
             self._count("timeouts" if call.error is None else "errors")
         # One that is slow with much is not down: something has come.
         healthy = good or (call.error is None and call.moved)
+        if call.error is not None and is_lack(call.error):  # that is this host's
+            healthy = not self._breaker.open
         if self._breaker.tell(healthy) and not healthy:
             logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
         return list(call.results), error
@@ -284,7 +295,7 @@ class RemoteStore:
                 try:
                     hand.lane.submit(partial(self._work, call, hand))
                     return
-                except RuntimeError:  # the store is being closed
+                except (RuntimeError, MemoryError):  # the store is being closed, say
                     pass
         with self._lock:
             hand.busy -= 1
@@ -409,11 +420,11 @@ class RemoteStore:
         age_s: float = 0.0,
     ) -> None:
         self._check()
-        check_keys(keys)
+        checked, sums = checked_records(keys, buffers, owner, checksums)
         whose = checked_owner(owner)
         self._settle()
-        arrays = dict(zip(keys, map(bytes_of, buffers), strict=True))
-        given = dict(zip(keys, checksums, strict=True)) if checksums is not None else {}
+        arrays = dict(zip(keys, checked, strict=True))
+        given = {} if sums is None else dict(zip(keys, sums, strict=True))
         until = time.monotonic() + self._timeout_s
         moment = self.moment() if as_of is None else as_of
         stored_at = self.moment() - int(age_s * 1e6)
@@ -501,9 +512,8 @@ class RemoteStore:
         """Removes all records of an owner, whoever put them; returns their number. Looks at every record's header.
         Raises RuntimeError if it could not look at all of them."""
         self._check()
-        if not owner:
-            raise ValueError("owner: expected 16 bytes, got none")
-        whose = self._seal.digest(checked_owner(owner))
+        check_forgotten(owner)
+        whose = self._seal.digest(owner)
         name = self._forgets_of(owner)
 
         def write_down(hand: _Hand) -> None:

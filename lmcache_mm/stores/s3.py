@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import obstore
@@ -34,6 +37,12 @@ def connecting(
     if endpoint:
         if not endpoint.startswith(("http://", "https://")):
             raise ValueError("store: endpoint: expected a URL that begins with http:// or https://")
+        if endpoint.startswith("http://") and not _is_loopback(urlsplit(endpoint).hostname or ""):
+            warnings.warn(
+                "store: endpoint: http:// is not encrypted: credentials' signatures, names of records and payloads can "
+                "be read on the network: use https://",
+                stacklevel=2,
+            )
         settings |= {"endpoint": endpoint, "virtual_hosted_style_request": False}
     timeout = timedelta(seconds=timeout_s)
     store = S3Store(
@@ -64,6 +73,13 @@ def connecting(
         return engine
 
     return connect
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class S3Engine:

@@ -20,7 +20,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from blake3 import blake3
 
 from lmcache_mm import _C, ops
+from lmcache_mm.lane import Call
 from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
 from lmcache_mm.stores.slab_files import (
     LEAST_GRANULE_BYTES,
@@ -790,15 +791,26 @@ class FileStore(SlabStore):
         self, work: Callable[[Slot, np.ndarray, int], int | None], slots: Sequence[Slot], arrays: Sequence[np.ndarray]
     ) -> list[list[Any]]:
         """work(slot, piece of its array, where the piece begins) for all pieces; what it returned, of each slot."""
-        jobs = [
-            [
-                self._pool.submit(work, slot, array[begin : begin + PIECE_BYTES], begin)
-                for begin in range(0, max(1, slot.payload_bytes), PIECE_BYTES)
+        call = Call()
+
+        def begin_piece(slot: Slot, array: np.ndarray, begin: int) -> Future[Any]:
+            piece = (slot, array[begin : begin + PIECE_BYTES], begin)
+            try:
+                return self._pool.submit(call.run, work, *piece)
+            except RuntimeError:  # no thread can be started, or the interpreter ends: it is done here
+                done: Future[Any] = Future()
+                done.set_result(work(*piece))
+                return done
+
+        try:
+            jobs = [
+                [begin_piece(slot, array, begin) for begin in range(0, max(1, slot.payload_bytes), PIECE_BYTES)]
+                for slot, array in zip(slots, arrays, strict=True)
             ]
-            for slot, array in zip(slots, arrays, strict=True)
-        ]
-        wait([job for of_slot in jobs for job in of_slot])  # nothing touches the slots any more, whatever comes
-        return [[job.result() for job in of_slot] for of_slot in jobs]
+            wait([job for of_slot in jobs for job in of_slot])
+            return [[job.result() for job in of_slot] for of_slot in jobs]
+        finally:
+            call.end()  # nothing touches the slots any more, whatever comes
 
     def _read_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
         """The piece's share of the checksum; None if it could not be read."""

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import mmap
 import os
 import threading
 import time
-import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.lane import close_at_exit
+from lmcache_mm.stores.arguments import (
+    check_forgotten,
+    check_keys,
+    check_process,
+    checked_owner,
+    checked_records,
+    is_lack,
+    writable,
+)
 from lmcache_mm.stores.breaker import PAUSE_S
 from lmcache_mm.stores.slab import Slot
 
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer, SlotStore, Store
 
 MOST_WAITING = 1 << 16  # records that wait to be written downwards
+MOST_TOLD = 4096  # moments
 MOST_COPIED_BYTES = 256 << 20  # of payloads that wait because the first tier did not take them
 BATCH_BYTES = 16 << 20
 
@@ -39,23 +48,28 @@ class _Waiting(NamedTuple):
     as_of: tuple[int, ...]  # of each tier, when it began to wait
 
 
-_open: weakref.WeakSet[TieredStore] = weakref.WeakSet()
+class _Promotion:
+    """Records on their way from one tier to those above it."""
 
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self.deleted: set[bytes] = set()  # meanwhile
+        self.lock = threading.Lock()  # while they are being put, and while others are deleted
+        self._keys = frozenset(keys)
 
-@atexit.register
-def _close_all() -> None:
-    """A thread that comes back from C++ while the interpreter ends would end the process."""
-    for store in list(_open):
-        store.close()
+    def delete(self, keys: Set[bytes]) -> None:
+        if not self._keys.isdisjoint(keys):
+            with self.lock:
+                self.deleted |= keys
 
 
 class TieredStore:
     """See `Store`; `tiers`: the stores, the fastest first, which are closed with it.
 
-    A put is in the first tier when it returns, and in the others some time later: what waits is bounded, and lost with
-    the process. `flush` and `close` wait for it. A hit in a slower tier is put into those before it. A tier that raises
-    is left alone for 10 s, as if it held nothing; nothing is written to one that is read only. stats() has the tiers'
-    own as `tier0.hits` and so on.
+    A put is in the first tier when it returns, and in the others some time later: what waits is bounded. `flush` and
+    `close` wait for it, and so does the end of the interpreter, for EXIT_S at most; a process that is killed loses it.
+    A hit in a slower tier is put into those before it; a record that this process deletes meanwhile does not come back.
+    A tier that raises is left alone for 10 s, as if it held nothing; nothing is written to one that is read only.
+    stats() has the tiers' own as `tier0.hits` and so on. Raises RuntimeError if no thread can be started.
     """
 
     def __init__(self, tiers: Sequence[Store]) -> None:
@@ -69,12 +83,15 @@ class TieredStore:
         self._state = threading.Condition()  # guards all below
         self._waiting: deque[_Waiting] = deque()
         self._copied_bytes = 0
-        self._writing = False
+        self._writing = 0  # records
         self._batches = 0  # that the writer has done with
-        self._closing = False
+        self._closing = self._given_up = False
+        self._promotions: set[_Promotion] = set()  # under way
+        self._deletions: dict[int, frozenset[bytes]] = {}  # under way
+        self._told: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # moments of the tiers, by our own
         self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
         self._writer.start()
-        _open.add(self)
+        close_at_exit(self._end)
 
     @property
     def tiers(self) -> Sequence[Store]:
@@ -94,9 +111,10 @@ class TieredStore:
             return otherwise
         try:
             return getattr(self._tiers[tier], method)(*arguments)
-        except Exception:
-            logger.warning("tier %d failed and is left alone for %g s", tier, PAUSE_S, exc_info=True)
-            self._down_until[tier] = time.monotonic() + PAUSE_S
+        except Exception as error:
+            if not is_lack(error):
+                logger.warning("tier %d failed and is left alone for %g s", tier, PAUSE_S, exc_info=True)
+                self._down_until[tier] = time.monotonic() + PAUSE_S
             self._count("errors")
             return otherwise
 
@@ -133,30 +151,75 @@ class TieredStore:
         self._check()
         check_keys(keys)
         checked_owner(owner)
+        if len(buffers) != len(keys):
+            raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(buffers)}")
         writable(buffers)
         found = [False] * len(keys)
-        moments: tuple[int, ...] = ()
-        for tier in range(len(self._tiers)):
-            missing = [i for i, there in enumerate(found) if not there]
-            if not missing:
-                break
-            if tier == 1:
+        self._get(0, keys, buffers, owner, peek, found)
+        if not all(found):
+            with self._promoting([key for key, is_there in zip(keys, found, strict=True) if not is_there]) as promotion:
                 moments = self._moments()  # before anything is read that would be put further up
-            wanted, into = [keys[i] for i in missing], [buffers[i] for i in missing]
-            there = self._ask(tier, [False] * len(missing), "get_into", wanted, into, owner, peek)
-            hits = [i for i, is_there in zip(missing, there, strict=True) if is_there]
-            for i in hits:
-                found[i] = True
-            up = self._ages(tier, keys, hits) if tier else {}
-            if up:
-                up_keys, up_buffers = [keys[i] for i in up], [buffers[i] for i in up]
-                age_s = max(up.values())
-                for above in (t for t in range(tier) if t == 0 or t in self._written):
-                    self._ask(above, None, "put", up_keys, up_buffers, owner, None, moments[above], age_s)
-                self._count("promoted", len(up))
+                for tier in range(1, len(self._tiers)):
+                    hits = self._get(tier, keys, buffers, owner, peek, found)
+                    if up := self._ages(tier, keys, hits):
+                        self._put_up(promotion, tier, keys, buffers, owner, up, moments)
         self._count("hits", found.count(True))
         self._count("misses", found.count(False))
         return found
+
+    def _get(
+        self,
+        tier: int,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes,
+        peek: bool,
+        found: list[bool],
+    ) -> list[int]:
+        """Fills what has not been found from this tier; the places of its hits."""
+        missing = [i for i, there in enumerate(found) if not there]
+        if not missing:
+            return []
+        wanted, into = [keys[i] for i in missing], [buffers[i] for i in missing]
+        there = self._ask(tier, [False] * len(missing), "get_into", wanted, into, owner, peek)
+        hits = [i for i, is_there in zip(missing, there, strict=True) if is_there]
+        for i in hits:
+            found[i] = True
+        return hits
+
+    def _put_up(
+        self,
+        promotion: _Promotion,
+        tier: int,
+        keys: Sequence[bytes],
+        buffers: Sequence[Buffer],
+        owner: bytes,
+        ages: dict[int, float],
+        moments: tuple[int, ...],
+    ) -> None:
+        """Puts what was found in `tier` at the places of `ages` into the tiers above."""
+        with promotion.lock:
+            up = [i for i in ages if keys[i] not in promotion.deleted]
+            if not up:
+                return
+            up_keys, up_buffers = [keys[i] for i in up], [buffers[i] for i in up]
+            for above in (t for t in range(tier) if t == 0 or t in self._written):
+                age_s = max(ages.values())
+                self._ask(above, None, "put", up_keys, up_buffers, owner, None, moments[above], age_s)
+        self._count("promoted", len(up))
+
+    @contextmanager
+    def _promoting(self, keys: Sequence[bytes]) -> Iterator[_Promotion]:
+        promotion = _Promotion(keys)
+        with self._state:
+            self._promotions.add(promotion)
+            for keys_deleted in self._deletions.values():
+                promotion.deleted |= keys_deleted
+        try:
+            yield promotion
+        finally:
+            with self._state:
+                self._promotions.discard(promotion)
 
     def _ages(self, tier: int, keys: Sequence[bytes], places: Sequence[int]) -> dict[int, float]:
         """Of the keys at these places, by place, where the tier knows them: others are not promoted."""
@@ -186,12 +249,12 @@ class TieredStore:
         age_s: float = 0.0,
     ) -> None:
         self._check()
-        check_keys(keys)
-        checked_owner(owner)
-        moments = self._moments()
-        self._ask(0, None, "put", keys, buffers, owner, checksums, as_of, age_s)
+        arrays, given = checked_records(keys, buffers, owner, checksums)
+        moments = self._moments_of(as_of)
+        failed = self._ask(0, True, "put", keys, buffers, owner, given, moments[0], age_s)  # a put returns None
+        if failed and not self._written:
+            self._count("dropped_puts", len(keys))
         taken = self._contains(keys, [0], peek=True)
-        arrays = [bytes_of(buffer) for buffer in buffers]
         self._write_later(
             _Waiting(key, array.nbytes, owner, None if there else array, moments)
             for key, array, there in zip(keys, arrays, taken, strict=True)
@@ -206,22 +269,26 @@ class TieredStore:
                 if len(self._waiting) >= MOST_WAITING or self._copied_bytes + copied > MOST_COPIED_BYTES:
                     self._counts["dropped_puts"] += 1
                     continue
+                try:
+                    kept = record if record.payload is None else record._replace(payload=record.payload.copy())
+                    self._waiting.append(kept)
+                except MemoryError:
+                    self._counts["dropped_puts"] += 1
+                    continue
                 self._copied_bytes += copied
-                kept = record if record.payload is None else record._replace(payload=record.payload.copy())
-                self._waiting.append(kept)
                 self._state.notify_all()
 
     def _write_behind(self) -> None:
-        staging = np.frombuffer(mmap.mmap(-1, BATCH_BYTES), dtype=np.uint8)
+        staging: np.ndarray | None = None
         while True:
             with self._state:
-                self._writing = False
+                self._writing = 0
                 self._batches += 1
                 self._state.notify_all()
                 self._state.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting:
+                if not self._waiting or self._given_up:
                     return
-                self._writing = True
+                self._writing = 1
                 batch = [self._waiting.popleft()]
                 room = BATCH_BYTES - batch[0].payload_bytes
                 while self._waiting and self._waiting[0][2::2] == batch[0][2::2]:  # owner and as_of
@@ -229,9 +296,11 @@ class TieredStore:
                     if room < 0:
                         break
                     batch.append(self._waiting.popleft())
+                    self._writing += 1
             try:
-                if batch[0].payload_bytes > len(staging):
-                    staging = np.frombuffer(mmap.mmap(-1, batch[0].payload_bytes), dtype=np.uint8)
+                if staging is None or batch[0].payload_bytes > len(staging):
+                    size = max(BATCH_BYTES, batch[0].payload_bytes)
+                    staging = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
                 self._write_down(batch, staging)
             except Exception:  # out of memory, say: the next batch may fit
                 logger.warning("%d records are not written downwards", len(batch), exc_info=True)
@@ -277,13 +346,38 @@ class TieredStore:
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
         check_keys(keys)
-        gone = set(keys)
+        gone = frozenset(keys)
         self._settle(lambda record: record.key in gone)
-        for tier in range(len(self._tiers)):
-            self._ask(tier, None, "delete", keys)
+        with self._state:
+            self._deletions[id(gone)] = gone  # for promotions that begin meanwhile
+            promotions = list(self._promotions)
+        try:
+            for promotion in promotions:
+                promotion.delete(gone)
+            for tier in range(len(self._tiers)):
+                self._ask(tier, None, "delete", keys)
+        finally:
+            with self._state:
+                del self._deletions[id(gone)]
 
     def moment(self) -> int:
-        return self._moments()[0]
+        self._check()
+        moments = self._moments()
+        with self._state:
+            last, last_moments = next(reversed(self._told.items()), (0, ()))
+            if moments != last_moments:
+                last += 1
+                self._told[last] = moments
+                if len(self._told) > MOST_TOLD:
+                    self._told.popitem(last=False)
+            return last
+
+    def _moments_of(self, as_of: int | None) -> tuple[int, ...]:
+        """What the tiers' moments were then, or are now; those of the beginning if that is too long ago."""
+        if as_of is None:
+            return self._moments()
+        with self._state:
+            return self._told.get(as_of, (0,) * len(self._tiers))
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         of_tiers = [self._ages(tier, keys, range(len(keys))) for tier in range(len(self._tiers))]
@@ -291,6 +385,7 @@ class TieredStore:
 
     def forget(self, owner: bytes) -> int:
         self._check()
+        check_forgotten(owner)
         self._settle(lambda record: record.owner == owner)
         removed = 0
         failed = []
@@ -322,19 +417,32 @@ class TieredStore:
         return out
 
     def close(self) -> None:
+        self._end(None)
+
+    def _end(self, patience_s: float | None) -> bool:
+        """Whether what waits is written, with a patience within that. If not it is counted as dropped, and the tiers,
+        which may be at work on it, stay open."""
         if os.getpid() != self._pid:
-            return
+            return True
         with self._state:
             if self._closing:
-                return
+                return not self._given_up
             self._closing = True
             self._state.notify_all()
-        self._writer.join()
+        self._writer.join(patience_s)
+        with self._state:
+            self._given_up = self._writer.is_alive()
+            if self._given_up:
+                dropped = len(self._waiting) + self._writing
+                self._counts["dropped_puts"] += dropped
+                logger.warning("%d records were not written downwards within %.3g s", dropped, patience_s)
+                return False
         for tier, store in enumerate(self._tiers):
             try:
                 store.close()
             except Exception:
                 logger.warning("tier %d cannot be closed", tier, exc_info=True)
+        return True
 
 
 class TieredSlotStore(TieredStore):
@@ -344,6 +452,7 @@ class TieredSlotStore(TieredStore):
     def __init__(self, tiers: Sequence[Store]) -> None:
         super().__init__(tiers)
         self._first: SlotStore = tiers[0]  # type: ignore[assignment]
+        self._reserved: dict[tuple[int, int], tuple[int, ...]] = {}  # by start and generation, as of when
 
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
@@ -354,7 +463,8 @@ class TieredSlotStore(TieredStore):
         if missing:
             wanted, wanted_sizes = [keys[i] for i in missing], [sizes[i] for i in missing]
             try:
-                self._promote(wanted, wanted_sizes, owner, peek)
+                with self._promoting(wanted) as promotion:
+                    self._promote(promotion, wanted, wanted_sizes, owner, peek)
                 promoted = self._first.lend(wanted, wanted_sizes, owner, peek)
             except BaseException:
                 self._first.release([slot for slot in slots if slot])
@@ -365,7 +475,9 @@ class TieredSlotStore(TieredStore):
         self._count("hits", len(slots) - slots.count(None))
         return slots
 
-    def _promote(self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes, peek: bool) -> None:
+    def _promote(
+        self, promotion: _Promotion, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes, peek: bool
+    ) -> None:
         moment = self._first.moment()  # before anything is read
         for tier in range(1, len(self._tiers)):
             there = self._contains(keys, [tier], peek)
@@ -379,8 +491,11 @@ class TieredSlotStore(TieredStore):
             slot_keys = [slot.key for slot in slots]
             found = self._ask(tier, [False] * len(slots), "get_into", slot_keys, views, owner, peek)
             good = [slot for slot, is_there in zip(slots, found, strict=True) if is_there]
-            self._first.abandon([slot for slot, is_there in zip(slots, found, strict=True) if not is_there])
-            self._first.publish(good, [_C.checksum(self.view(s).ctypes.data, s.payload_bytes) for s in good])
+            sums = {slot.key: _C.checksum(self.view(slot).ctypes.data, slot.payload_bytes) for slot in good}
+            with promotion.lock:
+                good = [slot for slot in good if slot.key not in promotion.deleted]
+                self._first.publish(good, [sums[slot.key] for slot in good])
+            self._first.abandon([slot for slot in slots if slot not in good])
             self._count("promoted", len(good))
 
     def release(self, slots: Sequence[Slot]) -> None:
@@ -398,14 +513,23 @@ class TieredSlotStore(TieredStore):
         age_s: float = 0.0,
     ) -> list[Slot | None]:
         self._check()
-        return self._first.reserve(keys, sizes, owner, as_of, age_s)
+        moments = self._moments_of(as_of)
+        slots = self._first.reserve(keys, sizes, owner, moments[0], age_s)
+        self._reserved.update({(slot.start, slot.generation): moments for slot in slots if slot})
+        return slots
 
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
-        moments = self._moments()
+        never = (0,) * len(self._tiers)
+        moments = [self._reserved.pop((slot.start, slot.generation), never) for slot in slots]
         self._first.publish(slots, checksums)
-        self._write_later(_Waiting(slot.key, slot.payload_bytes, slot.owner, None, moments) for slot in slots)
+        self._write_later(
+            _Waiting(slot.key, slot.payload_bytes, slot.owner, None, as_of)
+            for slot, as_of in zip(slots, moments, strict=True)
+        )
 
     def abandon(self, slots: Sequence[Slot]) -> None:
+        for slot in slots:
+            self._reserved.pop((slot.start, slot.generation), None)
         self._first.abandon(slots)
 
     def register(self, device: int) -> None:

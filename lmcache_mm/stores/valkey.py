@@ -83,19 +83,21 @@ class ValkeyEngine:
         return [count == 1 for count in self._client.exec(batch, raise_on_error=True)]
 
     def read(self, name: str, into: memoryview) -> int | None:
-        try:
-            size = self._client.get(name, buffer=into)
-        except glide.RequestError as error:
-            if "exceeds buffer capacity" in str(error):
-                return len(into) + 1
-            raise
-        return None if size is None else int(size)
+        # The client takes an answer whole before it looks at its length: what does not fit is not asked for.
+        size = self._client.strlen(name)
+        if size > len(into):
+            return int(size)
+        got = self._client.get(name, buffer=into) if size else None
+        return None if got is None else int(got)
 
     def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
         batch = self._batch()
         for name in names:
             batch.getrange(name, 0, size - 1)
-        return [head or None for head in self._client.exec(batch, raise_on_error=True)]
+        heads = self._client.exec(batch, raise_on_error=True)
+        if any(len(head) > size for head in heads):
+            raise ConnectionError(f"more than the {size} bytes that were asked for")
+        return [head or None for head in heads]
 
     def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
         condition = None if replace else glide.ConditionalChange.ONLY_IF_DOES_NOT_EXIST

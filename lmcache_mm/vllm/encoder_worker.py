@@ -59,6 +59,7 @@ class EncoderWorker:
             self._tell(stored=False)
             return
         try:
+            as_of = store.moment()
             packed = pack(output)
         except Exception:  # no memory, or no tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
@@ -67,14 +68,14 @@ class EncoderWorker:
         copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
         with self._lock:
             self._waiting_bytes += packed.payload.nbytes
-        self._puts.submit(lambda _: self._put(store, key, packed, copied))
+        self._puts.submit(lambda _: self._put(store, key, packed, as_of, copied))
 
-    def _put(self, store: Store, key: OutputKey, packed: Packed, copied: torch.cuda.Event | None) -> None:
+    def _put(self, store: Store, key: OutputKey, packed: Packed, as_of: int, copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
                 torch.cuda.set_device(copied.device)  # a new thread's is 0: to wait there would make a context on it
                 copied.synchronize()
-            write(store, key.key, packed, key.owner)
+            write(store, key.key, packed, key.owner, as_of)
             self._tell(stored=True)
         except Exception:
             logger.exception("%s: an encoder output could not be stored", ENCODER_NAME)

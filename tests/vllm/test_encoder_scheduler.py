@@ -111,7 +111,8 @@ def keep(store: Any, of: Any, rows: int = 4, **wishes: Any) -> torch.Tensor:
     output = torch.full((rows, 3), float(of.data["pixel_values"].data[0]))
     digest = identity.digest_of_data("image", of.data)
     salt = wishes.get("salt")
-    write(store, output_key(NAMESPACE.root(salt, wishes.get("lora")), digest, "image"), pack(output), owner_of(salt))
+    key = output_key(NAMESPACE.root(salt, wishes.get("lora")), digest, "image")
+    write(store, key, pack(output), owner_of(salt), store.moment())
     return output
 
 
