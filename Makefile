@@ -42,11 +42,11 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

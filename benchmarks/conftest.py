@@ -1,11 +1,16 @@
-"""Shared by the benchmarks: peers are timed in turn with what they are compared to, in the same run."""
+"""Shared by the benchmarks: peers are timed in turn with what they are compared to, in the same run.
+
+LMCACHE_MM_BENCH_LINES names a file to which each case is appended when it ends, as one line of JSON, beside what
+pytest-benchmark keeps of those that all ended well. The first line of a process, and its last, say on which machine."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -16,7 +21,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
+from device import ON_GPU, SIZES_NAME, machine, warm_up
 from lmcache_mm import _C
+
+LINES = os.environ.get("LMCACHE_MM_BENCH_LINES")
+# By what they tell, for those whose time on a GPU may end.
+FILES = ("bench_gpu_transfers.py", "bench_gpu_keys.py", "bench_gpu_copies.py", "bench_gpu_interference.py")
 
 
 @pytest.fixture
@@ -54,15 +64,56 @@ def against(benchmark: Any) -> Callable[..., None]:
     return compare
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FILES.index(item.path.name) if item.path.name in FILES else -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    warm_up()
+    write_line({"machine": about() | {"sizes": SIZES_NAME}})
+    yield
+    write_line({"machine": about() | {"sizes": SIZES_NAME}})  # whose clocks may have changed
+
+
+@pytest.fixture(autouse=True)
+def on_own_stream() -> Iterator[None]:
+    """As engines run, and not on the default stream, which takes no batches of copies."""
+    with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        benchmark = getattr(item, "funcargs", {}).get("benchmark")
+        line = {"name": item.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.outcome != "passed":
+            line["why"] = str(report.longrepr)[-1000:]
+        write_line(line | dict(benchmark.extra_info if benchmark else {}))
+    return report
+
+
+def write_line(line: dict[str, Any]) -> None:
+    if LINES:
+        with open(LINES, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     cpu = machine_info.get("cpu", {})
     machine_info["node"] = ""  # the host's name is nobody's business
-    machine_info["lmcache_mm"] = {
-        "cpu": cpu.get("brand_raw", platform.processor()),
+    machine_info["lmcache_mm"] = about() | {"cpu": cpu.get("brand_raw", platform.processor())}
+
+
+def about() -> dict[str, Any]:
+    return {
         "cores": torch.get_num_threads(),
         "simd": _C.simd_variants(),
         "cuda_build": _C.cuda_version,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "gpu": None,
+        **machine(),
     }

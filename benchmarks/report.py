@@ -1,7 +1,8 @@
-"""Turns a benchmark JSON into the README's tables: python benchmarks/report.py benchmarks/results/FILE.json [--write]
+"""Turns results into the README's tables: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
 
-Prints Markdown; --write puts it between the markers in README.md, and draws docs/benchmarks.svg. Every figure in the
-README comes from here.
+RESULTS: what make bench keeps; LINES: what the benchmarks appended on a GPU, by default benchmarks/results/gpu.jsonl if
+there is one. Prints Markdown; --write puts it between the markers in README.md, and draws the pictures in docs. Every
+figure in the README comes from here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 README = Path(__file__).parent.parent / "README.md"
 PLOT = README.parent / "docs" / "benchmarks.svg"
+GPU_PLOT = PLOT.with_name("benchmarks-gpu.svg")
+GPU_LINES = README.parent / "benchmarks" / "results" / "gpu.jsonl"
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 
 
@@ -159,18 +162,17 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
-def transfers(benchmarks: list[dict[str, Any]], device: str) -> str:
-    """What bench_gpu.py measured, on a GPU or on the CPU."""
-    of_device = [one["extra_info"] for one in benchmarks if one["extra_info"].get("device") == device]
+def transfers(cases: list[dict[str, Any]], device: str) -> str:
+    """What bench_gpu_*.py measured, on a GPU or on the CPU."""
     rows = []
-    for facts in of_device:
-        if facts["gpu"] == "interference" or (device == "cpu" and ("run_bytes" in facts or facts["gpu"] == "keys")):
+    for facts in cases:
+        if "device_s" not in facts or (device == "cpu" and ("run_bytes" in facts or facts["gpu"] == "keys")):
             continue  # the latter have tables of their own
         took, what = facts["device_s"], facts["gpu"]
         if what == "keys":
             what = f"keys of {facts['tokens']:,} tokens, {facts['cuts']:,} cuts"
         elif "run_bytes" in facts:
-            what += f", runs of {facts['run_bytes']:,} bytes{', checksum' * facts['checksum']}"
+            what += f", runs of {facts['run_bytes']:,} bytes{', checksum' * facts.get('checksum', False)}"
         elif "tokens" in facts:
             what += f" of {facts['tokens']:,} tokens"
         what += f", {facts['model']}" if "model" in facts else ""
@@ -179,45 +181,107 @@ def transfers(benchmarks: list[dict[str, Any]], device: str) -> str:
         share = f"{first[1] / took:.0%} of {first[0]}" if first[0] else ""
         compared = ", ".join(f"{name} {first[1] / time:.0%}" for name, time in others if first[0])
         compared = compared or ", ".join(f"{name} {seconds(time)}" for name, time in others)
-        rows.append([what, speed(facts["bytes"] / took) if "bytes" in facts else seconds(took), share, compared])
-    if not rows:
-        return ""
-    headings = [f"on the {device.upper()}", "ours", "share", "others, as shares of the same"]
-    beside = [facts for facts in of_device if facts["gpu"] == "interference"]
-    nothing = next((facts for facts in beside if facts["beside"] == "nothing"), None)
-    steps = [
-        [
-            facts["beside"],
-            *(
-                f"{seconds(facts[name])} ({facts[name] / nothing[name] - 1:+.1%})"
-                for name in ("median_s", "p99_s_of_step")
-            ),
-            speed(facts["transferred_bytes_per_s"]) if facts["transferred_bytes_per_s"] else "",
+        compared = compared or (f"the CPU {seconds(facts['on_cpu_s'])}" if "on_cpu_s" in facts else "")
+        of_host = (
+            [seconds(facts["times"]["ours"][of]["median"]) for of in ("call_s", "total_s")] if device == "gpu" else []
+        )
+        rows.append(
+            [what, speed(facts["bytes"] / took) if "bytes" in facts else seconds(took), *of_host, share, compared]
+        )
+    of_host = ["call", "call until done"] if device == "gpu" else []
+    headings = [f"on the {device.upper()}", "ours", *of_host, "share", "others, as shares of the same"]
+    tables = [table(headings, rows)] if rows else []
+    beside = [facts for facts in cases if "beside" in facts and "median_s" in facts]
+    for where in dict.fromkeys(facts.get("where", "") for facts in beside):
+        here = [facts for facts in beside if facts.get("where", "") == where]
+        nothing = next((facts for facts in here if facts["beside"] == "nothing"), None)
+        heading = f"a step of compute on the {device.upper()}{f' in {where}' * bool(where)}, beside"
+        steps = [
+            [
+                facts["beside"] + (f" ({facts['late']} steps late)" if facts.get("late") else ""),
+                *(
+                    f"{seconds(facts[name])} ({facts[name] / nothing[name] - 1:+.1%})"
+                    for name in ("median_s", "p99_s_of_step")
+                ),
+                speed(facts["transferred_bytes_per_s"]) if facts["transferred_bytes_per_s"] else "",
+            ]
+            for facts in (here if nothing else [])
         ]
-        for facts in (beside if nothing else [])
-    ]
-    heading = f"a step of compute on the {device.upper()}, beside"
-    return table(headings, rows) + ("\n" + table([heading, "median", "p99", "transferred"], steps) if steps else "")
-
-
-def on_gpu(benchmarks: list[dict[str, Any]]) -> str:
-    return transfers(benchmarks, "gpu") or "**GPU: not measured yet.**\n"
+        tables += [table([heading, "median", "p99", "transferred"], steps)] if steps else []
+    return "\n".join(tables)
 
 
 def on_cpu(benchmarks: list[dict[str, Any]]) -> str:
-    return transfers(benchmarks, "cpu")
+    return transfers([one["extra_info"] for one in benchmarks if one["extra_info"].get("device") == "cpu"], "cpu")
 
 
-def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
-    """Keys by the prompt's length, and copies within memory by the page's, as shares of memcpy's speed."""
+def place_of_gpu(lines: list[dict[str, Any]]) -> str:
+    machine = next(line["machine"] for line in lines if "machine" in line)
+    state = ", ".join(f"{name} {value}" for name, value in machine.get("state", {}).items())
+    return f"{machine['gpu']}, torch {machine['torch']}, {machine.get('copy_engines')} copy engines ({state})"
+
+
+def measured_on_gpu(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line.get("device") == "gpu" and line.get("outcome") == "passed"]
+
+
+def on_gpu(lines: list[dict[str, Any]]) -> str:
+    cases = measured_on_gpu(lines)
+    if not cases:
+        return "**GPU: not measured yet.**\n"
+    kinds = {"transfers": "fragment_bytes", "keys": "cuts", "copies": "run_bytes", "interference": "beside"}
+    absent = [kind for kind, fact in kinds.items() if not any(fact in facts for facts in cases)]
+    missing = {f"{name} ({why})" for line in lines for name, why in line.get("missing", {}).items()}
+    failed = [line["name"] for line in lines if line.get("outcome") == "failed"]
+    notes = [
+        f"Medians on {place_of_gpu(lines)}. `ours` is what the device needs for it; a call's times are the host's.",
+        *(f"{kind}: not measured yet." for kind in absent),
+        *(f"Not there: {one}." for one in sorted(missing)),
+        *(f"Failed: {name}." for name in failed),
+    ]
+    return "\n\n".join(notes) + "\n\n" + transfers(cases, "gpu")
+
+
+def draw_gpu(lines: list[dict[str, Any]]) -> None:
+    """Transfers by each way, and what they cost a step of decoding."""
+    figure, (left, right) = new_figure(f"Medians on {place_of_gpu(lines).partition(' (')[0]}")
+    cases = measured_on_gpu(lines)
+    bars: dict[str, float] = {}
+    for facts in cases:
+        if facts["gpu"] in ("store", "load") and len(facts["peers_s"]) > 1:
+            for name, time in ({"ours": facts["device_s"]} | facts["others_s"] | facts["peers_s"]).items():
+                bars[f"{facts['gpu']}, {facts['model']}: {name}"] = facts["bytes"] / time / 1e9
+    left.barh(list(bars), list(bars.values()))
+    left.invert_yaxis()
+    left.tick_params("y", labelsize=5)
+    left.set(xlabel="GB/s", title="transfers of one prompt")
+    beside = [facts for facts in cases if facts.get("where") == "this process" and "median_s" in facts]
+    nothing = next((facts for facts in beside if facts["beside"] == "nothing"), None)
+    for facts in beside if nothing else []:
+        gb = facts["transferred_bytes_per_s"] / 1e9
+        slower = [100 * (facts[of] / nothing[of] - 1) for of in ("median_s", "p99_s_of_step")]
+        right.plot([gb, gb], slower, color="grey", linewidth=1)
+        right.plot(gb, slower[0], "o", color="black", markersize=3)
+        right.annotate(facts["beside"], (gb, slower[0]), fontsize=5)
+    right.set(xlabel="GB/s transferred", ylabel="% slower", title="decoding beside it: median, line to p99")
+    figure.savefig(GPU_PLOT, metadata={"Date": None})
+
+
+def new_figure(title: str) -> Any:
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"  # the same figures make the same file
     from matplotlib import pyplot  # noqa: PLC0415
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    figure.suptitle(f"Medians on {place}", fontsize=9)
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure.suptitle(title, fontsize=9)
+    return figure, axes
+
+
+def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
+    """Keys by the prompt's length, and copies within memory by the page's, as shares of memcpy's speed."""
+    figure, (left, right) = new_figure(f"Medians on {place}")
     lines: dict[str, list[tuple[int, float]]] = {}
     for one in benchmarks:
         facts = one["extra_info"]
@@ -255,31 +319,40 @@ def place_of(results: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
 
 
-def report(path: Path) -> str:
+def report(path: Path, gpu_lines: list[dict[str, Any]]) -> str:
     results = json.loads(path.read_text())
-    heading = f"Medians on {place_of(results)} (`{path.relative_to(README.parent)}`), {results['datetime'][:10]}.\n"
+    name = path.relative_to(README.parent) if path.is_relative_to(README.parent) else path.name
+    heading = f"Medians on {place_of(results)} (`{name}`), {results['datetime'][:10]}.\n"
     parts = [
-        part(results["benchmarks"])
-        for part in (keys, copies, cache, encoder, stores, remote, network, vllm, on_cpu, on_gpu)
+        part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, network, vllm, on_cpu)
     ]
-    return "\n".join(part for part in (heading, *parts) if part)
+    return "\n".join(part for part in (heading, *parts, on_gpu(gpu_lines)) if part)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a file written by make bench")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md and the picture")
+    parser.add_argument("--gpu", type=Path, help="lines that the benchmarks appended on a GPU")
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md and the pictures")
     args = parser.parse_args()
     try:
-        text = report(args.results.resolve())
+        file = args.gpu or (GPU_LINES if GPU_LINES.exists() else None)
+        gpu_lines = [json.loads(line) for line in file.read_text().splitlines()] if file else []
+        text = report(args.results.resolve(), gpu_lines)
     except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{args.results}: not a result of make bench: {error}")
+        parser.error(f"{args.results}: not a result of make bench: {error!r}")
+    if args.write and any(line["machine"]["sizes"] != "gpu" for line in gpu_lines if "machine" in line):
+        parser.error(f"{file}: not written, for it was measured with other sizes than a GPU's")
     if args.write:
         before, rest = README.read_text().split(BEGIN)
-        picture = f"![{PLOT.stem}]({PLOT.relative_to(README.parent)})"
-        README.write_text(f"{before}{BEGIN}\n{picture}\n\n{text}\n{END}{rest.split(END)[1]}")
         results = json.loads(args.results.read_text())
         draw(results["benchmarks"], place_of(results))
+        plots = [PLOT]
+        if measured_on_gpu(gpu_lines):
+            draw_gpu(gpu_lines)
+            plots.append(GPU_PLOT)
+        pictures = "\n".join(f"![{plot.stem}]({plot.relative_to(README.parent)})" for plot in plots)
+        README.write_text(f"{before}{BEGIN}\n{pictures}\n\n{text}\n{END}{rest.split(END)[1]}")
     else:
         print(text)
     return 0

@@ -1,0 +1,245 @@
+"""What the benchmarks of a device share: their sizes, its clocks, and what it says of itself.
+
+Of every call three times are taken, and kept apart:
+  device_s  what the device works for one call: on a GPU by events, with so much enqueued that it waits for no launch.
+  call_s    how long the call keeps the host, the device being idle.
+  total_s   from the call until the host knows that all is done, the device being idle before.
+On a CPU a call is its work, and total_s is all there is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from lmcache_mm import _C
+
+ON_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
+DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
+
+
+class Sizes(NamedTuple):
+    rounds: int  # at most, of each contestant
+    case_s: float  # of all contestants' rounds, of which each has 3 at least
+    warm_s: float  # of compute, before anything is timed: clocks rise with work
+    cold_bytes: int  # read to fill the L2 cache with something else; several times its size
+    batch_bytes: int  # moved by calls that are timed as one
+    payload_bytes: int  # of a copy within memory
+    run_bytes: tuple[int, ...]
+    prompt: int  # tokens, of most transfers
+    other_prompts: tuple[int, ...]
+    most_layers: int
+    keys: tuple[int, ...]  # tokens
+    pin_bytes: int
+    steps: int  # of decoding, beside each kind of transfer
+    matrices: int  # of a step
+    width: int  # of each, squared
+
+
+GPU = Sizes(
+    *(30, 1.5, 0.5, 256 << 20, 4 << 30, 512 << 20, (256, 2048, 8192, 65_536)),
+    *(16_384, (1024, 131_072), 99, (16_384, 32_768, 131_072, 1 << 20), 1 << 30, 500, 32, 8192),
+)
+CPU = Sizes(
+    *(7, 4.0, 0.0, 0, 0, 64 << 20, (256, 2048, 8192, 65_536)),
+    *(1024, (16_384,), 99, (16_384, 32_768, 131_072, 1 << 20), 1 << 20, 200, 4, 512),
+)
+TINY = Sizes(
+    *(1, 0.0, 0.0, 1 << 12, 1 << 13, 1 << 13, (256, 2048)),
+    *(272, (16,), 2, (700,), 1 << 12, 3, 2, 16),
+)
+SIZES_NAME = "tiny" if os.environ.get("LMCACHE_MM_BENCH_TINY") == "1" else "gpu" if ON_GPU else "cpu"
+SIZES = {"tiny": TINY, "gpu": GPU, "cpu": CPU}[SIZES_NAME]
+LEAST_ROUNDS = 3
+SPIN_HZ = 2e9  # of the clock by which a spin is counted; a slower one makes it longer
+
+Work = Callable[[], Any]  # one call; what it returns may have a `wait`, or be a list of such
+
+
+def finish(started: Any) -> None:
+    for one in started if isinstance(started, (list, tuple)) else [started]:
+        if hasattr(one, "wait"):
+            one.wait()
+
+
+def synchronize() -> None:
+    if ON_GPU:
+        torch.cuda.synchronize()
+
+
+def do(work: Work) -> None:
+    finish(work())
+    synchronize()
+
+
+class Clock:
+    """how, on a GPU: "cold": each call has events of its own and finds another's data in the L2 cache; for what takes
+    microseconds. "stream": events around `times` calls, whose data the L2 cache cannot hold. Both behind a spin on the
+    stream, which ends after the last call was enqueued, so that nothing waits for the host. "transfers": as "stream"
+    without a spin, since they have streams of their own, which begin what needs no pages at once; the first call's way
+    to the device, and the host's last waking, some 100 us, are in it, and are little beside batch_bytes. "host": what
+    the device does not do at all."""
+
+    def __init__(self, how: str) -> None:
+        self._how = how
+        self._cold = torch.zeros(SIZES.cold_bytes // 4, device=DEVICE)
+        self.ahead = True  # whether all spins so far were long enough
+
+    def of_call(self, work: Work) -> tuple[float, float]:
+        """call_s and total_s."""
+        self._cool()
+        synchronize()
+        begun = time.perf_counter()
+        started = work()
+        called = time.perf_counter()
+        finish(started)
+        synchronize()
+        return called - begun, time.perf_counter() - begun
+
+    def of_device(self, work: Work, times: int, call_s: float) -> list[float]:
+        """device_s, of one call or on average of all."""
+        spun = torch.cuda.Event()
+        synchronize()
+        if self._how != "transfers":
+            spin_s = 2 * times * (call_s + 50e-6) + 100e-6
+            torch.cuda._sleep(int(min(spin_s, 0.2) * SPIN_HZ))
+            spun.record()
+        around = []
+        started = []
+        for _ in range(times):
+            if self._how == "cold":
+                self._cool()
+            if self._how == "cold" or not around:
+                around.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+                around[-1][0].record()
+            started.append(work())
+            if self._how == "cold":
+                around[-1][1].record()
+        if self._how != "transfers":
+            self.ahead = self.ahead and not spun.query()
+        for one in started:
+            finish(one)
+        if self._how != "cold":
+            around[0][1].record()
+        synchronize()
+        calls = 1 if self._how == "cold" else times
+        return [begin.elapsed_time(end) / 1e3 / calls for begin, end in around]
+
+    def _cool(self) -> None:
+        """Reads and does not write: what is measured next would have to write it back."""
+        if self._how != "stream":
+            self._cold.sum()
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return {"median": float(median), "iqr": float(high - low), "rounds": len(values)}
+
+
+def compare(
+    benchmark: Any,
+    ours: Mapping[str, Work],
+    rivals: Mapping[str, Work],
+    how: str,
+    missing: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> None:
+    """Times all of `ours`, of which the first is ours as it is used, and all rivals, in turn; all were compared before.
+    facts["bytes"]: moved by one call. missing: of rivals that are not there, why."""
+    clock = Clock(how)
+    works = {**rivals, **ours}
+    found: dict[str, dict[str, list[float]]] = {name: {"device_s": [], "call_s": [], "total_s": []} for name in works}
+    spent = dict.fromkeys(works, 0.0)
+    timed = "device_s" if ON_GPU and how != "host" else "total_s"
+    # The bus is slower than memory by so much at least.
+    batch_bytes = SIZES.batch_bytes // (4 if how == "transfers" else 1)
+    most = 8 if how == "cold" else max(1, -(-batch_bytes // facts["bytes"]))
+    for i in range(SIZES.rounds + 1):
+        for name, work in works.items():
+            times = found[name]
+            if i > LEAST_ROUNDS and spent[name] > SIZES.case_s / len(works):
+                continue
+            begun = time.monotonic()
+            call_s, total_s = clock.of_call(work)
+            # What is slow, because the host is, is not repeated for seconds.
+            calls = max(1, min(most, int(0.15 / total_s)))
+            device_s = clock.of_device(work, calls, call_s) if timed == "device_s" else []
+            if i == 0:  # memory is allocated, code is loaded
+                clock.ahead = True
+                continue
+            spent[name] += time.monotonic() - begun
+            times["device_s"] += device_s
+            times["call_s"].append(call_s)
+            times["total_s"].append(total_s)
+    medians = {name: statistics.median(times[timed]) for name, times in found.items()}
+    first, *others = ours
+    benchmark.pedantic(lambda: None, rounds=1)  # its own clock is the host's
+    benchmark.extra_info.update(
+        facts,
+        device="gpu" if ON_GPU else "cpu",
+        device_s=medians[first],
+        others_s={name: medians[name] for name in others},
+        peers_s={name: medians[name] for name in rivals},
+        times={name: {of: summary(values) for of, values in times.items() if values} for name, times in found.items()},
+        how=how,
+        queue_was_full=clock.ahead if how in ("cold", "stream") else None,
+        missing=dict(missing or {}),
+    )
+
+
+# --- The machine
+
+
+def warm_up() -> None:
+    a = torch.randn(SIZES.width, SIZES.width, device=DEVICE)
+    begun = time.monotonic()
+    while time.monotonic() - begun < SIZES.warm_s:
+        a @ a
+        synchronize()
+
+
+SMI = ["driver_version", "pcie.link.gen.current", "pcie.link.width.current", "ecc.mode.current", "power.draw"]
+SMI += ["clocks.sm", "clocks.mem", "clocks.max.sm", "clocks_event_reasons.active"]
+
+
+def state() -> dict[str, Any]:
+    """Of the GPU, now; what may differ between two of one name."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader", "--id=0"]
+    try:
+        told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+        return dict(zip(SMI, told.strip().split(", "), strict=True))
+    except Exception as error:
+        return {"not told": repr(error)}
+
+
+def copy_engines() -> int | str:
+    """How many copies can be under way at once: fewer than two, and loads wait for stores."""
+    value = ctypes.c_int()
+    try:
+        error = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), 40, 0)
+    except OSError as missing:
+        return str(missing)
+    return value.value if error == 0 else f"error {error}"
+
+
+def machine() -> dict[str, Any]:
+    if not ON_GPU:
+        return {}
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": device.name,
+        "l2_bytes": device.L2_cache_size,
+        "multiprocessors": device.multi_processor_count,
+        "copy_engines": copy_engines(),
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),  # pinned memory is on one
+        "state": state(),
+    }

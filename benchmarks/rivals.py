@@ -1,0 +1,165 @@
+"""What others do for copies of pages: contestants that run in the same process, on the same bytes, and are compared
+first. Each one that is missing is named, with the reason."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from device import DEVICE, ON_GPU, Work
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Rivals:
+    works: dict[str, Work] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, make: Callable[[], Work], check: Callable[[Work], None]) -> None:
+        """check: raises if the work copies something else."""
+        try:
+            work = make()
+            check(work)
+        except Exception as error:
+            self.missing[name] = f"{type(error).__name__}: {error}"[-300:]
+        else:
+            self.works[name] = work
+
+
+@dataclass
+class PageCopies:
+    """Copies of pages one by one: uint64 addresses of `bytes` bytes each."""
+
+    to: np.ndarray
+    source: np.ndarray
+    bytes: int
+
+    def add_to(self, rivals: Rivals, check: Callable[[Work], None], to_host: bool | None) -> None:
+        """All ways without and with kernels; to_host=None: within the device's memory, by kernels."""
+        if not ON_GPU:
+            return
+        kept = (self.to, self.source)
+        tables = tuple(torch.from_numpy(a.view(np.int64)).to(DEVICE) for a in kept)
+        if to_host is not None:
+            for name, function in (("one memcpy per page in C", "copy_each"), ("cuMemcpyBatchAsync", "copy_batch")):
+                rivals.add(name, lambda f=function: _call(f, kept, self.bytes, to_host), check)
+            for blocks in (2, 8):
+                rivals.add(
+                    f"bulk copies by {blocks} blocks", lambda n=blocks: _call("copy_bulk", tables, self.bytes, n), check
+                )
+        rivals.add("Triton", lambda: _by_triton(*tables, self.bytes), check)
+
+
+def _call(function: str, tables: tuple[Any, Any], size: int, option: int) -> Work:
+    """A call of rivals.cu on the current stream, over tables that live as long as the work."""
+    call = getattr(_library(), function)
+    call.restype = ctypes.c_char_p
+
+    def work() -> None:
+        addresses = [t.ctypes.data if isinstance(t, np.ndarray) else t.data_ptr() for t in tables]
+        words = (*addresses, len(tables[0]), size, option, torch.cuda.current_stream().cuda_stream)
+        if message := call(*(ctypes.c_uint64(word) for word in words)):
+            raise RuntimeError(message.decode())
+
+    return work
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """rivals.cu, built once for this GPU. LMCACHE_MM_BENCH_RIVALS: built already."""
+    if built := os.environ.get("LMCACHE_MM_BENCH_RIVALS"):
+        return ctypes.CDLL(built)
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        raise RuntimeError("no nvcc to build rivals.cu with")
+    headers = [*(ROOT / "csrc").glob("*.h"), ROOT / "benchmarks" / "rivals.cu"]
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(headers))).hexdigest()[:16]
+    library = ROOT / "build" / f"rivals-{arch}-{digest}.so"
+    if not library.exists():
+        library.parent.mkdir(exist_ok=True)
+        made = library.with_suffix(f".{os.getpid()}")
+        flags = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch={arch}", f"-I{ROOT / 'csrc'}"]
+        done = subprocess.run(
+            [nvcc, *flags, headers[-1], "-o", made], check=False, capture_output=True, text=True, timeout=100
+        )
+        if done.returncode:
+            raise RuntimeError(f"nvcc: {done.stderr}")
+        made.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+if triton:
+
+    @triton.jit
+    def copy_pages_kernel(to, source, words, BLOCK: tl.constexpr):
+        """A program a page, in steps of BLOCK words of 8 bytes."""
+        page = tl.program_id(0)
+        to_page = tl.multiple_of(tl.load(to + page).to(tl.pointer_type(tl.int64)), 16)
+        from_page = tl.multiple_of(tl.load(source + page).to(tl.pointer_type(tl.int64)), 16)
+        for begin in range(0, words, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            tl.store(to_page + at, tl.load(from_page + at, mask=at < words), mask=at < words)
+
+
+def _by_triton(to: torch.Tensor, source: torch.Tensor, size: int) -> Work:
+    if not triton:
+        raise RuntimeError("no Triton")
+    block = min(2048, triton.next_power_of_2(size // 8))
+    warps = max(1, min(4, block // 64))
+    return lambda: copy_pages_kernel[(len(to),)](to, source, size // 8, BLOCK=block, num_warps=warps)
+
+
+def lmcache_calls(
+    kv: list[torch.Tensor], chunks: list[torch.Tensor], page_tokens: int, host: torch.Tensor, direction: str
+) -> tuple[Callable[[bool], None], list[torch.Tensor]]:
+    """LMCache's kernel from its own package: each chunk between pages and pinned memory, straight or by a buffer of the
+    device. kv: of each layer [2, pages, page_tokens, heads, size]. And the payloads, [2, layers, tokens, heads * size].
+    """
+    from lmcache.cuda_ops import multi_layer_kv_transfer  # noqa: PLC0415
+    from lmcache.lmcache_native import EngineKVFormat, TransferDirection  # noqa: PLC0415
+
+    pointers = torch.tensor([layer.data_ptr() for layer in kv], dtype=torch.int64, device=DEVICE)
+    num_pages, hidden = kv[0].shape[1], kv[0].shape[3] * kv[0].shape[4]
+    which = TransferDirection.D2H if direction == "store" else TransferDirection.H2D
+    payloads, slots = [], []
+    words = host.view(torch.int16)
+    for ids in chunks:
+        tokens = len(ids) * page_tokens
+        size = 2 * len(kv) * tokens * hidden
+        payloads.append(words[:size].view(2, len(kv), tokens, hidden))
+        words = words[size:]
+        slots.append((ids[:, None] * page_tokens + torch.arange(page_tokens)).view(-1).to(DEVICE))
+    buffer = torch.empty_like(payloads[0], device=DEVICE).view(-1)
+
+    def transfer(buffered: bool) -> None:
+        for payload, of_chunk in zip(payloads, slots, strict=True):
+            there = buffer[: payload.numel()].view(payload.shape) if buffered else payload
+            if buffered and direction == "load":
+                there.copy_(payload, non_blocking=True)
+            multi_layer_kv_transfer(
+                *(there, pointers, of_chunk, DEVICE, num_pages * page_tokens, which),
+                *(EngineKVFormat.NL_X_TWO_NB_BS_NH_HS, page_tokens),
+            )
+            if buffered and direction == "store":
+                payload.copy_(there, non_blocking=True)
+
+    return transfer, payloads

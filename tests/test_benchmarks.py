@@ -1,0 +1,54 @@
+"""What the benchmarks of a device compare before they time it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from bench_gpu_transfers import Pages, one_copy, transfers
+from rivals import Rivals
+
+
+@pytest.fixture(params=["Qwen2-VL-2B", "Qwen2-VL-2B joined", "DeepSeek-V3 MLA"])
+def pages(request) -> Pages:
+    return Pages(request.param, 272)
+
+
+def flip(memory: torch.Tensor, at: int) -> None:
+    memory.view(-1).view(torch.uint8)[at] ^= 1
+
+
+@pytest.mark.parametrize("direction", ["store", "load"])
+def test_a_rival_that_copies_something_else_is_left_out_and_named(pages, direction):
+    rivals = Rivals()
+    ours = transfers(pages, direction)["ours"]
+    memory = pages.host if direction == "store" else pages.kv
+    in_other_page = int(pages._others[0]) * pages.layout.page_stride
+
+    def wrong(at: int) -> None:
+        ours()
+        flip(memory, at)
+
+    def check(work) -> None:
+        pages.check(direction, work)
+
+    rivals.add("right", lambda: ours, check)
+    rivals.add("nothing", lambda: lambda: None, check)
+    for at in (0, memory.nbytes - 1):
+        rivals.add(f"wrong at {at}", lambda at=at: lambda: wrong(at), check)
+    rivals.add("one copy", lambda: next(iter(one_copy(pages, direction).values())), check)
+    if direction == "load":
+        rivals.add("another page", lambda: lambda: wrong(in_other_page), check)
+    rivals.add("right again", lambda: ours, check)
+    # A store of one copy has the payloads made already.
+    assert list(rivals.works) == ["right", *(["one copy"] if direction == "store" else []), "right again"]
+    assert all("something else" in why or "other pages" in why for why in rivals.missing.values())
+
+
+def test_a_rival_that_cannot_be_made_is_named_with_the_reason():
+    rivals = Rivals()
+    rivals.add("it", lambda: 1 // 0, lambda work: work())
+    assert rivals.works == {}
+    assert rivals.missing == {"it": "ZeroDivisionError: integer division or modulo by zero"}
