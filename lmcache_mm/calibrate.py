@@ -26,6 +26,7 @@ ROUNDS = 9
 GAIN = 0.02  # what another way has to gain on the ring to be taken, and what a ring of fewer blocks may lose
 CHUNK_BYTES = 8 << 20
 BUFFERS, BUFFER_BYTES = 3, 16 << 20
+WIDTH = 4096  # of the matrices that compute beside loads multiplies
 
 
 class Times(NamedTuple):
@@ -125,7 +126,7 @@ class Bench:
         count = LAYER_BYTES // size
         layout = self._layout(self._pages[: LAYERS * 2 * LAYER_BYTES], size, LAYERS)
         ids = torch.randperm(2 * count)[:count]
-        a = torch.randn(4096, 4096, device=self._device, dtype=torch.bfloat16)
+        a = torch.randn(WIDTH, WIDTH, device=self._device, dtype=torch.bfloat16)
         compute_stream = torch.cuda.Stream(self._device)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         compute: list[float] = []

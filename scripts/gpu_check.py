@@ -1,149 +1,382 @@
-"""The steps of gpu_check.sh: python scripts/gpu_check.py OUT"""
+"""Builds for the GPU of this machine, tests and measures, the most informative first. scripts/gpu_check.sh runs it.
+
+OUT/gpu_check.json has the machine and what became of each step, and is replaced whole after each of them, so that it
+can be read whatever ends the run. OUT/gpu_check.jsonl has a line for each case of a benchmark, as it ended, and
+OUT/gpu_check.log all that was said. Steps run one after the other, each in a process group of its own with a limit of
+its own; a step that fails or takes too long costs the others nothing.
+"""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import json
 import os
+import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-WITHIN_S = 560  # all steps
-TAIL = 3000  # characters of a step's output that the JSON keeps
+REHEARSAL = ROOT / "tests" / "rehearsal"
+LIMIT_S = 560
+TAIL = 3000  # characters of a step's output that the report keeps
+BENCHMARKS = ("transfers", "keys", "copies", "interference")  # bench_gpu_*.py, by what they tell
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Of the report: of nvidia-smi.
+QUERIES = {
+    "name": "name",
+    "driver": "driver_version",
+    "bus": "pci.bus_id",
+    "pcie_generation": "pcie.link.gen.current",
+    "pcie_generation_most": "pcie.link.gen.max",
+    "pcie_width": "pcie.link.width.current",
+    "pcie_width_most": "pcie.link.width.max",
+    "ecc": "ecc.mode.current",
+    "sm_mhz": "clocks.sm",
+    "sm_mhz_most": "clocks.max.sm",
+    "memory_mhz": "clocks.mem",
+    "memory_mhz_most": "clocks.max.mem",
+    "power_limit_w": "power.limit",
+    "persistence": "persistence_mode",
+    "throttled": "clocks_event_reasons.active",
+}
+# And of torch, whose figures are those of the device that it uses.
+ABOUT = """
+import json, torch
+p = torch.cuda.get_device_properties(0)
+print(json.dumps({"gpu": p.name, "memory_bytes": p.total_memory, "multiprocessors": p.multi_processor_count,
+    "l2_bytes": p.L2_cache_size, "capability": f"{p.major}{p.minor}", "torch": torch.__version__,
+    "torch_cuda": torch.version.cuda}))
+"""
+
+
+@dataclass
+class Step:
+    name: str
+    commands: Sequence[Sequence[object]]  # one after the other, as long as they end well
+    limit_s: float
+    needs: str = ""  # an earlier step without which it is left out
+    good: tuple[int, ...] = (0,)  # exit statuses
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+class Interrupted(BaseException): ...
 
 
 class Check:
     """Runs steps and keeps what came of them."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, limit_s: float) -> None:
         self.out = out
-        self.begun = time.monotonic()
-        self.found: dict[str, Any] = {"steps": []}
-        self.log = (out / "gpu_check.log").open("w")
+        self.until = time.monotonic() + limit_s
+        self.found: dict[str, Any] = {"ended": False, "machine": {}, "steps": []}
+        self.log = (out / "gpu_check.log").open("wb")
 
-    def step(self, name: str, command: list[object], limit_s: float, **environment: str) -> bool:
-        """Whether it ended well; a step that the time does not suffice for is left out, and said so."""
-        left = WITHIN_S - (time.monotonic() - self.begun)
-        step: dict[str, Any] = {"name": name, "seconds": 0.0, "status": "no time left", "tail": ""}
-        if left > 10:
-            begun = time.monotonic()
-            limit = min(limit_s, left)
-            step["tail"], step["status"] = run(command, limit, environment)
-            step["seconds"] = round(time.monotonic() - begun, 1)
-            self.log.write(f"=== {name}\n{step['tail']}\n")
+    def run(self, step: Step) -> None:
+        left = self.until - time.monotonic()
+        record = {"name": step.name, "status": "running", "seconds": 0.0, "tail": ""}
+        self.found["steps"].append(record)
+        states = {one["name"]: one["status"] for one in self.found["steps"]}
+        if step.needs and states.get(step.needs, "ok") != "ok":
+            record["status"] = f"left out, for there is no {step.needs}"
+        elif left < 5:
+            record["status"] = "no time left"
+        else:
+            self.write()
+            print(f"{step.name} ...", flush=True)
+            self.log.write(f"=== {step.name}\n".encode())
             self.log.flush()
-            step["tail"] = step["tail"][-TAIL:]
-        self.found["steps"].append(step)
+            begun, at = time.monotonic(), self.log.tell()
+            try:
+                for command in step.commands:
+                    end = min(begun + step.limit_s, self.until)
+                    record["status"] = self._status(command, end - time.monotonic(), step)
+                    if record["status"] != "ok":
+                        break
+            except Interrupted:
+                record["status"] = "interrupted"
+                raise
+            finally:
+                record["seconds"] = round(time.monotonic() - begun, 1)
+                record["tail"] = self._said(at)[-TAIL:]
+                self.write()
+        print(f"{record['seconds']:7.1f} s  {step.name}: {record['status']}", flush=True)
+        if record["status"] != "ok":
+            print(record["tail"][-1500:], flush=True)
         self.write()
-        print(f"{step['status']:>12} {step['seconds']:7.1f} s  {name}", flush=True)
-        if step["status"] != "ok":
-            print(step["tail"][-1500:], flush=True)
-        return bool(step["status"] == "ok")
+
+    def _status(self, command: Sequence[object], limit_s: float, step: Step) -> str:
+        environment = {**os.environ, **step.environment}
+        words = [str(word) for word in command]
+        self.log.write(f"$ {' '.join(words)}\n".encode())
+        self.log.flush()
+        try:
+            process = subprocess.Popen(
+                words, stdout=self.log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            return f"not started: {error}"
+        try:
+            code = process.wait(timeout=max(1.0, limit_s))
+        except subprocess.TimeoutExpired:
+            return f"over {limit_s:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            self.log.seek(0, os.SEEK_END)
+        return "ok" if code in step.good else f"exit {code}"
+
+    def _said(self, begin: int) -> str:
+        with (self.out / "gpu_check.log").open("rb") as log:
+            log.seek(begin)
+            return log.read().decode(errors="replace")
 
     def write(self) -> None:
-        (self.out / "gpu_check.json").write_text(json.dumps(self.found, indent=1) + "\n")
+        """Whole or not at all."""
+        new = self.out / "gpu_check.json.new"
+        new.write_text(json.dumps(self.found, indent=1) + "\n")
+        new.replace(self.out / "gpu_check.json")
 
 
-def run(command: list[object], limit_s: float, environment: dict[str, str]) -> tuple[str, str]:
-    """(output, status)"""
+# --- The machine
+
+
+def output(*command: object) -> str:
+    """What it says; OSError or RuntimeError with the reason if it says nothing."""
     words = [str(word) for word in command]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, errors="replace", timeout=120, cwd=ROOT)
+    if done.returncode or not done.stdout.strip():
+        raise RuntimeError(f"{words[0]}: {(done.stderr or done.stdout).strip()[-300:] or f'exit {done.returncode}'}")
+    return done.stdout.strip()
+
+
+def smi(names: Sequence[str]) -> list[str]:
+    query = f"--query-gpu={','.join(names)}"
+    values = output("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0").splitlines()[0].split(", ")
+    if len(values) != len(names):
+        raise RuntimeError(f"nvidia-smi: {len(values)} values for {query}")
+    return values
+
+
+def machine(python: Sequence[object]) -> dict[str, Any]:
+    """What figures depend on. What is not known is None, and `unknown` says why."""
+    found: dict[str, Any] = {"unknown": {}}
+
+    def add(name: str, find: Any) -> None:
+        try:
+            value = find()
+            if isinstance(value, str) and value.strip("[]") in ("", "N/A", "Not Supported", "Unknown Error"):
+                raise RuntimeError(value)
+            found[name] = value
+        except Exception as error:
+            found[name] = None
+            found["unknown"][name] = f"{type(error).__name__}: {error}"
+
+    def all_of_smi() -> None:
+        for name, value in zip(QUERIES, smi(list(QUERIES.values())), strict=True):
+            add(name, lambda value=value: value)
+
     try:
-        done = subprocess.run(
-            words,
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=limit_s,
-            cwd=ROOT,
-            env={**os.environ, **environment},
-        )
-    except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
-        return said.decode(errors="replace") if isinstance(said, bytes) else said, f"over {limit_s:.0f} s"
-    except OSError as error:
-        return str(error), "not started"
-    return done.stdout, "ok" if done.returncode == 0 else f"exit {done.returncode}"
+        all_of_smi()
+    except Exception:  # one name that this driver does not know spoils the whole query
+        for name, query in QUERIES.items():
+            add(name, lambda query=query: smi([query])[0])
+    try:
+        found |= json.loads(output(*python, "-c", ABOUT).splitlines()[-1])
+    except Exception as error:
+        found["unknown"]["gpu"] = str(error)
+        found["gpu"] = found["capability"] = None
+
+    def numa_of_gpu() -> int:
+        domain, rest = found["bus"].lower().split(":", 1)
+        return int(Path(f"/sys/bus/pci/devices/{domain[-4:]}:{rest}/numa_node").read_text())
+
+    add("numa_node_of_gpu", numa_of_gpu)
+    add("numa_nodes", lambda: len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+    add("cpu", lambda: re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[0])
+    add("cores", lambda: len(os.sched_getaffinity(0)))
+    add("memory_of_host_kib", lambda: int(re.findall(r"MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text())[0]))
+    add("kernel", platform.release)
+    add("python", platform.python_version)
+    add("nvcc", lambda: output(of_cuda("nvcc"), "--version").splitlines()[-1])
+    add("commit", lambda: output("git", "rev-parse", "HEAD"))
+    add("changed", lambda: len(output("git", "status", "--porcelain", "--branch").splitlines()) - 1)
+    return found
 
 
-def output(*command: str) -> str:
-    return run(list(command), 60, {})[0].strip()
+def of_cuda(program: str) -> str:
+    """Its path; its name where it is not found."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which(program) or shutil.which(f"{home}/bin/{program}") or program
 
 
-def machine() -> dict[str, Any]:
-    import torch  # noqa: PLC0415
+# --- The steps
 
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        "l2_bytes": properties.L2_cache_size,
-        "capability": f"{properties.major}{properties.minor}",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "nvcc": output("nvcc", "--version").splitlines()[-1:],
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-        "cpu": output("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2"),
-        "commit": output("git", "rev-parse", "HEAD"),
-        "changed": output("git", "status", "--porcelain"),
-    }
+
+def build(python: Sequence[object], capability: str, rehearse: bool) -> Step:
+    """By CMake, since setup.py needs a setuptools of its own."""
+    missing = [name for name in ("cmake", "ninja", of_cuda("nvcc")) if shutil.which(name) is None]
+    if missing:
+        raise RuntimeError(f"not found: {', '.join(missing)}; cmake and ninja are packages of pip's, nvcc is of CUDA")
+    pybind11 = output(sys.executable, "-m", "pybind11", "--cmakedir")
+    folder = ROOT / "build" / ("rehearsal" if rehearse else f"gpu_check-{sys.implementation.cache_tag}-{capability}")
+    if rehearse:
+        options = ["-DLMCACHE_MM_REHEARSAL=ON"]
+    else:
+        options = [
+            "-DLMCACHE_MM_CUDA=ON",
+            f"-DLMCACHE_MM_CUDA_ARCHS={capability}",
+            f"-DCMAKE_CUDA_COMPILER={of_cuda('nvcc')}",
+        ]
+        options.append(f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'lmcache_mm'}")
+    options += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11}"]
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *options]
+    show = "from lmcache_mm import _C; print(_C.__file__, _C.cuda_version, _C.cuda_archs); assert _C.cuda_devices()[0]"
+    return Step("build", [configure, ["cmake", "--build", folder], [*python, "-c", show]], 240)
+
+
+def functions(path: Path) -> list[str]:
+    """Of the tests in a file."""
+    tree = ast.parse(path.read_text())
+    return [one.name for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.startswith("test_")]
+
+
+def benchmark_files() -> list[Path]:
+    def rank(path: Path) -> int:
+        subject = path.stem.removeprefix("bench_gpu_")
+        return BENCHMARKS.index(subject) if subject in BENCHMARKS else len(BENCHMARKS)
+
+    return sorted(sorted((ROOT / "benchmarks").glob("bench_gpu*.py")), key=rank)
+
+
+def measuring_steps(python: Sequence[object], out: Path) -> Iterator[Step]:
+    pytest = [*python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    # What tests/test_devices.py does on the CPU is done where there is no GPU.
+    devices = [*pytest, "--maxfail=5", "tests/test_devices.py", "-k", "not cpu"]
+    yield Step("operations and transfers", [devices], 150, "build")
+    yield Step("doctor", [[*python, "-m", "lmcache_mm", "doctor"]], 60, "build", good=(0, 1))  # 1: it found something
+    yield Step("calibrate", [[*python, "-m", "lmcache_mm", "calibrate", "--dry-run"]], 60, "build")
+    lines = {"LMCACHE_MM_BENCH_LINES": str(out / "gpu_check.jsonl")}
+    for path in benchmark_files():
+        for name in functions(path):
+            of = [*pytest, f"{path.relative_to(ROOT)}::{name}", "-o", "python_files=bench_*.py"]
+            yield Step(f"{path.stem} {name.removeprefix('test_')}", [of], 120, "build", environment=lines)
+
+
+def sanitizing_steps(python: Sequence[object], capability: str, folder: Path) -> Iterator[Step]:
+    """The drivers of tests/host_cuda on the GPU, plain and under compute-sanitizer."""
+    cases = folder / "cases"
+    write = f"""
+import sys; sys.path.insert(0, "tests")
+import test_host_cuda as t
+from pathlib import Path
+t.write_cases(Path({str(cases)!r}), [c for c in (*t.identity_cases(), *t.copy_cases()) if c.small])
+"""
+    kernels = sorted((ROOT / "csrc").glob("*.cu"))
+    for name in ("driver", "transfer_driver"):
+        sources = [ROOT / "tests" / "host_cuda" / f"{name}.cpp", *kernels]
+        flags = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{capability}", "-x", "cu", f"-I{ROOT / 'csrc'}"]
+        compile_it = [of_cuda("nvcc"), *flags, *sources, "-o", folder / name]
+        yield Step(f"{name} built", [*([[*python, "-c", write]] if name == "driver" else []), compile_it], 150, "build")
+    for tool in (None, *TOOLS):
+        for name in ("driver", "transfer_driver"):
+            arguments = [cases] if name == "driver" else []
+            if tool is None:
+                yield Step(name, [[folder / name, *arguments, "--schedules", 20]], 60, f"{name} built")
+            else:
+                command = [of_cuda("compute-sanitizer"), "--tool", tool, "--error-exitcode", 9]
+                one = [*command, folder / name, *arguments, "--schedules", 1]
+                yield Step(f"{name} under {tool}", [one], 60, f"{name} built")
+
+
+def chosen(every: list[Step], pattern: str) -> list[Step]:
+    """Those whose names match, and those that they need."""
+    names: set[str] = set()
+    for step in reversed(every):
+        if re.search(pattern, step.name) or step.name in names:
+            names |= {step.name, step.needs}
+    return [step for step in every if step.name in names]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="where the results go")
+    only = 'only steps whose names this expression matches; without "build" among them, that was made before'
+    parser.add_argument("--only", default="", metavar="PATTERN", help=only)
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help=f"of all steps ({LIMIT_S})")
+    parser.add_argument("--list", action="store_true", help="print the steps' names")
+    parser.add_argument("--rehearse", action="store_true", help="without a GPU: on tests/rehearsal, with tiny sizes")
+    args = parser.parse_args()
+    if args.out is None and not args.list:
+        parser.error("OUT is missing")
+    try:
+        re.compile(args.only)
+    except re.error as error:
+        parser.error(f"--only: expected a regular expression, got {args.only!r}: {error}")
+    return args
+
+
+def interrupt(number: int, _: object) -> None:
+    raise Interrupted(signal.Signals(number).name)
 
 
 def main() -> int:
-    if len(sys.argv) != 2:
-        print("usage: scripts/gpu_check.sh OUT [WHEELS]", file=sys.stderr)
-        return 2
-    import torch  # noqa: PLC0415
-
-    if not torch.cuda.is_available():
-        print(f"gpu_check: torch {torch.__version__} finds no GPU on this machine", file=sys.stderr)
-        return 2
-    check = Check(Path(sys.argv[1]))
-    check.found["machine"] = machine()
-    check.write()
-    capability = check.found["machine"]["capability"]
-    python = sys.executable
-    build = {"LMCACHE_MM_CUDA": "ON", "LMCACHE_MM_CUDA_ARCHS": capability}
-    install = [python, "setup.py", "build_ext", "--inplace"]
-    if not check.step("build the module", install, 240, **build):
-        return 1
-    tests = [python, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider"]
-    check.step("operations and transfers on cuda", [*tests, "tests/test_devices.py", "-k", "cuda or gpu"], 150)
-    check.step("doctor", [python, "-m", "lmcache_mm", "doctor"], 60)
-    check.step("calibrate", [python, "-m", "lmcache_mm", "calibrate", "--dry-run"], 60)
-    results = check.out / "gpu_benchmarks.json"
-    bench = [*tests[:-2], "benchmarks/bench_gpu.py", "-o", "python_files=bench_*.py", f"--benchmark-json={results}"]
-    check.step("benchmarks", bench, 280)
-    if results.exists():
-        check.found["benchmarks"] = [
-            {"name": one["name"], **one["extra_info"]} for one in json.loads(results.read_text())["benchmarks"]
-        ]
+    args = arguments()
+    python: list[object] = [sys.executable]
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if args.rehearse:
+        python.append(REHEARSAL)
+        os.environ["PATH"] = f"{REHEARSAL / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        os.environ["LMCACHE_MM_BENCH_TINY"] = "1"
+    if args.list:
+        every = [Step("build", [], 0), *measuring_steps(python, Path()), *sanitizing_steps(python, "", Path())]
+        print("\n".join(step.name for step in chosen(every, args.only)))
+        return 0
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    check = Check(out, args.limit)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return steps(check, args, python, Path(folder))
+    except Interrupted as error:
+        check.found["interrupted"] = str(error)
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 130
+    finally:
         check.write()
-    with tempfile.TemporaryDirectory() as folder:
-        cases = Path(folder) / "cases"
-        write = f"import sys; sys.path.insert(0, 'tests'); import test_host_cuda as t; from pathlib import Path; \
-t.write_cases(Path({str(cases)!r}), [c for c in (*t.identity_cases(), *t.copy_cases()) if c.small])"
-        check.step("write the cases", [python, "-c", write], 60)
-        kernels = sorted((ROOT / "csrc").glob("*.cu"))
-        tools = ["memcheck", "racecheck", "initcheck", "synccheck"]
-        for name in ("driver", "transfer_driver"):
-            program = Path(folder) / name
-            sources = [ROOT / "tests" / "host_cuda" / f"{name}.cpp", *kernels]
-            flags = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{capability}", "-x", "cu", f"-I{ROOT / 'csrc'}"]
-            if check.step(f"build {name}", ["nvcc", *flags, *sources, "-o", program], 120):
-                arguments = [cases] if name == "driver" else []
-                check.step(f"{name}", [program, *arguments, "--schedules", 20], 60)
-                for tool in tools if shutil.which("compute-sanitizer") else []:
-                    sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9]
-                    check.step(f"{name} under {tool}", [*sanitizer, program, *arguments, "--schedules", 1], 60)
-    return 0 if all(step["status"] == "ok" for step in check.found["steps"]) else 1
+
+
+def steps(check: Check, args: argparse.Namespace, python: list[object], folder: Path) -> int:
+    check.found["machine"] = about = machine(python)
+    check.write()
+    if about["gpu"] is None:
+        print(f"gpu_check: torch finds no GPU on this machine: {about['unknown']['gpu']}", file=sys.stderr)
+        return 2
+    print(json.dumps(about, indent=1), flush=True)
+    try:
+        every = [build(python, about["capability"], args.rehearse), *measuring_steps(python, check.out)]
+        every += sanitizing_steps(python, about["capability"], folder)
+    except RuntimeError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    for step in chosen(every, args.only):
+        step.limit_s *= 10 if args.rehearse else 1
+        check.run(step)
+    check.found["ended"] = True
+    return 0 if all(one["status"] == "ok" for one in check.found["steps"]) else 1
 
 
 if __name__ == "__main__":

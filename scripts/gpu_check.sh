@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# Builds for the GPU of this machine, tests and measures: scripts/gpu_check.sh OUT [WHEELS]
+# Builds for the GPU of this machine, tests and measures: scripts/gpu_check.sh OUT [WHEELS] [OPTION]...
 #
 # Needs a GPU, nvcc, and a python3 that has torch; no network. WHEELS: a folder with the packages that this python3 lacks
-# (blake3, lmdb; lmcache too, to be compared with). OUT/gpu_check.json has all that was found, and is written again after
-# every step; OUT/gpu_check.log what was said. The most informative steps come first; all together take less than 10 minutes.
+# (blake3, lmdb; lmcache too, to be compared with). OPTIONs and results are those of scripts/gpu_check.py; --help prints
+# them. The most informative steps come first, and all together take less than 10 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if [ $# -lt 1 ] || [ $# -gt 2 ]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0"
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
+  sed -n '2,6s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 out=$(realpath -m "$1")
-wheels=${2:+$(realpath "$2")}
+shift
+wheels=""
+if [ $# -gt 0 ] && [[ $1 != -* ]]; then
+  wheels=$(realpath "$1")
+  shift
+fi
 mkdir -p "$out"
 venv=$(mktemp -d)/venv
 python3 -m venv --without-pip --system-site-packages "$venv"
@@ -23,4 +28,4 @@ paths = "\n".join(site.getsitepackages())
 next(Path(sys.argv[1]).glob("lib/python3*/site-packages")).joinpath("outer.pth").write_text(paths)
 PYTHON
 [ -n "$wheels" ] && python3 -m pip --python "$venv/bin/python" install --quiet --no-index --no-deps "$wheels"/*.whl
-exec "$venv/bin/python" scripts/gpu_check.py "$out"
+exec "$venv/bin/python" scripts/gpu_check.py "$out" "$@"

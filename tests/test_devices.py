@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from lmcache_mm.transfer_paths import Paths
 from test_stores import new_store
 
 HAS_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
+REHEARSAL = "LMCACHE_MM_REHEARSAL" in os.environ  # see tests/rehearsal
 NO_GPU = pytest.mark.skipif(not HAS_GPU, reason="no GPU, or a build without CUDA kernels")
 BLOCKS = [[], [3], [0, 6], [6, 2, 0, 5], [1, -1, 4], [-1], [0, 1, 2, 3, 4, 5, 6]]
 ROOT = bytes(range(32))
@@ -100,8 +102,8 @@ def test_tokens_and_tails_are_gathered_and_scattered_bit_by_bit(device: torch.de
 
 
 def test_copies_of_a_gigabyte_of_short_runs_equal_plain_indexing(device: torch.device):
-    """As large as a prompt's; on the CPU less, for time."""
-    pages = 65_536 if device.type == "cuda" else 1024
+    """As large as a prompt's; on the CPU and in a rehearsal less, for time."""
+    pages = (256 if REHEARSAL else 65_536) if device.type == "cuda" else 1024
     kv = torch.randint(0, 256, (4, pages, 16, 256), dtype=torch.uint8, device=device)
     layout = lmc.KVLayout.from_tensors(list(kv), page_tokens=16, page_dim=0, token_dim=1)
     ids = torch.randperm(pages)[: pages // 2]
@@ -297,7 +299,7 @@ def test_operations_on_a_gpu_wait_for_nobody_and_keep_the_stream(tmp_path):
     cache = OnDevice(token_major(), device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
-        a = torch.randn(4096, 4096, device=device)
+        a = torch.randn(*(2 * [128 if REHEARSAL else 4096]), device=device)
         done = torch.cuda.Event()
         for _ in range(50):
             a = a @ a / 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from lmcache_mm.vllm.worker import Worker
 
 __all__ = ["generate_scheduler_kv_cache_config"]
 
+DEVICE = torch.device("cuda", 0) if "LMCACHE_MM_REHEARSAL" in os.environ else torch.device("cpu")
 BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 12, 32, 64
 
 
@@ -87,7 +89,7 @@ def caches_of(kind: str, layout: str, kernel_blocks: int = 1) -> dict[str, torch
     """As a worker gets them; ValueError for what vLLM does not build."""
     sizes = [BLOCK_TOKENS // kernel_blocks] * len(KINDS[kind])
     config = kv_cache_config_of(kind, layout)
-    return allocate_kv_cache(config, torch.device("cpu"), KVCacheLayout[layout], sizes)
+    return allocate_kv_cache(config, DEVICE, KVCacheLayout[layout], sizes)
 
 
 def groups(kind: str, layout: str) -> list[Group]:

@@ -76,7 +76,7 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
     worker = cases.worker_of(kind, layout, caches, url)
     groups = cases.groups(kind, layout)
     assert sorted(name for group in groups for name in group.layers) == sorted(caches)
-    memory = torch.empty(0, dtype=torch.uint8).set_(next(iter(caches.values())).untyped_storage())
+    memory = memory_of(caches)
     random = torch.randint(0, 256, memory.shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     for table in sorted({group.table for group in groups}):
         memory.copy_(random)
@@ -113,8 +113,7 @@ def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
     """They are unmapped then. What was read before is stored, what comes meanwhile fails."""
     messages = importlib.import_module("lmcache_mm.vllm.messages")
     caches = cases.caches_of("GQA", "BLHNC")
-    memory = next(iter(caches.values())).untyped_storage()
-    memory = torch.empty(0, dtype=torch.uint8).set_(memory)
+    memory = memory_of(caches)
     memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8))
     worker = cases.worker_of("GQA", "BLHNC", caches, url)
     records = [messages.RecordPages(0, b"k" * 32, [1, 7], 64)]
@@ -144,6 +143,12 @@ def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
     for cache, pages in zip(caches.values(), want, strict=True):
         assert torch.equal(by_page(cache, cases.BLOCKS)[[1, 7]], pages)
     worker.close()
+
+
+def memory_of(caches: dict[str, torch.Tensor]) -> torch.Tensor:
+    """uint8, 1-D: of all of them."""
+    first = next(iter(caches.values()))
+    return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
 
 
 def by_page(cache: torch.Tensor, blocks: int) -> torch.Tensor:
