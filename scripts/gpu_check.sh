@@ -2,7 +2,7 @@
 # Builds for the GPU of this machine, tests and measures: scripts/gpu_check.sh OUT [WHEELS]
 #
 # Needs a GPU, nvcc, and a python3 that has torch; no network. WHEELS: a folder with the packages that this python3 lacks
-# (blake3, lmdb; lmcache too, to be compared with). OUT/gpu_check.json has all that was found, and is written again after
+# (blake3; lmcache too, to be compared with). OUT/gpu_check.json has all that was found, and is written again after
 # every step; OUT/gpu_check.log what was said. The most informative steps come first; all together take less than 10 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
