@@ -48,8 +48,8 @@ cuda::Launch to_launch(int device, u64 stream, u64 workspace, u32 max_blocks = 0
 
 // A slab's index, with the lock that it is written under.
 struct Slab {
-  Slab(u64 file, const SlabIndex::Shape& shape, int lock_fd, u32 lock_byte, u32 row)
-      : lock(lock_fd, lock_byte), index(reinterpret_cast<void*>(file), shape, lock, row) {}
+  Slab(u64 file, const SlabPages& pages, const SlabIndex::Shape& shape, int lock_fd, u32 lock_byte, u32 row)
+      : lock(lock_fd, lock_byte, &pages), index(reinterpret_cast<void*>(file), shape, lock, row) {}
 
   SlabFileLock lock;
   SlabIndex index;
@@ -229,14 +229,20 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(fixed->version, fixed->granules, fixed->granule_bytes, owner_bytes(fixed->boot_id));
       },
       py::arg("page"));
-  py::class_<Slab>(m, "SlabIndex", py::metaclass((PyObject*)&PyType_Type))
-      .def(py::init([](u64 file, u32 granules, u32 granule_bytes, u32 segment_granules, int lock_fd, u32 lock_byte,
-                       u32 row) {
-             const SlabIndex::Shape shape{granules, granule_bytes, segment_granules};
-             return std::make_unique<Slab>(file, shape, lock_fd, lock_byte, row);
+  py::class_<SlabPages>(m, "SlabPages", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](u64 address, u64 bytes) {
+             return std::make_unique<SlabPages>(reinterpret_cast<void*>(address), bytes);
            }),
-           py::arg("file"), py::arg("granules"), py::arg("granule_bytes"), py::arg("segment_granules"),
-           py::arg("lock_fd"), py::arg("lock_byte"), py::arg("row"))
+           py::arg("address"), py::arg("bytes"))
+      .def("lost", &SlabPages::lost);
+  py::class_<Slab>(m, "SlabIndex", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](u64 file, const SlabPages& pages, u32 granules, u32 granule_bytes, u32 segment_granules,
+                       int lock_fd, u32 lock_byte, u32 row) {
+             const SlabIndex::Shape shape{granules, granule_bytes, segment_granules};
+             return std::make_unique<Slab>(file, pages, shape, lock_fd, lock_byte, row);
+           }),
+           py::keep_alive<1, 3>(), py::arg("file"), py::arg("pages"), py::arg("granules"), py::arg("granule_bytes"),
+           py::arg("segment_granules"), py::arg("lock_fd"), py::arg("lock_byte"), py::arg("row"))
       .def(
           "open",
           [](Slab& slab, const std::string& boot_id, bool keep, const Terms& terms) {

@@ -389,6 +389,7 @@ std::invoke_result_t<Work&> SlabIndex::change(const SlabTerms& terms, Work work)
 }
 
 void SlabIndex::begin(const SlabTerms& terms) {
+  expect_all();
   const bool known = adopt().has_value();
   if (!known) write_fixed();
   if (!known || see(header_->dirty) != 0 || sums_check() != see(header_->sums_check)) rebuild(terms);
@@ -403,7 +404,13 @@ void SlabIndex::begin(const SlabTerms& terms) {
   set(kSeenWall, bits_of(terms.wall));
 }
 
+// What lies on lost pages is seen by this process alone, so it changes nothing any more, and leaves its mark.
+void SlabIndex::expect_all() {
+  if (lock_.lost()) throw SlabBroken("a part of its file is lost: close the store and open it again");
+}
+
 void SlabIndex::end() {
+  expect_all();
   put(header_->sums_check, sums_check());
   put(header_->dirty, u64{0});
 }

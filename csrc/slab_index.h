@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "slab_pages.h"
 #include "slab_table.h"
 
 namespace lmc {
@@ -64,6 +65,7 @@ struct SlabFound : SlabContent {
 class SlabLock {
  public:
   virtual ~SlabLock() = default;
+  virtual bool lost() { return false; }  // a part of the file
   virtual bool try_lock() = 0;
   virtual void unlock() = 0;
   virtual i64 holder() = 0;               // pid of the process that has it; 0 if unknown
@@ -75,7 +77,8 @@ class SlabLock {
 // By POSIX record locks on the bytes of a file: a row each, and one for writing.
 class SlabFileLock final : public SlabLock {
  public:
-  SlabFileLock(int fd, u32 byte) : fd_(fd), byte_(byte) {}
+  SlabFileLock(int fd, u32 byte, const SlabPages* pages = nullptr) : fd_(fd), byte_(byte), pages_(pages) {}
+  bool lost() override { return pages_ && pages_->lost(); }
   bool try_lock() override;
   void unlock() override;
   i64 holder() override { return holder_of(byte_); }
@@ -88,13 +91,14 @@ class SlabFileLock final : public SlabLock {
 
   int fd_;
   u32 byte_;
+  const SlabPages* pages_;
 };
 
 // The lock could not be had in time.
 struct SlabBusy : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-// The index was damaged again while it was made anew, or the lock cannot be used.
+// The index was damaged again while it was made anew, a part of its file is lost, or the lock cannot be used.
 struct SlabBroken : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -193,6 +197,7 @@ class SlabIndex {
   std::invoke_result_t<Work&> change(const SlabTerms& terms, Work work);
   void begin(const SlabTerms& terms);
   void end();
+  void expect_all();
   void follow();
   std::optional<SlabFixed> adopt();
   void write_fixed();

@@ -64,10 +64,15 @@ _Terms = tuple[float, float, float, float, int]
 def slab_table_bytes(granules: int, granule_bytes: int, segment_granules: int) -> int: ...
 def slab_header(page: bytes) -> tuple[int, int, int, bytes] | None: ...
 
+class SlabPages:
+    def __init__(self, address: int, bytes: int) -> None: ...
+    def lost(self) -> bool: ...
+
 class SlabIndex:
     def __init__(
         self,
         file: int,
+        pages: SlabPages,
         granules: int,
         granule_bytes: int,
         segment_granules: int,

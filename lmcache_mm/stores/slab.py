@@ -195,7 +195,8 @@ class SlabStore:
             except OSError as error:
                 raise self._no_room(error, self.capacity) from None
             address = np.frombuffer(self._table, dtype=np.uint8).ctypes.data
-            self._index = _C.SlabIndex(address, *shape, self._lock_fd, WRITING, row)
+            pages = _C.SlabPages(address, len(self._table))
+            self._index = _C.SlabIndex(address, pages, *shape, self._lock_fd, WRITING, row)
             try:
                 self._index.open(boot_id(), self.outlives_restarts, self._terms(CHANGE_WAIT_S))
             except TimeoutError as error:
@@ -502,6 +503,7 @@ class ShmStore(SlabStore):
 
     def _open_slab(self) -> None:
         self._slab = np.frombuffer(map_file(self.directory / "slab", self.capacity), dtype=np.uint8)
+        self._pages = _C.SlabPages(self._slab.ctypes.data, self.capacity)
         self._registered_on: int | None = None
         self._closing, self._mapped = threading.Event(), threading.Event()
         self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
@@ -523,7 +525,7 @@ class ShmStore(SlabStore):
         if self._registered_on is not None:
             with suppress(RuntimeError):  # the device is gone, and with it what it had pinned
                 _C.cuda_unregister_host(self._registered_on, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
-        del self._slab  # unmapped when the last view is gone
+        del self._slab, self._pages  # unmapped when the last view is gone
 
     def register(self, device: int) -> None:
         """Pins the slab for transfers to and from GPUs, until the store is closed; once a process, however often it is
