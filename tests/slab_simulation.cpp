@@ -41,24 +41,29 @@ std::function<void()> at_each_store = [] {};  // without coroutines
 
 struct World {
   static constexpr u32 kMark = 80;  // where the header says that a change is under way
+  static constexpr u64 kNowhere = u64{1} << 30;
   static constexpr u32 kGranules = 24, kGranuleBytes = 64, kSegment = 8, kKeys = 20, kOwners = 3;
 
   World(u32 granules, u32 segment, u64 seed) : random(seed) {
     shape = {granules, kGranuleBytes, segment};
     bytes = SlabIndex::file_bytes(shape);
-    file = static_cast<u8*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-    std::memset(file, 0, bytes);
+    // It ends where nothing may be touched, and a GiB before it nothing may be touched either.
+    const u64 pages = (bytes + 4095) / 4096 * 4096;
+    room = kNowhere + pages + kNowhere;
+    mapped = static_cast<u8*>(mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (mapped == MAP_FAILED || mprotect(mapped + kNowhere, pages, PROT_READ | PROT_WRITE) != 0) fail("no memory");
+    file = mapped + kNowhere + pages - bytes;
     payload.resize(granules);
     rows.fill(nullptr);
   }
-  ~World() { std::free(file); }
+  ~World() { munmap(mapped, room); }
 
   u64 draw(u64 below) { return random() % below; }
 
   std::mt19937_64 random;
   SlabIndex::Shape shape;
-  u8* file;
-  u64 bytes;
+  u8 *mapped, *file;
+  u64 room, bytes;
   double now = 1000;
   std::array<u64, 2> boot{1, 2};
   bool damaged = false;
