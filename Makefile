@@ -2,7 +2,7 @@
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
-#   make soak     the crash test of the shared stores, for $(SECONDS_EACH) s each
+#   make soak     the crash test of the shared stores for $(SECONDS_EACH) s each, and as many simulated runs
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
@@ -30,7 +30,7 @@ test-vllm-all: $(VENV)/built $(VENV)/vllm
 	exit $${failed:-0}
 
 soak: $(VENV)/built
-	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k killed -s $(ARGS)
+	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k "killed or damage_of" -s $(ARGS)
 
 bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/machine_code.py

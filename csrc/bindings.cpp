@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
+#include <limits>
 #include <memory>
 
 #include "ops.h"
-#include "slab_table.h"
+#include "slab_index.h"
 
 namespace py = pybind11;
 using namespace lmc;
@@ -49,6 +51,54 @@ cuda::Launch to_launch(int device, u64 stream, const py::function& upload, u32 m
   return launch;
 }
 #endif
+
+// A slab's index, with the lock that it is written under.
+struct Slab {
+  Slab(u64 file, const SlabPages& pages, const SlabIndex::Shape& shape, int lock_fd, u32 lock_byte, u32 row)
+      : lock(lock_fd, lock_byte, &pages), index(reinterpret_cast<void*>(file), shape, lock, row) {}
+
+  SlabFileLock lock;
+  SlabIndex index;
+};
+
+SlabKey to_slab_key(const py::handle& key) {
+  char* bytes;
+  Py_ssize_t size;
+  if (PyBytes_AsStringAndSize(key.ptr(), &bytes, &size) != 0) throw py::error_already_set();
+  if (size < 32 || size > 64) throw py::value_error("keys: expected 32 to 64 bytes, got " + std::to_string(size));
+  SlabKey out;
+  out.bytes = static_cast<u32>(size);
+  std::memcpy(out.words.data(), bytes, size);
+  return out;
+}
+
+std::vector<SlabKey> to_slab_keys(const py::sequence& keys) {
+  std::vector<SlabKey> out;
+  out.reserve(keys.size());
+  for (const py::handle key : keys) out.push_back(to_slab_key(key));
+  return out;
+}
+
+std::array<u64, 2> to_16_bytes(const std::string& bytes) {
+  std::array<u64, 2> out{};
+  std::memcpy(out.data(), bytes.data(), std::min<std::size_t>(bytes.size(), sizeof out));
+  return out;
+}
+
+py::bytes owner_bytes(const SlabOwner& owner) { return {reinterpret_cast<const char*>(owner.data()), sizeof owner}; }
+
+std::vector<SlabPlace> to_places(const std::vector<std::pair<u32, u32>>& places) {
+  std::vector<SlabPlace> out;
+  for (const auto& [start, generation] : places) out.push_back({start, generation});
+  return out;
+}
+
+using Terms = std::tuple<double, double, double, double, u64>;  // the fields of SlabTerms
+
+SlabTerms to_terms(const Terms& terms) {
+  const auto& [now, wall, patience, ttl, quota] = terms;
+  return {now, wall, patience, ttl, quota};
+}
 
 }  // namespace
 
@@ -161,41 +211,218 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("address"), py::arg("bytes"));
 
-  // Slots are given as lists; what was found of each comes back as one.
-  py::class_<SlabTable>(m, "SlabTable", py::metaclass((PyObject*)&PyType_Type))
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const SlabBusy& error) {
+      PyErr_SetString(PyExc_TimeoutError, error.what());
+    } catch (const SlabBroken& error) {
+      PyErr_SetString(PyExc_OSError, error.what());
+    }
+  });
+  m.def(
+      "slab_table_bytes",
+      [](u32 granules, u32 granule_bytes, u32 segment_granules) {
+        return SlabIndex::file_bytes({granules, granule_bytes, segment_granules});
+      },
+      py::arg("granules"), py::arg("granule_bytes"), py::arg("segment_granules"));
+  m.def(
+      "slab_header",
+      [](std::string page) -> py::object {
+        page.resize(kHeaderBytes);
+        const auto fixed = SlabIndex::fixed_of(page.data());
+        if (!fixed) return py::none();
+        return py::make_tuple(fixed->version, fixed->granules, fixed->granule_bytes, owner_bytes(fixed->boot_id));
+      },
+      py::arg("page"));
+  py::class_<SlabPages>(m, "SlabPages", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](u64 address, u64 bytes) {
+             return std::make_unique<SlabPages>(reinterpret_cast<void*>(address), bytes);
+           }),
+           py::arg("address"), py::arg("bytes"))
+      .def("lost", &SlabPages::lost);
+  py::class_<Slab>(m, "SlabIndex", py::metaclass((PyObject*)&PyType_Type))
+      .def(py::init([](u64 file, const SlabPages& pages, u32 granules, u32 granule_bytes, u32 segment_granules,
+                       int lock_fd, u32 lock_byte, u32 row) {
+             const SlabIndex::Shape shape{granules, granule_bytes, segment_granules};
+             return std::make_unique<Slab>(file, pages, shape, lock_fd, lock_byte, row);
+           }),
+           py::keep_alive<1, 3>(), py::arg("file"), py::arg("pages"), py::arg("granules"), py::arg("granule_bytes"),
+           py::arg("segment_granules"), py::arg("lock_fd"), py::arg("lock_byte"), py::arg("row"))
       .def(
-          py::init([](u64 slots, u32 row) { return std::make_unique<SlabTable>(reinterpret_cast<void*>(slots), row); }),
-          py::arg("slots"), py::arg("row"))
-      .def("generation", &SlabTable::generation, py::arg("slot"))
-      .def("set_generation", &SlabTable::set_generation, py::arg("slot"), py::arg("generation"))
-      .def(
-          "touch",
-          [](SlabTable& table, const std::vector<std::pair<u32, u32>>& contents) {
-            std::vector<bool> current;
-            for (const auto& [slot, generation] : contents) current.push_back(table.touch(slot, generation));
-            return current;
+          "open",
+          [](Slab& slab, const std::string& boot_id, bool keep, const Terms& terms) {
+            py::gil_scoped_release release;
+            slab.index.open(to_16_bytes(boot_id), keep, to_terms(terms));
           },
-          py::arg("contents"))
+          py::arg("boot_id"), py::arg("keep"), py::arg("terms"))
       .def(
-          "pin",
-          [](SlabTable& table, const std::vector<std::pair<u32, u32>>& contents) {
-            std::vector<bool> pinned;
-            for (const auto& [slot, generation] : contents) pinned.push_back(table.pin(slot, generation));
-            return pinned;
+          "close",
+          [](Slab& slab, const Terms& terms) {
+            py::gil_scoped_release release;
+            slab.index.close(to_terms(terms));
           },
-          py::arg("contents"))
+          py::arg("terms"))
+      .def(
+          "contains",
+          [](Slab& slab, const py::sequence& keys, bool peek, double now, double ttl) {
+            py::list there;
+            for (const SlabKey& key : to_slab_keys(keys)) {
+              const auto found = slab.index.find(key, now, ttl);
+              SlabTable& table = slab.index.table();
+              there.append(found && (peek ? table.generation(found->start) == found->generation
+                                          : table.touch(found->start, found->generation)));
+            }
+            return there;
+          },
+          py::arg("keys"), py::arg("peek"), py::arg("now"), py::arg("ttl"))
+      .def(
+          "ages",
+          [](Slab& slab, const py::sequence& keys, double now, double ttl) {
+            std::vector<double> ages;
+            for (const SlabKey& key : to_slab_keys(keys)) {
+              const auto found = slab.index.find(key, now, ttl);
+              ages.push_back(found ? slab.index.age(*found, now) : std::numeric_limits<double>::infinity());
+            }
+            return ages;
+          },
+          py::arg("keys"), py::arg("now"), py::arg("ttl"))
+      .def(
+          "lend",
+          [](Slab& slab, const py::sequence& keys, const std::vector<u64>& sizes, bool peek, double now, double ttl) {
+            const std::vector<SlabKey> wanted = to_slab_keys(keys);
+            if (wanted.size() != sizes.size()) throw py::value_error("keys and buffers: expected as many");
+            py::list lent;
+            for (std::size_t i = 0; i < wanted.size(); ++i) {
+              const auto found = slab.index.find(wanted[i], now, ttl);
+              SlabTable& table = slab.index.table();
+              if (!found || found->payload_bytes != sizes[i] || !table.pin(found->start, found->generation)) {
+                lent.append(py::none());
+                continue;
+              }
+              if (!peek) table.touch(found->start, found->generation);
+              lent.append(py::make_tuple(found->start, found->generation, found->checksum, owner_bytes(found->owner)));
+            }
+            return lent;
+          },
+          py::arg("keys"), py::arg("sizes"), py::arg("peek"), py::arg("now"), py::arg("ttl"))
+      .def(
+          "hold",
+          [](Slab& slab, const py::sequence& keys, double now, double ttl) {
+            std::vector<u32> starts;
+            for (const SlabKey& key : to_slab_keys(keys)) {
+              const auto found = slab.index.find(key, now, ttl);
+              if (found && slab.index.table().pin(found->start, found->generation)) starts.push_back(found->start);
+            }
+            return starts;
+          },
+          py::arg("keys"), py::arg("now"), py::arg("ttl"))
       .def(
           "unpin",
-          [](SlabTable& table, const std::vector<u32>& slots) {
-            for (const u32 slot : slots) table.unpin(slot);
+          [](Slab& slab, const std::vector<u32>& starts) {
+            for (const u32 start : starts) slab.index.table().unpin(start);
           },
-          py::arg("slots"))
-      .def("pinned", &SlabTable::pinned, py::arg("slot"))
-      .def("evict", &SlabTable::evict, py::arg("slot"))
-      .def("retire", &SlabTable::retire, py::arg("slot"))
-      .def("take_visited", &SlabTable::take_visited, py::arg("slot"))
-      .def("clear_row", &SlabTable::clear_row, py::arg("row"), py::arg("num_slots"),
-           py::call_guard<py::gil_scoped_release>());
+          py::arg("starts"))
+      .def(
+          "find",
+          [](Slab& slab, const py::bytes& key, double now) -> py::object {
+            const auto found = slab.index.find(to_slab_key(key), now, 0);
+            if (!found) return py::none();
+            return py::make_tuple(found->start, found->generation, slab.index.table().pinned(found->start));
+          },
+          py::arg("key"), py::arg("now"))
+      .def(
+          "take_visited", [](Slab& slab, u32 start) { return slab.index.table().take_visited(start); },
+          py::arg("start"))
+      .def("moment", [](const Slab& slab) { return slab.index.moment(); })
+      .def("rows_taken", [](const Slab& slab) { return slab.index.rows_taken(); })
+      .def("sizes",
+           [](const Slab& slab) {
+             py::dict sizes;
+             for (const auto& [name, value] : slab.index.sizes()) sizes[name] = value;
+             return sizes;
+           })
+      .def(
+          "reserve",
+          [](Slab& slab, const py::sequence& keys, const std::vector<u64>& sizes, const std::string& owner,
+             const std::vector<std::pair<u32, u32>>& given_back, const Terms& terms) {
+            const std::vector<SlabKey> wanted = to_slab_keys(keys);
+            if (wanted.size() != sizes.size()) throw py::value_error("keys and buffers: expected as many");
+            SlabIndex::Reserved reserved;
+            {
+              py::gil_scoped_release release;
+              reserved = slab.index.reserve(wanted, sizes, to_16_bytes(owner), to_places(given_back), to_terms(terms));
+            }
+            std::vector<std::optional<std::pair<u32, u32>>> places;
+            for (const auto& place : reserved.places) {
+              places.emplace_back();
+              if (place) places.back() = {place->start, place->generation};
+            }
+            return std::make_tuple(places, reserved.moment, reserved.dropped, reserved.evictions);
+          },
+          py::arg("keys"), py::arg("sizes"), py::arg("owner"), py::arg("given_back"), py::arg("terms"))
+      .def(
+          "publish",
+          [](Slab& slab, const std::vector<std::tuple<py::bytes, u32, u32, i64, u64, double>>& puts,
+             const Terms& terms) {
+            std::vector<SlabPut> list;
+            for (const auto& [key, start, generation, checksum, as_of, age] : puts)
+              list.push_back({to_slab_key(key), {start, generation}, checksum, as_of, age});
+            py::gil_scoped_release release;
+            return slab.index.publish(list, to_terms(terms));
+          },
+          py::arg("puts"), py::arg("terms"))
+      .def(
+          "abandon",
+          [](Slab& slab, const std::vector<std::pair<u32, u32>>& places, const Terms& terms) {
+            py::gil_scoped_release release;
+            return slab.index.abandon(to_places(places), to_terms(terms));
+          },
+          py::arg("places"), py::arg("terms"))
+      .def(
+          "remove",
+          [](Slab& slab, const py::sequence& keys, const Terms& terms) {
+            const std::vector<SlabKey> list = to_slab_keys(keys);
+            py::gil_scoped_release release;
+            return slab.index.remove(list, to_terms(terms));
+          },
+          py::arg("keys"), py::arg("terms"))
+      .def(
+          "discard",
+          [](Slab& slab, const py::bytes& key, u32 start, u32 generation, const Terms& terms) {
+            const SlabKey wanted = to_slab_key(key);
+            py::gil_scoped_release release;
+            slab.index.discard(wanted, {start, generation}, to_terms(terms));
+          },
+          py::arg("key"), py::arg("start"), py::arg("generation"), py::arg("terms"))
+      .def(
+          "forget",
+          [](Slab& slab, const std::string& owner, const Terms& terms) {
+            py::gil_scoped_release release;
+            return slab.index.forget(to_16_bytes(owner), to_terms(terms));
+          },
+          py::arg("owner"), py::arg("terms"))
+      .def(
+          "clear",
+          [](Slab& slab, const Terms& terms) {
+            py::gil_scoped_release release;
+            return slab.index.clear(to_terms(terms));
+          },
+          py::arg("terms"))
+      .def(
+          "bury",
+          [](Slab& slab, u64 rows, const Terms& terms) {
+            py::gil_scoped_release release;
+            slab.index.bury(rows, to_terms(terms));
+          },
+          py::arg("rows"), py::arg("terms"))
+      .def(
+          "check",
+          [](Slab& slab, const Terms& terms) {
+            py::gil_scoped_release release;
+            return slab.index.check(to_terms(terms));
+          },
+          py::arg("terms"));
 
 #ifdef LMCACHE_MM_CUDA
   // Memory on the device is the caller's, so that it is freed in the order of the stream.

@@ -2,7 +2,7 @@
 # Builds for the GPU of this machine, tests and measures: scripts/gpu_check.sh OUT [WHEELS] [OPTION]...
 #
 # Needs a GPU, nvcc, and a python3 that has torch; no network. WHEELS: a folder with the packages that this python3 lacks
-# (blake3, lmdb; lmcache too, to be compared with). OPTIONs and results are those of scripts/gpu_check.py; --help prints
+# (blake3; lmcache too, to be compared with). OPTIONs and results are those of scripts/gpu_check.py; --help prints
 # them. The most informative steps come first, and all together take less than 10 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parent.parent
 REHEARSAL = REPO / "tests" / "rehearsal"
 # What gpu_check may import: what there is on a machine with a GPU, and the two wheels that are carried there.
 GPU_MACHINE = (
-    "torch numpy cupy-cuda13x pytest pytest-benchmark hypothesis transformers triton pybind11 cmake ninja blake3 lmdb "
+    "torch numpy cupy-cuda13x pytest pytest-benchmark hypothesis transformers triton pybind11 cmake ninja blake3 "
     "lmcache-mm"
 )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lmcache_mm import lane
-from lmcache_mm.stores import SlotStore, open_store, slab, slab_directory, slab_index, tiered
+from lmcache_mm.stores import SlotStore, open_store, slab, slab_directory, tiered
 from lmcache_mm.stores.mem import MemStore
 from lmcache_mm.stores.tiered import TieredStore
 from test_stores import OWNER, get, key, new_store, payload
@@ -224,8 +224,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
 
 def test_a_promoted_record_keeps_its_age(tmp_path, monkeypatch):
     now = 1000.0
-    for module in (slab, slab_index):
-        monkeypatch.setattr(module, "boot_clock", lambda: now)
+    monkeypatch.setattr(slab, "boot_clock", lambda: now)
     store, remove = new_store("shm,file", tmp_path, options="&ttl=60")
     shm, file = store._tiers
     for i, promote in (
@@ -287,10 +286,10 @@ def test_looking_after_tiers_does_not_count_as_being_asked_for(tmp_path):
     store.put([key(i) for i in range(5)], [payload(i) for i in range(5)])
     store.flush()
     shm = store._tiers[0]
-    starts = [record.start for record in shm._index.find([key(i) for i in range(5)])]
-    assert not any(shm._table.take_visited(start) for start in starts)
+    starts = [shm._index.find(key(i), 0)[0] for i in range(5)]
+    assert not any(shm._index.take_visited(start) for start in starts)
     store.contains([key(3)])
-    assert [shm._table.take_visited(start) for start in starts] == [False, False, False, True, False]
+    assert [shm._index.take_visited(start) for start in starts] == [False, False, False, True, False]
     remove()
 
 

@@ -1,20 +1,18 @@
 """shm: and file: stores: payloads in one preallocated file that all processes of a user share, without a daemon.
 
-In the store's directory: `slab`, the payloads; `index`, an LMDB environment (see slab_index.py); `table`, a header and
-the pins and generations of all slots (see csrc/slab_table.h); `lock`, of which every process that has the store open
-locks one byte, its row, for as long as it lives. A slot is allocated in one transaction, filled, and published in
-another; whoever dies in between leaves a slot that rests for a while and is free again.
+In the store's directory: `slab`, the payloads; `table`, the index (see csrc/slab_index.h) and the pins and generations
+of all slots (see csrc/slab_table.h); `lock`, of which every process that has the store open locks one byte, its row,
+for as long as it lives. A slot is reserved, filled, and then published; a process that dies in between leaves a slot
+that rests for a while and is free again.
 """
 
 from __future__ import annotations
 
 import atexit
 import errno
-import math
 import mmap
 import os
 import shutil
-import struct
 import threading
 import time
 import warnings
@@ -26,51 +24,45 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-import lmdb
 import numpy as np
-from blake3 import blake3
 
 from lmcache_mm import _C, ops
 from lmcache_mm.lane import Call
 from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
 from lmcache_mm.stores.slab_files import (
     LEAST_GRANULE_BYTES,
+    REGISTER_WAIT_S,
     REGISTERING,
     ROWS,
-    SAVING,
-    allocate,
+    SEGMENT_BYTES,
+    WRITING,
+    boot_clock,
     boot_id,
     check_file,
+    check_version,
     granules_of,
     holding,
     locked_by_another,
     map_file,
     no_store,
-    open_env,
     opening,
-    pid_namespace,
-    read_header,
     remove_files,
-    sync_directory,
     try_lock,
     unlock,
-    write_header,
 )
-from lmcache_mm.stores.slab_index import SEGMENT_BYTES, Change, Index, boot_clock
 
 if TYPE_CHECKING:
     from lmcache_mm.stores import Buffer
 
 T = TypeVar("T")
+Terms = tuple[float, float, float, float, int]  # of a change: see _C.SlabIndex
 
-SLOT_STATE_BYTES = 16
 PAGE_BYTES = 4096
 PIECE_BYTES = 4 << 20  # of one read or write on a disk
 IO_THREADS = 8
-CHECKPOINT_S = 60.0
 MAP_BYTES = 64 << 20
-
-_ROWS_AT = 128  # in the header: which rows have been taken and not given back, a byte each
+PUT_WAIT_S = 0.25  # for another process's change, before a put is dropped
+CHANGE_WAIT_S = 5.0  # before a call that has to change the index raises
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,28 +85,14 @@ _inherited: list[SlabStore] = []  # a parent's: kept, so that nothing of theirs 
 _registry = threading.RLock()
 
 
-def _before_fork() -> None:
-    _registry.acquire()
-    for store in _open.values():
-        store._index.pause()
-
-
-def _after_fork_in_parent() -> None:
-    for store in _open.values():
-        store._index.resume()
-    _registry.release()
-
-
 def _after_fork_in_child() -> None:
-    for store in _open.values():
-        store._index.resume()
-        store._env.close()  # the child's view of it: else lmdb takes it for open in this process
+    global _registry  # noqa: PLW0603
+    _registry = threading.RLock()  # another thread of the parent may have had it
     _inherited.extend(_open.values())
     _open.clear()
-    _registry.release()
 
 
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @atexit.register
@@ -132,6 +110,7 @@ class SlabStore:
     scheme: ClassVar[str]
     local = True
     read_only = False
+    outlives_restarts = False  # of the machine
 
     @classmethod
     def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
@@ -139,17 +118,15 @@ class SlabStore:
 
         quota: most payload bytes of one owner. ttl_s: how long a record may be used. Both hold for what this process
         puts and gets. Raises ValueError for another capacity than the store has or a store of another version,
-        PermissionError where directory or files are not the user's alone, RuntimeError for a store that is open in
-        another PID namespace or in 64 processes, OSError where there is no room.
+        PermissionError where directory or files are not the user's alone, RuntimeError for a store that is open in 64
+        processes, OSError where there is no room, TimeoutError, which names the process, where another one does not
+        let it open.
         """
         path = os.path.realpath(directory)
         with _registry:
             store = _open.get(path)
             if store is None:
-                try:
-                    store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
-                except lmdb.Error as error:
-                    raise RuntimeError(f"store: the index in {path} cannot be opened: {error}; remove it") from error
+                store = _open[path] = cls(Path(path), capacity, quota, ttl_s)
             elif not isinstance(store, cls):
                 raise ValueError(f"store: {path} is open in this process as {store.scheme}:")
             elif not store._fits(capacity) or (quota, ttl_s) != (store._quota, store._ttl_s):
@@ -168,6 +145,7 @@ class SlabStore:
         self._burying = threading.Lock()
         self._looked_for_dead = 0.0
         self._unreturned: list[Slot] = []  # reserved slots that could not be given back
+        self._waits = True  # for other processes' changes: not behind one that stands still
         if capacity is not None and capacity < LEAST_GRANULE_BYTES:
             raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         if capacity is None and not os.path.lexists(directory):
@@ -185,88 +163,71 @@ class SlabStore:
     # --- Opening and closing
 
     def _take_over(self, capacity: int | None) -> None:
-        header = read_header(self.directory)
-        if header is None:
+        known = check_version(self.directory)
+        if not (self.directory / "slab").exists():
             if capacity is None:
                 raise no_store(self.directory)
-            header = self._make(capacity)
-        granule_bytes, granules, made_in_boot, made_in_namespace = header
-        self.capacity = granules * granule_bytes
-        self._granules, self._granule_bytes = granules, granule_bytes
+            self._make(capacity)
+        self.capacity = (self.directory / "slab").stat().st_size
+        self._granules, self._granule_bytes = known[:2] if known else granules_of(self.capacity)
+        if self.capacity != self._granules * self._granule_bytes or not self.capacity:
+            raise ValueError(f"store: {self.directory / 'slab'} does not have the bytes that it had; remove the store")
         if not self._fits(capacity):
             raise ValueError(
                 f"store: {self.directory} has capacity={self.capacity}, got {capacity}: open it with its own, or "
                 "remove it with `python -m lmcache_mm clear`"
             )
         used = [row for row in range(ROWS) if locked_by_another(self._lock_fd, row)]
-        if used and made_in_boot != boot_id():
+        if used and known and known[2] != boot_id():
             raise RuntimeError(
                 f"store: {self.directory} is open on another machine, whose shared memory is not this one's"
             )
-        if used and made_in_namespace != pid_namespace():
-            raise RuntimeError(
-                f"store: {self.directory} is open in another PID namespace, which its index does not stand"
-            )
-        if (self.directory / "slab").stat().st_size != self.capacity:
-            raise ValueError(
-                f"store: {self.directory / 'slab'} does not have its {self.capacity} bytes; remove the store"
-            )
-        self._table_map = map_file(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
-        slots = np.frombuffer(self._table_map, dtype=np.uint8)[PAGE_BYTES:]
-        restarted = made_in_boot != boot_id()
-        if restarted:
-            slots[:] = 0
-            shift = self._restore_index()
-        if not used:  # nobody else has it open: whatever LMDB keeps of processes is of dead ones
-            (self.directory / "index" / "lock.mdb").unlink(missing_ok=True)
         row = next((row for row in range(ROWS) if row not in used and try_lock(self._lock_fd, row)), None)
         if row is None:
             raise RuntimeError(f"store: {self.directory} is open in {ROWS} processes, which is the most that it takes")
         self._row = row
         try:
-            self._env = open_env(self.directory / "index", granules)
-            self._env.reader_check()  # what dead readers keep of the index is not free for anybody
-            self._table = _C.SlabTable(slots.ctypes.data, row)
-            self._index = Index(self._env, self._table, granules, granule_bytes, self._quota, self._ttl_s)
-            self._index.make()
-            if restarted:
-                self._index.recover(shift)
-            self._bury([row])
-            self._table_map[_ROWS_AT + row] = 1
-            write_header(self.directory, granule_bytes, granules)
+            shape = (self._granules, self._granule_bytes, SEGMENT_BYTES // self._granule_bytes)
+            table = self.directory / "table"
+            if used and not table.exists():
+                raise RuntimeError(f"store: {table} is gone, and other processes have it open: end them first")
+            try:
+                self._table = map_file(table, _C.slab_table_bytes(*shape), make=not table.exists())
+            except OSError as error:
+                raise self._no_room(error, self.capacity) from None
+            address = np.frombuffer(self._table, dtype=np.uint8).ctypes.data
+            pages = _C.SlabPages(address, len(self._table))
+            self._index = _C.SlabIndex(address, pages, *shape, self._lock_fd, WRITING, row)
+            try:
+                self._index.open(boot_id(), self.outlives_restarts, self._terms(CHANGE_WAIT_S))
+            except TimeoutError as error:
+                raise TimeoutError(f"store: {self.directory} cannot be opened: {error}") from None
         except BaseException:
-            if hasattr(self, "_env"):
-                self._env.close()
             unlock(self._lock_fd, row)
             raise
 
     def _fits(self, capacity: int | None) -> bool:
         return capacity is None or granules_of(capacity) == (self._granules, self._granule_bytes)
 
-    def _make(self, capacity: int) -> tuple[int, int, bytes, int]:
-        """Makes the files anew. The header comes last: without it there is no store."""
+    def _make(self, capacity: int) -> None:
+        """Makes the files anew. The slab comes last: without it there is no store."""
         granules, granule_bytes = granules_of(capacity)
+        shape = (granules, granule_bytes, SEGMENT_BYTES // granule_bytes)
         remove_files(self.directory)
         try:
-            allocate(self.directory / "table", PAGE_BYTES + granules * SLOT_STATE_BYTES)
-            allocate(self.directory / "slab", granules * granule_bytes)
+            map_file(self.directory / "table", _C.slab_table_bytes(*shape), make=True).close()
+            map_file(self.directory / "slab.new", granules * granule_bytes, make=True).close()
         except OSError as error:
             remove_files(self.directory)
-            free = shutil.disk_usage(self.directory).free
-            raise OSError(
-                error.errno,
-                f"no room for {capacity} bytes in {self.directory}, where {free} bytes are free: lower capacity=",
-            ) from None
-        (self.directory / "index").mkdir(mode=0o700)
-        write_header(self.directory, granule_bytes, granules)
-        return granule_bytes, granules, boot_id(), pid_namespace()
+            raise self._no_room(error, capacity) from None
+        os.rename(self.directory / "slab.new", self.directory / "slab")
 
-    def _restore_index(self) -> float:
-        """After a restart of the machine, when the index may be torn: what of it was saved. Returns by how much the
-        boot clock of now is ahead."""
-        shutil.rmtree(self.directory / "index", ignore_errors=True)
-        (self.directory / "index").mkdir(mode=0o700, exist_ok=True)
-        return 0.0
+    def _no_room(self, error: OSError, capacity: int) -> OSError:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return error
+        free = shutil.disk_usage(self.directory).free
+        text = f"no room for {capacity} bytes in {self.directory}, where {free} bytes are free: lower capacity="
+        return OSError(error.errno, text)
 
     def _open_slab(self) -> None:
         raise NotImplementedError
@@ -287,9 +248,8 @@ class SlabStore:
             self._leave()
 
     def _leave(self) -> None:
-        with suppress(lmdb.Error):
-            self._bury([self._row])
-        self._env.close()
+        with suppress(OSError):  # else the next process sees to what is left
+            self._index.close(self._terms(PUT_WAIT_S))
         unlock(self._lock_fd, self._row)
 
     def _check(self) -> None:
@@ -299,15 +259,6 @@ class SlabStore:
 
     # --- The dead
 
-    def _bury(self, rows: Sequence[int]) -> None:
-        """Takes back what the processes of these rows held; nobody may take one of the rows meanwhile."""
-        for row in rows:
-            self._table.clear_row(row, self._granules)
-        with self._index.change() as change:
-            change.bury(rows)
-        for row in rows:
-            self._table_map[_ROWS_AT + row] = 0
-
     def _look_for_dead(self) -> None:
         """Takes back what processes held that are no more."""
         # One thread at a time: to a second one the rows that the first has locked look free too.
@@ -315,40 +266,49 @@ class SlabStore:
             return
         try:
             self._looked_for_dead = time.monotonic()
-            self._env.reader_check()
-            taken = [row for row in range(ROWS) if self._table_map[_ROWS_AT + row] and row != self._row]
-            dead = [row for row in taken if try_lock(self._lock_fd, row)]
+            taken = self._index.rows_taken()
+            rows = [row for row in range(ROWS) if taken >> row & 1 and row != self._row]
+            dead = [row for row in rows if try_lock(self._lock_fd, row)]
             try:
                 if dead:
-                    self._bury(dead)
+                    self._change(lambda terms: self._index.bury(sum(1 << row for row in dead), terms))
             finally:
                 for row in dead:
                     unlock(self._lock_fd, row)
-        except lmdb.Error:
-            self._count("errors")
         finally:
             self._burying.release()
+
+    # --- Changes
+
+    def _terms(self, wait_s: float) -> Terms:
+        return boot_clock(), time.time(), wait_s, self._ttl_s, self._quota
+
+    def _change(self, work: Callable[[Terms], T], drops: int = 0) -> T | None:
+        """work's result; None where another process does not let the index be changed in time, `drops` puts being
+        dropped then. The first that finds so has waited; those behind it do not."""
+        try:
+            result = work(self._terms(PUT_WAIT_S if self._waits else 0.0))
+        except OSError:
+            self._waits = False
+            self._count("errors")
+            self._count("dropped_puts", drops)
+            return None
+        self._waits = True
+        return result
+
+    def _must_change(self, what: str, work: Callable[[Terms], T]) -> T:
+        """work's result; RuntimeError, which says who is in the way, after CHANGE_WAIT_S."""
+        try:
+            return work(self._terms(CHANGE_WAIT_S))
+        except OSError as error:
+            self._count("errors")
+            raise RuntimeError(f"{what}: the index in {self.directory} cannot be changed: {error}") from None
 
     # --- Records
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
-        check_keys(keys)
-        places = self._read_index(self._index.places, keys) or [None] * len(keys)
-        there = [place for place in places if place]
-        if peek:
-            current = iter([self._table.generation(start) == generation for start, generation in there])
-        else:
-            current = iter(self._table.touch(there))
-        return [place is not None and next(current) for place in places]
-
-    def _read_index(self, look: Callable[..., T], *arguments: Any) -> T | None:
-        """What `look` finds in the index; None, counted, where it cannot be read."""
-        try:
-            return look(*arguments)
-        except lmdb.Error:
-            self._count("errors")
-            return None
+        return self._index.contains(keys, peek, boot_clock(), self._ttl_s)
 
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
@@ -356,47 +316,39 @@ class SlabStore:
         """The records of `keys` that have these sizes, pinned: their bytes stay in place until `release`. What is lent
         has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
         self._check()
-        check_keys(keys)
-        records = self._read_index(self._index.find, keys) or [None] * len(keys)
-        wanted = [r if r and r.payload_bytes == size else None for r, size in zip(records, sizes, strict=True)]
-        pinned = iter(self._table.pin([(record.start, record.generation) for record in wanted if record]))
+        found = self._index.lend(keys, sizes, peek, boot_clock(), self._ttl_s)
         slots = [
-            Slot(key, record.start, record.generation, record.payload_bytes, record.checksum, record.owner)
-            if record and next(pinned)
-            else None
-            for key, record in zip(keys, wanted, strict=True)
+            Slot(key, one[0], one[1], size, one[2], one[3]) if one else None
+            for key, size, one in zip(keys, sizes, found, strict=True)
         ]
-        if not peek:
-            self._table.touch([(slot.start, slot.generation) for slot in slots if slot])
         self._count("misses", slots.count(None))
         self._count("hits", len(slots) - slots.count(None))
         return slots
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
         self._check()
-        check_keys(keys)
-        records = [record for record in self._read_index(self._index.find, keys) or () if record]
-        pinned = self._table.pin([(record.start, record.generation) for record in records])
-        starts = [record.start for record, held in zip(records, pinned, strict=True) if held]
-        return lambda: self._table.unpin(starts)
+        held = self._index.hold(keys, boot_clock(), self._ttl_s)
+
+        def release() -> None:
+            if os.getpid() != self._pid:
+                return  # a forked child has no pins
+            with self._counts_lock:
+                starts, held[:] = held[:], []
+            self._index.unpin(starts)  # nothing, once the store was closed
+
+        return release
 
     def release(self, slots: Sequence[Slot]) -> None:
         """Gives lent slots back. Nothing may read them any more, transfers by a device included."""
         self._check()
-        self._table.unpin([slot.start for slot in slots])
+        self._index.unpin([slot.start for slot in slots])
 
     def discard(self, slot: Slot) -> None:
         """Removes the record of a lent slot that did not have its checksum, which is no hit then. The slot stays
         lent."""
         self._count("corrupt")
         self._count("hits", -1)
-
-        def work(change: Change) -> None:
-            record = change.get(slot.key)
-            if record and (record.start, record.generation) == (slot.start, slot.generation):
-                change.remove(slot.key, record)
-
-        self._change(work)
+        self._change(lambda terms: self._index.discard(slot.key, slot.start, slot.generation, terms))
 
     def reserve(
         self,
@@ -415,44 +367,29 @@ class SlabStore:
             self._look_for_dead()
         with self._counts_lock:
             given_back, self._unreturned = self._unreturned, []
-
-        def work(change: Change) -> list[Slot | None]:
-            change.reap()
-            for slot in given_back:
-                change.abandon(slot.start, self._row)
-            slots: list[Slot | None] = []
-            for key, size in zip(keys, sizes, strict=True):
-                place = None
-                if not change.get(key):
-                    place = change.reserve(size, owner, self._row)
-                    if place is None:
-                        change.dropped += 1
-                moment = change.moment() if as_of is None else as_of
-                slots.append(None if place is None else Slot(key, *place, size, 0, owner, moment, age_s))
-            return slots
-
-        slots = self._change(work, drops=len(keys))
-        if slots is None:
+        places = [(slot.start, slot.generation) for slot in given_back]
+        reserved = self._change(lambda terms: self._index.reserve(keys, sizes, owner, places, terms), drops=len(keys))
+        if reserved is None:
             self._return_later(given_back)
             return [None] * len(keys)
-        return slots
+        found, moment, dropped, evictions = reserved
+        self._count("evictions", evictions)
+        self._count("dropped_puts", dropped)
+        moment = moment if as_of is None else as_of
+        return [
+            Slot(key, *place, size, 0, owner, moment, age_s) if place else None
+            for key, size, place in zip(keys, sizes, found, strict=True)
+        ]
 
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
         """Makes reserved slots, filled with payloads of these checksums, visible to all processes."""
         self._check()
-
-        def work(change: Change) -> int:
-            # Records come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
-            return sum(
-                change.publish(
-                    *(slot.key, slot.start, slot.generation, slot.payload_bytes, checksum, slot.owner, self._row),
-                    slot.as_of,
-                    slot.age_s,
-                )
-                for slot, checksum in reversed(list(zip(slots, checksums, strict=True)))
-            )
-
-        published = self._change(work, drops=len(slots))
+        _check_checksums(checksums, len(slots))
+        puts = [
+            (slot.key, slot.start, slot.generation, checksum, slot.as_of, slot.age_s)
+            for slot, checksum in zip(slots, checksums, strict=True)
+        ]
+        published = self._change(lambda terms: self._index.publish(puts, terms), drops=len(slots))
         if published is None:
             self._return_later(slots)
         else:
@@ -461,33 +398,13 @@ class SlabStore:
     def abandon(self, slots: Sequence[Slot]) -> None:
         """Gives reserved slots back. Nothing may write to them any more."""
         self._check()
-
-        def work(change: Change) -> bool:
-            for slot in slots:
-                change.abandon(slot.start, self._row)
-            return True
-
-        if not self._change(work):
+        places = [(slot.start, slot.generation) for slot in slots]
+        if self._change(lambda terms: self._index.abandon(places, terms)) is None:
             self._return_later(slots)
 
     def _return_later(self, slots: Sequence[Slot]) -> None:
         with self._counts_lock:
             self._unreturned += slots
-
-    def _change(self, work: Callable[[Change], T], drops: int = 0) -> T | None:
-        """work's result, in a transaction; None where the index cannot be written, `drops` puts being dropped then."""
-        try:
-            with self._index.change() as change:
-                result = work(change)
-        except lmdb.Error as error:
-            if isinstance(error, lmdb.MapFullError):
-                self._env.reader_check()  # for the next one
-            self._count("errors")
-            self._count("dropped_puts", drops)
-            return None
-        self._count("evictions", change.evictions)
-        self._count("dropped_puts", change.dropped)
-        return result
 
     def get_into(
         self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
@@ -511,6 +428,8 @@ class SlabStore:
         age_s: float = 0.0,
     ) -> None:
         arrays = [bytes_of(buffer) for buffer in buffers]
+        if checksums is not None:
+            _check_checksums(checksums, len(keys))
         slots = self.reserve(keys, [array.nbytes for array in arrays], owner, as_of, age_s)
         places = [i for i, slot in enumerate(slots) if slot]
         reserved = [slot for slot in slots if slot]
@@ -540,14 +459,7 @@ class SlabStore:
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
-        check_keys(keys)
-
-        def work(change: Change) -> None:
-            for key in keys:
-                if record := change.get(key):
-                    change.remove(key, record)
-
-        self._change(work)
+        self._must_change("delete", lambda terms: self._index.remove(keys, terms))
 
     def forget(self, owner: bytes) -> int:
         """Removes all records of an owner (16 bytes); returns their number."""
@@ -555,34 +467,20 @@ class SlabStore:
         if not owner:
             raise ValueError("owner: expected 16 bytes, got none")
         checked = checked_owner(owner)
-        removed = self._change(lambda change: change.forget(checked))
-        if removed is None:
-            raise RuntimeError(f"forget: the index in {self.directory} cannot be written")
-        return removed
+        return self._must_change("forget", lambda terms: self._index.forget(checked, terms))
 
     def moment(self) -> int:
         self._check()
-        return self._read_index(self._index.moment) or 0
+        return self._index.moment()
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         self._check()
-        return self._read_index(self._index.ages, keys) or [math.inf] * len(keys)
+        return self._index.ages(keys, boot_clock(), self._ttl_s)
 
     def clear(self) -> int:
         """Removes all records; returns their number."""
         self._check()
-
-        def work(change: Change) -> int:
-            records = change.records()
-            for key, record in records:
-                change.remove(key, record)
-            change.reap()
-            return len(records)
-
-        removed = self._change(work)
-        if removed is None:
-            raise RuntimeError(f"clear: the index in {self.directory} cannot be written")
-        return removed
+        return self._must_change("clear", self._index.clear)
 
     def flush(self) -> None:
         """Every put is visible when it returns."""
@@ -606,6 +504,7 @@ class ShmStore(SlabStore):
 
     def _open_slab(self) -> None:
         self._slab = np.frombuffer(map_file(self.directory / "slab", self.capacity), dtype=np.uint8)
+        self._pages = _C.SlabPages(self._slab.ctypes.data, self.capacity)
         self._registered_on: int | None = None
         self._closing, self._mapped = threading.Event(), threading.Event()
         self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
@@ -627,7 +526,7 @@ class ShmStore(SlabStore):
         if self._registered_on is not None:
             with suppress(RuntimeError):  # the device is gone, and with it what it had pinned
                 _C.cuda_unregister_host(self._registered_on, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
-        del self._slab  # unmapped when the last view is gone
+        del self._slab, self._pages  # unmapped when the last view is gone
 
     def register(self, device: int) -> None:
         """Pins the slab for transfers to and from GPUs, until the store is closed; once a process, however often it is
@@ -636,14 +535,15 @@ class ShmStore(SlabStore):
         self._check()
         if self._registered_on is not None:
             return
-        with holding(self._lock_fd, REGISTERING):  # drivers run out of memory when processes pin at once
-            try:
+        what = f"has been pinning {self.directory}"
+        try:
+            with holding(
+                self._lock_fd, REGISTERING, REGISTER_WAIT_S, what
+            ):  # drivers run out of memory by more at once
                 _C.cuda_register_host(device, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
-                self._registered_on = device
-            except RuntimeError as error:
-                warnings.warn(
-                    f"{self.directory}: its memory cannot be pinned, transfers are slower: {error}", stacklevel=2
-                )
+            self._registered_on = device
+        except (RuntimeError, TimeoutError) as error:
+            warnings.warn(f"{self.directory}: its memory cannot be pinned, transfers are slower: {error}", stacklevel=2)
 
     def offset(self, slot: Slot) -> int:
         """Where a slot begins in the slab, in bytes."""
@@ -675,12 +575,13 @@ class ShmStore(SlabStore):
 class FileStore(SlabStore):
     """file: the slab is a file on a disk, read and written past the page cache, in pieces, by several threads.
 
-    After a restart of the machine the index may be torn; what is used then is its last checkpoint. A payload that has
-    been overwritten since does not have its checksum, and is a miss.
+    After a power cut parts of the index may be older than others. What is not valid any more is dropped, and a payload
+    that has been overwritten since does not have its checksum.
     """
 
     scheme = "file"
     local = False  # the index is a file
+    outlives_restarts = True
 
     def _open_slab(self) -> None:
         path = self.directory / "slab"
@@ -695,76 +596,40 @@ class FileStore(SlabStore):
         check_file(path, os.fstat(self._fd))
         self._pool = ThreadPoolExecutor(IO_THREADS, "lmcache_mm file")
         self._bounce = threading.local()
-        self._saving = threading.Lock()
-        self._saved = time.monotonic()
 
     def _close_slab(self) -> None:
         self._pool.shutdown()
-        self._save_index()
+        with suppress(OSError):
+            self._sync()
         os.close(self._fd)
+
+    def _sync(self) -> None:
+        os.fdatasync(self._fd)
+        self._table.flush()
 
     def flush(self) -> None:
         """Every put is visible when it returns, and outlives a power cut."""
         self._check()
-        self._save_index()
-
-    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
-        super().publish(slots, checksums)
-        if time.monotonic() - self._saved > CHECKPOINT_S:
-            self._save_index()
+        try:
+            self._sync()
+        except OSError:
+            self._count("errors")
 
     def forget(self, owner: bytes) -> int:
         removed = super().forget(owner)
-        if not self._save_index():  # a restart would bring them back
-            raise RuntimeError(f"forget: the checkpoint in {self.directory} cannot be written")
+        self._sync_removal("forget")
         return removed
 
     def clear(self) -> int:
         removed = super().clear()
-        if not self._save_index():
-            raise RuntimeError(f"clear: the checkpoint in {self.directory} cannot be written")
+        self._sync_removal("clear")
         return removed
 
-    def _save_index(self) -> bool:
-        """Writes a checkpoint: a copy of the index, the clocks, and a digest of both."""
-        self._saved = time.monotonic()
-        temporary = self.directory / f"checkpoint.{os.getpid()}"
+    def _sync_removal(self, what: str) -> None:
         try:
-            with self._saving, holding(self._lock_fd, SAVING):
-                os.fdatasync(self._fd)
-                flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-                with open(os.open(temporary, flags, 0o600), "r+b") as file:
-                    clocks = struct.pack("<dd", boot_clock(), time.time())
-                    self._index.save(file.fileno())
-                    file.seek(0, os.SEEK_END)
-                    file.write(clocks)
-                    file.seek(0)
-                    file.write(blake3(file.read()).digest())
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self.directory / "checkpoint")
-                sync_directory(self.directory)
-        except (OSError, lmdb.Error):
-            self._count("errors")
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            return False
-        return True
-
-    def _restore_index(self) -> float:
-        super()._restore_index()
-        try:
-            content = (self.directory / "checkpoint").read_bytes()
-        except FileNotFoundError:
-            return 0.0
-        body, digest = content[:-32], content[-32:]
-        if len(body) < 16 or blake3(body).digest() != digest:
-            return 0.0
-        boot_then: float
-        wall_then: float
-        boot_then, wall_then = struct.unpack("<dd", body[-16:])
-        (self.directory / "index" / "data.mdb").write_bytes(body[:-16])
-        return boot_clock() - max(0.0, time.time() - wall_then) - boot_then
+            self._table.flush()
+        except OSError as error:  # a power cut would bring the records back
+            raise RuntimeError(f"{what}: the index in {self.directory} cannot be written: {error}") from error
 
     def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
         shares = self._in_pieces(self._read_piece, slots, arrays)
@@ -862,6 +727,15 @@ def remove(directory: Path) -> bool:
             (directory / "lock").unlink()
             directory.rmdir()
     return True
+
+
+def _check_checksums(checksums: Sequence[int], count: int) -> None:
+    """ValueError for another number of them, or for what is none."""
+    if len(checksums) != count:
+        raise ValueError(f"checksums: expected {count}, got {len(checksums)}")
+    for checksum in checksums:
+        if not -(1 << 63) <= checksum < 1 << 63:
+            raise ValueError(f"checksums: expected 64 bits, signed, got {checksum}")
 
 
 # --- Bytes

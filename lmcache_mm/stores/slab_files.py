@@ -1,4 +1,4 @@
-"""The files of a slab: whose they are, who has them open, and the header that tells what they are."""
+"""The files of a slab: whose they are, who has them open, and what they say of themselves."""
 
 from __future__ import annotations
 
@@ -15,19 +15,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import lmdb
+from lmcache_mm import _C
 
 LEAST_GRANULE_BYTES = 16 << 10
-MOST_GRANULES = 1 << 22  # a table of at most 64 MiB
+MOST_GRANULES = 1 << 22
+SEGMENT_BYTES = 1 << 30
 ROWS = 64  # processes that may have a store open
+VERSION = 2
+OPEN_WAIT_S = 60.0  # for another process that makes the store: 64 GiB of memory take 20 s
+REGISTER_WAIT_S = 120.0
 
-_HEADER = struct.Struct("<8sIIQ16sQII")
-_MAGIC, _VERSION = b"lmcmm\0\r\n", 1
 _OPENING = ROWS  # the byte of the lock file that is held while a store is opened or removed
 REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
-SAVING = ROWS + 2  # and while a process writes a checkpoint, so that the last one is the newest
-_OWN_NAMES = re.compile(r"lock|table|slab|index|checkpoint(\.\d+)?")
+WRITING = ROWS + 2  # and while a process changes the index
+_PARTS = ("lock", "table", "slab", "slab.new")
+_OF_VERSION_1 = re.compile(r"index|checkpoint(\.\d+)?")
 _FLOCK = struct.Struct("@hhqqi4x")
+_PAGE_BYTES = 4096
+SHM = "/dev/shm"
+MOST_DIRECTORIES = 100  # that others may have made under our name
 
 # The locks of all stores that this process ever had open: closing any descriptor of a file would end all POSIX locks
 # that the process holds on it.
@@ -38,8 +44,9 @@ def boot_id() -> bytes:
     return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
 
 
-def pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
+def boot_clock() -> float:
+    """Seconds since the machine's start, suspension included: nobody sets this clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def granules_of(capacity: int) -> tuple[int, int]:
@@ -90,8 +97,15 @@ def lock_file(path: Path) -> int:
 
 def locked_by_another(fd: int, byte: int) -> bool:
     """Whether another process holds the byte."""
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    return bool(_FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, request))[0] != fcntl.F_UNLCK)
+    return _holder(fd, byte) is not None
+
+
+def _holder(fd: int, byte: int) -> int | None:
+    """The process that holds the byte, 0 for one of another PID namespace; None for none, or for this one."""
+    kind, _, _, _, pid = _FLOCK.unpack(
+        fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    )
+    return None if kind == fcntl.F_UNLCK else pid
 
 
 def try_lock(fd: int, byte: int) -> bool:
@@ -109,17 +123,16 @@ def unlock(fd: int, byte: int) -> None:
 
 
 @contextmanager
-def holding(fd: int, byte: int) -> Iterator[None]:
-    """Waits for the byte, and holds it."""
-    while True:
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX, 1, byte)
-            break
-        except OSError as error:
-            # Threads of two processes that wait for bytes of each other look like a circle, which the threads are not.
-            if error.errno != errno.EDEADLK:
-                raise
-            time.sleep(0.01)
+def holding(fd: int, byte: int, wait_s: float, what: str) -> Iterator[None]:
+    """Waits for the byte, and holds it. TimeoutError, which says who does `what`, after `wait_s`."""
+    until, pause = time.monotonic() + wait_s, 0.001
+    while not try_lock(fd, byte):
+        if time.monotonic() > until:
+            pid = _holder(fd, byte)
+            who = f"process {pid}" if pid else "another process"
+            raise TimeoutError(f"store: {who} {what} for more than {wait_s:g} s; is it stopped?")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
     try:
         yield
     finally:
@@ -133,7 +146,7 @@ def opening(directory: Path) -> Iterator[int]:
         own_directory(directory)
         check_contents(directory)
         fd = lock_file(directory / "lock")
-        with holding(fd, _OPENING):
+        with holding(fd, _OPENING, OPEN_WAIT_S, f"has been opening {directory}"):
             if _is_at(fd, directory / "lock"):  # else whoever had it before removed it
                 yield fd
                 return
@@ -146,79 +159,43 @@ def _is_at(fd: int, path: Path) -> bool:
         return False
 
 
-def allocate(path: Path, size: int) -> None:
-    """A new file with all its room: a write behind a full tmpfs's end would be SIGBUS."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    try:
-        os.posix_fallocate(fd, 0, size)
-    finally:
-        os.close(fd)
-
-
-def map_file(path: Path, size: int) -> mmap.mmap:
-    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+def map_file(path: Path, size: int, make: bool = False) -> mmap.mmap:
+    """A file of the user's own with all its room, mapped: what is written behind a full tmpfs's end is SIGBUS. One of
+    another size becomes one of this size."""
+    flags = os.O_CREAT | os.O_EXCL if make else 0
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
     try:
         found = os.fstat(fd)
         check_file(path, found)
-        if found.st_size != size:
-            raise ValueError(f"store: {path}: expected {size} bytes, got {found.st_size}; remove the store")
+        if found.st_size > size:
+            os.ftruncate(fd, size)
+        if found.st_size < size or found.st_blocks * 512 < size:
+            os.posix_fallocate(fd, 0, size)
         return mmap.mmap(fd, size)
     finally:
         os.close(fd)
 
 
-def read_header(directory: Path) -> tuple[int, int, bytes, int] | None:
-    """(granule bytes, granules, boot id, PID namespace); None if there is no store, or one that was never finished."""
-    try:
+def check_version(directory: Path) -> tuple[int, int, bytes] | None:
+    """(granules, granule bytes, boot id) as the store says itself, None if it does not, or there is none. ValueError
+    for a store of another version."""
+    header = None
+    with suppress(FileNotFoundError):
         fd = os.open(directory / "table", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return None
-    try:
-        check_file(directory / "table", os.fstat(fd))
-        content = os.pread(fd, _HEADER.size, 0)
-    finally:
-        os.close(fd)
-    if len(content) < _HEADER.size or not any(content):
-        return None
-    magic, version, granule_bytes, granules, boot_id, pid_namespace, rows, _ = _HEADER.unpack(content)
-    if magic != _MAGIC:
-        raise ValueError(f"store: {directory / 'table'} is no table of a slab")
-    if version != _VERSION or rows != ROWS:
-        raise ValueError(f"store: {directory} is of version {version}, expected {_VERSION}; remove it")
-    return granule_bytes, granules, boot_id, pid_namespace
-
-
-def write_header(directory: Path, granule_bytes: int, granules: int) -> None:
-    header = _HEADER.pack(_MAGIC, _VERSION, granule_bytes, granules, boot_id(), pid_namespace(), ROWS, 0)
-    fd = os.open(directory / "table", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, header, 0)
-        os.fsync(fd)  # what is made once has to be there after a power cut
-    finally:
-        os.close(fd)
-
-
-def open_env(path: Path, granules: int) -> lmdb.Environment:
-    env = lmdb.open(
-        str(path),
-        map_size=(64 << 20) + (granules << 10),
-        max_dbs=16,
-        max_readers=1024,
-        mode=0o600,
-        sync=False,
-        metasync=False,
-        readahead=False,
-        meminit=False,
-    )
-    if env.info()["last_pgno"] * env.stat()["psize"] > (path / "data.mdb").stat().st_size:
-        env.close()
-        raise ValueError(f"store: {path / 'data.mdb'} ends before its last page; remove the store")
-    return env
+        try:
+            check_file(directory / "table", os.fstat(fd))
+            header = _C.slab_header(os.pread(fd, _PAGE_BYTES, 0))
+        finally:
+            os.close(fd)
+    version = 1 if (directory / "index").is_dir() else header[0] if header else VERSION
+    if version != VERSION:
+        raise ValueError(f"store: {directory} is of version {version}, expected {VERSION}; remove it")
+    return header and header[1:]
 
 
 def check_contents(directory: Path) -> None:
     """ValueError if something lies in the directory that is no part of a store: it would be in the way, or worse."""
-    others = [name for name in os.listdir(directory) if not _OWN_NAMES.fullmatch(name)]
+    others = [name for name in os.listdir(directory) if name not in _PARTS and not _OF_VERSION_1.fullmatch(name)]
     if others:
         raise ValueError(f"store: expected a directory of its own, {directory} also holds {others[0]!r}")
 
@@ -227,23 +204,31 @@ def remove_files(directory: Path) -> None:
     """All of a store but its lock."""
     for path in directory.glob("checkpoint*"):
         path.unlink()
-    for name in ("table", "slab"):  # the header first
+    for name in ("slab", "slab.new", "table"):  # without a slab there is no store
         (directory / name).unlink(missing_ok=True)
     shutil.rmtree(directory / "index", ignore_errors=True)
-
-
-def sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def shm_directory(name: str) -> Path:
     """Where the store shm:///name of this user lies."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
         raise ValueError(f"store: expected a name of letters, digits, '.', '_' and '-', got {name!r}")
-    parent = Path(f"/dev/shm/lmcache_mm-{os.geteuid()}")
-    own_directory(parent)
-    return parent / name
+    return _shm_parent() / name
+
+
+def _shm_parent() -> Path:
+    """The user's directory in shared memory. Anybody can make one of that name first: then there is a second name, and
+    so on. Who has one keeps it, whatever becomes free before it."""
+    base = f"{SHM}/lmcache_mm-{os.geteuid()}"
+    paths = [Path(base), *(Path(f"{base}.{i}") for i in range(1, MOST_DIRECTORIES))]
+    for path in paths:
+        with suppress(FileNotFoundError):
+            if os.lstat(path).st_uid == os.geteuid():
+                own_directory(path)
+                return path
+    for path in paths:
+        with suppress(PermissionError, NotADirectoryError):
+            own_directory(path)
+            return path
+    own_directory(paths[0])  # says whose it is
+    return paths[0]

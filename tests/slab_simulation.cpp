@@ -1,0 +1,614 @@
+// Many clients over one slab's index, in one process: a seeded scheduler lets one of them run up to its next store to
+// shared memory, and stops, resumes or kills clients there. A seed repeats a run.
+//
+//   slab_simulation kills SEED RUNS     clients are stopped and killed; nothing may be lost, wrong or found twice
+//   slab_simulation damage SEED RUNS    and bytes of the file change: nothing crashes, no wrong payload, it works again
+//   slab_simulation points stop|kill    one client is stopped or killed at each store of each kind of change in turn
+//   slab_simulation process TABLE LOCK GRANULES SIGNAL N    a real process that sends itself SIGNAL at its store N
+//   slab_simulation rebuild GRANULES    how long that takes; forgets NUMBER: that many owners are forgotten
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <ctime>
+#include <map>
+#include <memory>
+#include <random>
+#include <utility>
+
+#include "slab_index.h"
+
+using namespace lmc;
+
+namespace {
+
+struct Killed {};
+
+struct Client;
+Client* running = nullptr;                    // whose coroutine it is
+std::function<void()> at_each_store = [] {};  // without coroutines
+
+[[noreturn]] void fail(const std::string& what) {
+  std::printf("%s\n", what.c_str());
+  std::fflush(stdout);
+  std::_Exit(1);
+}
+
+struct World {
+  static constexpr u32 kMark = 80;  // where the header says that a change is under way
+  static constexpr u64 kNowhere = u64{1} << 30;
+  static constexpr u32 kGranules = 24, kGranuleBytes = 64, kSegment = 8, kKeys = 20, kOwners = 3;
+
+  World(u32 granules, u32 segment, u64 seed) : random(seed) {
+    shape = {granules, kGranuleBytes, segment};
+    bytes = SlabIndex::file_bytes(shape);
+    // It ends where nothing may be touched, and a GiB before it nothing may be touched either.
+    const u64 pages = (bytes + 4095) / 4096 * 4096;
+    room = kNowhere + pages + kNowhere;
+    mapped = static_cast<u8*>(mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (mapped == MAP_FAILED || mprotect(mapped + kNowhere, pages, PROT_READ | PROT_WRITE) != 0) fail("no memory");
+    file = mapped + kNowhere + pages - bytes;
+    payload.resize(granules);
+    rows.fill(nullptr);
+  }
+  ~World() { munmap(mapped, room); }
+
+  u64 draw(u64 below) { return random() % below; }
+
+  std::mt19937_64 random;
+  SlabIndex::Shape shape;
+  u8 *mapped, *file;
+  u64 room, bytes;
+  double now = 1000;
+  std::array<u64, 2> boot{1, 2};
+  bool damaged = false;
+  std::vector<u64> payload;     // of each granule: the content that was written there
+  std::map<u64, u64> as_of;     // of contents
+  std::map<u64, u64> owner_of;  // of contents
+  u64 contents = 0;
+  std::array<u64, kOwners + 1> forgotten{};  // the moment before the last `forget` that returned
+  Client* writer = nullptr;
+  std::array<Client*, kSlabRows> rows;
+  u64 hits = 0, busy = 0, puts = 0, kills = 0;
+};
+
+struct SimulatedLock final : SlabLock {
+  SimulatedLock(World& world, Client* client) : world(world), client(client) {}
+  bool try_lock() override {
+    if (world.writer) return false;
+    world.writer = client;
+    return true;
+  }
+  void unlock() override {
+    if (world.writer == client) world.writer = nullptr;
+  }
+  i64 holder() override { return world.writer ? 1 : -1; }
+  u64 alive() override {
+    u64 alive = 0;
+    for (u32 row = 0; row < kSlabRows; ++row)
+      if (world.rows[row] && world.rows[row] != client) alive |= u64{1} << row;
+    return alive;
+  }
+  void wait(double seconds) override;
+  double seconds() override { return world.now; }
+
+  World& world;
+  Client* client;
+};
+
+// Of one who looks on between two steps of the others.
+struct ObservingLock final : SlabLock {
+  explicit ObservingLock(World& world) : world(world) {}
+  bool try_lock() override { return !world.writer; }
+  void unlock() override {}
+  i64 holder() override { return -1; }
+  u64 alive() override { return ~u64{0}; }
+  void wait(double) override {}
+  double seconds() override { return world.now; }
+  World& world;
+};
+
+SlabKey key_of(u64 id) {
+  SlabKey key;
+  key.bytes = 36;
+  key.words[0] = id;
+  return key;
+}
+
+SlabOwner owner_of(u64 id) { return id ? SlabOwner{id, id} : SlabOwner{}; }
+
+u64 bytes_of(u64 key) { return 1 + key * 37 % (World::kGranuleBytes * 5); }
+
+// One process: a coroutine that does things to the store for as long as it lives.
+struct Client {
+  Client(World& world, u32 row) : world(world), row(row), lock(world, this) {
+    world.rows[row] = this;
+    index = std::make_unique<SlabIndex>(world.file, world.shape, lock, row);
+    stack.resize(256 << 10);
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack.data();
+    context.uc_stack.ss_size = stack.size();
+    context.uc_link = &scheduler();
+    makecontext(&context, reinterpret_cast<void (*)()>(&Client::enter), 0);
+  }
+
+  static ucontext_t& scheduler() {
+    static ucontext_t context;
+    return context;
+  }
+
+  void resume() {
+    running = this;
+    swapcontext(&scheduler(), &context);
+    running = nullptr;
+  }
+
+  // Gives way to the scheduler; the end, if it was killed meanwhile.
+  void pause() {
+    swapcontext(&context, &scheduler());
+    if (killed) throw Killed{};
+  }
+
+  void die() {
+    killed = true;
+    if (!done) resume();
+    if (world.writer == this) world.writer = nullptr;
+    for (Client*& owner : world.rows)
+      if (owner == this) owner = nullptr;
+  }
+
+  static void enter() {
+    Client* self = running;
+    try {
+      self->run();
+    } catch (const Killed&) {
+    } catch (const std::exception& error) {
+      fail(std::string("raised: ") + error.what());
+    }
+    self->done = true;
+  }
+
+  SlabTerms terms() const { return {world.now, world.now + 1e9, 0.2, ttl, quota}; }
+
+  // Whether the change was made; it may not take longer than its patience.
+  template <class Change>
+  bool tries(Change change) {
+    const double begun = world.now;
+    const bool alone = others_may_stop;
+    try {
+      change();
+      return true;
+    } catch (const SlabBusy&) {
+      ++world.busy;
+      if (alone && world.now - begun > 60) fail("a change waited for too long");
+      return false;
+    } catch (const SlabBroken&) {
+      if (!world.damaged) fail("the index is broken without damage");
+      return false;
+    }
+  }
+
+  void run() {
+    if (work) {
+      work();
+      return;
+    }
+    while (!tries([&] { index->open(world.boot, true, terms()); })) pause();
+    while (true) {
+      step();
+      pause();
+    }
+  }
+
+  void step() {
+    const u64 id = world.draw(World::kKeys), what = world.draw(100);
+    if (what < 30) {
+      put({id, world.draw(World::kKeys)}, world.draw(World::kOwners + 1));
+    } else if (what < 68) {
+      read(id, what < 40);
+    } else if (what < 80) {
+      tries([&] { index->remove({key_of(id)}, terms()); });
+    } else if (what < 84) {
+      forget(1 + world.draw(World::kOwners));
+    } else if (what < 85) {
+      tries([&] { index->clear(terms()); });
+    } else if (what < 92) {
+      bury();
+    } else if (!pins.empty()) {
+      for (const u32 start : pins) index->table().unpin(start);
+      pins.clear();
+    }
+  }
+
+  // Now and then others go far ahead here.
+  void dwell() {
+    for (u64 more = world.draw(3) ? 1 : world.draw(400); more > 0; --more) pause();
+  }
+
+  void put(std::vector<u64> ids, u64 owner) {
+    std::vector<SlabKey> keys;
+    std::vector<u64> sizes;
+    for (const u64 id : ids) keys.push_back(key_of(id)), sizes.push_back(bytes_of(id));
+    SlabIndex::Reserved reserved;
+    const std::vector<SlabPlace> back = std::exchange(unreturned, {});
+    if (!tries([&] { reserved = index->reserve(keys, sizes, owner_of(owner), back, terms()); })) {
+      unreturned = back;
+      return;
+    }
+    std::vector<SlabPut> puts;
+    std::vector<SlabPlace> places;
+    for (std::size_t i = 0; i < ids.size(); ++i) {
+      if (!reserved.places[i]) continue;
+      const SlabPlace place = *reserved.places[i];
+      const u64 content = ids[i] << 32 | ++world.contents;
+      world.as_of[content] = reserved.moment;
+      world.owner_of[content] = owner;
+      for (u64 granule = 0; granule * World::kGranuleBytes < sizes[i]; ++granule) {
+        pause();
+        world.payload[place.start + granule] = content;
+      }
+      places.push_back(place);
+      puts.push_back({keys[i], place, static_cast<i64>(content), reserved.moment, 0});
+    }
+    dwell();
+    bool given = true;
+    if (world.draw(8) == 0)
+      given = tries([&] { index->abandon(places, terms()); });
+    else
+      given = tries([&] { world.puts += index->publish(puts, terms()); });
+    if (!given) unreturned = places;
+  }
+
+  void read(u64 id, bool hold) {
+    const auto found = index->find(key_of(id), world.now, ttl);
+    if (!found) return;
+    const u64 whose = world.owner_of[static_cast<u64>(found->checksum)];
+    if (whose && !world.damaged && world.as_of[static_cast<u64>(found->checksum)] <= world.forgotten[whose])
+      fail("a record of an owner who was forgotten");
+    dwell();
+    if (!index->table().pin(found->start, found->generation)) return;
+    const u64 content = static_cast<u64>(found->checksum);
+    const bool wrong_size = found->payload_bytes != bytes_of(id);
+    bool good = !wrong_size;
+    for (u64 granule = 0; good && granule * World::kGranuleBytes < found->payload_bytes; ++granule) {
+      dwell();
+      good = world.payload[found->start + granule] == content;  // the checksum
+    }
+    if (!good && !world.damaged) fail("a record that does not have its payload");
+    if (good && content >> 32 != id) fail("the payload of another key");
+    if (good && !world.damaged) {
+      const u64 owner = world.owner_of[content];
+      if (found->owner != owner_of(owner)) fail("a record of another owner");
+    }
+    ++world.hits;
+    if (good) index->table().touch(found->start, found->generation);
+    if (hold && pins.size() < 3)
+      pins.push_back(found->start);
+    else
+      index->table().unpin(found->start);
+    if (!good) tries([&] { index->discard(key_of(id), {found->start, found->generation}, terms()); });
+  }
+
+  void forget(u64 owner) {
+    const u64 moment = index->moment();
+    if (tries([&] { index->forget(owner_of(owner), terms()); }))
+      world.forgotten[owner] = std::max(world.forgotten[owner], moment);
+  }
+
+  void bury() {
+    u64 dead = 0;
+    for (u32 row = 0; row < kSlabRows; ++row)
+      if (index->rows_taken() >> row & 1 && !world.rows[row]) {
+        dead |= u64{1} << row;
+        world.rows[row] = this;
+      }
+    if (!dead) return;
+    tries([&] { index->bury(dead, terms()); });
+    for (u32 row = 0; row < kSlabRows; ++row)
+      if (dead >> row & 1) world.rows[row] = nullptr;
+  }
+
+  World& world;
+  u32 row;
+  SimulatedLock lock;
+  std::unique_ptr<SlabIndex> index;
+  std::function<void()> work;
+  std::vector<u8> stack;
+  ucontext_t context;
+  bool killed = false, done = false, stopped = false, others_may_stop = true;
+  double ttl = 0;
+  u64 quota = 0;
+  std::vector<u32> pins;
+  std::vector<SlabPlace> unreturned;
+};
+
+void SimulatedLock::wait(double seconds) {
+  world.now += seconds;
+  if (running) client->pause();
+}
+
+// No record is there whose owner was forgotten after it was reserved, and none has another payload than its own.
+void check_records(World& world, SlabIndex& index) {
+  for (u64 id = 0; id < World::kKeys; ++id) {
+    const auto found = index.find(key_of(id), world.now, 0);
+    if (!found) continue;
+    const u64 content = static_cast<u64>(found->checksum), owner = world.owner_of[content];
+    if (owner && world.as_of[content] <= world.forgotten[owner]) fail("a record of an owner who was forgotten");
+    for (u64 granule = 0; granule * World::kGranuleBytes < bytes_of(id); ++granule)
+      if (world.payload[found->start + granule] != content) fail("a record that does not have its payload at the end");
+  }
+}
+
+void damage(World& world) {
+  world.damaged = true;
+  const u64 at = world.draw(world.bytes), length = std::min(world.bytes - at, 1 + world.draw(400));
+  switch (world.draw(5)) {
+    case 0:
+      world.file[at] ^= 1 << world.draw(8);
+      break;
+    case 1:
+      for (u64 i = 0; i < length; ++i) world.file[at + i] = static_cast<u8>(world.draw(256));
+      break;
+    case 2:
+      std::memset(world.file + at, world.draw(2) ? 0 : 255, length);
+      break;
+    case 3: {  // entries or pages change places
+      const u64 other = world.draw(world.bytes - length + 1);
+      std::vector<u8> copy(world.file + at, world.file + at + length);
+      std::memmove(world.file + at, world.file + other, length);
+      std::memcpy(world.file + other, copy.data(), copy.size());
+      break;
+    }
+    default:
+      for (u64 i = 0; i < 256; ++i) world.file[world.draw(2) ? i : i + kHeaderBytes] = static_cast<u8>(world.draw(256));
+  }
+}
+
+void run_once(u64 seed, bool with_damage) {
+  World world(World::kGranules, World::kSegment, seed);
+  std::vector<std::unique_ptr<Client>> clients, dead;
+  const u64 most = 2 + world.draw(4), ttl = world.draw(3) ? 0 : 20, quota = world.draw(2) ? 0 : 600;
+  const auto start = [&] {
+    u32 row = 0;
+    while (world.rows[row]) ++row;
+    clients.push_back(std::make_unique<Client>(world, row));
+    clients.back()->ttl = static_cast<double>(ttl);
+    clients.back()->quota = quota;
+  };
+  const auto kill = [&](u64 which) {
+    clients[which]->die();
+    ++world.kills;
+    dead.push_back(std::move(clients[which]));
+    clients.erase(clients.begin() + static_cast<i64>(which));
+  };
+  ObservingLock observing(world);
+  SlabIndex observer(world.file, world.shape, observing, 62);  // nobody's row: it has no pins
+  for (u64 step = 0; step < 20000; ++step) {
+    if (clients.size() < most && world.draw(30) == 0) start();
+    if (clients.empty()) continue;
+    const u64 which = world.draw(clients.size()), chance = world.draw(4000);
+    if (chance < 4)
+      kill(which);
+    else if (chance < 8 || (clients[which]->stopped && chance < 100))
+      clients[which]->stopped = !clients[which]->stopped;
+    else if (chance < 16 && with_damage)
+      damage(world);
+    else if (!clients[which]->stopped)
+      for (u64 more = 1ull << world.draw(7); more > 0; --more) clients[which]->resume();
+    world.now += static_cast<double>(world.draw(100)) * 1e-5;
+    if (step % 50 == 0 && !world.writer && !with_damage) {
+      const std::string wrong = observer.check({});
+      if (!wrong.empty() && wrong != "a change was not finished") fail("meanwhile: " + wrong);
+    }
+  }
+  while (!clients.empty()) kill(0);
+  // Whoever comes next finds everything in order.
+  at_each_store = [] {};
+  Client last(world, 63);
+  const SlabTerms terms{world.now += 1, world.now + 1e9, 1, 0, 0};
+  last.index->open(world.boot, true, terms);
+  if (with_damage) {
+    for (u64 i = 0; i < 300; ++i) {  // whatever is touched is mended
+      const u64 id = world.draw(World::kKeys);
+      last.index->remove({key_of(id)}, terms);
+      const auto reserved = last.index->reserve({key_of(id)}, {1}, {}, {}, terms);
+      if (reserved.places[0]) last.index->publish({{key_of(id), *reserved.places[0], 7, reserved.moment, 0}}, terms);
+      const auto found = last.index->find(key_of(id), world.now, 0);
+      if (reserved.places[0] && (!found || found->checksum != 7)) fail("a put that is not found after damage");
+      if (i > 250 && !reserved.places[0]) fail("no room after damage");
+    }
+    world.file[World::kMark] |= 1;  // the mark: all of it is made anew
+  }
+  last.index->remove({}, terms);
+  const std::string wrong = last.index->check(terms);
+  if (!wrong.empty()) fail("at the end: " + wrong);
+  if (!with_damage) check_records(world, *last.index);
+  // All that is held ends with the dead, and all room comes back.
+  last.index->bury(last.index->rows_taken() & ~(u64{1} << 63), terms);
+  SlabTerms later = terms;
+  later.now = world.now += kRestSeconds + 1;
+  last.index->clear(later);
+  for (const auto& [name, value] : last.index->sizes()) {
+    const std::string size = name;
+    if (size == "free_bytes" && value != u64{World::kGranules} * World::kGranuleBytes) fail("room was lost");
+    if ((size == "records" || size == "pending" || size == "owners" || size == "used_bytes") && value)
+      fail("something was left: " + size);
+  }
+  if (!last.index->check(later).empty()) fail("after all was removed: " + last.index->check(later));
+  static u64 hits = 0, puts = 0, kills = 0, busy = 0;
+  std::printf("\r%llu hits, %llu puts, %llu kills, %llu busy", static_cast<unsigned long long>(hits += world.hits),
+              static_cast<unsigned long long>(puts += world.puts),
+              static_cast<unsigned long long>(kills += world.kills),
+              static_cast<unsigned long long>(busy += world.busy));
+}
+
+// A client comes to a halt at each store of each kind of change in turn, in a store that has one of everything.
+void points(bool kills) {
+  using Change = std::function<void(Client&)>;
+  const u64 seven = bytes_of(7);
+  const std::vector<Change> changes{
+      [](Client& c) { c.put({7, 8}, 1); },
+      [](Client& c) { c.index->remove({key_of(1), key_of(2)}, c.terms()); },
+      [](Client& c) { c.index->forget(owner_of(1), c.terms()); },
+      [](Client& c) { c.index->clear(c.terms()); },
+      [](Client& c) { c.put({9, 10, 11, 12, 13, 14}, 2); },  // evicts
+      [](Client& c) { c.index->bury(u64{1} << 9, c.terms()); },
+      [](Client& c) {
+        c.world.file[World::kMark] |= 1;
+        c.index->remove({}, c.terms());
+      },
+      [](Client& c) { c.index->open(c.world.boot, true, c.terms()); },
+  };
+  u64 halts = 0;
+  for (std::size_t kind = 0; kind < changes.size(); ++kind) {
+    for (u64 point = 0;; ++point) {
+      World world(World::kGranules, World::kSegment, 1);
+      Client other(world, 0), victim(world, 1), before(world, 9);
+      for (Client* client : {&other, &before}) client->index->open(world.boot, true, client->terms());
+      if (kind + 1 != changes.size()) victim.index->open(world.boot, true, victim.terms());
+      const auto fill = [&](Client& client, u64 id, u64 owner) {
+        client.work = [&, id, owner] { client.put({id}, owner); };
+        client.done = false;
+        getcontext(&client.context);
+        client.context.uc_stack.ss_sp = client.stack.data();
+        client.context.uc_stack.ss_size = client.stack.size();
+        client.context.uc_link = &Client::scheduler();
+        makecontext(&client.context, reinterpret_cast<void (*)()>(&Client::enter), 0);
+        while (!client.done) client.resume();
+      };
+      for (u64 id = 1; id < 6; ++id) fill(other, id, id % 3);
+      const auto pinned = other.index->find(key_of(2), world.now, 0);
+      if (pinned) other.index->table().pin(pinned->start, pinned->generation);
+      before.index->reserve({key_of(19)}, {seven}, owner_of(2), {}, before.terms());
+      victim.work = [&] { changes[kind](victim); };
+      victim.done = false;
+      for (u64 i = 0; i <= point && !victim.done; ++i) victim.resume();
+      if (victim.done) break;
+      ++halts;
+      if (kills) {
+        world.rows[9] = nullptr;
+        victim.die();
+      } else {  // others go on
+        world.rows[9] = nullptr;
+        const bool locked = world.writer == &victim;
+        for (u64 i = 0; i < 3; ++i) {
+          const double begun = world.now;
+          const bool changed = other.tries([&] { other.index->remove({key_of(3)}, other.terms()); });
+          if (changed == locked) fail("a change that should not have been made, or should have been");
+          if (world.now - begun > 0.21) fail("a wait that was too long");
+          const auto found = other.index->find(key_of(5), world.now, 0);
+          if (found && found->payload_bytes != bytes_of(5)) fail("a wrong record beside a stopped change");
+        }
+        while (!victim.done) victim.resume();
+      }
+      other.index->remove({key_of(4)}, other.terms());
+      const std::string wrong = other.index->check(other.terms());
+      if (!wrong.empty()) fail("change " + std::to_string(kind) + ", store " + std::to_string(point) + ": " + wrong);
+      check_records(world, *other.index);
+    }
+  }
+  std::printf("%llu halts", static_cast<unsigned long long>(halts));
+}
+
+int process(const char* table, const char* lock_path, u32 granules, int signal_number, u64 n) {
+  const SlabIndex::Shape shape{granules, 16 << 10, (1 << 30) / (16 << 10)};
+  const u64 bytes = SlabIndex::file_bytes(shape);
+  const int fd = ::open(table, O_RDWR), lock_fd = ::open(lock_path, O_RDWR);
+  void* file = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (fd < 0 || lock_fd < 0 || file == MAP_FAILED) fail("no such store");
+  SlabFileLock row(lock_fd, 50);
+  if (!row.try_lock()) fail("the row is taken");
+  SlabFileLock lock(lock_fd, 66);
+  SlabIndex index(file, shape, lock, 50);
+  const auto fixed = SlabIndex::fixed_of(file);
+  if (!fixed) fail("no header");
+  timespec boot;
+  clock_gettime(CLOCK_BOOTTIME, &boot);
+  const SlabTerms terms{static_cast<double>(boot.tv_sec), static_cast<double>(std::time(nullptr)), 1, 0, 0};
+  index.open(fixed->boot_id, true, terms);
+  u64 stores = 0;
+  at_each_store = [&] {
+    if (++stores == n) ::raise(signal_number);
+  };
+  const auto reserved = index.reserve({key_of(1000)}, {100'000}, owner_of(5), {}, terms);
+  if (reserved.places[0]) index.publish({{key_of(1000), *reserved.places[0], 7, reserved.moment, 0}}, terms);
+  index.remove({key_of(1000)}, terms);
+  std::printf("%llu stores\n", static_cast<unsigned long long>(stores));
+  return 0;
+}
+
+void time_rebuild(u32 granules) {
+  World world(granules, 65536, 1);
+  Client client(world, 0);
+  client.index->open(world.boot, true, client.terms());
+  std::vector<SlabKey> keys;
+  std::vector<u64> sizes;
+  for (u64 i = 0; i < granules; ++i) keys.push_back(key_of(i)), sizes.push_back(1);
+  const auto reserved = client.index->reserve(keys, sizes, {}, {}, client.terms());
+  std::vector<SlabPut> puts;
+  for (u64 i = 0; i < granules; ++i) puts.push_back({keys[i], *reserved.places[i], 0, reserved.moment, 0});
+  client.index->publish(puts, client.terms());
+  world.file[World::kMark] |= 1;
+  const std::clock_t begin = std::clock();
+  client.index->remove({}, client.terms());
+  const double took = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
+  std::printf("%u records in %u granules: %.1f ms, %.1f bytes per granule\n", granules, granules, took * 1e3,
+              static_cast<double>(world.bytes) / granules);
+}
+
+void forgets(u64 number) {
+  World world(World::kGranules, World::kSegment, 1);
+  Client client(world, 0);
+  client.index->open(world.boot, true, client.terms());
+  const u64 old = client.index->moment();
+  std::vector<std::optional<SlabPlace>> places;
+  const auto reserve = [&](u64 id, u64 owner) {
+    return *client.index->reserve({key_of(id)}, {1}, {owner, 1}, {}, client.terms()).places[0];
+  };
+  const SlabPlace early = reserve(1, number + 5);
+  for (u64 i = 1; i <= number; ++i) client.index->forget({i, 1}, client.terms());
+  const u64 now = client.index->moment();
+  const SlabPlace late = reserve(2, number + 5), gone = reserve(3, number - 3);
+  u64 published = client.index->publish({{key_of(1), early, 0, old, 0}}, client.terms());
+  if (published) fail("a put from before the oldest owner that is remembered");
+  if (client.index->publish({{key_of(2), late, 0, now, 0}}, client.terms()) != 1) fail("a put that was dropped");
+  if (client.index->publish({{key_of(3), gone, 0, now - 10, 0}}, client.terms())) fail("an owner that was forgotten");
+  if (!client.index->check(client.terms()).empty()) fail(client.index->check(client.terms()));
+  std::printf("%llu forgets\n", static_cast<unsigned long long>(number));
+}
+
+}  // namespace
+
+void lmc::slab_hook() {
+  at_each_store();
+  if (running) running->pause();
+}
+
+int main(int argc, char** argv) {
+  const std::string mode = argc > 2 ? argv[1] : "";
+  const auto number = [&](int i) { return i < argc ? std::strtoull(argv[i], nullptr, 10) : 0; };
+  if (mode == "kills" || mode == "damage") {
+    for (u64 seed = number(2); seed < number(2) + number(3); ++seed) {
+      std::printf("\nseed %llu: ", static_cast<unsigned long long>(seed));
+      std::fflush(stdout);
+      run_once(seed, mode == "damage");
+    }
+  } else if (mode == "points") {
+    points(std::string(argv[2]) == "kill");
+  } else if (mode == "process") {
+    return process(argv[2], argv[3], static_cast<u32>(number(4)), static_cast<int>(number(5)), number(6));
+  } else if (mode == "rebuild") {
+    time_rebuild(static_cast<u32>(number(2)));
+  } else if (mode == "forgets") {
+    forgets(number(2));
+  } else {
+    return 2;
+  }
+  std::printf("\n");
+  return 0;
+}
