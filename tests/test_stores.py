@@ -123,7 +123,7 @@ def local(request, tmp_path):
     remove()
 
 
-@pytest.fixture(params=["mem", "mem,mem", "valkey"])
+@pytest.fixture(params=["mem", "shm", "file", "mem,mem", "valkey"])
 def checked(request, tmp_path):
     """One that checks what it is given by `checked_records`."""
     store, remove = new_store(request.param, tmp_path)

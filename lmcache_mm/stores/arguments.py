@@ -70,11 +70,14 @@ def checked_records(
     if len(buffers) != len(keys):
         raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(buffers)}")
     arrays = [bytes_of(buffer) for buffer in buffers]
-    if checksums is None:
-        return arrays, None
-    if len(checksums) != len(keys):
-        raise ValueError(f"checksums: expected {len(keys)}, as many as keys, got {len(checksums)}")
-    return arrays, [_checked_checksum(i, checksum) for i, checksum in enumerate(checksums)]
+    return arrays, None if checksums is None else checked_checksums(checksums, len(keys))
+
+
+def checked_checksums(checksums: Sequence[int], count: int) -> list[int]:
+    """As integers. ValueError for another number of them than `count`, TypeError or ValueError for what is none."""
+    if len(checksums) != count:
+        raise ValueError(f"checksums: expected {count}, as many as keys, got {len(checksums)}")
+    return [_checked_checksum(i, checksum) for i, checksum in enumerate(checksums)]
 
 
 def _checked_checksum(i: int, checksum: int) -> int:

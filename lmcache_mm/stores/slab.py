@@ -28,7 +28,15 @@ import numpy as np
 
 from lmcache_mm import _C, ops
 from lmcache_mm.lane import Call
-from lmcache_mm.stores.arguments import bytes_of, check_keys, check_process, checked_owner, writable
+from lmcache_mm.stores.arguments import (
+    check_forgotten,
+    check_keys,
+    check_process,
+    checked_checksums,
+    checked_owner,
+    checked_records,
+    writable,
+)
 from lmcache_mm.stores.slab_files import (
     LEAST_GRANULE_BYTES,
     REGISTER_WAIT_S,
@@ -384,7 +392,7 @@ class SlabStore:
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
         """Makes reserved slots, filled with payloads of these checksums, visible to all processes."""
         self._check()
-        _check_checksums(checksums, len(slots))
+        checksums = checked_checksums(checksums, len(slots))
         puts = [
             (slot.key, slot.start, slot.generation, checksum, slot.as_of, slot.age_s)
             for slot, checksum in zip(slots, checksums, strict=True)
@@ -427,9 +435,7 @@ class SlabStore:
         as_of: int | None = None,
         age_s: float = 0.0,
     ) -> None:
-        arrays = [bytes_of(buffer) for buffer in buffers]
-        if checksums is not None:
-            _check_checksums(checksums, len(keys))
+        arrays, checksums = checked_records(keys, buffers, owner, checksums)
         slots = self.reserve(keys, [array.nbytes for array in arrays], owner, as_of, age_s)
         places = [i for i, slot in enumerate(slots) if slot]
         reserved = [slot for slot in slots if slot]
@@ -464,10 +470,8 @@ class SlabStore:
     def forget(self, owner: bytes) -> int:
         """Removes all records of an owner (16 bytes); returns their number."""
         self._check()
-        if not owner:
-            raise ValueError("owner: expected 16 bytes, got none")
-        checked = checked_owner(owner)
-        return self._must_change("forget", lambda terms: self._index.forget(checked, terms))
+        check_forgotten(owner)
+        return self._must_change("forget", lambda terms: self._index.forget(owner, terms))
 
     def moment(self) -> int:
         self._check()
@@ -727,15 +731,6 @@ def remove(directory: Path) -> bool:
             (directory / "lock").unlink()
             directory.rmdir()
     return True
-
-
-def _check_checksums(checksums: Sequence[int], count: int) -> None:
-    """ValueError for another number of them, or for what is none."""
-    if len(checksums) != count:
-        raise ValueError(f"checksums: expected {count}, got {len(checksums)}")
-    for checksum in checksums:
-        if not -(1 << 63) <= checksum < 1 << 63:
-            raise ValueError(f"checksums: expected 64 bits, signed, got {checksum}")
 
 
 # --- Bytes
