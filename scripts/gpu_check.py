@@ -152,10 +152,12 @@ class Check:
 # --- The machine
 
 
-def output(*command: object) -> str:
+def output(*command: object, limit_s: float = 120) -> str:
     """What it says; OSError or RuntimeError with the reason if it says nothing."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, check=False, capture_output=True, text=True, errors="replace", timeout=120, cwd=ROOT)
+    done = subprocess.run(
+        words, check=False, capture_output=True, text=True, errors="replace", timeout=limit_s, cwd=ROOT
+    )
     if done.returncode or not done.stdout.strip():
         raise RuntimeError(f"{words[0]}: {(done.stderr or done.stdout).strip()[-300:] or f'exit {done.returncode}'}")
     return done.stdout.strip()
@@ -193,7 +195,7 @@ def machine(python: Sequence[object]) -> dict[str, Any]:
         for name, query in QUERIES.items():
             add(name, lambda query=query: smi([query])[0])
     try:
-        found |= json.loads(output(*python, "-c", ABOUT).splitlines()[-1])
+        found |= json.loads(output(*python, "-c", ABOUT, limit_s=1200).splitlines()[-1])  # a rehearsal builds first
     except Exception as error:
         found["unknown"]["gpu"] = str(error)
         found["gpu"] = found["capability"] = None
