@@ -37,8 +37,18 @@ Function driver_function(const char* op, const char* name, [[maybe_unused]] unsi
   return reinterpret_cast<Function>(function);
 }
 
-// Makes `device` current for a scope, and lets the scope's calls pass while another thread captures a CUDA graph, which
-// cudaEventQuery and cudaHostAlloc, for example, would otherwise end.
+// Lets the calls of a scope pass while another thread captures a CUDA graph, which cudaEventQuery and cudaHostAlloc,
+// for example, would otherwise end. The exchange fails for arguments that are wrong only.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
+// Makes `device` current for a scope, whose calls are those of RelaxedCapture.
 //
 // A thread starts with device 0 current but without a context. The guard does not set device 0 again on such a thread:
 // since CUDA 12, cudaSetDevice makes a context, which takes some 0.5 GiB of that device.
@@ -49,22 +59,20 @@ class DeviceGuard {
     CUcontext context = nullptr;
     const bool has_context = current_context(&context) == CUDA_SUCCESS && context;
     LMC_CUDA_CHECK(op, cudaGetDevice(&before_));
-    LMC_CUDA_CHECK(op, cudaThreadExchangeStreamCaptureMode(&capture_mode_));
     if (before_ == device) return;
     LMC_CUDA_CHECK(op, cudaSetDevice(device));
     restore_ = has_context;
   }
   ~DeviceGuard() {
-    if (cudaThreadExchangeStreamCaptureMode(&capture_mode_) != cudaSuccess) cudaGetLastError();
     if (restore_) cudaSetDevice(before_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  RelaxedCapture relaxed_;
   int before_ = 0;
   bool restore_ = false;
-  cudaStreamCaptureMode capture_mode_ = cudaStreamCaptureModeRelaxed;
 };
 
 }  // namespace lmc
