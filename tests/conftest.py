@@ -125,3 +125,8 @@ def paged(request: pytest.FixtureRequest) -> PagedCache:
 @pytest.fixture(params=[make for make in LAYOUTS if make is not opaque], ids=lambda make: make.__name__)
 def dense(request: pytest.FixtureRequest) -> PagedCache:
     return request.param()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: a fork of the process that has run all others takes seconds."""
+    items.sort(key=lambda item: item.path.name not in ("test_slab.py", "test_slab_state.py", "test_tiered.py"))
