@@ -1114,11 +1114,11 @@ def test_a_pin_ends_once(kind, store):
 
 @pytest.mark.parametrize("checksums", [[], [1, 2], [2**64], [-(2**63) - 1]])
 def test_checksums_that_are_none_are_refused_and_leak_nothing(store, checksums):
-    with pytest.raises(ValueError, match="checksums: expected"):
+    with pytest.raises(ValueError, match=r"checksums(\[0\])?: expected"):
         store.put([key(1)], [payload(1)], checksums=checksums)
     assert store.stats()["pending"] == 0
     slots = store.reserve([key(1)], [100])
-    with pytest.raises(ValueError, match="checksums: expected"):
+    with pytest.raises(ValueError, match=r"checksums(\[0\])?: expected"):
         store.publish(slots, checksums)
     store.abandon(slots)
     assert no_room_is_lost(store)
