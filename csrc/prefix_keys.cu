@@ -1,10 +1,9 @@
 // Content ids and prefix keys on the GPU: the in-place overwrite, and the fused overwrite and keys in two launches.
 //
 // BLAKE3's leaves are 128 ids, so the hash of every prefix is a fold over subtrees of leaves that all prefixes share:
-//   1. hash_leaves: a block takes 32 leaves. Three warps make content ids in shared memory, eight positions a thread at
-//   a
-//      time, and one warp runs the 32 leaves' chains a step behind them, a lane each; then that warp hashes five levels
-//      of the tree while the others finish the last leaf of every prefix that ends here. Four such blocks fit on an SM.
+//   1. hash_leaves: a block takes 32 leaves. Three warps make content ids in shared memory, eight positions per thread
+//      and step. One warp runs the 32 chains a step behind them, one per lane, and then hashes five levels of the tree
+//      while the others finish the last leaf of every prefix that ends here. Four such blocks fit on an SM.
 //   2. fold_keys: each block rebuilds the levels above, at most 511 nodes, in shared memory; a thread folds one key.
 #include "error.h"
 #include "ops.h"
