@@ -23,7 +23,7 @@ demo: $(VENV)/built
 	$(BIN)/python -m lmcache_mm demo $(ARGS)
 
 test: $(VENV)/built $(VENV)/vllm
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --timeout=900 $(ARGS)
 
 test-vllm-all: $(VENV)/built $(VENV)/vllm
 	for on in 0.32-V1 0.33-V1 0.32-V2 0.33-V2; do TEST_VLLM=$$on $(BIN)/python -m pytest tests/vllm $(ARGS) || failed=1; done; \

@@ -227,16 +227,18 @@ def test_no_thread_waits_for_a_transfer_but_the_one_that_lets_it_go():
         copies = [ring.store([(ids.data_ptr(), True, 64, 64, payload.data_ptr(), 0)], [1], True) for _ in range(64)]
         for one in copies:
             one.go_on(1, _C.CudaEvent(0, torch.cuda.current_stream().cuda_stream))
-    thread = threading.Thread(target=pass_time)
+    thread = threading.Thread(target=pass_time, daemon=True)
     thread.start()
-    before = passed[0]
-    begun = time.perf_counter()
-    while copies:
-        del copies[-1]  # the last, which ends behind all others
-    waited_s = time.perf_counter() - begun
-    assert passed[0] - before > waited_s / 1e-2
-    stop.set()
-    thread.join()
+    try:
+        before = passed[0]
+        begun = time.perf_counter()
+        while copies:
+            del copies[-1]  # the last, which ends behind all others
+        waited_s = time.perf_counter() - begun
+        assert passed[0] - before > waited_s / 1e-2
+    finally:
+        stop.set()
+        thread.join()
 
 
 @NO_GPU
