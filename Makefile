@@ -20,7 +20,7 @@ RESULTS ?= benchmarks/results/latest.json
 .PHONY: demo test test-vllm-all soak bench lint format clean
 
 demo: $(VENV)/built
-	$(BIN)/python -m lmcache_mm demo $(ARGS)
+	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python -m pytest --timeout=900 $(ARGS)

@@ -11,7 +11,8 @@ import torch
 
 import lmcache_mm as lmc
 from bench_copies import memcpy
-from lmcache_mm import cli, ops
+from lmcache_mm import ops
+from lmcache_mm.commands import cli
 
 LAYERS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, TOKENS = 28, 2, 128, 16, 4096
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from lmcache_mm import cli
+from lmcache_mm.commands import cli
 
 pytest.importorskip("transformers", reason="the model needs transformers: pip install 'lmcache-mm[demo]'")
 
 import PIL.Image
 
-from lmcache_mm import tiny_qwen2_vl
-from lmcache_mm.paged_qwen2_vl import PagedQwen2VL, Request
+import tiny_qwen2_vl
+from paged_qwen2_vl import PagedQwen2VL, Request
 
 SIDE = 896  # pixels, 1,024 embeddings
 

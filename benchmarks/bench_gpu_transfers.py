@@ -14,7 +14,8 @@ import torch
 
 import lmcache_mm as lmc
 from device import DEVICE, ON_GPU, SIZES, Work, compare, do
-from lmcache_mm import _C, cli, ops
+from lmcache_mm import _C, ops
+from lmcache_mm.commands import cli
 from lmcache_mm.transfer import _current_event, _HostCopies, _Ring
 from rivals import PageCopies, Rivals, lmcache_calls
 

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from bench_stores import RECORD_BYTES, aligned, key
-from lmcache_mm import certificates, cli, nixl_agent
+from lmcache_mm.commands import certificates, cli
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store
+from lmcache_mm.stores.peers import nixl_agent
 
 RECORDS = 64  # a prompt of 16,384 tokens of Qwen2-VL-2B
 TOTAL_BYTES = RECORDS * RECORD_BYTES

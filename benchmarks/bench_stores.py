@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache_mm import cli
-from lmcache_mm.stores import open_store, slab
+from lmcache_mm.commands import cli
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.local import slab
 
 RECORD_BYTES = 7 << 20  # 256 tokens of Qwen2-VL-2B
 RECORDS = 32

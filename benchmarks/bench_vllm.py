@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache_mm import cli, tiny_qwen2_vl
+import tiny_qwen2_vl
+from lmcache_mm.commands import cli
 
 VLLM = importlib.util.find_spec("vllm")
 pytestmark = pytest.mark.skipif(VLLM is None or VLLM.origin is None, reason="no vLLM (tests/vllm/requirements*.txt)")

@@ -1,8 +1,8 @@
-"""Turns results into the README's tables: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
+"""Turns results into the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
 
 RESULTS: what make bench keeps; LINES: what the benchmarks appended on a GPU, by default benchmarks/results/gpu.jsonl if
-there is one. Prints Markdown; --write puts it between the markers in README.md, and draws the pictures in docs. Every
-figure in the README comes from here.
+there is one. Prints Markdown; --write puts it between the markers there, and draws the pictures in docs. Every
+figure there comes from here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parent.parent / "README.md"
-PLOT = README.parent / "docs" / "benchmarks.svg"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "benchmarks.md"
+PLOT = PAGE.with_name("benchmarks.svg")
 GPU_PLOT = PLOT.with_name("benchmarks-gpu.svg")
-GPU_LINES = README.parent / "benchmarks" / "results" / "gpu.jsonl"
+GPU_LINES = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 
 
@@ -321,7 +322,7 @@ def place_of(results: dict[str, Any]) -> str:
 
 def report(path: Path, gpu_lines: list[dict[str, Any]]) -> str:
     results = json.loads(path.read_text())
-    name = path.relative_to(README.parent) if path.is_relative_to(README.parent) else path.name
+    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     heading = f"Medians on {place_of(results)} (`{name}`), {results['datetime'][:10]}.\n"
     parts = [
         part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, network, vllm, on_cpu)
@@ -333,7 +334,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a file written by make bench")
     parser.add_argument("--gpu", type=Path, help="lines that the benchmarks appended on a GPU")
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md and the pictures")
+    parser.add_argument("--write", action="store_true", help="replace the tables in docs/benchmarks.md and the pictures")
     args = parser.parse_args()
     try:
         file = args.gpu or (GPU_LINES if GPU_LINES.exists() else None)
@@ -344,15 +345,15 @@ def main() -> int:
     if args.write and any(line["machine"]["sizes"] != "gpu" for line in gpu_lines if "machine" in line):
         parser.error(f"{file}: not written, for it was measured with other sizes than a GPU's")
     if args.write:
-        before, rest = README.read_text().split(BEGIN)
+        before, rest = PAGE.read_text().split(BEGIN)
         results = json.loads(args.results.read_text())
         draw(results["benchmarks"], place_of(results))
         plots = [PLOT]
         if measured_on_gpu(gpu_lines):
             draw_gpu(gpu_lines)
             plots.append(GPU_PLOT)
-        pictures = "\n".join(f"![{plot.stem}]({plot.relative_to(README.parent)})" for plot in plots)
-        README.write_text(f"{before}{BEGIN}\n{pictures}\n\n{text}\n{END}{rest.split(END)[1]}")
+        pictures = "\n".join(f"![{plot.stem}]({plot.name})" for plot in plots)
+        PAGE.write_text(f"{before}{BEGIN}\n{pictures}\n\n{text}\n{END}{rest.split(END)[1]}")
     else:
         print(text)
     return 0

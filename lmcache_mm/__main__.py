@@ -2,6 +2,6 @@
 
 import sys
 
-from lmcache_mm.cli import main
+from lmcache_mm.commands.cli import main
 
 sys.exit(main())

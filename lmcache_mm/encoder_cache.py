@@ -11,8 +11,9 @@ from blake3 import blake3
 
 from lmcache_mm.layout import check_storage
 from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores import open_store
 from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.store import Store
 
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
 PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"

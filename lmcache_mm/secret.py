@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+    from lmcache_mm.stores.arguments import Buffer
 
 NAME_CONTEXT = "lmcache_mm v1 name"
 MAC_CONTEXT = "lmcache_mm v1 mac"

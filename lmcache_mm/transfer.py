@@ -18,8 +18,8 @@ import torch
 from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
-from lmcache_mm.stores import SlotStore, Store
 from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.store import SlotStore, Store
 
 S = TypeVar("S")
 T = TypeVar("T")

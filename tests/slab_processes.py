@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmcache_mm.stores.slab import FileStore, ShmStore, SlabStore, Slot
+from lmcache_mm.stores.local.slab import FileStore, ShmStore, SlabStore, Slot
 
 KEYS = 60
 LARGEST = 90_000

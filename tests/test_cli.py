@@ -4,8 +4,8 @@ import uuid
 
 import pytest
 
-from lmcache_mm import doctor
-from lmcache_mm.cli import main
+from lmcache_mm.commands import doctor
+from lmcache_mm.commands.cli import main
 from lmcache_mm.stores import open_store
 from test_stores import key, payload
 

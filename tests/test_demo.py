@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -22,11 +21,13 @@ import PIL.Image
 import skimage.data
 import transformers
 
-from lmcache_mm import demo, tiny_qwen2_vl
-from lmcache_mm.paged_qwen2_vl import PagedQwen2VL, Request
+import demo
+import tiny_qwen2_vl
 from lmcache_mm.secret import Seal
-from lmcache_mm.serve import Server
-from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.peers.server import Server
+from paged_qwen2_vl import PagedQwen2VL, Request
 
 FIRST, AGAIN, OTHER_IMAGE, OTHER_QUESTION, TEXT_BEFORE, TEXT, TEXT_AGAIN, THIRD_IMAGE = range(8)
 IMAGE_TOKENS = 1024
@@ -34,9 +35,7 @@ TOKENS_BEFORE_IMAGE = 7  # <|im_start|>, "user\n" byte by byte, <|vision_start|>
 
 
 def run_demo(*options):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return demo.run(parser.parse_args([str(option) for option in options]))
+    return demo.main([str(option) for option in options])
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +145,7 @@ def test_images_of_ones_own_are_named_by_their_files(tmp_path, capsys):
 
 
 def test_a_second_process_starts_warm_from_the_store_of_the_first(tmp_path):
-    command = [sys.executable, "-m", "lmcache_mm", "demo", "--image-size", "196", "--max-new-tokens", "2"]
+    command = [sys.executable, demo.__file__, "--image-size", "196", "--max-new-tokens", "2"]
     store = f"file://{tmp_path}/store?capacity=64MiB"
     hits = []
     for run in ("first", "second"):
@@ -171,7 +170,7 @@ def test_a_second_host_starts_warm_from_the_store_of_the_first(tmp_path, monkeyp
             seal = Seal.of_deployment("test")
             with contextlib.closing(Server(lent, ("127.0.0.1", 0), seal, None)) as server:
                 peer = f"peer://127.0.0.1:{server.address[1]}?timeout=20"
-                command = [sys.executable, "-m", "lmcache_mm", "demo", *sizes, "--store", f"tiered:{other},{peer}"]
+                command = [sys.executable, demo.__file__, *sizes, "--store", f"tiered:{other},{peer}"]
                 subprocess.run(command, check=True, capture_output=True, timeout=300)
         rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
         assert all(row["equal"] for row in rows)
@@ -224,7 +223,7 @@ def test_wrong_usage_is_answered_by_status_2_and_what_was_expected(tmp_path, cap
     ]:
         assert run_demo(*options) == 2
         complaint = capsys.readouterr().err
-        assert complaint.startswith("python -m lmcache_mm demo: --")
+        assert complaint.startswith("demo.py: --")
         assert expected in complaint
 
 

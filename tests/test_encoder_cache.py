@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import lmcache_mm as lmc
 from lmcache_mm import encoder_cache, ops, reference
-from lmcache_mm.cli import main as lmcache_mm
+from lmcache_mm.commands.cli import main as lmcache_mm
 from lmcache_mm.stores import open_store
 from test_stores import new_store
 

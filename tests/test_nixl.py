@@ -17,9 +17,11 @@ import pytest
 
 import test_peer
 import test_stores
-from lmcache_mm import cli, nixl_agent
-from lmcache_mm.serve import Server
-from lmcache_mm.stores import channel, nixl, open_store, slab, slab_directory
+from lmcache_mm.commands import cli
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.peers import channel, nixl, nixl_agent
+from lmcache_mm.stores.peers.server import Server
 from test_peer import LARGE, PATIENCE_S, SEAL, Written, can_be_replaced, connected, large, serve_process, until
 from test_stores import get, key, payload
 
@@ -391,7 +393,7 @@ def test_slots_stay_leased_until_they_are_returned_or_the_client_dies(lent, serv
 
 
 def test_a_lease_ends_by_itself(lent, server, monkeypatch):
-    monkeypatch.setattr("lmcache_mm.serve.LEASE_S", 0.5)
+    monkeypatch.setattr("lmcache_mm.stores.peers.server.LEASE_S", 0.5)
     lent.put([key(i) for i in range(16)], [bytes(2 * LARGE)] * 16)
     ch = connected(server.address[1])
     ch.send(channel.LEASE, channel.pack_keys([key(i) for i in range(16)], [2 * LARGE] * 16))

@@ -20,11 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import test_stores
-from lmcache_mm import certificates, cli, lane
+from lmcache_mm import lane
+from lmcache_mm.commands import certificates, cli
 from lmcache_mm.secret import Seal
-from lmcache_mm.serve import Server
-from lmcache_mm.stores import breaker, channel, open_store, peer, slab, slab_directory
-from lmcache_mm.stores.channel import ProtocolError, Tls
+from lmcache_mm.stores import breaker, open_store, slab_directory
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.peers import channel, peer
+from lmcache_mm.stores.peers.channel import ProtocolError, Tls
+from lmcache_mm.stores.peers.server import Server
 from test_stores import OWNER, get, key, payload
 
 SECRET = b"a secret of the tests"
@@ -957,7 +960,7 @@ def test_slots_are_released_when_the_client_dies(lent, server):
 
 
 def test_slots_are_released_when_the_client_stalls(lent, server, monkeypatch, caplog):
-    monkeypatch.setattr("lmcache_mm.serve.LEASE_S", 0.5)
+    monkeypatch.setattr("lmcache_mm.stores.peers.server.LEASE_S", 0.5)
     lent.put([key(i) for i in range(16)], [bytes(2 * LARGE)] * 16)
     ch = pinned(server.address[1], 16)
     until(lambda: not server._open, "the connection has not ended")
@@ -1118,8 +1121,8 @@ def test_a_frame_that_claims_to_be_huge_ends_its_connection(fuzzed):
 
 
 def test_silent_strangers_take_no_readers_place_and_the_oldest_makes_room(lent, monkeypatch):
-    monkeypatch.setattr("lmcache_mm.serve.HANDSHAKES", 3)
-    monkeypatch.setattr("lmcache_mm.serve.HANDSHAKE_S", 10 * PATIENCE_S)
+    monkeypatch.setattr("lmcache_mm.stores.peers.server.HANDSHAKES", 3)
+    monkeypatch.setattr("lmcache_mm.stores.peers.server.HANDSHAKE_S", 10 * PATIENCE_S)
     lent.put([key(1)], [payload(1)])
     with serving(lent, connections=1) as server, opened(server.address[1]) as reader:
         strangers = []
@@ -1135,7 +1138,7 @@ def test_silent_strangers_take_no_readers_place_and_the_oldest_makes_room(lent, 
 
 
 def test_who_says_nothing_is_disconnected(lent, monkeypatch):
-    monkeypatch.setattr("lmcache_mm.serve.HANDSHAKE_S", 1.0)
+    monkeypatch.setattr("lmcache_mm.stores.peers.server.HANDSHAKE_S", 1.0)
     with serving(lent) as server, socket.create_connection(server.address, PATIENCE_S) as stranger:
         silent = connected(server.address[1])
         assert ends(stranger)
@@ -1173,7 +1176,7 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
         busy.close()
         assert asks(fourth) >= 0
         fifth = pinned(port, 16)
-        monkeypatch.setattr("lmcache_mm.serve.HANDSHAKE_S", 1.0)
+        monkeypatch.setattr("lmcache_mm.stores.peers.server.HANDSHAKE_S", 1.0)
         sixth = connected(port)
         assert ends(sixth._sock)  # in vain
         for ch in (first, second, third, fourth, fifth, sixth):

@@ -20,10 +20,12 @@ import pytest
 import trustme
 
 import servers
-from lmcache_mm import cli, ops
+from lmcache_mm import ops
+from lmcache_mm.commands import cli
 from lmcache_mm.secret import Seal
-from lmcache_mm.stores import open_store, remote, tiered
-from lmcache_mm.stores.remote import HEADER_BYTES, RemoteStore
+from lmcache_mm.stores import open_store, tiered
+from lmcache_mm.stores.remote import remote
+from lmcache_mm.stores.remote.remote import HEADER_BYTES, RemoteStore
 from test_stores import OTHER_OWNER, OWNER, REMOTE, get, key, new_store, payload, remote_url, server, stats_of
 
 SLOW_S = 20.0  # how much more than a budget a call may take on a machine that is busy with other things
@@ -781,7 +783,7 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(url, environment):
 
 @pytest.mark.parametrize("host, warned", [("127.0.0.1", 0), ("localhost", 0), ("[::1]", 0), ("10.0.0.7", 1)])
 def test_an_endpoint_without_tls_beyond_this_host_is_warned_of(host, warned, recwarn, environment):
-    connecting = import_module("lmcache_mm.stores.s3").connecting
+    connecting = import_module("lmcache_mm.stores.remote.s3").connecting
     for scheme in ("http", "https"):
         connecting("bucket", "", f"{scheme}://{host}:1", "r", 1.0)
     said = [str(warning.message) for warning in recwarn if "not encrypted" in str(warning.message)]
@@ -838,12 +840,14 @@ def test_stat_and_clear_work_on_stores_beyond_this_host(environment, capsys):
 
 
 def test_the_demo_starts_warm_from_what_an_earlier_run_left_on_a_server(environment, tmp_path, capsys):
-    pytest.importorskip("transformers", reason="the demo needs its packages: pip install 'lmcache-mm[demo]'")
+    pytest.importorskip("transformers", reason="the demo needs its packages: pip install '.[demo]'")
+    import demo  # noqa: PLC0415
+
     hits = []
     for run in ("first", "second"):
         report = tmp_path / f"{run}.json"
         options = ["--image-size", "112", "--max-new-tokens", "2", "--store", remote_url("valkey")]
-        assert cli.main(["demo", *options, "--json", str(report)]) == 0
+        assert demo.main([*options, "--json", str(report)]) == 0
         rows = json.loads(report.read_text())["rows"]
         assert all(row["equal"] for row in rows)
         hits.append([row["total_tokens"] - row["kv_hits"] for row in rows])

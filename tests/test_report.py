@@ -1,4 +1,4 @@
-"""benchmarks/report.py: README's tables come from the results that it names, and those of a GPU from its lines."""
+"""benchmarks/report.py: the tables of docs/benchmarks.md come from the results that it names, and those of a GPU from its lines."""
 
 import json
 import re
@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import report
 
 ROOT = Path(__file__).parent.parent
-README = report.README.read_text()
-RESULTS = ROOT / re.findall(r"\(`(benchmarks/results/[^`]+\.json)`\)", README)[0]
+PAGE = report.PAGE.read_text()
+RESULTS = ROOT / re.findall(r"\(`(benchmarks/results/[^`]+\.json)`\)", PAGE)[0]
 
 
 def times(median: float) -> dict[str, dict[str, float]]:
@@ -58,7 +58,7 @@ LINES = [
 def test_readme_is_what_the_report_makes_of_the_results_that_it_names():
     lines = report.GPU_LINES.read_text().splitlines() if report.GPU_LINES.exists() else []
     text = report.report(RESULTS, [json.loads(line) for line in lines])
-    assert f"{text}\n{report.END}" in README
+    assert f"{text}\n{report.END}" in PAGE
 
 
 def test_without_lines_a_gpu_is_not_measured():
@@ -95,9 +95,9 @@ def test_lines_of_a_gpu_become_a_picture(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("options", [[], ["--write"]])
 def test_what_was_measured_with_tiny_sizes_is_never_written(tmp_path, monkeypatch, capsys, options):
-    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "PAGE", tmp_path / "benchmarks.md")
     monkeypatch.setattr(report, "PLOT", tmp_path / "docs" / "plot.svg")
-    report.README.write_text(README)
+    report.PAGE.write_text(PAGE)
     lines = tmp_path / "lines.jsonl"
     tiny = [{"machine": MACHINE["machine"] | {"sizes": "tiny"}}, *LINES[1:]]
     lines.write_text("\n".join(json.dumps(line) for line in tiny))
@@ -109,4 +109,4 @@ def test_what_was_measured_with_tiny_sizes_is_never_written(tmp_path, monkeypatc
     else:
         assert report.main() == 0
         assert "a synthetic GPU" in capsys.readouterr().out
-    assert report.README.read_text() == README
+    assert report.PAGE.read_text() == PAGE

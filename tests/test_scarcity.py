@@ -21,9 +21,10 @@ from test_remote_stores import Kept
 
 import lmcache_mm as lmc
 from lmcache_mm.secret import Seal
-from lmcache_mm.serve import Server
-from lmcache_mm.stores import open_store, slab, slab_directory
-from lmcache_mm.stores.remote import RemoteStore
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.peers.server import Server
+from lmcache_mm.stores.remote.remote import RemoteStore
 from test_stores import OWNER, key, payload
 
 CXX = os.environ.get("CXX", "c++")

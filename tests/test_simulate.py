@@ -9,7 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import simulate
-from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
 from simulate import GIB, Endless, Load, Sieve, Tier
 
 LOAD = Load(pictures=200, picture_tokens=(1024, 2048), system_tokens=300, requests=2000)

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 import slab_processes
-from lmcache_mm.cli import main
-from lmcache_mm.stores import slab, slab_files
-from lmcache_mm.stores.slab import FileStore, ShmStore
+from lmcache_mm.commands.cli import main
+from lmcache_mm.stores.local import slab, slab_files
+from lmcache_mm.stores.local.slab import FileStore, ShmStore
 from test_host_cuda import CXX, REPO, must_run, run
 from test_stores import OTHER_OWNER, OWNER, get, key, payload
 
@@ -70,7 +70,8 @@ store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), None)
 
 LATE = """
 import sys, pathlib
-from lmcache_mm.stores import slab, slab_files
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.local import slab_files
 print("opening", flush=True)
 store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), 1 << 20)
 print("open", flush=True)

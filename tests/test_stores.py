@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 import servers
 from lmcache_mm import ops
-from lmcache_mm.stores import mem as mem_module
-from lmcache_mm.stores import open_store, slab, slab_directory
-from lmcache_mm.stores.mem import MemStore
-from lmcache_mm.stores.remote import RemoteStore
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import mem as mem_module
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.local.mem import MemStore
+from lmcache_mm.stores.remote.remote import RemoteStore
 
 
 def key(i):
@@ -80,7 +81,7 @@ def new_store(scheme, folder, capacity="1MiB", options=""):
         for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
             environment.setenv(name, value)
         if "mooncake" in scheme:
-            module = import_module("lmcache_mm.stores.mooncake")
+            module = import_module("lmcache_mm.stores.remote.mooncake")
             environment.setattr(module, "connecting", one_client(module.connecting))
         store = open_store(urls[0] if len(urls) == 1 else f"tiered:{','.join(urls)}")
 
@@ -510,7 +511,7 @@ def test_any_url_opens_a_store_or_raises_what_is_documented(data):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
         for module in ("valkey", "s3", "mooncake"):  # what they connect to is others' business
-            patched.setattr(f"lmcache_mm.stores.{module}.connecting", lambda *_, **__: lambda: None)
+            patched.setattr(f"lmcache_mm.stores.remote.{module}.connecting", lambda *_, **__: lambda: None)
         patched.setattr(slab.SlabStore, "open", classmethod(lambda *_, **__: MemStore(1 << 20)))
         try:
             store = open_store(joined)

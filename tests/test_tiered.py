@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from lmcache_mm import lane
-from lmcache_mm.stores import SlotStore, open_store, slab, slab_directory, tiered
-from lmcache_mm.stores.mem import MemStore
+from lmcache_mm.stores import SlotStore, open_store, slab_directory, tiered
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.local.mem import MemStore
 from lmcache_mm.stores.tiered import TieredStore
 from test_stores import OWNER, get, key, new_store, payload
 

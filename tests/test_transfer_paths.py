@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_mm import transfer_paths
-from lmcache_mm.calibrate import LayerTimes, Times, layer_blocks_of, ring_blocks_of, rows_of
+from lmcache_mm.commands.calibrate import LayerTimes, Times, layer_blocks_of, ring_blocks_of, rows_of
 from lmcache_mm.transfer_paths import Paths
 
 NAME = "NVIDIA H100 80GB HBM3"

@@ -6,12 +6,10 @@ import errno
 import operator
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+Buffer = bytes | bytearray | memoryview  # or anything else with the buffer protocol
 
 NO_OWNER = bytes(16)
 

@@ -27,10 +27,11 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S
-from lmcache_mm.stores.slab import Slot
+from lmcache_mm.stores.local.slab import Slot
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer, SlotStore, Store
+    from lmcache_mm.stores.arguments import Buffer
+    from lmcache_mm.stores.store import SlotStore, Store
 
 MOST_WAITING = 1 << 16  # records that wait to be written downwards
 MOST_TOLD = 4096  # moments

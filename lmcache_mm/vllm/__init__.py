@@ -1,1 +1,1 @@
-"""vLLM's connector: see connector.py."""
+"""vLLM's connectors, which it finds by module and class: connector.py and encoder_connector.py."""

@@ -29,11 +29,11 @@ from lmcache_mm.vllm.api import (
     VllmConfig,
     get_current_vllm_config_or_none,
 )
-from lmcache_mm.vllm.messages import Handshake, Metadata, WorkerMetadata
+from lmcache_mm.vllm.kv.messages import Handshake, Metadata, WorkerMetadata
+from lmcache_mm.vllm.kv.scheduler import Scheduler
+from lmcache_mm.vllm.kv.worker import Worker
 from lmcache_mm.vllm.metrics import PromMetrics, Stats
 from lmcache_mm.vllm.options import NAME, Options, groups_of
-from lmcache_mm.vllm.scheduler import Scheduler
-from lmcache_mm.vllm.worker import Worker
 
 logger = logging.getLogger("vllm.lmcache_mm")
 

@@ -19,9 +19,9 @@ from lmcache_mm.vllm.api import (
     SchedulerOutput,
     VllmConfig,
 )
-from lmcache_mm.vllm.encoder_scheduler import EncoderScheduler
-from lmcache_mm.vllm.encoder_worker import EncoderWorker
-from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata
+from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetadata
+from lmcache_mm.vllm.encoder.scheduler import EncoderScheduler
+from lmcache_mm.vllm.encoder.worker import EncoderWorker
 from lmcache_mm.vllm.metrics import EncoderPromMetrics, EncoderStats
 from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
 

@@ -32,7 +32,7 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 KIB = 1 << 10
 # Constants of modules that are for a real GPU.
 SMALL: dict[str, dict[str, Any]] = {
-    "lmcache_mm.calibrate": {
+    "lmcache_mm.commands.calibrate": {
         "FRAGMENT_BYTES": (4 * KIB, 16 * KIB),
         "COUNTS": (2, 16),
         "MOST_BYTES": 256 * KIB,
@@ -45,7 +45,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "BUFFER_BYTES": 256 * KIB,
         "WIDTH": 16,
     },
-    "lmcache_mm.doctor": {"MEASURED_BYTES": 1024 * KIB},
+    "lmcache_mm.commands.doctor": {"MEASURED_BYTES": 1024 * KIB},
 }
 
 

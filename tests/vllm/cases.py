@@ -28,8 +28,8 @@ try:
 except ImportError:  # vLLM 0.32
     from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 
+from lmcache_mm.vllm.kv.worker import Worker
 from lmcache_mm.vllm.options import Group, Options, groups_of
-from lmcache_mm.vllm.worker import Worker
 
 __all__ = ["generate_scheduler_kv_cache_config"]
 

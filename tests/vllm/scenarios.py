@@ -39,8 +39,8 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 import faulty
 import routers
-from lmcache_mm import tiny_qwen2_vl
-from lmcache_mm.cli import main as lmcache_mm
+import tiny_qwen2_vl
+from lmcache_mm.commands.cli import main as lmcache_mm
 from lmcache_mm.prompt import owner_of
 from lmcache_mm.stores import open_store
 

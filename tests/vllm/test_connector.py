@@ -24,8 +24,8 @@ from typing import Any
 import pytest
 
 import servers
-from lmcache_mm import certificates
-from lmcache_mm.cli import main as lmcache_mm
+from lmcache_mm.commands import certificates
+from lmcache_mm.commands.cli import main as lmcache_mm
 from lmcache_mm.stores import open_store
 
 HERE = Path(__file__).parent
@@ -89,7 +89,7 @@ def python(combination: str) -> list[Any]:
 
 def environment(combination: str, **more: str) -> dict[str, str]:
     overlay = [str(OVERLAY)] if combination.startswith("0.33") else []
-    path = os.pathsep.join([*overlay, str(HERE.parent.parent), str(HERE)])
+    path = os.pathsep.join([*overlay, str(HERE.parent.parent), str(HERE.parent.parent / "examples"), str(HERE)])
     return {**os.environ, **ENVIRONMENT, "PYTHONPATH": path, **more}
 
 

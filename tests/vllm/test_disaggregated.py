@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import servers
+import tiny_qwen2_vl
 from disaggregated import TIMEOUT_S, Engine, ec_config, encode, kv_config, prefill, question, started, text
-from lmcache_mm import tiny_qwen2_vl
-from lmcache_mm.cli import main as lmcache_mm
+from lmcache_mm.commands.cli import main as lmcache_mm
 from test_connector import CHOSEN, environment, pytestmark, python  # noqa: F401
 
 WAIT = {"lmcache_mm": {"wait": True}}

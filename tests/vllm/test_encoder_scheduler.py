@@ -73,7 +73,7 @@ def config(tower_lora: bool = False, role: str = "ec_both") -> Any:
 @pytest.fixture(scope="module")
 def encoder_scheduler() -> Any:
     """Not at the top, where it would bring vLLM into every run of any test."""
-    return importlib.import_module("lmcache_mm.vllm.encoder_scheduler")
+    return importlib.import_module("lmcache_mm.vllm.encoder.scheduler")
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_cannot_come_is_not_waited_for(new_scheduler, store, monkeypatch, h
     scheduler = new_scheduler(role="ec_producer" if how == "encodes only" else "ec_consumer")
     one = request("1", item(1, "a"))
     one.ec_transfer_params = WAIT
-    module = importlib.import_module("lmcache_mm.vllm.encoder_scheduler")
+    module = importlib.import_module("lmcache_mm.vllm.encoder.scheduler")
     if how == "fails":
         monkeypatch.setattr(module, "read_description", lambda *_: 1 / 0)
     if how == "lies":

@@ -15,7 +15,8 @@ import msgspec
 import pytest
 
 from lmcache_mm.cache import Record, record_key
-from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
 
@@ -31,7 +32,7 @@ PLACES = [(0, 0), (1, 0), (0, 1), (1, 1)]  # of one table: two groups, two ranks
 @pytest.fixture(scope="module")
 def events() -> Any:
     """Not at the top, where it would bring vLLM into every run of any test."""
-    return importlib.import_module("lmcache_mm.vllm.events")
+    return importlib.import_module("lmcache_mm.vllm.kv.events")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ import torch
 
 from lmcache_mm.cache import Record
 from lmcache_mm.prompt import Namespace
-from lmcache_mm.stores import open_store, slab, slab_directory
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
 
@@ -69,7 +70,7 @@ def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, t
 )
 def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind, layout, kernel_blocks):
     """Into other pages, and beside them nothing changes. What vLLM does not build is left out."""
-    messages = importlib.import_module("lmcache_mm.vllm.messages")
+    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     caches = build(cases, kind, layout, kernel_blocks)
     if caches is None:
         return
@@ -111,7 +112,7 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
 
 def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
     """They are unmapped then. What was read before is stored, what comes meanwhile fails."""
-    messages = importlib.import_module("lmcache_mm.vllm.messages")
+    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     caches = cases.caches_of("GQA", "BLHNC")
     memory = memory_of(caches)
     memory.copy_(torch.randint(0, 256, memory.shape, dtype=torch.uint8))
@@ -166,8 +167,8 @@ def test_most_layouts_are_built(cases):
 def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeypatch):
     """vLLM shows its scheduler one layer of each group only."""
     monkeypatch.setattr("lmcache_mm.vllm.identity.namespace_of", lambda *_: Namespace(model="m"))
-    messages = importlib.import_module("lmcache_mm.vllm.messages")
-    scheduler_of = importlib.import_module("lmcache_mm.vllm.scheduler").Scheduler
+    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
+    scheduler_of = importlib.import_module("lmcache_mm.vllm.kv.scheduler").Scheduler
     config = cases.config_of("BLHNC")
     seen = cases.generate_scheduler_kv_cache_config([cases.kv_cache_config_of(kind, "BLHNC")])
     scheduler = scheduler_of(config, cases.Options(store=url), cases.groups_of(config, seen), 64, 32)
@@ -222,7 +223,7 @@ def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
 )
 def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monkeypatch):
     monkeypatch.setattr("lmcache_mm.vllm.identity.namespace_of", lambda *_: Namespace(model="m"))
-    scheduler_of = importlib.import_module("lmcache_mm.vllm.scheduler").Scheduler
+    scheduler_of = importlib.import_module("lmcache_mm.vllm.kv.scheduler").Scheduler
     config, groups = cases.config_of("LBHNC"), cases.groups("GQA", "LBHNC")
     scheduler = scheduler_of(config, cases.Options(store=url), groups, cases.CHUNK_TOKENS, cases.BLOCK_TOKENS)
     records = [Record(0, 64, b"a" * 32), Record(64, 100, b"b" * 32)]

@@ -32,7 +32,7 @@ def step_of(vllm: Vllm, blocks: dict[str, tuple[list[int], ...]], **scheduled: i
 
 def told(vllm: Vllm, **news: Any) -> None:
     """What workers tell at the end of a step."""
-    messages = pytest.importorskip("lmcache_mm.vllm.messages")
+    messages = pytest.importorskip("lmcache_mm.vllm.kv.messages")
     vllm.scheduler.take_output(
         SimpleNamespace(
             finished_recving=None,

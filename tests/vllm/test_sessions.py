@@ -16,7 +16,7 @@ import torch
 from lmcache_mm import Item, Namespace
 from lmcache_mm.stores import open_store
 from lmcache_mm.vllm import identity
-from lmcache_mm.vllm.request_tracker import RequestTracker
+from lmcache_mm.vllm.kv.request_tracker import RequestTracker
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
 
@@ -122,7 +122,7 @@ class Vllm:
 
 @pytest.fixture
 def new_vllm(monkeypatch):
-    module = importlib.import_module("lmcache_mm.vllm.scheduler")
+    module = importlib.import_module("lmcache_mm.vllm.kv.scheduler")
     options = importlib.import_module("lmcache_mm.vllm.options")
     store = open_store("mem://?capacity=1MiB")
     monkeypatch.setattr(identity, "namespace_of", lambda *_: NAMESPACE)
@@ -344,7 +344,7 @@ def test_a_session_whose_past_may_be_another_is_cached_no_more(vllm, lost):
 def test_with_speculative_decoding_the_first_part_alone_is_cached_where_vllm_counts_too_many_tokens(
     new_vllm, monkeypatch, outruns
 ):
-    monkeypatch.setattr(importlib.import_module("lmcache_mm.vllm.scheduler"), "SESSIONS_OUTRUN_TOKENS", outruns)
+    monkeypatch.setattr(importlib.import_module("lmcache_mm.vllm.kv.scheduler"), "SESSIONS_OUTRUN_TOKENS", outruns)
     vllm = new_vllm(speculative=SimpleNamespace(method="ngram"))
     request = Request("1", 70)
     vllm.begin(request)

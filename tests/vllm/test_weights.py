@@ -37,7 +37,7 @@ class Model(torch.nn.Module):
 @pytest.fixture(scope="module")
 def weights() -> Any:
     """Not at the top, where it would bring vLLM into every run of any test."""
-    return importlib.import_module("lmcache_mm.vllm.weights")
+    return importlib.import_module("lmcache_mm.vllm.kv.weights")
 
 
 def digest(weights: Any, model: Any, draft: Any = None) -> bytes:

@@ -27,7 +27,7 @@ from lmcache_mm.stores.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+    from lmcache_mm.stores.arguments import Buffer
 
 ALIGNMENT = 64  # a payload begins on a cache line
 MOST_FORGOTTEN = 4096  # owners of whom it is known when they were forgotten

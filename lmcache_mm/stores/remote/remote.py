@@ -38,7 +38,7 @@ from lmcache_mm.stores.arguments import (
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+    from lmcache_mm.stores.arguments import Buffer
 
 VERSION = 1
 MAGIC = b"lmcache_mm"

@@ -14,7 +14,8 @@ import torch
 from lmcache_mm.cache import record_key
 from lmcache_mm.lane import Abandoned
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
@@ -23,10 +24,10 @@ from lmcache_mm.vllm.api import (
     VllmConfig,
     group_kernel_blocks,
 )
-from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.kv.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.kv.weights import digest_of, worker_of
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
-from lmcache_mm.vllm.weights import digest_of, worker_of
 
 SAVE_S = 0.1  # for how long a step waits in all for saves that have not read the pages that it writes
 STEP_SAVE_S = 1.0  # for how long, where all saves have to be read within their step

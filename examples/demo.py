@@ -1,4 +1,4 @@
-"""python -m lmcache_mm demo: questions about photographs, answered with KV from a store and checked token by token."""
+"""Questions about photographs, answered with KV from a store and checked token by token."""
 
 # ruff: noqa: PLC0415  What is imported inside functions is optional and takes seconds to import: only `run` needs it.
 
@@ -9,7 +9,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Photograph
     from rich.console import Console
 
-    from lmcache_mm.paged_qwen2_vl import Image, PagedQwen2VL, Request
+    from paged_qwen2_vl import Image, PagedQwen2VL, Request
 
 PAGE_TOKENS = 16
 CHUNK_TOKENS = 256
@@ -76,10 +76,10 @@ exit status: 0 all answers equal; 1 an answer with keys from content differs; 2 
 "ttft_s" (seconds), "equal"}, ...], "raw_id_rows": [the same]}.
 
 examples:
-  python -m lmcache_mm demo
-  python -m lmcache_mm demo --model Qwen/Qwen2-VL-2B-Instruct --device cuda --image cat.jpg dog.jpg
-  python -m lmcache_mm demo --store 'shm:///demo?capacity=1GiB'
-  python -m lmcache_mm demo --random-weights qwen2-vl-2b --device cuda --json rows.json"""
+  python examples/demo.py
+  python examples/demo.py --model Qwen/Qwen2-VL-2B-Instruct --device cuda --image cat.jpg dog.jpg
+  python examples/demo.py --store 'shm:///demo?capacity=1GiB'
+  python examples/demo.py --random-weights qwen2-vl-2b --device cuda --json rows.json"""
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class _Misuse(Exception):
     """What the user asked for cannot be done; the text says what was expected and what was found."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Gives `parser` the demo's options, description and epilogue."""
-    parser.description, parser.epilog = DESCRIPTION, EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
     text = "Qwen2-VL checkpoint: a directory or a hub id (default: a tiny one, made on the spot)"
@@ -128,16 +128,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text += "with raw token ids never do (default: a store of this run's own)"
     add("--store", metavar="URL", help=text)
     add("--json", type=Path, metavar="FILE", help="write the rows to this file")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the demo with the options of `add_arguments`, prints its tables to stdout and returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demo, prints its tables to stdout and returns the exit status."""
+    args = _parser().parse_args(arguments)
     try:
         import rich.console
         import skimage  # noqa: F401
         import torchvision  # noqa: F401  without it transformers' image processor fails late
 
-        import lmcache_mm.tiny_qwen2_vl  # noqa: F401
+        import tiny_qwen2_vl  # noqa: F401
     except ImportError as error:
         return _complain(f"{error}. The demo needs more packages: pip install 'lmcache-mm[demo]'")
     try:
@@ -203,7 +205,7 @@ class _Demo:
     ) -> None:
         import PIL.Image
 
-        from lmcache_mm.paged_qwen2_vl import PagedQwen2VL
+        from paged_qwen2_vl import PagedQwen2VL
 
         self.model, self.processor, self.model_name, self.weights = _load_model(args, device, dtype)
         self.max_new_tokens: int = args.max_new_tokens
@@ -229,7 +231,7 @@ class _Demo:
         self._generated: dict[Request, list[int]] = {}
 
     def _request(self, *parts: str | Photograph) -> Request:
-        from lmcache_mm.paged_qwen2_vl import Request
+        from paged_qwen2_vl import Request
 
         content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -443,7 +445,7 @@ def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
     """Model on `device`, its processor, its name, and what tells its weights from others of that name."""
     import transformers
 
-    from lmcache_mm import tiny_qwen2_vl
+    import tiny_qwen2_vl
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -481,7 +483,7 @@ def _read_config(option: str, source: str) -> Any:
     """The Qwen2VLConfig that a built-in shape, config.json, directory or hub id stands for."""
     import transformers
 
-    from lmcache_mm import tiny_qwen2_vl
+    import tiny_qwen2_vl
 
     if option == "--random-weights" and source in tiny_qwen2_vl.BUILT_IN_SHAPES:
         return tiny_qwen2_vl.shape(source)
@@ -533,5 +535,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def _complain(message: str) -> int:
-    print(f"python -m lmcache_mm demo: {message}", file=sys.stderr)
+    print(f"demo.py: {message}", file=sys.stderr)
     return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

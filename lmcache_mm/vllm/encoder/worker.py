@@ -9,9 +9,10 @@ import torch
 
 from lmcache_mm.encoder_cache import Packed, pack, write
 from lmcache_mm.lane import Lane
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm.api import VllmConfig
-from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
+from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
 from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
 
 MOST_WAITING_BYTES = 256 << 20  # of outputs that wait to be stored; what comes then is not

@@ -10,9 +10,8 @@ from contextlib import suppress
 
 import numpy as np
 
-from lmcache_mm.nixl_agent import Reader, check_package, described_agent, interface_of
 from lmcache_mm.secret import MAC_BYTES, Seal
-from lmcache_mm.stores.channel import (
+from lmcache_mm.stores.peers.channel import (
     AGENT,
     LEASE,
     LEASED,
@@ -22,7 +21,8 @@ from lmcache_mm.stores.channel import (
     Tls,
     pack_keys,
 )
-from lmcache_mm.stores.peer import PeerStore
+from lmcache_mm.stores.peers.nixl_agent import Reader, check_package, described_agent, interface_of
+from lmcache_mm.stores.peers.peer import PeerStore
 
 LEASED_SLOT = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, offset in the slab, MAC
 

@@ -29,7 +29,7 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
-from lmcache_mm.stores.channel import (
+from lmcache_mm.stores.peers.channel import (
     AGES,
     DONE,
     GET,
@@ -45,7 +45,7 @@ from lmcache_mm.stores.channel import (
 )
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+    from lmcache_mm.stores.arguments import Buffer
 
 LEAST_SHARE_BYTES = 8 << 20  # of what one connection carries where several could
 

@@ -17,10 +17,11 @@ from typing import Any
 from lmcache_mm.encoder_cache import Packed, has_payload, output_key, payload_bytes, read_description, read_payload
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.prompt import Namespace, owner_of
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
-from lmcache_mm.vllm.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
+from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
 from lmcache_mm.vllm.metrics import EncoderStats
 from lmcache_mm.vllm.options import ASK_AGAIN_S, ENCODER_NAME, EncoderOptions, drop_malformed_params, wishes_of
 

@@ -16,7 +16,8 @@ from blake3 import blake3
 from lmcache_mm.cache import Record, chain, record_key
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.prompt import Item, Namespace, owner_of
-from lmcache_mm.stores import Store, open_store
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import (
     SESSIONS_OUTRUN_TOKENS,
@@ -26,8 +27,9 @@ from lmcache_mm.vllm.api import (
     SchedulerOutput,
     VllmConfig,
 )
-from lmcache_mm.vllm.events import Events
-from lmcache_mm.vllm.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.kv.events import Events
+from lmcache_mm.vllm.kv.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.kv.request_tracker import RequestTracker
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import (
     ASK_AGAIN_S,
@@ -38,7 +40,6 @@ from lmcache_mm.vllm.options import (
     drop_malformed_params,
     wishes_of,
 )
-from lmcache_mm.vllm.request_tracker import RequestTracker
 
 NO_RECORD = bytes(32)  # a prefix key that no store holds
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step

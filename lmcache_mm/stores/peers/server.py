@@ -14,9 +14,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lmcache_mm import _C
-from lmcache_mm.nixl_agent import SlabAgent
 from lmcache_mm.secret import Seal
-from lmcache_mm.stores.channel import (
+from lmcache_mm.stores.local.slab import ShmStore, Slot
+from lmcache_mm.stores.peers.channel import (
     AGENT,
     AGES,
     DONE,
@@ -33,9 +33,9 @@ from lmcache_mm.stores.channel import (
     check_loopback,
     unpack_keys,
 )
-from lmcache_mm.stores.nixl import LEASED_SLOT
-from lmcache_mm.stores.peer import RECORD_HEAD
-from lmcache_mm.stores.slab import ShmStore, Slot
+from lmcache_mm.stores.peers.nixl import LEASED_SLOT
+from lmcache_mm.stores.peers.nixl_agent import SlabAgent
+from lmcache_mm.stores.peers.peer import RECORD_HEAD
 
 HANDSHAKE_S = 5.0
 # At once. A further one takes the place of the oldest: a stranger may be silent, others take milliseconds.

@@ -12,14 +12,15 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from lmcache_mm import calibrate, demo, doctor
-from lmcache_mm.nixl_agent import SlabAgent, interface_of
+from lmcache_mm.commands import calibrate, doctor
 from lmcache_mm.secret import Seal
-from lmcache_mm.serve import Server
-from lmcache_mm.stores import REMOTE, open_store, slab, slab_directory
-from lmcache_mm.stores.channel import Tls, host_and_port
-from lmcache_mm.stores.peer import PeerStore
-from lmcache_mm.stores.remote import RemoteStore
+from lmcache_mm.stores import REMOTE, open_store, slab_directory
+from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.peers.channel import Tls, host_and_port
+from lmcache_mm.stores.peers.nixl_agent import SlabAgent, interface_of
+from lmcache_mm.stores.peers.peer import PeerStore
+from lmcache_mm.stores.peers.server import Server
+from lmcache_mm.stores.remote.remote import RemoteStore
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
@@ -91,7 +92,7 @@ def serve(args: argparse.Namespace) -> int:
 def make_certificates(args: argparse.Namespace) -> int:
     """Makes certificates for hosts, and a CA if there is none; prints where they are."""
     try:
-        from lmcache_mm import certificates  # noqa: PLC0415
+        from lmcache_mm.commands import certificates  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(f"certificates: needs the extra: pip install 'lmcache-mm[peer]' ({error})") from None
     for place in certificates.make(args.directory, args.hosts, args.days):
@@ -124,10 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m lmcache_mm", description="KV-cache reuse for multimodal models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo_help = "questions about photographs, answered with KV cache from earlier ones"
-    demo_parser = commands.add_parser("demo", help=demo_help, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.run)
     for name, run, text in (
         ("stat", stat, "what a store holds"),
         ("clear", clear, "remove everything from a store, and a shm: or file: store itself if no process has it open"),

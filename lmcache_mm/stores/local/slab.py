@@ -37,7 +37,7 @@ from lmcache_mm.stores.arguments import (
     checked_records,
     writable,
 )
-from lmcache_mm.stores.slab_files import (
+from lmcache_mm.stores.local.slab_files import (
     LEAST_GRANULE_BYTES,
     REGISTER_WAIT_S,
     REGISTERING,
@@ -60,7 +60,7 @@ from lmcache_mm.stores.slab_files import (
 )
 
 if TYPE_CHECKING:
-    from lmcache_mm.stores import Buffer
+    from lmcache_mm.stores.arguments import Buffer
 
 T = TypeVar("T")
 Terms = tuple[float, float, float, float, int]  # of a change: see _C.SlabIndex

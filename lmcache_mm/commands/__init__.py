@@ -1,0 +1,1 @@
+"""What `lmcache-mm COMMAND` runs."""

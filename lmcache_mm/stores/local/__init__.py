@@ -1,0 +1,1 @@
+"""Stores in this host's memory and on its disks."""

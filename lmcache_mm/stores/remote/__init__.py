@@ -1,0 +1,1 @@
+"""Stores on servers that others run: Valkey, S3, Mooncake."""

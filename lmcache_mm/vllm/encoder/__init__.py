@@ -1,0 +1,1 @@
+"""The encoder connector's two sides."""

@@ -1,0 +1,1 @@
+"""The KV connector's two sides."""
