@@ -1,7 +1,7 @@
 """Builds lmcache_mm._C with CMake and ninja.
 
 LMCACHE_MM_CUDA=AUTO|ON|OFF   AUTO (default): CUDA kernels if nvcc is found; ON: fail without it; OFF: CPU ops only
-LMCACHE_MM_CUDA_ARCHS=80;90   compute capabilities to build for (default 80;90;100;120)
+LMCACHE_MM_CUDA_ARCHS=80;90   compute capabilities to build for, also as 9.0 or sm_90 (default 80;90;100;120)
 CUDACXX, CUDA_HOME            where nvcc is, if not on PATH or in /usr/local/cuda
 
 The version's local label says what was built: 0.1.0+cu130 has CUDA kernels, 0.1.0+cpu has not.
@@ -18,8 +18,8 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).parent.resolve()
+VERSION = re.search(r'__version__ = "([^"]+)"', (ROOT / "lmcache_mm" / "__init__.py").read_text())[1]
 
 
 def find_nvcc() -> str | None:
@@ -49,7 +49,17 @@ def cuda_compiler() -> tuple[str | None, str]:
     return nvcc, f"cu{release[1]}{release[2]}"
 
 
+def architectures() -> str:
+    """What CMake takes, from what people write."""
+    wanted = re.split(r"[;,\s]+", os.environ.get("LMCACHE_MM_CUDA_ARCHS", "").strip())
+    for one in filter(None, wanted):
+        if not re.fullmatch(r"(sm_)?(\d{2,3}|\d{1,2}\.\d)[af]?", one):
+            sys.exit(f"LMCACHE_MM_CUDA_ARCHS: expected compute capabilities such as 90, 9.0 or sm_90, got {one!r}")
+    return ";".join(one.removeprefix("sm_").replace(".", "") for one in filter(None, wanted))
+
+
 NVCC, LABEL = cuda_compiler()
+ARCHITECTURES = architectures()
 
 
 class CMakeBuild(build_ext):
@@ -61,13 +71,14 @@ class CMakeBuild(build_ext):
             *("cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={module.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # pip's of this build: that of the last one is gone
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DLMCACHE_MM_CUDA={'ON' if NVCC else 'OFF'}",
         ]
         if NVCC:
             configure.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
-            if archs := os.environ.get("LMCACHE_MM_CUDA_ARCHS"):
-                configure.append(f"-DLMCACHE_MM_CUDA_ARCHS={archs.replace(',', ';').replace(' ', ';')}")
+            if ARCHITECTURES:
+                configure.append(f"-DLMCACHE_MM_CUDA_ARCHS={ARCHITECTURES}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         print(f"lmcache_mm: built with {'CUDA kernels, ' + NVCC if NVCC else 'CPU ops only'}")

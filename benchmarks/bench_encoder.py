@@ -11,7 +11,7 @@ import torch
 import lmcache_mm as lmc
 from lmcache_mm.commands import cli
 
-pytest.importorskip("transformers", reason="the model needs transformers: pip install 'lmcache-mm[demo]'")
+pytest.importorskip("transformers", reason="the model needs transformers: pip install '.[demo]'")
 
 import PIL.Image
 

@@ -1,4 +1,4 @@
-"""Turns results into the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
+"""Makes the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
 
 RESULTS: what make bench keeps; LINES: what the benchmarks appended on a GPU, by default benchmarks/results/gpu.jsonl if
 there is one. Prints Markdown; --write puts it between the markers there, and draws the pictures in docs. Every
@@ -334,7 +334,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="a file written by make bench")
     parser.add_argument("--gpu", type=Path, help="lines that the benchmarks appended on a GPU")
-    parser.add_argument("--write", action="store_true", help="replace the tables in docs/benchmarks.md and the pictures")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the tables in docs/benchmarks.md and the pictures"
+    )
     args = parser.parse_args()
     try:
         file = args.gpu or (GPU_LINES if GPU_LINES.exists() else None)

@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         import tiny_qwen2_vl  # noqa: F401
     except ImportError as error:
-        return _complain(f"{error}. The demo needs more packages: pip install 'lmcache-mm[demo]'")
+        return _complain(f"{error}. The demo needs more packages: pip install '.[demo]'")
     try:
         return _run(args, rich.console.Console())
     except _Misuse as error:

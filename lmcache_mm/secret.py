@@ -51,9 +51,7 @@ class Seal:
         try:
             from cryptography.hazmat.primitives import ciphers  # noqa: PLC0415
         except ImportError as error:
-            raise RuntimeError(
-                f"store: {error}: pip install 'lmcache-mm[EXTRA]', EXTRA being the store's scheme"
-            ) from error
+            raise RuntimeError(f"store: {error}: pip install '.[EXTRA]', EXTRA being the store's scheme") from error
         self._ciphers = ciphers
         if len(secret) < LEAST_BYTES:
             raise ValueError(f"secret: expected at least {LEAST_BYTES} bytes, got {len(secret)}")

@@ -3,7 +3,9 @@
 import ast
 import ctypes
 import inspect
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,7 @@ def test_a_cpu_build_says_so_when_it_is_given_cuda_memory():
     "environment, text",
     [
         ({"LMCACHE_MM_CUDA": "YES"}, "LMCACHE_MM_CUDA: expected AUTO, ON or OFF, got 'YES'"),
+        ({"LMCACHE_MM_CUDA_ARCHS": "90;sm90x"}, "expected compute capabilities such as 90, 9.0 or sm_90, got 'sm90x'"),
         ({"LMCACHE_MM_CUDA": "ON", "PATH": "/nowhere", "CUDACXX": "", "CUDA_HOME": "/nowhere"}, "no nvcc found"),
     ],
 )
@@ -136,3 +139,27 @@ def test_a_build_that_cannot_be_is_refused_with_the_reason(environment, text):
     )
     assert run.returncode != 0
     assert text in run.stderr
+
+
+def test_a_build_goes_on_where_the_one_before_had_a_ninja_that_is_gone(tmp_path):
+    """As pip's, which comes and goes with every `pip install .`. Nothing is compiled but what CMake tries."""
+    clone, ninja = tmp_path / "clone", shutil.which("ninja")
+    for part in ("csrc", "lmcache_mm"):
+        shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, clone)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        (folder / "ninja").write_text(f'#!/bin/sh\n[ $# = 0 ] || exec {ninja} "$@"\n')
+        (folder / "ninja").chmod(0o755)
+        path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, "LMCACHE_MM_CUDA": "OFF"}
+        subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=clone, check=True, env=environment)
+        shutil.rmtree(folder)
+
+
+def test_a_clone_that_hides_the_installation_says_what_to_do(tmp_path):
+    shutil.copytree(ROOT / "lmcache_mm", tmp_path / "lmcache_mm", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    command = [sys.executable, "-S", "-m", "lmcache_mm"]
+    done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert "has no compiled module. If this is a clone and you ran `pip install .`, run Python in" in done.stderr

@@ -1,9 +1,12 @@
-"""python -m lmcache_mm stat, clear and doctor."""
+"""lmcache-mm stat, clear and doctor."""
 
+import subprocess
+import sys
 import uuid
 
 import pytest
 
+import lmcache_mm
 from lmcache_mm.commands import doctor
 from lmcache_mm.commands.cli import main
 from lmcache_mm.stores import open_store
@@ -48,6 +51,8 @@ def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, ca
     [
         (["stat", "shm:///none-such"], "there is no store in"),
         (["stat", "nix"], "expected a URL that begins with"),
+        (["stat", "redis://localhost:6379"], "a Redis server is valkey://HOST:PORT"),
+        (["stat", "peer://"], "the address that `lmcache-mm serve` listens on"),
         (["stat", "peer://127.0.0.1:1"], "is another host's: ask there"),
         (["clear", "mem://?capacity=1MiB"], "expected shm:///NAME or file:///DIR, got 'mem:"),
         (["clear", "shm:///../x"], "expected a name of letters"),
@@ -87,3 +92,21 @@ def test_doctor_tells_a_driver_that_is_too_old_from_none(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
     (finding,) = doctor._gpu()
     assert finding == ("gpu", "none can be used: there is no NVIDIA driver", "")
+
+
+def test_the_version_says_what_was_built_and_usage_the_name_it_was_called_by(capsys, monkeypatch):
+    for name, said in (("/usr/bin/lmcache-mm", "usage: lmcache-mm "), ("__main__.py", "usage: python -m lmcache_mm ")):
+        monkeypatch.setattr("sys.argv", [name])
+        with pytest.raises(SystemExit):
+            main(["--help"])
+        assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lmcache-mm {lmcache_mm.__version__}\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = f"{sys.executable} -m lmcache_mm doctor | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("build")
+    assert done.stderr == ""

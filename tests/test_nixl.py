@@ -25,7 +25,7 @@ from lmcache_mm.stores.peers.server import Server
 from test_peer import LARGE, PATIENCE_S, SEAL, Written, can_be_replaced, connected, large, serve_process, until
 from test_stores import get, key, payload
 
-pytest.importorskip("nixl", reason="needs NIXL: pip install 'lmcache-mm[nixl]'")
+pytest.importorskip("nixl", reason="needs NIXL: pip install '.[nixl]'")
 
 secret, url = test_peer.secret, test_peer.url
 

@@ -1,4 +1,4 @@
-"""benchmarks/report.py: the tables of docs/benchmarks.md come from the results that it names, and those of a GPU from its lines."""
+"""benchmarks/report.py: the tables of docs/benchmarks.md come from the results that it names."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The command line: python -m lmcache_mm COMMAND."""
+"""The command line: lmcache-mm COMMAND, or python -m lmcache_mm COMMAND."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from lmcache_mm import __version__
 from lmcache_mm.commands import calibrate, doctor
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import REMOTE, open_store, slab_directory
@@ -94,7 +95,7 @@ def make_certificates(args: argparse.Namespace) -> int:
     try:
         from lmcache_mm.commands import certificates  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(f"certificates: needs the extra: pip install 'lmcache-mm[peer]' ({error})") from None
+        raise ValueError(f"certificates: needs the extra: pip install '.[peer]' ({error})") from None
     for place in certificates.make(args.directory, args.hosts, args.days):
         print(f"{place}: to be copied to that host, and named by --tls and ?tls=")
     return 0
@@ -106,8 +107,10 @@ def _on_store(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
     def checked(args: argparse.Namespace) -> int:
         try:
             return run(args)
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"python -m lmcache_mm: {error}", file=sys.stderr)
+            print(f"{_name()}: {error}", file=sys.stderr)
             return 2
 
     return checked
@@ -121,9 +124,15 @@ def _readable(size: float) -> str:
     return f"{size:.4g} TiB"
 
 
+def _name() -> str:
+    """Under which it was called."""
+    return "lmcache-mm" if Path(sys.argv[0]).name == "lmcache-mm" else "python -m lmcache_mm"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m lmcache_mm", description="KV-cache reuse for multimodal models.")
+    parser = argparse.ArgumentParser(prog=_name(), description="KV-cache reuse for multimodal models.")
+    parser.add_argument("--version", action="version", version=f"lmcache-mm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("stat", stat, "what a store holds"),
@@ -142,7 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate.add_arguments(calibrate_parser)
     calibrate_parser.set_defaults(run=calibrate.run)
     args = parser.parse_args(arguments)
-    return int(args.run(args))
+    try:
+        status = int(args.run(args))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whatever read the output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

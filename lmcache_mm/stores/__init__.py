@@ -64,8 +64,9 @@ def open_store(url: str | Sequence[str]) -> Store:
         return _open_tiers(url.removeprefix("tiered:").split(","))
     scheme, _, _ = url.partition(":")
     if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
+        hint = ": a Redis server is valkey://HOST:PORT" if scheme in ("redis", "rediss") else ""
         raise ValueError(
-            f"store: expected a URL that begins with {', '.join(f'{s}://' for s in _OPENERS)}, got {url!r}"
+            f"store: expected a URL that begins with {', '.join(f'{s}://' for s in _OPENERS)}, got {url!r}{hint}"
         )
     return _OPENERS[scheme](url)
 
@@ -133,7 +134,7 @@ def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, 
     try:
         address = host_and_port(place)
     except ValueError as error:
-        raise ValueError(f"store: {error} in {url!r}") from None
+        raise ValueError(f"store: {error} in {url!r}: the address that `lmcache-mm serve` listens on") from None
     return address, Tls(Path(options["tls"])) if "tls" in options else None, _timeout(options)
 
 
@@ -148,7 +149,7 @@ def _client(extra: str) -> Any:
     try:
         return import_module(f"lmcache_mm.stores.remote.{extra}")
     except ImportError as error:
-        raise RuntimeError(f"store: {extra}: {error}: pip install 'lmcache-mm[{extra}]'") from error
+        raise RuntimeError(f"store: {extra}: {error}: pip install '.[{extra}]'") from error
 
 
 def _open_valkey(url: str) -> Store:

@@ -52,7 +52,7 @@ _IFREQ = struct.Struct("16s4x4s16x")  # of <net/if.h>, with an IPv4 address
 def check_package() -> None:
     """RuntimeError where NIXL is not installed."""
     if importlib.util.find_spec("nixl") is None:
-        raise RuntimeError("nixl: needs an extra: pip install 'lmcache-mm[nixl]'")
+        raise RuntimeError("nixl: needs an extra: pip install '.[nixl]'")
 
 
 def interface_of(address: str) -> str:
