@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class KVCache:
     with whatever their unused slots hold; without it hits end at whole pages there.
 
     Block ids are always those of the whole prompt: block_ids[i] is the page of tokens
-    [i * page_tokens, (i + 1) * page_tokens). Methods may be called from several threads.
+    [i * page_tokens, (i + 1) * page_tokens). Methods may be called from several threads; RuntimeError after `close`.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class KVCache:
         self.chunk_tokens = chunk_tokens
         self._namespace = namespace.with_layout(layout.fingerprint(chunk_tokens))
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
+        self._counts = dict.fromkeys(("queried_tokens", "hit_tokens", "restored_tokens", "stored_tokens"), 0)
+        self._counting = threading.Lock()
+        self._open = True
         self._owns_store = isinstance(store, Sequence)
         self.backend = open_store(store) if isinstance(store, Sequence) else store
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
@@ -77,6 +81,7 @@ class KVCache:
 
     def close(self) -> None:
         """Finishes all jobs, then closes the store if this cache opened it."""
+        self._open = False
         self._transfer.close()
         self._close_store()
 
@@ -92,10 +97,12 @@ class KVCache:
         self.close()
 
     def match(self, prompt: Prompt) -> int:
-        """How many tokens of `prompt` could be restored now, up to all of them. Whoever needs logits computes the last
-        one again. Nothing is reserved: a record may be gone when it is retrieved."""
-        records, _ = self._plan(lambda: (self._present(self._records(prompt)), []))
-        return records[-1].end if records else 0
+        """How many tokens of `prompt` could be restored now, up to all of them. A loop that needs logits retrieves one
+        token less, and computes the last one again. Nothing is reserved: a record may be gone when it is retrieved."""
+        records, _ = self._plan(lambda: (self._present(self._records(prompt, turns=True)), []))
+        hit = records[-1].end if records else 0
+        self._count(queried_tokens=len(prompt), hit_tokens=hit)
+        return hit
 
     def _present(self, records: list[Record]) -> list[Record]:
         """Those of a prompt's records that the store has and that cover its longest prefix."""
@@ -103,47 +110,73 @@ class KVCache:
         return chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
     def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None, by_layer: bool = False) -> Job[int]:
-        """Scatters the KV of the first `hit` tokens (what `match` said; None: all that is there) into the pages.
+        """Scatters the KV of the first `hit` tokens (what `match` said, or less; None: all that is there) into the
+        pages.
 
         Pages of block id -1 are left out. The result: how many tokens, from the first on, were restored and verified,
-        at most `hit`; what is missing or damaged is no exception. Pages behind them hold garbage until computed.
-        by_layer: one layer after the other (`Job.layer_ready`), and all of `hit` or nothing.
+        at most `hit`; what is missing or damaged is no exception. What pages hold behind them is garbage until
+        computed. by_layer: one layer after the other (`Job.layer_ready`), and all of `hit` or nothing.
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
+        limit = 0
 
         def plan() -> tuple[list[Record], list[Chunk]]:
-            records = self._records(prompt)
+            nonlocal limit
+            records = self._records(prompt, turns=True)
             if hit is None:
                 records = self._present(records)
                 limit = records[-1].end if records else 0
+                self._count(queried_tokens=len(prompt), hit_tokens=limit)
             else:
                 limit = count("hit", hit)
                 if limit > len(prompt):
                     raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
-                records = chain((r for r in records if r.end <= limit), self.chunk_tokens)
+                # Up to the first cut that reaches it: the tokens behind `hit` that come along are the prompt's own.
+                behind = next((r.end for r in records if r.end >= limit), limit)
+                records = chain((r for r in records if r.end <= behind), self.chunk_tokens) if limit else []
             return records, self._chunks(records, self._pages(block_ids, limit))
 
         records, chunks = self._plan(plan)
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
-        return job.then(lambda loaded: records[loaded - 1].end if loaded else 0)
+        restored = job.then(lambda loaded: min(limit, records[loaded - 1].end) if loaded else 0)
+        restored.when_done(lambda tokens: self._count(restored_tokens=tokens))
+        return restored
 
     def store(self, prompt: Prompt, block_ids: ops.Ids, by_layer: bool = False) -> Job[int]:
-        """Gathers the KV of `prompt` that the store lacks. The result: how many tokens were handed to the store.
+        """Gathers the KV of `prompt` that the store lacks. The result: how many tokens a store of this host holds now
+        that it did not hold before, or how many were handed to a store beyond it.
 
         Block id -1 marks KV that is not there; chunks with such a page are left out. by_layer: asked for before the
         forward pass that computes it, which then says `Job.layer_written` of one layer after the other.
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         _, chunks = self._plan(lambda: ([], self._chunks(self._records(prompt), self._pages(block_ids, len(prompt)))))
-        return self._transfer.store(chunks, owner_of(prompt.salt), by_layer=by_layer)
+        job = self._transfer.store(chunks, owner_of(prompt.salt), by_layer=by_layer)
+        job.when_done(lambda tokens: self._count(stored_tokens=tokens))
+        return job
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store; returns their number."""
         return self.backend.forget(owner_to_forget(salt))
 
+    def stats(self) -> dict[str, float]:
+        """What was asked of this cache since it was made: queried_tokens and hit_tokens (of `match`, and of `retrieve`
+        without `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens. The store's own counters are
+        `backend.stats()`."""
+        with self._counting:
+            counts: dict[str, float] = dict(self._counts)
+        return counts | {"hit_rate": counts["hit_tokens"] / max(1, counts["queried_tokens"])}
+
+    def _count(self, **tokens: int) -> None:
+        with self._counting:
+            for name, number in tokens.items():
+                self._counts[name] += number
+
     def _plan(self, make: Callable[[], tuple[list[Record], list[Chunk]]]) -> tuple[list[Record], list[Chunk]]:
         """What `make` returns, or nothing where there is no memory for it."""
+        if not self._open:
+            raise RuntimeError("cache: it is closed")
         try:
             return make()
         except (MemoryError, RuntimeError) as error:
@@ -151,11 +184,11 @@ class KVCache:
                 return [], []
             raise
 
-    def _records(self, prompt: Prompt) -> list[Record]:
+    def _records(self, prompt: Prompt, turns: bool = False) -> list[Record]:
         if not isinstance(prompt, Prompt):
             raise TypeError(f"prompt: expected lmcache_mm.Prompt, got {type(prompt).__name__}")
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)
-        ends = prompt.cuts(self.chunk_tokens, self._whole)
+        ends = prompt.cuts(self.chunk_tokens, self._whole, turns)
         keys = ops.prefix_keys(prompt.token_ids, prompt.items, root, ends).numpy()
         size = self.chunk_tokens
         return [
@@ -178,7 +211,10 @@ class KVCache:
         return pages
 
     def _chunks(self, records: list[Record], pages: torch.Tensor) -> list[Chunk]:
+        """-1, a page to be left out, where the last record reaches beyond `pages`."""
         size = self.layout.page_tokens
+        if records and len(pages) < (needed := -(-records[-1].end // size)):
+            pages = torch.cat([pages, torch.full((needed - len(pages),), -1)])
         return [Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin) for r in records]
 
 

@@ -115,7 +115,7 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> bool:
-        """Stores a copy of the output. False: the store has it, or there is no memory for a copy.
+        """Stores a copy of the output. False: the store has it or has no room for it, or there is no memory for a copy.
 
         On CUDA it is copied behind what torch's current streams of its devices hold, and save waits for the copy.
         Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
@@ -136,7 +136,7 @@ class EncoderCache:
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         write(self.backend, key, packed, owner_of(salt), as_of)
-        return True
+        return not self.backend.local or has_payload(self.backend, key, description)
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""

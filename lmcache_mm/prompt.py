@@ -174,7 +174,8 @@ class Prompt:
     `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `items`: each with an identifier, for two that
     have none would be one. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest) are
     fields of the namespace: a str or bytes that is not empty, or None for none. Requests with different salts share
-    nothing. TypeError or ValueError for anything else. Its repr shows neither tokens nor names.
+    nothing. `turns`: token counts at which prompts ended that this one continues, such as the turns of a chat; what
+    they stored is found there. TypeError or ValueError for anything else. Its repr shows neither tokens nor names.
     """
 
     token_ids: Any  # afterwards a read-only int64 array
@@ -182,6 +183,7 @@ class Prompt:
     salt: str | bytes | None = None
     lora: str | bytes | None = None
     prompt_embeds: str | bytes | None = None
+    turns: Sequence[int] = ()
     end_of_items: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -205,6 +207,10 @@ class Prompt:
         for name in REQUEST_FIELDS:
             if getattr(self, name) is not None:
                 _request_field(name, getattr(self, name))
+        turns = tuple(count(f"turns[{i}]", turn) for i, turn in enumerate(self.turns))
+        if any(turn > len(ids) for turn in turns):
+            raise ValueError(f"turns: expected at most the prompt's {len(ids)} tokens, got {max(turns)}")
+        object.__setattr__(self, "turns", turns)
         ends = (item.offset + item.length for item in self.items)
         object.__setattr__(self, "end_of_items", min(len(ids), max(ends, default=0)))
 
@@ -215,9 +221,10 @@ class Prompt:
         given = [f", {name}=..." for name in REQUEST_FIELDS if getattr(self, name) is not None]
         return f"Prompt({len(self)} tokens, {len(self.items)} items{''.join(given)})"
 
-    def cuts(self, chunk_tokens: int, whole: int = 1) -> list[int]:
+    def cuts(self, chunk_tokens: int, whole: int = 1, turns: bool = False) -> list[int]:
         """The token counts, ascending, at which this prompt has keys: every multiple of `chunk_tokens`, the last
-        item's end and the prompt's end, these two rounded down to a multiple of `whole` tokens."""
+        item's end and the prompt's end, these two rounded down to a multiple of `whole` tokens; with `turns`, the ends
+        of its turns too, rounded likewise."""
         n = len(self)
-        ends = {n // whole * whole, self.end_of_items // whole * whole} - {0}
+        ends = {end // whole * whole for end in (n, self.end_of_items, *(self.turns if turns else ()))} - {0}
         return sorted({*range(chunk_tokens, n + 1, chunk_tokens), *ends})

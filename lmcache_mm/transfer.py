@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import mmap
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -26,6 +28,7 @@ T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
 LANE_BYTES = 16  # of the checksum
+PATIENCE_S = 30.0  # with a store that does not move, where the caller does not say
 RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
 
 
@@ -53,11 +56,24 @@ class Job(Generic[T]):
             self.work.read_pages(deadline)
         return self._result_of(self.work.future.result(None if deadline is None else deadline - time.monotonic()))
 
+    def __await__(self) -> Generator[Any, None, T]:
+        """`wait`, on another thread."""
+        return asyncio.to_thread(self.wait).__await__()
+
+    def when_done(self, tell: Callable[[T], None]) -> None:
+        """Calls `tell` with the result once, on whatever thread ends the job; not if it fails or is given up."""
+
+        def told(future: Future[Any]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                tell(self._result_of(future.result()))
+
+        self.work.future.add_done_callback(told)
+
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
         """The same job with another result, made from this one's."""
         return Job(self.work, self._layout, self._by_layer, lambda result: result_of(self._result_of(result)))
 
-    def give_up(self, patience_s: float) -> bool:
+    def give_up(self, patience_s: float = PATIENCE_S) -> bool:
         """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
         return self.work.give_up(patience_s)
 
@@ -65,7 +81,7 @@ class Job(Generic[T]):
         """Gives the job up, unless it is at its pages this moment. True: it will leave them alone."""
         return self.work.abandon()
 
-    def pages_free(self, patience_s: float) -> bool:
+    def pages_free(self, patience_s: float = PATIENCE_S) -> bool:
         """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
         progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too.
 
@@ -80,7 +96,7 @@ class Job(Generic[T]):
         self.work.stop_touching()
         return False
 
-    def layer_ready(self, layer: str, patience_s: float) -> bool:
+    def layer_ready(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
         """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
         on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
         `pages_free`. ValueError for a layer that the layout does not name."""
@@ -96,7 +112,7 @@ class Job(Generic[T]):
         self.work.written = _current_event(self._layout.device)
         self.work.be_late()
 
-    def layer_written(self, layer: str, patience_s: float) -> bool:
+    def layer_written(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
         """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
         CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, as far as
         there is room for all of the job's payloads: in a store with slots in memory there is, elsewhere for 16 MiB; the
@@ -317,31 +333,37 @@ class Transfer:
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         gather = partial(self._gather, work, behind, by_layer)
         store = self._store_slots if self._in_place else partial(self._store_staged, staging)
-        return sum(store(step, owner, as_of, partial(gather, step is steps[-1])) for step in steps)
+        stored = [chunk for step in steps for chunk in store(step, owner, as_of, partial(gather, step is steps[-1]))]
+        if self._store.local:  # what it dropped, or evicted for what came after it, is not there
+            there = self._store.contains([chunk.key for chunk in stored], peek=True)
+            stored = [chunk for chunk, is_there in zip(stored, there, strict=True) if is_there]
+        return sum(chunk.tokens for chunk in stored)
 
-    def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> int:
-        """Gathers straight into slots of the store; of how many tokens."""
+    def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[Chunk]:
+        """Gathers straight into slots of the store, the chunks that there is room for."""
         store = cast(SlotStore, self._store)
         sizes = [self._payload_bytes(chunk) for chunk in step]
         slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
         reserved = [slot for slot in slots if slot]
         chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
         if not chunks:
-            return 0
+            return []
         try:
             sums = gather(chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
         except BaseException:
             store.abandon(reserved)
             raise
         store.publish(reserved, sums)
-        return sum(chunk.tokens for chunk in chunks)
+        return chunks
 
-    def _store_staged(self, staging: torch.Tensor, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> int:
+    def _store_staged(
+        self, staging: torch.Tensor, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather
+    ) -> list[Chunk]:
         payloads = self._payloads(step, staging)
         sums = gather(step, payloads)
         buffers = [payload.numpy().data for payload in payloads]
         self._store.put([chunk.key for chunk in step], buffers, owner, sums, as_of)
-        return sum(chunk.tokens for chunk in step)
+        return step
 
     def _gather(
         self,

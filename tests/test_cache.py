@@ -1,5 +1,6 @@
 """KVCache over stores of this host: what is hit, what is restored, and that nothing is restored wrongly."""
 
+import asyncio
 import threading
 from dataclasses import dataclass
 
@@ -146,16 +147,96 @@ def test_two_namespaces_share_a_store_but_no_records():
     assert two.cache.match(prompt()) == 0
     one.cache.close()
     assert len(store.contains([bytes(36)])) == 1  # an open store that was handed in stays open
-    assert one.cache.match(prompt()) == 83
 
 
-def test_less_than_the_hit_may_be_retrieved_and_ends_at_a_cut(engine):
+def test_after_close_there_is_one_clear_error(engine):
+    p, ids = prompt(), torch.arange(64)
+    engine.cache.close()
+    for use in (engine.cache.match, lambda p: engine.cache.store(p, ids), lambda p: engine.cache.retrieve(p, ids)):
+        with pytest.raises(RuntimeError, match="cache: it is closed"):
+            use(p)
+    engine.cache.close()
+
+
+@pytest.mark.parametrize("hit", [0, 1, 15, 16, 17, 63, 64, 69, 70, 71, 79, 80, 81, 82, 83])
+@pytest.mark.parametrize("opaque", [False, True])
+def test_any_part_of_the_hit_may_be_retrieved(hit, opaque):
+    """Of pages that are given for these tokens, and no others."""
+    p = prompt()
+    engine = Engine(opaque=opaque, opaque_tails=True)
+    stored(engine, p)
+    ids = engine.block_ids(hit, seed=2)
+    others = torch.ones(engine.pages, dtype=torch.bool)
+    others[ids] = False
+    assert engine.cache.retrieve(p, ids, hit).wait() == hit
+    assert engine.restored(hit, ids, 1.0) == hit
+    assert engine.kv[:, others].isnan().all()
+    engine.cache.close()
+
+
+def test_more_than_was_stored_of_an_opaque_page_restores_what_was():
+    engine = Engine(opaque=True)
     p = prompt()
     stored(engine, p)
-    assert retrieved(engine, p, hit=0) == 0
-    assert retrieved(engine, p, hit=16) == 16
-    assert retrieved(engine, p, hit=69) == 64
-    assert retrieved(engine, p, hit=70) == 70
+    assert engine.cache.match(p) == 80
+    assert retrieved(engine, p, hit=82) == 80
+    engine.cache.close()
+
+
+@pytest.mark.parametrize("opaque", [False, True])
+def test_a_prompt_that_grows_hits_the_ends_of_its_turns(opaque, tmp_path):
+    """Also where another process stored them, and a turn was changed."""
+    engine = Engine(opaque=opaque)
+    ids: list[int] = []
+    turns: list[int] = []
+    for tokens in (9, 12, 30, 3):
+        p = lmc.Prompt([*ids, *[5] * tokens], turns=turns)
+        before = turns[-1] if turns else 0
+        assert engine.cache.match(p) == (before // PAGE * PAGE if opaque else before)
+        ids, turns = p.token_ids.tolist(), [*turns, len(p)]
+        stored(engine, p)
+    assert engine.cache.match(lmc.Prompt(ids, turns=[9])) == len(ids) // (PAGE if opaque else 1) * (
+        PAGE if opaque else 1
+    )
+    changed = lmc.Prompt([*[5] * 10, *[6] * 40], turns=[9, 21])
+    assert engine.cache.match(changed) == (8 if opaque else 9)
+    for wrong, error in (([-1], ValueError), ([51], ValueError), ([1.5], TypeError)):
+        with pytest.raises(error, match="turns"):
+            lmc.Prompt([1] * 50, turns=wrong)
+    engine.cache.close()
+
+
+def test_what_was_asked_and_found_is_counted(engine):
+    p = prompt()
+    assert engine.cache.stats()["hit_rate"] == 0
+    engine.cache.match(p)
+    stored(engine, p)
+    engine.cache.match(p)
+    job = engine.cache.retrieve(p, engine.block_ids(83), 70)
+    assert job.wait() == job.wait() == 70
+    assert engine.cache.stats() == {
+        **{"queried_tokens": 166, "hit_tokens": 83, "restored_tokens": 70},
+        **{"stored_tokens": 89, "hit_rate": 0.5},
+    }
+
+
+@pytest.mark.parametrize("kind", ["mem", "shm"])
+def test_what_the_store_had_no_room_for_is_not_counted_as_stored(kind, tmp_path):
+    store, remove = new_store(kind, tmp_path, capacity="32KiB" if kind == "shm" else "3KiB")
+    engine = Engine(store=store)
+    count = stored(engine, lmc.Prompt([1] * 160))
+    assert 0 < count < 160
+    assert count == 16 * sum(engine.cache.backend.contains(keys_of(engine, lmc.Prompt([1] * 160))))
+    engine.cache.close()
+    remove()
+
+
+def test_a_job_may_be_awaited(engine):
+    async def loop() -> tuple[int, int]:
+        p, ids = prompt(), engine.block_ids(83)
+        return await engine.cache.store(p, ids), await engine.cache.retrieve(p, ids)
+
+    assert asyncio.run(loop()) == (89, 83)
 
 
 def test_slots_past_the_tail_are_zero_after_a_retrieve(engine):
@@ -175,6 +256,7 @@ def test_pages_beside_the_prompt_are_never_touched(engine):
     engine.cache.retrieve(p, ids).wait()
     others = [page for page in range(engine.pages) if page not in ids.tolist()]
     assert engine.kv[:, others].isnan().all()
+    engine.cache.close()
 
 
 def test_skipped_pages_are_left_alone_by_a_retrieve_and_kept_out_of_a_store(engine):

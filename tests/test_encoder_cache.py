@@ -100,6 +100,13 @@ def test_tensors_of_any_strides_and_devices_are_saved_and_filled(cache, device):
     assert same(loaded, output)
 
 
+def test_what_the_store_has_no_room_for_is_not_said_to_be_saved():
+    with lmc.EncoderCache(NAMESPACE, "mem://?capacity=64KiB") as cache:
+        assert not cache.save("a", torch.zeros(1 << 17, dtype=torch.uint8))
+        assert cache.load("a") is None
+        assert cache.save("b", torch.zeros(1 << 10, dtype=torch.uint8))
+
+
 def test_tensors_that_need_gradients_are_saved_and_filled(mem):
     output = OUTPUT.clone().requires_grad_()
     mem.save("a", output)
