@@ -70,7 +70,7 @@ class KVCache:
         self.backend = open_store(store) if isinstance(store, Sequence) else store
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         capacity = self.backend.stats().get("capacity_bytes", largest)
-        if capacity < largest:
+        if capacity < largest and not self.backend.read_only:
             self._close_store()
             raise ValueError(f"store: expected a capacity of at least a chunk's {largest} bytes, got {capacity}")
         try:

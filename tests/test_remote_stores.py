@@ -819,8 +819,8 @@ def test_urls_of_stores_beyond_this_host_that_open_none_say_why(url, text, envir
 )
 def test_a_client_that_is_not_installed_is_named_with_its_extra(scheme, package, environment):
     environment.setitem(sys.modules, package, None)
-    environment.delitem(sys.modules, f"lmcache_mm.stores.{scheme}", raising=False)
-    with pytest.raises(RuntimeError, match=rf"store: {scheme}: .*pip install 'lmcache-mm\[{scheme}\]'"):
+    environment.delitem(sys.modules, f"lmcache_mm.stores.remote.{scheme}", raising=False)
+    with pytest.raises(RuntimeError, match=rf"store: {scheme}: .*pip install '\.\[{scheme}\]'"):
         open_store({"s3": "s3://bucket"}.get(scheme, f"{scheme}://host:1"))
 
 

@@ -1,0 +1,50 @@
+"""Two hosts, played by two processes: one lends its shared memory, the other reads it over the network."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import subprocess
+import sys
+import uuid
+
+import torch
+
+import lmcache_mm as lmc
+
+PROMPT = lmc.Prompt([1] * 20 + [99] * 300 + [5] * 30, [lmc.Item("hash of the picture", offset=20, length=300)])
+
+
+def cache_on(store: str) -> tuple[torch.Tensor, lmc.KVCache]:
+    pages = torch.zeros(32, 16, 64)
+    layout = lmc.KVLayout.from_tensors([pages], page_tokens=16, page_dim=0, token_dim=1)
+    return pages, lmc.KVCache(layout, store, lmc.Namespace(model="my-model"))
+
+
+def main() -> None:
+    os.environ.setdefault("LMCACHE_MM_SECRET", secrets.token_hex(16))  # the same on both hosts
+    lent = f"shm:///example-{uuid.uuid4().hex}"
+    pages, cache = cache_on(f"{lent}?capacity=16MiB")
+    with cache:
+        pages.normal_()
+        cache.store(PROMPT, list(range(22))).wait()
+        # Beyond loopback, `lmcache-mm certificates` makes what --tls and ?tls= name.
+        serve = [sys.executable, "-m", "lmcache_mm", "serve", "--store", lent, "--listen", "127.0.0.1:0"]
+        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+            try:
+                assert server.stdout
+                address = re.search(r"lent at (\S+:\d+),", server.stdout.readline())
+                assert address
+                there, reader = cache_on(f"peer://{address[1]}")
+                with reader:
+                    restored = reader.retrieve(PROMPT, list(range(22))).wait()
+            finally:
+                server.terminate()
+        assert torch.equal(there.flatten(0, 1)[:restored], pages.flatten(0, 1)[:restored])
+        print(f"{restored} of {len(PROMPT)} tokens read from the other host")
+    subprocess.run([sys.executable, "-m", "lmcache_mm", "clear", lent], check=True, stdout=subprocess.DEVNULL)
+
+
+if __name__ == "__main__":
+    main()

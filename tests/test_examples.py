@@ -1,0 +1,29 @@
+"""Every script in examples/ runs as it is; tests/test_demo.py has the demo."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+NOT_RUN = {"demo", "paged_qwen2_vl", "tiny_qwen2_vl"}  # by tests/test_demo.py, or imported there
+SAID = {
+    "own_loop": "hash of a cat, question 5: 349 of 350 tokens restored, the answer is the same",
+    "chat": "162 tokens, 149 restored, 8 generated",
+    "dynamic_cache": "325 tokens, 256 restored",
+    "layouts": "MLA, one latent per token: 100 tokens",
+    "arrays": "300 different ids for 300 placeholders",
+    "two_hosts": "350 of 350 tokens read from the other host",
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in NOT_RUN))
+def test_an_example_says_what_it_shows(name):
+    if name == "dynamic_cache":
+        pytest.importorskip("transformers")
+    command = [sys.executable, EXAMPLES / f"{name}.py"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=120)
+    assert SAID[name] in done.stdout
