@@ -4,6 +4,7 @@
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
 #   make soak     the crash test of the shared stores for $(SECONDS_EACH) s each, and as many simulated runs
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
+#   make docs     the pages in build/site
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
 
@@ -17,7 +18,7 @@ export LMCACHE_MM_CUDA ?= AUTO
 SECONDS_EACH ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test test-vllm-all soak bench lint format clean
+.PHONY: demo test test-vllm-all soak bench docs lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -37,6 +38,9 @@ bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-json=$(RESULTS) \
 	  --benchmark-columns=median,iqr,rounds --benchmark-group-by=func $(ARGS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
+
+docs: $(VENV)/built
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

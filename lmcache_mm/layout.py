@@ -62,7 +62,7 @@ class KVLayout:
     belongs to slot (x // token_bytes) % page_tokens; token_bytes = 0 makes pages opaque: they are copied whole and no
     slot is looked for in them.
 
-    A payload of page mode is [plane][page][page byte], one of token mode [plane][token][row byte], row_bytes a row.
+    A payload of page mode is [plane, page, page byte], one of token mode [plane, token, row byte], row_bytes a row.
     All sizes and strides are in bytes. `device` says where the planes are. `spec` says what the bytes mean (dtype, and
     which dimensions in which order) and `layers` names the layers; both enter the fingerprint only. `planes_until`: of
     each layer how many planes, from the first on, hold it and those before it.

@@ -237,7 +237,7 @@ def gather_pages(
     threads: int = 0,
     max_blocks: int = 0,
 ) -> Any:
-    """Copies pages into contiguous payloads [plane][page][page byte]; returns the payload, or one a chunk.
+    """Copies pages into contiguous payloads [plane, page, page byte]; returns the payload, or one a chunk.
 
     block_ids: the pages of a chunk, int32 or int64 or a list of integers, or a list of such for many chunks in one
     call. -1 stands for a page that is not there: its bytes are zeros.
@@ -289,7 +289,7 @@ def gather_tokens(
     threads: int = 0,
     max_blocks: int = 0,
 ) -> Any:
-    """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane][token][row byte].
+    """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane, token, row byte].
 
     slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
     [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import lmcache_mm
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES = [
     (document.name, code)
@@ -32,3 +34,14 @@ def test_links_to_files_lead_somewhere():
     for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)(?:#[^)]*)?\)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_the_reference_names_all_that_is_public():
+    reference = (ROOT / "docs" / "api.md").read_text()
+    assert [
+        name for name in lmcache_mm.__all__ if not name.startswith("_") and f"::: lmcache_mm.{name}" not in reference
+    ] == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
