@@ -167,7 +167,7 @@ class PagedQwen2VL:
         is asked for the outputs of the vision encoder, instead of this class's own `encode`.
 
         The prefill makes a stop where the last image ends. So the KV of an image does not depend on how long the
-        question after it is (kernels are chosen by size and round differently), and whoever reuses it up to there
+        question after it is (kernels are chosen by size and round differently), and a caller that reuses it up to there
         computes on exactly as the request that stored it.
         """
         token_ids = request.token_ids

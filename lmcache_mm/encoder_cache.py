@@ -237,7 +237,7 @@ def _places(description: bytes) -> tuple[bool, list[_Place]]:
         places.append(_Place(begin, end, dtype, shape))
         begin = -(-end // ALIGNMENT) * ALIGNMENT
     if is_list > 1 or (count != 1 and not is_list) or any(description[at:]):
-        raise ValueError("description: it is none of this version")
+        raise ValueError("description: not of this version")
     return bool(is_list), places
 
 
@@ -325,8 +325,8 @@ def read(store: Store, key: bytes, owner: bytes, pinned: bool = False) -> Packed
 
 
 def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int) -> None:
-    """The payload first, so that who finds the description finds the payload. as_of: the store's moment when the output
-    was handed over, see `Store.put`."""
+    """The payload first, so that a reader that finds the description finds the payload. as_of: the store's moment when
+    the output was handed over, see `Store.put`."""
     keys = [payload_key(key, packed.description), key]
     store.put(keys[:1], [packed.payload.numpy().data], owner, None, as_of)
     store.put(keys[1:], [packed.description], owner, None, as_of)

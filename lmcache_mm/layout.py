@@ -43,7 +43,7 @@ def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
 
 
 def check_storage(name: str, tensor: torch.Tensor) -> None:
-    """ValueError for a tensor that reaches beyond its storage: whoever resizes that to 0 frees the memory."""
+    """ValueError for a tensor that reaches beyond its storage: resizing the storage to 0 frees the memory."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

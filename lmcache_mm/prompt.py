@@ -52,7 +52,7 @@ class Item:
     """One image, video or audio of a prompt.
 
     `identifier` names its content: any string, normally a hash of the decoded data. Two contents under one identifier
-    are one content to this library, so an identifier that a client may choose is no identifier.
+    are one content to this library, so a client must not be able to choose it.
     The item covers positions [offset, offset + length) of the prompt.
 
     Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside [0, 2**63).

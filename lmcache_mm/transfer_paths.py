@@ -68,7 +68,7 @@ def save(paths: Paths, device_name: str) -> Path:
 
 
 def load(file: Path) -> Paths | None:
-    """What was kept; None if there is none, or it is none of this version's, which is logged."""
+    """What was kept; None if there is none, or one of another version, which is logged."""
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:

@@ -342,10 +342,10 @@ def test_closing_leaves_no_process_and_no_memory(lent, server):
 
 
 def test_a_network_must_be_called_trusted(url, capsys):
-    with pytest.raises(ValueError, match="say trusted_network=1 where that is so, or use peer:"):
+    with pytest.raises(ValueError, match="add trusted_network=1 if all of them are trusted, or use peer:"):
         open_store("nixl://127.0.0.1:7700")
     assert cli.main(["serve", "--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--nixl"]) == 2
-    assert "say --trusted-network where that is so" in capsys.readouterr().err
+    assert "add --trusted-network if all are trusted" in capsys.readouterr().err
 
 
 def test_every_address_of_an_interface_names_it(tmp_path):

@@ -65,7 +65,9 @@ def serve(args: argparse.Namespace) -> int:
     before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if args.nixl and not args.trusted_network:
-            raise ValueError("serve: --nixl lends to whoever reaches its port: say --trusted-network where that is so")
+            raise ValueError(
+                "serve: --nixl lends to every host that reaches its port: add --trusted-network if all are trusted"
+            )
         address = host_and_port(args.listen)
         tls = Tls(args.tls) if args.tls else None
         seal = Seal.of_deployment("serve")
@@ -143,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.set_defaults(run=_on_store(run))
     _add_serve(commands)
     _add_certificates(commands)
-    text = "what this machine offers, what is wrong with it, and how to mend that"
+    text = "what this machine offers, what is wrong with it, and how to fix it"
     commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
         run=lambda _: doctor.run()
     )

@@ -1,4 +1,4 @@
-"""python -m lmcache_mm doctor: what this machine offers, what is wrong with it, and how to mend that."""
+"""lmcache-mm doctor: what this machine offers, what is wrong with it, and how to fix it."""
 
 from __future__ import annotations
 

@@ -122,8 +122,8 @@ def _open_nixl(url: str) -> Store:
     place, options = _split(url, NIXL_OPTIONS)
     if options.get("trusted_network") != "1":
         raise ValueError(
-            f"store: {url!r} reads payloads unencrypted, from a process that trusts whoever reaches its port: say "
-            "trusted_network=1 where that is so, or use peer:"
+            f"store: {url!r} reads payloads unencrypted, from a process that trusts every host that reaches its "
+            "port: add trusted_network=1 if all of them are trusted, or use peer:"
         )
     address, tls, timeout_s = _peer(url, place, options)
     return NixlStore(*address, Seal.of_deployment(f"nixl://{place}"), tls, timeout_s)

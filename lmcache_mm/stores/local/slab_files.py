@@ -72,7 +72,7 @@ def own_directory(path: Path) -> None:
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
         raise PermissionError(
             errno.EPERM,
-            f"store: expected a directory of user {os.geteuid()} with mode 0700, for whoever can read a "
+            f"store: expected a directory of user {os.geteuid()} with mode 0700, since a user who can read a "
             f"store reads everybody's KV; it is of user {found.st_uid} with mode {found.st_mode & 0o777:04o}",
             str(path),
         )

@@ -1,9 +1,9 @@
 """NIXL agents bound to one interface, and the processes that they live in: one lends a slab, one reads slabs.
 
-UCX, below NIXL, trusts whoever reaches its port: over TCP it reads and writes any memory of the process, registered or
-not, and whoever does can run code there. So these have as little as they can run with: no secret, no credentials, a
-slab read-only or what is read of others. They run this file alone, without the package, and so start sooner.
-"""
+UCX, below NIXL, trusts every host that reaches its port: over TCP it reads and writes any memory of the process,
+registered or not, and such a host can run code there. So these have as little as they can run with: no secret, no
+credentials, a slab read-only or what is read of others. They run this file alone, without the package, and so start
+sooner."""
 
 from __future__ import annotations
 
@@ -214,9 +214,9 @@ class Reader(_Process):
     """The process that reads slabs into memory that is shared with it. It can be used by one thread at a time, until a
     call has failed.
 
-    Whoever reaches its port may have made it theirs: nothing it says is believed, and the staging memory may change at
-    any time. One that is too late is left to end with its transfer, LONGEST_S after it began at most, and nobody looks
-    at what it reads: UCX can abort the process that lends where one that is reading is killed."""
+    A host that reaches its port may have taken it over: nothing it says is believed, and the staging memory may
+    change at any time. One that is too late is left to end with its transfer, LONGEST_S after it began at most, and
+    nobody looks at what it reads: UCX can abort the process that lends where one that is reading is killed."""
 
     def __init__(self, interface: str) -> None:
         self.interface = interface

@@ -317,7 +317,7 @@ class Scheduler:
 
     def promise(self, request: Request) -> dict[str, Any] | None:
         """Of the answer to a request that another engine is to decode: what that engine may wait for. It names nothing,
-        for whoever loads computes the keys from its own request."""
+        since a loader computes the keys from its own request."""
         ours = self._requests.get(request.request_id)
         if ours is None or not ours.saves or self._weights_now is not None:
             return None

@@ -1,8 +1,9 @@
 """What an engine's weights are while it runs.
 
 Weights can change in place: by a trainer's updates, by a reload, by any code that a worker is told to run. vLLM tells
-connectors only that it resets its caches. Whoever changes weights must reset them, but a pause or sleep resets them,
-too, and changes nothing. So after every reset, workers look at the weights. A change without a reset goes unnoticed.
+connectors only that it resets its caches. An operator who changes weights must reset them, but a pause or sleep resets
+them, too, and changes nothing. So after every reset, workers look at the weights. A change without a reset goes
+unnoticed.
 """
 
 from __future__ import annotations
