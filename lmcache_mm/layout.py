@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,6 +68,9 @@ class KVLayout:
     which dimensions in which order) and `layers` names the layers; both enter the fingerprint only. `planes_until`: of
     each layer how many planes, from the first on, hold it and those before it.
 
+    `memory` and `description` are what torch.compile takes for the layout, see operators.py: contiguous tensors over
+    the storages that the planes lie in, and where in them these lie; "" if there is a plane that does not.
+
     The layout keeps no copy: the cache must outlive it and every operation on it. `from_tensors` holds references.
     """
 
@@ -83,6 +87,8 @@ class KVLayout:
     layers: tuple[str, ...] = ()
     tensors: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
     planes_until: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
+    memory: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
+    description: str = field(default="", init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes"):
@@ -111,6 +117,19 @@ class KVLayout:
                 )
         if self.num_pages * max(self.page_stride, extent) >= 1 << 62 or len(self.planes) * self.page_bytes >= 1 << 40:
             raise ValueError("KVLayout: the cache exceeds 2**62 bytes, or a page of all planes 2**40")
+        plane_bytes = (self.num_pages - 1) * self.page_stride + extent if self.num_pages else 0
+        object.__setattr__(self, "description", self._described(plane_bytes))
+
+    def _described(self, plane_bytes: int) -> str:
+        spans = [(s.data_ptr(), s.nbytes()) for s in (tensor.untyped_storage() for tensor in self.memory)]
+        places = [
+            next(((i, plane - at) for i, (at, size) in enumerate(spans) if 0 <= plane - at <= size - plane_bytes), None)
+            for plane in self.planes
+        ]
+        if None in places or any(tensor.device != self.device for tensor in self.memory):
+            return ""
+        sizes = (self.num_pages, self.page_stride, self.page_tokens)
+        return json.dumps([places, (*sizes, self.runs, self.run_stride, self.run_bytes, self.token_bytes)])
 
     @property
     def opaque(self) -> bool:
@@ -210,7 +229,24 @@ class KVLayout:
             layers=tuple(layers),
             tensors=tuple(tensors.values()),
             planes_until={name: -(-ends[tensor.data_ptr()] // joined) for name, tensor in tensors.items()},
+            memory=_storages([t if isinstance(t, torch.Tensor) else tensors[name] for name, t in named.items()]),
         )
+
+
+def _storages(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """One contiguous tensor over each storage of `tensors`: one that the caller has where there is such, for a graph
+    copies a storage that it knows by several tensors."""
+    wholes: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        root = tensor if tensor._base is None else tensor._base
+        for whole in (tensor, root):
+            if whole.nbytes == storage.nbytes() and whole.is_contiguous():
+                break
+        else:
+            whole = root.detach().as_strided((storage.nbytes() // root.element_size(),), (1,), 0)
+        wholes.setdefault(storage.data_ptr(), whole)
+    return tuple(wholes.values())
 
 
 def fingerprint_of_groups(layouts: Sequence[KVLayout], chunk_tokens: int, mode: str = "page") -> bytes:

@@ -2,6 +2,14 @@
 
 Tensors are torch tensors or anything with DLPack (numpy, cupy); lists of integers stand for host ids. What a call is
 given and finds wrong is a TypeError or ValueError that names the argument, and nothing has been written then.
+
+torch.compile puts operators (operators.py) into its graphs for calls of these functions, fullgraph=True included; only
+`checksum` and `RunningKeys` break a graph. Arguments are torch tensors then, or lists of integers, which are constants
+of the graph, as identifiers, modalities and roots are: each new one compiles another graph. Layouts are made by
+`KVLayout.from_tensors`, outside the compiled function. Wrong ids, sizes and dtypes raise when the graph runs.
+A function that reads or writes the caches itself does so through the tensors in `layout.memory`: where a graph has two
+tensors of one storage and writes one of them, torch copies it or raises, and with dynamic=True computes wrong values
+(torch 2.14).
 """
 
 from __future__ import annotations
@@ -13,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmcache_mm import _C
+from lmcache_mm import _C, operators
 from lmcache_mm.layout import KVLayout, as_tensor
 from lmcache_mm.prompt import Item, checked_items, count
 
@@ -99,6 +107,8 @@ def apply_mm_hashes_to_token_ids(
     items, which the graph keeps; a capture of more, or with validate=True, is a RuntimeError.
     Source: docs/design.md, "Identity".
     """
+    if torch.compiler.is_compiling():
+        return operators.apply_mm_hashes_to_token_ids(token_ids, mm_hashes, mm_positions, modalities, validate)
     if isinstance(token_ids, (list, tuple)):
         raise TypeError(f"token_ids: expected a tensor, to be overwritten in place, got {type(token_ids).__name__}")
     tensor = as_tensor("token_ids", token_ids, writable=True)
@@ -160,6 +170,8 @@ def prefix_keys(
     keeps items and cuts: up to some 20 items, or 900 cuts beside those that have one step from the first on. A capture
     of more is a RuntimeError. Source: docs/design.md, "Identity".
     """
+    if torch.compiler.is_compiling():
+        return operators.prefix_keys(token_ids, items, root, cuts, validate)
     tensor = ids_tensor("token_ids", token_ids)
     device = tensor.device
     _check_device("token_ids", device)
@@ -255,6 +267,8 @@ def gather_pages(
     chunk with more than some 800 host ids is a RuntimeError; give its ids on the device.
     Raises TypeError or ValueError for host ids outside the cache, sizes that do not fit and tensors on other devices.
     """
+    if torch.compiler.is_compiling():
+        return operators.gather(layout, False, block_ids, out, tokens, checksums, threads, max_blocks)
     chunks = _Chunks(layout, "block_ids", block_ids)
     chunks.take_tokens(tokens)
     return chunks.gather(out, checksums, layout.page_bytes, threads, max_blocks)
@@ -277,6 +291,8 @@ def scatter_pages(
 
     Raises as `gather_pages` does.
     """
+    if torch.compiler.is_compiling():
+        return operators.scatter(layout, False, block_ids, payload, checksums, threads, max_blocks)
     return _Chunks(layout, "block_ids", block_ids).scatter(payload, checksums, layout.page_bytes, threads, max_blocks)
 
 
@@ -294,6 +310,8 @@ def gather_tokens(
     slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
     [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.
     """
+    if torch.compiler.is_compiling():
+        return operators.gather(layout, True, slots, out, None, checksums, threads, max_blocks)
     return _Chunks.of_slots(layout, slots).gather(out, checksums, layout.row_bytes, threads, max_blocks)
 
 
@@ -307,6 +325,8 @@ def scatter_tokens(
     max_blocks: int = 0,
 ) -> torch.Tensor | None:
     """Copies payloads of `gather_tokens` into slots. Otherwise as `scatter_pages`."""
+    if torch.compiler.is_compiling():
+        return operators.scatter(layout, True, slots, payload, checksums, threads, max_blocks)
     return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes, threads, max_blocks)
 
 
