@@ -70,9 +70,7 @@ __device__ void add_lane(LaneSums& sums, u64 index, const uint4& lane) {
 // no test of it.
 template <typename T>
 __device__ T* in_global_memory(T* pointer) {
-#ifdef __CUDA_ARCH__
   __builtin_assume(__isGlobal(pointer));
-#endif
   return pointer;
 }
 

@@ -671,6 +671,7 @@ class Mutation:
 
 
 SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
+PAYLOAD = "reinterpret_cast<uint4*>(work.chunk.payload)"
 PUT_SUM = "put_sum(copy, c, sums.total(), length_term);"
 KEYS, COPY, SPAN, TABLE, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "table.h", "error.h"
 TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
@@ -810,6 +811,7 @@ MUTATIONS = [
     Mutation(COPY, "what the cache has no place for", "to && unit == 4", "unit == 4"),
     Mutation(COPY, "what the cache has no place for", "to && unit == 1", "unit == 1"),
     Mutation(COPY, "a gather without payloads", "payload ? payload + lane : nullptr", "payload + lane"),
+    Mutation(COPY, "a gather without payloads", PAYLOAD, f"in_global_memory({PAYLOAD})"),
     Mutation(
         COPY,
         "a gather without payloads",

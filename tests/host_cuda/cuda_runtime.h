@@ -266,6 +266,9 @@ void after_atomic(const void* address);
 
 void* shared_memory(std::size_t bytes);
 
+// Whether these bytes are device or pinned memory.
+bool is_device_accessible(const void* pointer, std::size_t bytes);
+
 // Barriers in shared memory and bulk copies, which are made some time after they were begun, in any order: a store
 // reads shared memory at one time and writes at another.
 void mbarrier_init(const void* barrier, unsigned arrivals);
@@ -365,6 +368,9 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned value, HOST_CUDA_SITE)
 inline int __reduce_add_sync(unsigned mask, int value, HOST_CUDA_SITE) {
   return host_cuda::meet(host_cuda::Collective::kReduceAdd, mask, unsigned(value), 0, {file, line});
 }
+
+inline bool __isGlobal(const void* pointer) { return host_cuda::is_device_accessible(pointer, 1); }
+#define __builtin_assume(claim) ((claim) ? void() : host_cuda::fail("%s:%d: %s is false", __FILE__, __LINE__, #claim))
 
 // Only the types that CUDA has: unsigned long is not among them.
 #define HOST_CUDA_ATOMIC(T, name, expression) \

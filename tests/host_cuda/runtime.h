@@ -143,9 +143,6 @@ T take_random(std::vector<T>& from) {
   return taken;
 }
 
-// streams.cpp: whether these bytes are device or pinned memory.
-bool is_device_accessible(const void* pointer, std::size_t bytes);
-
 // kernels.cpp: all threads of all blocks, as part of `operation`, which runs.
 void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thread, Operation& operation);
 
