@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
 
-from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Item, checked_items
 
 Tensors = Sequence[torch.Tensor]
+ops: Any = None  # the module above this one, which hands itself to `define`
 
 # --- the operators, as they run
 
@@ -33,7 +34,8 @@ def _apply_mm_hashes(
 def _prefix_keys(token_ids: Any, *rest: Any) -> torch.Tensor:
     *items, root, cuts, validate = rest
     checked = [Item(*fields) for fields in zip(*items, strict=True)]
-    return ops.prefix_keys(token_ids, checked, bytes(root), cuts, validate=validate)
+    keys: torch.Tensor = ops.prefix_keys(token_ids, checked, bytes(root), cuts, validate=validate)
+    return keys
 
 
 def _gather(memory: Tensors, layout: str, token_mode: bool, ids: Any, out: Any, tokens: Any, *rest: Any) -> None:
@@ -69,7 +71,7 @@ ITEMS = "str[] identifiers, SymInt[] offsets, SymInt[] lengths, str[]"
 LIMITS = "SymInt threads, SymInt max_blocks"
 # A CUDA graph of Inductor's own would have the caches copied to a place of its own.
 TAGS: Any = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
-for _run, _mutates, _schema, _fake in (
+OPERATORS: Any = (
     (_apply_mm_hashes, "token_ids", f"(Tensor(a!) token_ids, {ITEMS}? modalities, bool validate) -> ()", None),
     (
         _prefix_keys,
@@ -91,10 +93,17 @@ for _run, _mutates, _schema, _fake in (
         f"{LIMITS}) -> Tensor",
         lambda memory, *rest: memory[0].new_empty(0 if rest[4] is None else len(rest[2]), dtype=torch.bool),
     ),
-):
-    torch.library.custom_op(
-        f"lmcache_mm::{_run.__name__[1:]}", _run, mutates_args=_mutates.split(), schema=_schema, **TAGS
-    ).register_fake(_fake or (lambda *_: None))
+)
+
+
+def define(operations: ModuleType) -> None:
+    """Makes the operators, of these operations."""
+    global ops  # noqa: PLW0603
+    ops = operations
+    for run, mutates, schema, fake in OPERATORS:
+        name = f"lmcache_mm::{run.__name__[1:]}"
+        operator = torch.library.custom_op(name, run, mutates_args=mutates.split(), schema=schema, **TAGS)
+        operator.register_fake(fake or (lambda *_: None))
 
 
 # --- what `ops` calls while torch.compile traces it

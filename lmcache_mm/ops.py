@@ -15,6 +15,7 @@ tensors of one storage and writes one of them, torch copies it or raises, and wi
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -463,3 +464,6 @@ class _Chunks:
     @property
     def _host_ids(self) -> bool:
         return self.ids_device.type == "cpu"
+
+
+operators.define(sys.modules[__name__])
