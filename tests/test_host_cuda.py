@@ -589,9 +589,7 @@ RIGHT = [
         "registered_memory_is_pinned",
         "host_memory_is_registered_in_pieces",
         "errors_are_those_of_cuda",
-        "vote",
         "add_to_same_word",
-        "last_block",
     ),
     "read_unwritten_shared",
 ]
@@ -610,7 +608,6 @@ WRONG = [
     ("two_streams without their event", "tsan", RACE, False),
     ("null_stream and one that does not block", "asan", WRONG_RESULT, False),
     ("write_same_word", "tsan", RACE, True),
-    ("last_block without its fences", "tsan", RACE, True),
     ("wait_for_nobody", "asan", "the thread exits while lane|the mask names a lane that has exited", True),
     ("shuffle_in_part_of_a_warp", "asan", "the mask names a lane that the block does not have", True),
     ("shuffle_from_outside_the_mask", "asan", "it reads a lane that the mask leaves out", True),

@@ -63,9 +63,7 @@ struct Thread {
   u64 value;
   Token* order;
 
-  bool fenced;
-  std::vector<const void*> accessed;  // atomically, since the last fence
-  unsigned bulk_groups;               // committed
+  unsigned bulk_groups;  // committed
 };
 
 namespace {
@@ -240,8 +238,6 @@ Block* start_block(Grid& grid, u64 number, unsigned set) {
     thread.block = block;
     thread.linear = t;
     thread.index = {t % kernel.block.x, t / kernel.block.x % kernel.block.y, t / kernel.block.x / kernel.block.y};
-    thread.fenced = false;
-    thread.accessed.clear();
     thread.bulk_groups = 0;
     block->threads.push_back(&thread);
     make_ready(thread);
@@ -462,20 +458,10 @@ u64 meet(Collective kind, unsigned mask, u64 value, unsigned source, Site site) 
   if (kind == Collective::kSyncWarp) release(thread.order);
   if (arrived == names) {
     ++warp.generation[leader];
-    u64 values[kWarp] = {}, ballot = 0, sum = 0;
+    u64 values[kWarp] = {};
+    for (unsigned n = 0; n < names; ++n) values[named[n]->linear - first] = named[n]->value;
     for (unsigned n = 0; n < names; ++n) {
-      const unsigned l = named[n]->linear - first;
-      values[l] = named[n]->value;
-      ballot |= static_cast<u64>(values[l] != 0) << l;
-      sum += values[l];
-    }
-    for (unsigned n = 0; n < names; ++n) {
-      u64& out = named[n]->value;
-      if (kind == Collective::kShuffle) out = values[named[n]->source];
-      if (kind == Collective::kBallot) out = ballot;
-      if (kind == Collective::kAny) out = ballot != 0;
-      if (kind == Collective::kAll) out = ballot == mask;
-      if (kind == Collective::kReduceAdd) out = sum;
+      named[n]->value = values[named[n]->source];
       make_ready(*named[n]);
     }
   }
@@ -484,21 +470,10 @@ u64 meet(Collective kind, unsigned mask, u64 value, unsigned source, Site site) 
   return thread.value;
 }
 
-void before_atomic(const void* address) {
-  Thread* thread = runtime().thread;
-  if (!thread) return;
-  if (random_below(8) == 0) {
-    make_ready(*thread);
-    suspend();
-  }
-  if (thread->fenced) release(address);
-}
-
-void after_atomic(const void* address) {
-  Thread* thread = runtime().thread;
-  if (!thread || !under_tsan() || (!thread->accessed.empty() && thread->accessed.back() == address)) return;
-  const Quiet quiet;
-  thread->accessed.push_back(address);
+void before_atomic() {
+  if (random_below(8) != 0) return;
+  make_ready(this_thread("an atomic access"));
+  suspend();
 }
 
 }  // namespace host_cuda
@@ -528,17 +503,4 @@ void __syncthreads(const char* file, int line) {
   }
   suspend();
   acquire(order);
-}
-
-void __threadfence() {
-  Thread& thread = this_thread("__threadfence");
-  thread.fenced = true;
-  for (const void* address : thread.accessed) acquire(address);
-  const Quiet quiet;
-  thread.accessed.clear();
-}
-
-void __nanosleep(unsigned) {
-  make_ready(this_thread("__nanosleep"));
-  suspend();
 }

@@ -6,9 +6,7 @@
 //   an operation               before its successors: the next of its stream, those behind an event, and the host when
 //                              it has waited for it
 //   an operation               before its kernel's threads, and these before its end
-//   __syncthreads, __syncwarp  all threads that meet before all that go on; shuffles and votes order nothing
-//   __threadfence              what a thread did before its fence and a later atomic access, before what another does
-//                              after it has accessed the same word atomically and then passed a fence
+//   __syncthreads, __syncwarp  all threads that meet before all that go on; shuffles order nothing
 #pragma once
 
 #include <pthread.h>

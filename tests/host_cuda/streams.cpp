@@ -421,13 +421,6 @@ cudaError_t launch(const Kernel& kernel, cudaStream_t stream_handle, std::functi
   return cudaSuccess;
 }
 
-int occupancy(int block_threads, std::size_t shared_bytes) {
-  const std::size_t by_threads = 2048 / static_cast<std::size_t>(block_threads);
-  const std::size_t by_memory = (kSharedBytesOptin + 1024) / (shared_bytes + 1024);
-  const auto by_option = static_cast<std::size_t>(options().blocks_per_multiprocessor);
-  return static_cast<int>(std::min({by_threads, by_memory, by_option}));
-}
-
 }  // namespace host_cuda
 
 using namespace host_cuda;
@@ -469,17 +462,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   ENTER_WITHOUT_CONTEXT;
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
-  const std::map<cudaDeviceAttr, int> values = {
-      {cudaDevAttrMaxSharedMemoryPerBlock, kSharedBytes},
-      {cudaDevAttrMaxSharedMemoryPerBlockOptin, kSharedBytesOptin},
-      {cudaDevAttrWarpSize, 32},
-      {cudaDevAttrMultiProcessorCount, options().multiprocessors},
-      {cudaDevAttrMaxThreadsPerMultiProcessor, 2048},
-      {cudaDevAttrHostNativeAtomicSupported, 0},
-      {cudaDevAttrComputeCapabilityMajor, options().compute_capability / 10},
-      {cudaDevAttrComputeCapabilityMinor, options().compute_capability % 10},
-  };
-  *value = values.at(attribute);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? options().multiprocessors : 0;
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
@@ -495,20 +478,13 @@ cudaError_t cudaDeviceSynchronize() {
   wait(legacy_stream(current_device).last);
   return cudaSuccess;
 }
-cudaError_t cudaDriverGetVersion(int* version) {
-  ENTER_WITHOUT_CONTEXT;
-  *version = 13000;
-  return cudaSuccess;
-}
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   const Entry entry;  // never fails on request, as CUDA's does not for arguments that are right
   std::swap(capture_mode, *mode);
   return cudaSuccess;
 }
-cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
-cudaError_t cudaPeekAtLastError() { return last_error; }
 
 #define HOST_CUDA_NAME(name) \
   case name:                 \
@@ -580,11 +556,6 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
   copy(to, from, bytes, kind, stream);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-  ENTER;
-  wait(copy(to, from, bytes, kind, nullptr));
-  return cudaSuccess;
-}
 cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t stream) {
   ENTER;
   if (type_of(to, bytes) == cudaMemoryTypeUnregistered) fail("cudaMemsetAsync of %p, which is host memory", to);
@@ -654,7 +625,6 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 
 // --- Streams and events
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithPriority(stream, 0, 0); }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
   return cudaStreamCreateWithPriority(stream, flags, 0);
 }
