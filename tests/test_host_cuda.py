@@ -591,7 +591,7 @@ RIGHT = [
         "errors_are_those_of_cuda",
         "add_to_same_word",
     ),
-    "read_unwritten_shared",
+    *("copy_in_bulk", "read_unwritten_shared"),
 ]
 WRONG_RESULT = r"^$"
 RACE, OVERRUN, POISONED = "ThreadSanitizer: data race", "heap-buffer-overflow", "use-after-poison"
@@ -620,6 +620,12 @@ WRONG = [
     ("device memory overrun", "asan", OVERRUN, True),
     ("device memory underrun", "asan", "neither device nor pinned memory", True),
     ("misaligned vector", "asan", "store to misaligned address", True),
+    ("more arrivals than expected", "asan", "more threads arrive at an mbarrier than it expects", True),
+    ("a bulk copy that is not aligned", "asan", "multiples of 16 are needed", True),
+    ("a bulk copy in front of shared memory", "asan", "of a bulk copy is not shared memory", True),
+    ("a barrier outside of shared memory", "asan", "of an mbarrier is not shared memory", True),
+    ("a batch of copies without a context", "asan", "cuMemcpyBatchAsync: error 201", True),
+    ("an event of a capture", "asan", "an event that was recorded in a capture", True),
     ("loop", "tsan", "kernel .*loop.*: the watchdog ends", True),
     ("host pointer in a kernel", "asan", "neither device nor pinned memory", True),
     ("host pointer in a copy", "asan", "not on the side that its kind says", True),

@@ -5,7 +5,12 @@
 
 using CUdeviceptr = unsigned long long;
 using CUstream = cudaStream_t;
-enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1, CUDA_ERROR_NOT_SUPPORTED = 801 };
+enum CUresult {
+  CUDA_SUCCESS = 0,
+  CUDA_ERROR_INVALID_VALUE = 1,
+  CUDA_ERROR_INVALID_CONTEXT = 201,
+  CUDA_ERROR_NOT_SUPPORTED = 801,
+};
 enum CUmemcpySrcAccessOrder {
   CU_MEMCPY_SRC_ACCESS_ORDER_INVALID = 0,
   CU_MEMCPY_SRC_ACCESS_ORDER_STREAM = 1,

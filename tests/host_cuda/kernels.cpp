@@ -339,6 +339,13 @@ void* shared_memory(std::size_t bytes) {
   return thread.block->shared;
 }
 
+static void check_shared(const void* pointer, std::size_t bytes, const char* what) {
+  const auto at = reinterpret_cast<std::uintptr_t>(pointer);
+  const auto begin = reinterpret_cast<std::uintptr_t>(this_thread(what).block->shared);
+  if (at < begin || at + bytes > begin + runtime().kernel->shared_bytes)
+    fail("%p of %s is not shared memory", pointer, what);
+}
+
 static Mbarrier& mbarrier(const void* address) {
   Block& block = *this_thread("an mbarrier").block;
   const auto found = block.mbarriers.find(address);
@@ -349,10 +356,9 @@ static Mbarrier& mbarrier(const void* address) {
 static void begin_bulk_copy(BulkCopy copy, const void* in_shared, const void* outside) {
   Block& block = *this_thread("a bulk copy").block;
   const auto all = reinterpret_cast<std::uintptr_t>(copy.to) | reinterpret_cast<std::uintptr_t>(copy.from) | copy.bytes;
-  const auto at = static_cast<std::size_t>(static_cast<const char*>(in_shared) - static_cast<char*>(block.shared));
   if (all % 16 || copy.bytes == 0)
     fail("a bulk copy of %zu bytes from %p to %p: multiples of 16 are needed", copy.bytes, copy.from, copy.to);
-  if (at + copy.bytes > runtime().kernel->shared_bytes) fail("%p of a bulk copy is not shared memory", in_shared);
+  check_shared(in_shared, copy.bytes, "a bulk copy");
   if (!is_device_accessible(outside, copy.bytes))
     fail("%p of a bulk copy is neither device nor pinned memory", outside);
   copy.begun = std::make_unique<Token>();
@@ -362,6 +368,7 @@ static void begin_bulk_copy(BulkCopy copy, const void* in_shared, const void* ou
 
 void mbarrier_init(const void* barrier, unsigned arrivals) {
   const Quiet quiet;
+  check_shared(barrier, 8, "an mbarrier");
   this_thread("an mbarrier").block->mbarriers[barrier].arrivals = arrivals;
 }
 
@@ -375,6 +382,7 @@ void mbarrier_load(const void* address, void* to, const void* from, std::size_t 
 void mbarrier_arrive(const void* address) {
   const Quiet quiet;
   Mbarrier& barrier = mbarrier(address);
+  if (barrier.arrived == barrier.arrivals) fail("more threads arrive at an mbarrier than it expects");
   release(&barrier.order);
   ++barrier.arrived;
   end_phase_if_complete(barrier);

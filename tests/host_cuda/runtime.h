@@ -106,8 +106,9 @@ struct Runtime {
   Policy policy = Policy::kLazy;
 
   std::map<std::uintptr_t, Allocation> memory;
-  std::map<const void*, std::size_t> shared_bytes_optin;
-  std::set<const void*> loaded;  // kernels
+  using OnDevice = std::pair<const void*, int>;  // a kernel and a device, each of which loads it and has its attributes
+  std::map<OnDevice, std::size_t> shared_bytes_optin;
+  std::set<OnDevice> loaded;
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUstream_st>> legacy_streams;

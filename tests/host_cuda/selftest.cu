@@ -7,8 +7,11 @@
 #include <cstdlib>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "batch_copy.h"
+#include "bulk_copy.h"
 #include "launch.h"
 #include "ops.h"
 
@@ -131,6 +134,29 @@ __global__ void loop(volatile u32* out) {
   while (*out != 1234567) {
   }
 }
+
+struct Tile {
+  BulkBarrier filled;
+  alignas(16) u32 words[kThreads];
+};
+
+// A copy through shared memory by the bulk copy engine, at whose barrier so many threads arrive.
+__global__ void copy_in_bulk(const u32* in, u32* out, u32 arrivals, u32 bytes) {
+  Tile& tile = shared_memory<Tile>();
+  tile.filled.init(1);
+  tile.filled.load(tile.words, in, bytes);
+  for (u32 i = 0; i < arrivals; ++i) tile.filled.arrive();
+  tile.filled.wait(0);
+  bulk_store(out, tile.words, bytes);
+  commit_bulk_stores();
+  wait_for_bulk_stores();
+}
+__global__ void copy_in_bulk_from_in_front() {
+  Tile& tile = shared_memory<Tile>();
+  tile.filled.init(1);
+  bulk_store(tile.words, reinterpret_cast<u8*>(&tile) - sizeof(Tile), sizeof(Tile));
+}
+__global__ void barrier_outside_of_shared_memory(u32* out) { reinterpret_cast<BulkBarrier*>(out)->init(1); }
 
 template <typename... Parameters, typename... Arguments>
 void run(void (*kernel)(Parameters...), u32 blocks, u32 threads, u32 shared_bytes, const Arguments&... arguments) {
@@ -283,6 +309,7 @@ void errors_are_those_of_cuda() {
   const cudaStream_t stream = new_stream();
   const cudaEvent_t event = new_event();
   check(cudaSetDevice(1));
+  expect(launched(1, 1, 49 << 10, nullptr) == cudaErrorInvalidValue);  // the other device's attribute
   expect(launched(1, 1, 4, stream) == cudaErrorInvalidResourceHandle);
   expect(cudaEventRecord(event, nullptr) == cudaErrorInvalidResourceHandle);
   expect(cudaSetDevice(2) == cudaErrorInvalidDevice);
@@ -356,6 +383,39 @@ int main(int, char** argv) {
          expect(to_host(words, 1)[0] == kBlocks * kThreads);
        }},
       {"write_same_word", [=] { run(write_same_word, 2, 1, 0, words); }},
+      {"copy_in_bulk",
+       [=] {
+         u32* out = on_device<u32>(kThreads);
+         check(launch(write_index, dim3(1), dim3(kThreads), 0, nullptr, words, 1u));
+         run(copy_in_bulk, 1, 1, sizeof(Tile), words, out, 1u, u32{sizeof(Tile::words)});
+         const std::vector<u32> got = to_host(out, kThreads);
+         for (u32 t = 0; t < kThreads; ++t) expect(got[t] == t + 1);
+       }},
+      {"more arrivals than expected", kernel(copy_in_bulk, 1, sizeof(Tile), words, words, 2u, 16u)},
+      {"a bulk copy that is not aligned", kernel(copy_in_bulk, 1, sizeof(Tile), words + 1, words, 1u, 16u)},
+      {"a bulk copy in front of shared memory", kernel(copy_in_bulk_from_in_front, 1, sizeof(Tile))},
+      {"a barrier outside of shared memory", kernel(barrier_outside_of_shared_memory, 1, sizeof(Tile), words)},
+      {"a batch of copies without a context",
+       [=] {
+         const cudaStream_t stream = new_stream();
+         u8* in = pinned<u8>(16);
+         std::thread([=] {
+           try {
+             copy_fragments("copy", {{reinterpret_cast<u8*>(words), in, 16}}, false, true, stream);
+           } catch (const std::runtime_error& error) {
+             std::printf("%s\n", error.what());
+             wrong_results = true;
+           }
+         }).join();
+       }},
+      {"an event of a capture",
+       [=] {
+         const cudaStream_t stream = new_stream();
+         const cudaEvent_t event = new_event();
+         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+         check(cudaEventRecord(event, stream));
+         check(cudaStreamWaitEvent(new_stream(), event));
+       }},
       {"read_unwritten_shared",
        [=] {
          run(read_unwritten_shared, 1, 1, 4, words);

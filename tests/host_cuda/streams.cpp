@@ -406,14 +406,14 @@ cudaError_t launch(const Kernel& kernel, cudaStream_t stream_handle, std::functi
   if (grid.x - 1 >= 0x7FFFFFFF || grid.y - 1 >= 65535 || grid.z - 1 >= 65535 || block.x - 1 >= 1024 ||
       block.y - 1 >= 1024 || block.z - 1 >= 64 || static_cast<u64>(block.x) * block.y * block.z > 1024)
     return result(cudaErrorInvalidConfiguration);
-  const auto optin = runtime().shared_bytes_optin.find(kernel.function);
+  const auto optin = runtime().shared_bytes_optin.find({kernel.function, current_device});
   if (kernel.shared_bytes > (optin == runtime().shared_bytes_optin.end() ? kSharedBytes : optin->second) ||
       kernel.parameter_bytes > kParameterBytes)
     return result(cudaErrorInvalidValue);
   for (const void* pointer : pointer_parameters)
     if (pointer && type_of(pointer, 1) == cudaMemoryTypeUnregistered)
       fail("a kernel is given %p, which is neither device nor pinned memory", pointer);
-  if (runtime().loaded.insert(kernel.function).second) ++calls().delays;
+  if (runtime().loaded.insert({kernel.function, current_device}).second) ++calls().delays;
   ++calls().launches;
   calls().most_blocks = std::max(calls().most_blocks, static_cast<u64>(grid.x) * grid.y * grid.z);
   enqueue("kernel", stream,
@@ -568,9 +568,10 @@ static CUresult memcpy_batch(CUdeviceptr* to, CUdeviceptr* from, std::size_t* si
                              CUmemcpyAttributes* attributes, std::size_t* first_of_attributes,
                              std::size_t num_attributes, std::size_t*, CUstream stream) {
   const Entry entry;
+  if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
   if (options().batch_copies == 2) return CUDA_ERROR_NOT_SUPPORTED;
-  if (must_fail() || !stream || stream == cudaStreamLegacy || num_attributes != 1 || *first_of_attributes != 0 ||
-      attributes->srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_INVALID)
+  if (must_fail() || !stream || stream == cudaStreamLegacy || count == 0 || num_attributes != 1 ||
+      *first_of_attributes != 0 || attributes->srcAccessOrder == CU_MEMCPY_SRC_ACCESS_ORDER_INVALID)
     return CUDA_ERROR_INVALID_VALUE;
   struct Copy {
     void* to;
@@ -655,7 +656,8 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   ENTER;
-  Operation* record = event_of(event).record;
+  if (event_of(event).captured) fail("a stream waits for an event that was recorded in a capture: not modelled");
+  Operation* record = event->record;
   if (record) enqueue("cudaStreamWaitEvent", stream_of(stream), nullptr, record);
   return cudaSuccess;
 }
@@ -734,12 +736,12 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   ENTER;
   const auto bytes = static_cast<std::size_t>(value);
   if (bytes > kSharedBytesOptin) return result(cudaErrorInvalidValue);
-  runtime().shared_bytes_optin[kernel] = bytes;
+  runtime().shared_bytes_optin[{kernel, current_device}] = bytes;
   return cudaSuccess;
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
   ENTER;
-  runtime().loaded.insert(kernel);
+  runtime().loaded.insert({kernel, current_device});
   attributes->ptxVersion = options().compute_capability;
   return cudaSuccess;
 }
