@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from lmcache_mm import ops
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import open_store
-from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 
@@ -99,7 +99,7 @@ class KVCache:
     def match(self, prompt: Prompt) -> int:
         """How many tokens of `prompt` could be restored now, up to all of them. A loop that needs logits retrieves one
         token less, and computes the last one again. Nothing is reserved: a record may be gone when it is retrieved."""
-        records, _ = self._plan(lambda: (self._present(self._records(prompt, turns=True)), []))
+        records = unless_lacking(lambda: self._present(self._records(prompt, turns=True)), list[Record]())
         hit = records[-1].end if records else 0
         self._count(queried_tokens=len(prompt), hit_tokens=hit)
         return hit
@@ -137,7 +137,7 @@ class KVCache:
                 records = chain((r for r in records if r.end <= behind), self.chunk_tokens) if limit else []
             return records, self._chunks(records, self._pages(block_ids, limit))
 
-        records, chunks = self._plan(plan)
+        records, chunks = unless_lacking(plan, (list[Record](), list[Chunk]()))
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
         restored = job.then(lambda loaded: min(limit, records[loaded - 1].end) if loaded else 0)
         restored.when_done(lambda tokens: self._count(restored_tokens=tokens))
@@ -151,7 +151,9 @@ class KVCache:
         forward pass that computes it, which then says `Job.layer_written` of one layer after the other.
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
-        _, chunks = self._plan(lambda: ([], self._chunks(self._records(prompt), self._pages(block_ids, len(prompt)))))
+        chunks = unless_lacking(
+            lambda: self._chunks(self._records(prompt), self._pages(block_ids, len(prompt))), list[Chunk]()
+        )
         job = self._transfer.store(chunks, owner_of(prompt.salt), by_layer=by_layer)
         job.when_done(lambda tokens: self._count(stored_tokens=tokens))
         return job
@@ -173,20 +175,11 @@ class KVCache:
             for name, number in tokens.items():
                 self._counts[name] += number
 
-    def _plan(self, make: Callable[[], tuple[list[Record], list[Chunk]]]) -> tuple[list[Record], list[Chunk]]:
-        """What `make` returns, or nothing where there is no memory for it."""
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
-        try:
-            return make()
-        except (MemoryError, RuntimeError) as error:
-            if is_lack(error):
-                return [], []
-            raise
-
     def _records(self, prompt: Prompt, turns: bool = False) -> list[Record]:
         if not isinstance(prompt, Prompt):
             raise TypeError(f"prompt: expected lmcache_mm.Prompt, got {type(prompt).__name__}")
+        if not self._open:
+            raise RuntimeError("cache: it is closed")
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)
         ends = prompt.cuts(self.chunk_tokens, self._whole, turns)
         keys = ops.prefix_keys(prompt.token_ids, prompt.items, root, ends).numpy()

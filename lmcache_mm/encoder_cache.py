@@ -12,7 +12,7 @@ from blake3 import blake3
 from lmcache_mm.layout import check_storage
 from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
 from lmcache_mm.stores import open_store
-from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
@@ -127,12 +127,9 @@ class EncoderCache:
             return False
         if there is not None and there != description:
             self.backend.delete([key])  # it would keep its place, and name a payload that is not this one
-        try:
-            packed = pack(output)
-        except (MemoryError, RuntimeError) as error:
-            if is_lack(error):
-                return False
-            raise
+        packed = unless_lacking(lambda: pack(output), None)
+        if packed is None:
+            return False
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         write(self.backend, key, packed, owner_of(salt), as_of)
@@ -303,12 +300,10 @@ def has_payload(store: Store, key: bytes, description: bytes) -> bool:
 
 
 def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
-    try:
-        memory = torch.empty(payload_bytes(description), dtype=torch.uint8, pin_memory=pinned)
-    except (MemoryError, RuntimeError) as error:
-        if is_lack(error):
-            return None
-        raise
+    size = payload_bytes(description)
+    memory = unless_lacking(lambda: torch.empty(size, dtype=torch.uint8, pin_memory=pinned), None)
+    if memory is None:
+        return None
     packed = Packed(description, memory)
     buffer = packed.payload.numpy().data
     if not store.get_into([payload_key(key, description)], [buffer], owner)[0]:

@@ -20,7 +20,7 @@ import torch
 from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
-from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import SlotStore, Store
 
 S = TypeVar("S")
@@ -208,12 +208,11 @@ class Transfer:
         if not by_layer:
             return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
         # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
-        try:
-            lane, staging = Lane("lmcache_mm store by layers", at_exit=False), self._staging()  # `close` gives it up
-        except Exception as error:
-            if not is_lack(error):
-                raise
+        name = "lmcache_mm store by layers"  # which `close` gives up
+        made = unless_lacking(lambda: (Lane(name, at_exit=False), self._staging()), None)
+        if made is None:
             return Job(_nothing(self._stores), self.layout, ())
+        lane, staging = made
         job = self._submit(lane, self._put, chunks, owner, as_of, staging, True, early=True)
         self._by_layer.add(job.work)
         return job
@@ -235,7 +234,9 @@ class Transfer:
     ) -> Job[int]:
         """Runs `run` on a lane's thread, with what the caller's stream holds now."""
         behind = _current_event(self.layout.device)
-        return Job(lane.submit(lambda work: _moved(run, work, behind, *arguments), early), self.layout, by_layer)
+        # Nothing is moved where there is no memory for it: that is a miss, or something not stored.
+        moved = lane.submit(lambda work: unless_lacking(lambda: run(work, behind, *arguments), 0), early)
+        return Job(moved, self.layout, by_layer)
 
     def _load(
         self, work: Work, behind: Any, chunks: Sequence[Chunk], owner: bytes, by_layer: list[_Copies] | None
@@ -430,16 +431,6 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += _whole_pages(size)
         return payloads
-
-
-def _moved(run: Callable[..., int], work: Work, *arguments: Any) -> int:
-    """What `run` returns; 0 where there is no memory for it: that is a miss, or something not stored."""
-    try:
-        return run(work, *arguments)
-    except Exception as error:
-        if is_lack(error):
-            return 0
-        raise
 
 
 def _nothing(lane: Lane) -> Work:

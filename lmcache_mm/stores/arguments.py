@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 Buffer = bytes | bytearray | memoryview  # or anything else with the buffer protocol
 
 NO_OWNER = bytes(16)
+T = TypeVar("T")
 
 
 def check_process(pid: int) -> None:
@@ -27,6 +29,16 @@ def is_lack(error: BaseException) -> bool:
         return error.errno in (errno.ENOMEM, errno.EAGAIN)
     said = str(error) if isinstance(error, RuntimeError) else ""
     return isinstance(error, MemoryError) or "can't allocate memory" in said or "can't start new thread" in said
+
+
+def unless_lacking(make: Callable[[], T], otherwise: T) -> T:
+    """What `make` returns; `otherwise` where there is no memory or no thread for it (`is_lack`)."""
+    try:
+        return make()
+    except Exception as error:
+        if is_lack(error):
+            return otherwise
+        raise
 
 
 def check_keys(keys: Sequence[bytes]) -> None:
