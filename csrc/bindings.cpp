@@ -142,23 +142,18 @@ PYBIND11_MODULE(_C, m) {
       py::arg("token_ids"), py::arg("count"), py::arg("wide"), py::arg("items"), py::arg("root"), py::arg("cuts"),
       py::arg("num_cuts"), py::arg("keys"));
 
-  m.def(
-      "gather",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums, u32 threads) {
-        const std::vector<Chunk> list = to_chunks(chunks);
-        py::gil_scoped_release release;
-        cpu::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums), threads);
-      },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"), py::arg("threads"));
-
-  m.def(
-      "scatter",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums, u32 threads) {
-        const std::vector<Chunk> list = to_chunks(chunks);
-        py::gil_scoped_release release;
-        cpu::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums), threads);
-      },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"), py::arg("threads"));
+  const auto def_copy = [&m](const char* name, auto* copy) {
+    m.def(
+        name,
+        [copy](const PagedCache& cache, bool token_mode, const py::iterable& chunks, u64 checksums, u32 threads) {
+          const std::vector<Chunk> list = to_chunks(chunks);
+          py::gil_scoped_release release;
+          copy(cache, token_mode ? Mode::kToken : Mode::kPage, list, reinterpret_cast<u64*>(checksums), threads);
+        },
+        py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("checksums"), py::arg("threads"));
+  };
+  def_copy("gather", &cpu::gather);
+  def_copy("scatter", &cpu::scatter);
 
   py::class_<cpu::RunningKeys>(m, "RunningKeys", py::metaclass((PyObject*)&PyType_Type))
       .def(py::init([](const py::iterable& items, const std::string& root) {
@@ -454,31 +449,23 @@ PYBIND11_MODULE(_C, m) {
       py::arg("num_cuts"), py::arg("keys"), py::arg("workspace"), py::arg("device"), py::arg("stream"),
       py::arg("upload"));
 
-  m.def(
-      "cuda_gather",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
-         u64 stream, const py::function& upload, u32 max_blocks) {
-        const std::vector<Chunk> list = to_chunks(chunks);
-        if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
-        py::gil_scoped_release release;
-        cuda::gather(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
-                     to_launch(device, stream, upload, max_blocks));
-      },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
-      py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
-
-  m.def(
-      "cuda_scatter",
-      [](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums, int device,
-         u64 stream, const py::function& upload, u32 max_blocks) {
-        const std::vector<Chunk> list = to_chunks(chunks);
-        if (host_ids) cpu::check_ids(cache, token_mode ? Mode::kToken : Mode::kPage, list);
-        py::gil_scoped_release release;
-        cuda::scatter(cache, token_mode ? Mode::kToken : Mode::kPage, list, host_ids, reinterpret_cast<u64*>(checksums),
-                      to_launch(device, stream, upload, max_blocks));
-      },
-      py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
-      py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
+  const auto def_cuda_copy = [&m](const char* name, auto* copy) {
+    m.def(
+        name,
+        [copy](const PagedCache& cache, bool token_mode, const py::iterable& chunks, bool host_ids, u64 checksums,
+               int device, u64 stream, const py::function& upload, u32 max_blocks) {
+          const std::vector<Chunk> list = to_chunks(chunks);
+          const Mode mode = token_mode ? Mode::kToken : Mode::kPage;
+          if (host_ids) cpu::check_ids(cache, mode, list);
+          py::gil_scoped_release release;
+          copy(cache, mode, list, host_ids, reinterpret_cast<u64*>(checksums),
+               to_launch(device, stream, upload, max_blocks));
+        },
+        py::arg("cache"), py::arg("token_mode"), py::arg("chunks"), py::arg("host_ids"), py::arg("checksums"),
+        py::arg("device"), py::arg("stream"), py::arg("upload"), py::arg("max_blocks"));
+  };
+  def_cuda_copy("cuda_gather", &cuda::gather);
+  def_cuda_copy("cuda_scatter", &cuda::scatter);
 
   // Their destructors wait for the device, or may.
   const py::release_gil_before_calling_cpp_dtor without_gil;
@@ -498,7 +485,6 @@ PYBIND11_MODULE(_C, m) {
             job.order(reinterpret_cast<void*>(stream), planes);
           },
           py::arg("stream"), py::arg("planes"), py::call_guard<py::gil_scoped_release>())
-      .def("finished", &cuda::Staging::Job::finished, py::call_guard<py::gil_scoped_release>())
       .def("wait", &cuda::Staging::Job::wait, py::call_guard<py::gil_scoped_release>());
 
   py::class_<cuda::Staging>(m, "CudaStaging", py::metaclass((PyObject*)&PyType_Type), without_gil)
@@ -532,21 +518,17 @@ PYBIND11_MODULE(_C, m) {
           py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("behind"),
           py::arg("fragment_bytes"), py::arg("kernel_blocks"));
 
-  m.def(
-      "cuda_register_host",
-      [](int device, u64 address, u64 bytes, u64 piece_bytes) {
-        cuda::register_host(device, reinterpret_cast<void*>(address), bytes, piece_bytes);
-      },
-      py::arg("device"), py::arg("address"), py::arg("bytes"), py::arg("piece_bytes"),
-      py::call_guard<py::gil_scoped_release>());
-
-  m.def(
-      "cuda_unregister_host",
-      [](int device, u64 address, u64 bytes, u64 piece_bytes) {
-        cuda::unregister_host(device, reinterpret_cast<void*>(address), bytes, piece_bytes);
-      },
-      py::arg("device"), py::arg("address"), py::arg("bytes"), py::arg("piece_bytes"),
-      py::call_guard<py::gil_scoped_release>());
+  const auto def_of_host = [&m](const char* name, auto* call) {
+    m.def(
+        name,
+        [call](int device, u64 address, u64 bytes, u64 piece_bytes) {
+          call(device, reinterpret_cast<void*>(address), bytes, piece_bytes);
+        },
+        py::arg("device"), py::arg("address"), py::arg("bytes"), py::arg("piece_bytes"),
+        py::call_guard<py::gil_scoped_release>());
+  };
+  def_of_host("cuda_register_host", &cuda::register_host);
+  def_of_host("cuda_unregister_host", &cuda::unregister_host);
 
   m.def("cuda_devices", [] {
     std::string why;

@@ -37,8 +37,8 @@ Function driver_function(const char* op, const char* name, [[maybe_unused]] unsi
   return reinterpret_cast<Function>(function);
 }
 
-// Lets the calls of a scope pass while another thread captures a CUDA graph, which cudaEventQuery and cudaHostAlloc,
-// for example, would otherwise end. The exchange fails for arguments that are wrong only.
+// Lets the calls of a scope pass while another thread captures a CUDA graph, which cudaEventSynchronize and
+// cudaHostAlloc, for example, would otherwise end. The exchange fails for arguments that are wrong only.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }

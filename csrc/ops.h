@@ -185,7 +185,6 @@ class Staging {
     // Returns when the last access to the first `planes` planes has been begun, or the job is over. What `stream` is
     // given from now on comes behind that access.
     void order(void* stream, u64 planes) const;
-    bool finished() const;
     // Waits for what was begun; the job is over. The payloads' checksums, if they were asked for. Throws
     // std::runtime_error if not all was begun.
     std::vector<i64> wait();

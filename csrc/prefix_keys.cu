@@ -27,6 +27,20 @@ constexpr u32 kNone = ~u32{0};         // of positions, which are below kMaxIds
 constexpr u32 kMaxGroups = kMaxIds / kGroupIds;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
 
+// How many i of [0, count) come before the first that is not `before`: none behind that is.
+template <typename Before>
+__device__ u32 count_before(u32 count, const Before& before) {
+  u32 low = 0;
+  while (low < count) {
+    const u32 middle = (low + count) / 2;
+    if (before(middle))
+      low = middle + 1;
+    else
+      count = middle;
+  }
+  return low;
+}
+
 // The items of a prompt in a table, in the order of the items chain.
 struct ItemsView {
   const ItemSpan* spans;
@@ -51,15 +65,7 @@ struct ItemsView {
 
   // How many items begin before position `end`.
   __device__ u32 begun_before(u64 end) const {
-    u32 low = 0, high = count;
-    while (low < high) {
-      const u32 middle = (low + high) / 2;
-      if (spans[middle].offset < end)
-        low = middle + 1;
-      else
-        high = middle;
-    }
-    return low;
+    return count_before(count, [&](u32 i) { return spans[i].offset < end; });
   }
 };
 
@@ -179,15 +185,7 @@ struct Prefixes {
 
 // The first of `cuts` that is greater than `end`.
 __device__ u32 first_cut_after(const Prefixes& prefixes, u64 end) {
-  u32 low = 0, high = prefixes.cuts.count;
-  while (low < high) {
-    const u32 middle = (low + high) / 2;
-    if (prefixes.cuts[middle] <= end)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
+  return count_before(prefixes.cuts.count, [&](u32 c) { return prefixes.cuts[c] <= end; });
 }
 
 // The least value of a warp's lanes.

@@ -436,17 +436,6 @@ void Staging::Job::order(void* stream, u64 planes) const {
   LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), found->event));
 }
 
-bool Staging::Job::finished() const {
-  const DeviceGuard guard(state_->op, state_->staging->device);
-  const cudaError_t state = cudaEventQuery(state_->finished);
-  if (state != cudaErrorNotReady) {
-    LMC_CUDA_CHECK(state_->op, state);
-    return true;
-  }
-  cudaGetLastError();
-  return false;
-}
-
 std::vector<i64> Staging::Job::wait() {
   State& j = *state_;
   if (j.under_way) {

@@ -884,7 +884,6 @@ MUTATIONS = [
             ("of an event", "op", "device", "refuse_capture"),
             ("of what begins", "j.op", "s.device", "  const Range"),
             ("of an order", "j.op", "j.staging->device", "refuse_capture"),
-            ("of a question", "state_->op", "state_->staging->device", "const cudaError_t state"),
             ("of a wait", "j.op", "j.staging->device", "  LMC_CUDA_CHECK(j.op, cudaEventSynchronize"),
             ("of a ring", "op", "device", "if (max_blocks == 0)"),
             ("of what is prepared", "op", "staging->device", "  if (chunks.empty())"),
@@ -956,14 +955,6 @@ MUTATIONS = [
     Mutation(TRANSFER, "the right layers", "one.planes >= planes", "true"),
     Mutation(TRANSFER, "layers that are not written yet", "if (step.end > planes) return false;", ""),
     Mutation(TRANSFER, "going on no more when it is over", "!j.over", "true", "!j.over && j.next_step"),
-    Mutation(TRANSFER, "asking whether a job is finished", "cudaEventQuery(state_->finished)", "cudaSuccess"),
-    Mutation(
-        TRANSFER,
-        "clearing what a query leaves behind",
-        "cudaGetLastError()",
-        "cudaSuccess",
-        "cudaGetLastError();\n  return false;",
-    ),
     Mutation(TRANSFER, "waiting for a job", "LMC_CUDA_CHECK(j.op, cudaEventSynchronize(j.finished));", ""),
     Mutation(
         TRANSFER,
