@@ -861,6 +861,7 @@ MUTATIONS = [
     Mutation(COPY, "telling that a tile is summed up", "ring.summed[stage].arrive();", ""),
     Mutation(COPY, "arriving at a tile", "filled.arrive();", ""),
     Mutation(COPY, "zeros before they are moved out", "if (zeros) fence_for_bulk_copies();", ""),
+    Mutation(COPY, "GPUs that have no engine", "code.ptxVersion >= 90", "true"),
     Mutation(COPY, "groups of stores", "commit_bulk_stores();", ""),
     Mutation(COPY, "waiting for all stores", "wait_for_bulk_stores();", ""),
     Mutation(COPY, "moving tiles out", "if (begun >= kAhead) move_out();", ""),

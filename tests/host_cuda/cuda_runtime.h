@@ -245,6 +245,7 @@ struct Kernel {
   const void* function;
   dim3 grid, block;
   std::size_t shared_bytes, parameter_bytes;
+  int compute_capability = options().compute_capability;
 };
 cudaError_t launch(const Kernel& kernel, cudaStream_t stream, std::function<void()> call_one_thread,
                    std::initializer_list<const void*> pointer_parameters);

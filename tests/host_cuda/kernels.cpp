@@ -356,6 +356,7 @@ static Mbarrier& mbarrier(const void* address) {
 static void begin_bulk_copy(BulkCopy copy, const void* in_shared, const void* outside) {
   Block& block = *this_thread("a bulk copy").block;
   const auto all = reinterpret_cast<std::uintptr_t>(copy.to) | reinterpret_cast<std::uintptr_t>(copy.from) | copy.bytes;
+  if (runtime().kernel->compute_capability < 90) fail("a bulk copy on a GPU that has none");
   if (all % 16 || copy.bytes == 0)
     fail("a bulk copy of %zu bytes from %p to %p: multiples of 16 are needed", copy.bytes, copy.from, copy.to);
   check_shared(in_shared, copy.bytes, "a bulk copy");
