@@ -6,10 +6,6 @@
 #include "error.h"
 #include "launch.h"
 
-#if defined(LMC_HOST_CUDA) || CUDART_VERSION >= 12080
-#define LMC_HAS_BATCH_COPIES 1
-#endif
-
 namespace lmc {
 
 // What is contiguous both in device memory, a page or a buffer, and in a payload.
@@ -24,7 +20,7 @@ struct Fragment {
 // that are copied from may be read before the stream has come so far.
 inline void copy_fragments(const char* op, const std::vector<Fragment>& fragments, bool to_payloads, bool is_pinned,
                            cudaStream_t stream) {
-#ifdef LMC_HAS_BATCH_COPIES
+#if defined(LMC_HOST_CUDA) || CUDART_VERSION >= 12080
   // Later drivers keep the signature of CUDA 12.8 under that version.
   const auto copy_batch = driver_function<PFN_cuMemcpyBatchAsync_v12080>(op, "cuMemcpyBatchAsync", 12080);
   if (is_pinned && copy_batch && !fragments.empty()) {

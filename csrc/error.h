@@ -24,6 +24,12 @@ namespace lmc {
     }                                                        \
   } while (0)
 
+inline bool is_captured(const char* op, void* stream) {
+  cudaStreamCaptureStatus status{};
+  LMC_CUDA_CHECK(op, cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 // A function of the driver as of a CUDA version; null where the driver has none.
 template <typename Function>
 Function driver_function(const char* op, const char* name, [[maybe_unused]] unsigned version) {

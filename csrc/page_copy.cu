@@ -345,12 +345,6 @@ struct Call {
   }
 };
 
-u32 multiprocessors(const char* op, int device) {
-  int count = 0;
-  LMC_CUDA_CHECK(op, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return static_cast<u32>(count);
-}
-
 // Whether the bulk copy engine can copy, and is worth while: the code for this device, which may be older than the
 // device, has it.
 bool takes_bulk_copies(const Call& call) {
@@ -434,7 +428,10 @@ void launch_part(const Call& call, const Part<u32>& part) {
 // checksums: device memory, one a chunk, or null.
 template <typename Index>
 PartialSums run(const Call& call, u32 unit, u64* checksums) {
-  u64 most_blocks = static_cast<u64>(kBlocksPerSm<Index>) * multiprocessors(call.op, call.where.device);
+  const char* op = call.op;
+  int multiprocessors = 0;
+  LMC_CUDA_CHECK(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.where.device));
+  u64 most_blocks = static_cast<u64>(kBlocksPerSm<Index>) * static_cast<u32>(multiprocessors);
   if (call.where.max_blocks) most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);
   std::vector<Part<Index>> parts;
   PartialSums partial;
@@ -449,7 +446,6 @@ PartialSums run(const Call& call, u32 unit, u64* checksums) {
   }
   const bool are_partial = static_cast<bool>(call.where.partial_sums);
   u64* sums = are_partial ? call.where.partial_sums(num_sums) : checksums;
-  const char* op = call.op;
   const auto stream = static_cast<cudaStream_t>(call.where.stream);
   if (sums && !are_partial) LMC_CUDA_CHECK(op, cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream));
   std::size_t first = 0;
@@ -459,7 +455,7 @@ PartialSums run(const Call& call, u32 unit, u64* checksums) {
       part.parameters.head.sums = reinterpret_cast<unsigned long long*>(sums) + (are_partial ? part.first_sum : first);
     first += part.works.size();
     if (part.tiles() == 0) continue;
-    part.table.put(call.op, call.where, part.parameters);
+    part.table.put(op, call.where, part.parameters);
     launch_part(call, part);
   }
   return partial;

@@ -49,9 +49,7 @@ class Table {
       if (!bytes_.empty()) std::memcpy(parameters.bytes, bytes_.data(), bytes_.size());
       return;
     }
-    cudaStreamCaptureStatus capture{};
-    LMC_CUDA_CHECK(op, cudaStreamIsCapturing(static_cast<cudaStream_t>(where.stream), &capture));
-    if (capture != cudaStreamCaptureStatusNone)
+    if (is_captured(op, where.stream))
       throw std::runtime_error(std::string(op) + ": a CUDA graph cannot capture a call whose tables are of " +
                                std::to_string(bytes_.size()) + " bytes; kernel parameters hold " +
                                std::to_string(sizeof parameters.bytes) +

@@ -63,9 +63,7 @@ cudaEvent_t new_event(const char* op) {
 }
 
 void refuse_capture(const char* op, void* stream) {
-  cudaStreamCaptureStatus status{};
-  LMC_CUDA_CHECK(op, cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
-  if (status != cudaStreamCaptureStatusNone)
+  if (is_captured(op, stream))
     throw std::runtime_error(std::string(op) + ": the stream is being captured, and no CUDA graph can hold a transfer");
 }
 

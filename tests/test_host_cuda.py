@@ -713,7 +713,7 @@ MUTATIONS = [
     Mutation(TABLE, "tables that parameters do not hold", "bytes_.size() <= sizeof parameters.bytes", "true"),
     Mutation(TABLE, "where such a table is", "elsewhere ? elsewhere : bytes", "bytes"),
     Mutation(TABLE, "aligning the parts of a table", "(bytes_.size() + 15) / 16 * 16 + part", "bytes_.size() + part"),
-    Mutation(TABLE, "refusing captures", "capture != cudaStreamCaptureStatusNone", "false", args=("--graphs",)),
+    Mutation(TABLE, "refusing captures", "is_captured(op, where.stream)", "false", args=("--graphs",)),
     Mutation(COPY, "the end of parameters", "part.table.bytes_after(more) > sizeof part.parameters.bytes", "false"),
     Mutation(COPY, "ids in a table", "ids_in_table", "false", "if (ids_in_table)"),
     Mutation(COPY, "ids outside the cache", "chunk.id(k) < ids_end", "true"),

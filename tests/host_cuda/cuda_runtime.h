@@ -45,25 +45,16 @@ struct __align__(16) uint4 {
 };
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-#define HOST_CUDA_ERRORS(x)                                                                                 \
-  x(cudaSuccess) x(cudaErrorInvalidValue) x(cudaErrorMemoryAllocation) x(cudaErrorInvalidConfiguration)     \
-      x(cudaErrorNoDevice) x(cudaErrorInvalidDevice) x(cudaErrorInvalidResourceHandle) x(cudaErrorNotReady) \
-          x(cudaErrorHostMemoryAlreadyRegistered) x(cudaErrorHostMemoryNotRegistered)                       \
-              x(cudaErrorStreamCaptureUnsupported) x(cudaErrorCapturedEvent) x(cudaErrorUnknown)
+#define HOST_CUDA_ERRORS(x)                                                                                         \
+  x(cudaSuccess, 0) x(cudaErrorInvalidValue, 1) x(cudaErrorMemoryAllocation, 2) x(cudaErrorInvalidConfiguration, 9) \
+      x(cudaErrorNoDevice, 100) x(cudaErrorInvalidDevice, 101) x(cudaErrorInvalidResourceHandle, 400)               \
+          x(cudaErrorNotReady, 600) x(cudaErrorHostMemoryAlreadyRegistered, 712)                                    \
+              x(cudaErrorHostMemoryNotRegistered, 713) x(cudaErrorStreamCaptureUnsupported, 900)                    \
+                  x(cudaErrorCapturedEvent, 907) x(cudaErrorUnknown, 999)
 enum cudaError_t {
-  cudaSuccess = 0,
-  cudaErrorInvalidValue = 1,
-  cudaErrorMemoryAllocation = 2,
-  cudaErrorInvalidConfiguration = 9,
-  cudaErrorNoDevice = 100,
-  cudaErrorInvalidDevice = 101,
-  cudaErrorInvalidResourceHandle = 400,
-  cudaErrorNotReady = 600,
-  cudaErrorHostMemoryAlreadyRegistered = 712,
-  cudaErrorHostMemoryNotRegistered = 713,
-  cudaErrorStreamCaptureUnsupported = 900,
-  cudaErrorCapturedEvent = 907,
-  cudaErrorUnknown = 999,
+#define HOST_CUDA_ENUMERATOR(name, value) name = value,
+  HOST_CUDA_ERRORS(HOST_CUDA_ENUMERATOR)
+#undef HOST_CUDA_ENUMERATOR
 };
 
 enum cudaMemcpyKind {
@@ -96,9 +87,6 @@ struct cudaDeviceProp {
 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
-  int device;
-  void* devicePointer;
-  void* hostPointer;
 };
 
 using cudaStream_t = struct CUstream_st*;

@@ -89,7 +89,6 @@ struct Allocation {
   std::size_t bytes;
   cudaMemoryType type;
   bool registered;
-  int device;
 };
 
 // When operations run: as late as is legal, at random, at the call.

@@ -366,7 +366,7 @@ cudaError_t allocate(void** pointer, std::size_t bytes, cudaMemoryType type) {
   // Not always the same, for there is code that happens to be right with any one value.
   const int poisons[] = {0x00, 0xCD, 0xFF};
   std::memset(*pointer, poisons[random_below(3)], bytes);
-  runtime().memory[reinterpret_cast<std::uintptr_t>(*pointer)] = {bytes, type, false, current_device};
+  runtime().memory[reinterpret_cast<std::uintptr_t>(*pointer)] = {bytes, type, false};
   if (type == cudaMemoryTypeDevice && __asan_poison_memory_region) __asan_poison_memory_region(*pointer, bytes);
   return cudaSuccess;
 }
@@ -486,8 +486,8 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
 
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 
-#define HOST_CUDA_NAME(name) \
-  case name:                 \
+#define HOST_CUDA_NAME(name, value) \
+  case name:                        \
     return #name;
 const char* cudaGetErrorName(cudaError_t error) {
   switch (error) { HOST_CUDA_ERRORS(HOST_CUDA_NAME) }
@@ -522,7 +522,7 @@ cudaError_t cudaHostRegister(void* pointer, std::size_t bytes, unsigned) {
   const auto next = runtime().memory.lower_bound(address);
   if (allocation_of(pointer) || (next != runtime().memory.end() && next->first < address + bytes))
     return result(cudaErrorHostMemoryAlreadyRegistered);
-  runtime().memory[address] = {bytes, cudaMemoryTypeHost, true, current_device};
+  runtime().memory[address] = {bytes, cudaMemoryTypeHost, true};
   return cudaSuccess;
 }
 cudaError_t cudaHostUnregister(void* pointer) {
@@ -540,13 +540,7 @@ cudaError_t cudaHostGetDevicePointer(void** device_pointer, void* host_pointer, 
 }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
   ENTER;
-  const Allocation* allocation = allocation_of(pointer);
-  void* address = const_cast<void*>(pointer);
-  if (!allocation)
-    *attributes = {cudaMemoryTypeUnregistered, -1, nullptr, address};
-  else
-    *attributes = {allocation->type, allocation->device, address,
-                   allocation->type == cudaMemoryTypeDevice ? nullptr : address};
+  attributes->type = type_of(pointer, 0);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
