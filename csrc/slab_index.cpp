@@ -59,15 +59,17 @@ struct SlabEntry {
 static_assert(sizeof(SlabEntry) == 176, "the index is a file format");
 
 struct SlabHeader {
-  std::atomic<u64> fixed[kFixedWords];
-  std::atomic<u64> fixed_check;
-  std::atomic<u64> epoch;       // another one after everything was made anew
-  std::atomic<u64> dirty;       // while there is a change
-  std::atomic<u64> moves;       // odd while slots of a hash table move
-  std::atomic<u64> rows_taken;  // a bit each
+  std::atomic<u64> fixed[kFixedWords + 1];  // and their checksum
+  std::atomic<u64> epoch;                   // another one after everything was made anew
+  std::atomic<u64> dirty;                   // while there is a change
+  std::atomic<u64> moves;                   // odd while slots of a hash table move
+  std::atomic<u64> rows_taken;              // a bit each
   std::atomic<double> held_since;
   std::atomic<u64> sums[kSumsRoom];
-  std::atomic<u64> sums_check;  // while there is no change
+  std::atomic<u64> sums_check;              // while there is no change
+  std::atomic<u64> spare[kFixedWords + 1];  // as `fixed`: of the two one is whole at every moment
+  std::atomic<u64> old_place;               // 1 + granule of the entry that is being overwritten, 0 for none
+  std::atomic<u64> old[kContentWords + 1];  // its content and check of before
 };
 static_assert(sizeof(SlabHeader) <= kHeaderBytes, "the header is a page");
 
@@ -113,9 +115,9 @@ u64 forgotten_check(const SlabOwner& owner, u64 sequence, u64 seed) {
   return stir(stir(stir(seed, owner[0]), owner[1]), sequence);
 }
 
-u64 fixed_check_of(const u64 (&words)[kFixedWords]) {
+u64 fixed_check_of(const u64 (&words)[kFixedWords + 1]) {
   u64 hash = 0x6C6D636D6D203200;
-  for (const u64 word : words) hash = stir(hash, word);
+  for (u32 i = 0; i < kFixedWords; ++i) hash = stir(hash, words[i]);
   return hash;
 }
 
@@ -161,6 +163,11 @@ struct flock record_lock(short type, u32 byte) {
 }
 
 }  // namespace
+
+u64 SlabLock::random() {
+  std::random_device random;
+  return (u64{random()} << 32) | random();
+}
 
 bool SlabFileLock::try_lock() {
   struct flock request = record_lock(F_WRLCK, byte_);
@@ -244,13 +251,15 @@ class SlabIndex::Held {
 u64 SlabIndex::file_bytes(const Shape& shape) { return layout_of(shape).end; }
 
 std::optional<SlabFixed> SlabIndex::fixed_of(const void* page) {
-  u64 words[kFixedWords], check;
-  std::memcpy(words, page, sizeof words);
-  std::memcpy(&check, static_cast<const u8*>(page) + sizeof words, 8);
-  SlabFixed fixed;
-  std::memcpy(&fixed, words, sizeof fixed);
-  if (std::memcmp(fixed.magic, kMagic, sizeof kMagic) != 0 || check != fixed_check_of(words)) return std::nullopt;
-  return fixed;
+  for (const std::size_t copy : {offsetof(SlabHeader, fixed), offsetof(SlabHeader, spare)}) {
+    u64 words[kFixedWords + 1];
+    std::memcpy(words, static_cast<const u8*>(page) + copy, sizeof words);
+    SlabFixed fixed;
+    std::memcpy(&fixed, words, sizeof fixed);
+    if (std::memcmp(fixed.magic, kMagic, sizeof kMagic) == 0 && words[kFixedWords] == fixed_check_of(words))
+      return fixed;
+  }
+  return std::nullopt;
 }
 
 SlabIndex::SlabIndex(void* file, const Shape& shape, SlabLock& lock, u32 row)
@@ -297,10 +306,12 @@ void SlabIndex::open(const std::array<u64, 2>& boot_id, bool keep, const SlabTer
 
 // Takes seed and clock from the header; nothing if it is damaged, or that of another store.
 std::optional<SlabFixed> SlabIndex::adopt() {
-  u64 words[kFixedWords + 1];
-  for (u32 i = 0; i < kFixedWords; ++i) words[i] = see(header_->fixed[i]);
-  words[kFixedWords] = see(header_->fixed_check);
-  const std::optional<SlabFixed> fixed = fixed_of(words);
+  u64 header[sizeof(SlabHeader) / 8] = {};
+  for (u32 i = 0; i <= kFixedWords; ++i) {
+    header[offsetof(SlabHeader, fixed) / 8 + i] = see(header_->fixed[i]);
+    header[offsetof(SlabHeader, spare) / 8 + i] = see(header_->spare[i]);
+  }
+  const std::optional<SlabFixed> fixed = fixed_of(header);
   if (!fixed || fixed->version != kSlabVersion || fixed->rows != kSlabRows || fixed->granules != shape_.granules ||
       fixed->granule_bytes != shape_.granule_bytes || fixed->segment_granules != shape_.segment_granules)
     return std::nullopt;
@@ -320,17 +331,17 @@ void SlabIndex::write_fixed() {
   fixed.boot_id = boot_id_;
   fixed.clock_base = clock_base_;
   fixed.seed = seed_;
-  u64 words[kFixedWords];
-  std::memcpy(words, &fixed, sizeof words);
-  for (u32 i = 0; i < kFixedWords; ++i) put(header_->fixed[i], words[i]);
-  put(header_->fixed_check, fixed_check_of(words));
+  u64 words[kFixedWords + 1];
+  std::memcpy(words, &fixed, sizeof fixed);
+  words[kFixedWords] = fixed_check_of(words);
+  for (auto* copy : {&header_->spare, &header_->fixed})
+    for (u32 i = 0; i <= kFixedWords; ++i) put((*copy)[i], words[i]);
 }
 
 // An empty store, once it is made anew: no entry of before is valid.
 void SlabIndex::format() {
   put(header_->dirty, u64{1});
-  std::random_device random;
-  seed_ = (u64{random()} << 32) | random();
+  seed_ = lock_.random();
   clock_base_ = 0;
   write_fixed();
   set(kSequence, 0);
@@ -391,7 +402,7 @@ std::invoke_result_t<Work&> SlabIndex::change(const SlabTerms& terms, Work work)
 void SlabIndex::begin(const SlabTerms& terms) {
   expect_all();
   const bool known = adopt().has_value();
-  if (!known) write_fixed();
+  if (!known || !std::equal(header_->fixed, header_->fixed + kFixedWords + 1, header_->spare)) write_fixed();
   if (!known || see(header_->dirty) != 0 || sums_check() != see(header_->sums_check)) rebuild(terms);
   follow();
   put(header_->dirty, u64{1});
@@ -423,6 +434,7 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
   const u64 alive = restarted_ ? 0 : lock_.alive() | (opened_ ? u64{1} << row_ : 0);
   now_ = terms.now + clock_base_;
   table_.clear_rows(~alive, shape_.granules);
+  restore_old();
 
   struct Live {
     u64 sequence;
@@ -594,9 +606,30 @@ void SlabIndex::store(u32 start, const SlabContent& content) {
   words[15] = bits_of(content.time);
   words[16] = content.sequence;
   SlabEntry& entry = entries_[start];
+  if (see(entry.check)) {  // its slot may be pinned, or written to by a device: it has to stay taken, whoever dies here
+    for (u32 i = 0; i < kContentWords; ++i) put(header_->old[i], see(entry.content[i]));
+    put(header_->old[kContentWords], see(entry.check));
+    put(header_->old_place, u64{start} + 1);
+  }
   put(entry.check, u64{0});
   for (u32 i = 0; i < kContentWords; ++i) put(entry.content[i], words[i]);
   put(entry.check, check_of(words, seed_, start));
+  put(header_->old_place, u64{0});
+}
+
+// Takes back what a dead writer left half done in `store`.
+void SlabIndex::restore_old() {
+  const u64 place = see(header_->old_place);
+  if (place == 0) return;
+  u64 words[kContentWords];
+  for (u32 i = 0; i < kContentWords; ++i) words[i] = see(header_->old[i]);
+  const u64 check = see(header_->old[kContentWords]);
+  const u32 start = static_cast<u32>(place - 1);
+  if (place <= shape_.granules && see(entries_[start].check) == 0 && check == check_of(words, seed_, start)) {
+    for (u32 i = 0; i < kContentWords; ++i) put(entries_[start].content[i], words[i]);
+    put(entries_[start].check, check);
+  }
+  put(header_->old_place, u64{0});
 }
 
 void SlabIndex::erase(u32 start) { put(entries_[start].check, u64{0}); }

@@ -72,6 +72,7 @@ class SlabLock {
   virtual u64 alive() = 0;                // a bit for each row of another process that lives
   virtual void wait(double seconds) = 0;  // between two tries
   virtual double seconds() = 0;           // of any clock that goes on
+  virtual u64 random();                   // for a secret
 };
 
 // By POSIX record locks on the bytes of a file: a row each, and one for writing.
@@ -215,6 +216,7 @@ class SlabIndex {
   SlabContent load(u32 start, bool* valid) const;
   SlabContent need(u32 start) const;  // of an entry that has to be valid
   void store(u32 start, const SlabContent& content);
+  void restore_old();
   void erase(u32 start);
   bool fits(u32 start, const SlabContent& content) const;
 

@@ -1,12 +1,17 @@
 // Many clients over one slab's index, in one process: a seeded scheduler lets one of them run up to its next store to
-// shared memory, and stops, resumes or kills clients there. A seed repeats a run.
+// shared memory, and stops, resumes or kills clients there. A seed repeats a run. STEPS: turns of a run.
 //
-//   slab_simulation kills SEED RUNS     clients are stopped and killed; nothing may be lost, wrong or found twice
-//   slab_simulation damage SEED RUNS    and bytes of the file change: nothing crashes, no wrong payload, it works again
+//   slab_simulation kills SEED RUNS STEPS     clients are stopped and killed; nothing may be lost, wrong or found twice
+//   slab_simulation cuts SEED RUNS STEPS      and power is cut: sectors of the files are on the disk as they were at
+//   some
+//                                             moment since the last flush; what was flushed is there
+//   slab_simulation damage SEED RUNS STEPS    and bytes of the file change: nothing crashes, no wrong payload, it works
 //   slab_simulation points stop|kill    one client is stopped or killed at each store of each kind of change in turn
 //   slab_simulation process TABLE LOCK GRANULES SIGNAL N    a real process that sends itself SIGNAL at its store N
 //   slab_simulation rebuild GRANULES    how long that takes; forgets NUMBER: that many owners are forgotten
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
 #include <fcntl.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -19,6 +24,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <utility>
 
 #include "slab_index.h"
@@ -32,9 +38,11 @@ struct Killed {};
 struct Client;
 Client* running = nullptr;                    // whose coroutine it is
 std::function<void()> at_each_store = [] {};  // without coroutines
+u64 seed_of_run = 0;
+std::array<u64, 8> totals{};
 
 [[noreturn]] void fail(const std::string& what) {
-  std::printf("%s\n", what.c_str());
+  std::printf("\nseed %llu: %s\n", static_cast<unsigned long long>(seed_of_run), what.c_str());
   std::fflush(stdout);
   std::_Exit(1);
 }
@@ -43,6 +51,7 @@ struct World {
   static constexpr u32 kMark = 80;  // where the header says that a change is under way
   static constexpr u64 kNowhere = u64{1} << 30;
   static constexpr u32 kGranules = 24, kGranuleBytes = 64, kSegment = 8, kKeys = 20, kOwners = 3;
+  static constexpr u64 kSector = 512;  // a disk has it as it was at one moment
 
   World(u32 granules, u32 segment, u64 seed) : random(seed) {
     shape = {granules, kGranuleBytes, segment};
@@ -54,27 +63,46 @@ struct World {
     if (mapped == MAP_FAILED || mprotect(mapped + kNowhere, pages, PROT_READ | PROT_WRITE) != 0) fail("no memory");
     file = mapped + kNowhere + pages - bytes;
     payload.resize(granules);
+    disk.resize(bytes);
+    disk_payload.resize(granules);
     rows.fill(nullptr);
   }
   ~World() { munmap(mapped, room); }
 
   u64 draw(u64 below) { return random() % below; }
 
+  // To the disk, from memory, or back.
+  void write_sector(u64 at, bool back = false) {
+    const u64 begin = at * kSector, length = std::min(kSector, bytes - begin);
+    std::memcpy(back ? file + begin : disk.data() + begin, back ? disk.data() + begin : file + begin, length);
+  }
+  // Whether a record's payload has to be the one that was put.
+  bool is_whole(u64 content) const { return !damaged && (content & 0xFFFFFFFF) > torn; }
+  bool has_payload(const SlabFound& record) const {
+    bool good = true;
+    for (u64 granule = 0; granule * kGranuleBytes < record.payload_bytes; ++granule)
+      good = good && payload[record.start + granule] == static_cast<u64>(record.checksum);
+    return good;
+  }
+  u64 sectors() const { return (bytes + kSector - 1) / kSector; }
+
   std::mt19937_64 random;
   SlabIndex::Shape shape;
   u8 *mapped, *file;
   u64 room, bytes;
-  double now = 1000;
+  double now = 1000, wall = 1e9;  // since the machine's start; what the wall's clock was then
   std::array<u64, 2> boot{1, 2};
-  bool damaged = false;
-  std::vector<u64> payload;     // of each granule: the content that was written there
-  std::map<u64, u64> as_of;     // of contents
-  std::map<u64, u64> owner_of;  // of contents
-  u64 contents = 0;
-  std::array<u64, kOwners + 1> forgotten{};  // the moment before the last `forget` that returned
+  bool damaged = false, cuts_power = false;
+  std::vector<u8> disk;                                           // what a power cut leaves of the file
+  std::vector<u64> payload, disk_payload;                         // of each granule: the content that was written there
+  std::map<u64, u64> as_of;                                       // of contents
+  std::map<u64, u64> owner_of;                                    // of contents
+  u64 contents = 0, torn = 0;                                     // those up to `torn` were there before a power cut
+  std::set<u64> flushed;                                          // contents
+  std::array<u64, kOwners + 1> forgotten{}, forgotten_on_disk{};  // the moment before the last `forget` that returned
   Client* writer = nullptr;
   std::array<Client*, kSlabRows> rows;
-  u64 hits = 0, busy = 0, puts = 0, kills = 0;
+  u64 hits = 0, busy = 0, puts = 0, kills = 0, stops = 0, cuts = 0, kept = 0;
 };
 
 struct SimulatedLock final : SlabLock {
@@ -96,6 +124,7 @@ struct SimulatedLock final : SlabLock {
   }
   void wait(double seconds) override;
   double seconds() override { return world.now; }
+  u64 random() override { return world.random(); }
 
   World& world;
   Client* client;
@@ -129,29 +158,35 @@ struct Client {
   Client(World& world, u32 row) : world(world), row(row), lock(world, this) {
     world.rows[row] = this;
     index = std::make_unique<SlabIndex>(world.file, world.shape, lock, row);
-    stack.resize(256 << 10);
-    getcontext(&context);
-    context.uc_stack.ss_sp = stack.data();
-    context.uc_stack.ss_size = stack.size();
-    context.uc_link = &scheduler();
-    makecontext(&context, reinterpret_cast<void (*)()>(&Client::enter), 0);
+    stack.reset(new u8[kStack]);
   }
 
-  static ucontext_t& scheduler() {
-    static ucontext_t context;
-    return context;
-  }
-
+  // Jumps, for they are no system calls.
   void resume() {
     running = this;
-    swapcontext(&scheduler(), &context);
+    if (!_setjmp(scheduler)) {
+      if (begun) _longjmp(here, 1);
+      begun = true;
+      ucontext_t context;
+      getcontext(&context);
+      context.uc_stack.ss_sp = stack.get();
+      context.uc_stack.ss_size = kStack;
+      makecontext(&context, &Client::enter, 0);
+      setcontext(&context);
+    }
     running = nullptr;
   }
 
   // Gives way to the scheduler; the end, if it was killed meanwhile.
   void pause() {
-    swapcontext(&context, &scheduler());
+    if (!_setjmp(here)) _longjmp(scheduler, 1);
     if (killed) throw Killed{};
+  }
+
+  // Does something else from now on, if it has done with what it did.
+  void begin(std::function<void()> what) {
+    work = std::move(what);
+    begun = done = false;
   }
 
   void die() {
@@ -171,9 +206,10 @@ struct Client {
       fail(std::string("raised: ") + error.what());
     }
     self->done = true;
+    _longjmp(self->scheduler, 1);
   }
 
-  SlabTerms terms() const { return {world.now, world.now + 1e9, 0.2, ttl, quota}; }
+  SlabTerms terms() const { return {world.now, world.wall + world.now, 0.2, ttl, quota}; }
 
   // Whether the change was made; it may not take longer than its patience.
   template <class Change>
@@ -219,6 +255,8 @@ struct Client {
       tries([&] { index->clear(terms()); });
     } else if (what < 92) {
       bury();
+    } else if (what < 95 && world.cuts_power) {
+      flush();
     } else if (!pins.empty()) {
       for (const u32 start : pins) index->table().unpin(start);
       pins.clear();
@@ -279,7 +317,7 @@ struct Client {
       dwell();
       good = world.payload[found->start + granule] == content;  // the checksum
     }
-    if (!good && !world.damaged) fail("a record that does not have its payload");
+    if (!good && world.is_whole(content)) fail("a record that does not have its payload");
     if (good && content >> 32 != id) fail("the payload of another key");
     if (good && !world.damaged) {
       const u64 owner = world.owner_of[content];
@@ -296,8 +334,28 @@ struct Client {
 
   void forget(u64 owner) {
     const u64 moment = index->moment();
-    if (tries([&] { index->forget(owner_of(owner), terms()); }))
-      world.forgotten[owner] = std::max(world.forgotten[owner], moment);
+    if (!tries([&] { index->forget(owner_of(owner), terms()); })) return;
+    world.forgotten[owner] = std::max(world.forgotten[owner], moment);
+    if (!world.cuts_power) return;
+    flush();
+    world.forgotten_on_disk[owner] = std::max(world.forgotten_on_disk[owner], moment);
+  }
+
+  // As FileStore does: payloads, then the index, while others go on.
+  void flush() {
+    std::set<u64> there;
+    for (u64 id = 0; id < World::kKeys; ++id)
+      if (const auto found = index->find(key_of(id), world.now, 0))
+        if (world.has_payload(*found)) there.insert(static_cast<u64>(found->checksum));
+    for (u32 granule = 0; granule < World::kGranules; ++granule) {
+      if (world.draw(8) == 0) pause();
+      world.disk_payload[granule] = world.payload[granule];
+    }
+    for (u64 sector = 0; sector < world.sectors(); ++sector) {
+      if (world.draw(8) == 0) pause();
+      world.write_sector(sector);
+    }
+    world.flushed.insert(there.begin(), there.end());
   }
 
   void bury() {
@@ -317,10 +375,11 @@ struct Client {
   u32 row;
   SimulatedLock lock;
   std::unique_ptr<SlabIndex> index;
+  static constexpr u64 kStack = 256 << 10;
   std::function<void()> work;
-  std::vector<u8> stack;
-  ucontext_t context;
-  bool killed = false, done = false, stopped = false, others_may_stop = true;
+  std::unique_ptr<u8[]> stack;
+  jmp_buf here, scheduler;
+  bool begun = false, killed = false, done = false, stopped = false, others_may_stop = true;
   double ttl = 0;
   u64 quota = 0;
   std::vector<u32> pins;
@@ -339,8 +398,9 @@ void check_records(World& world, SlabIndex& index) {
     if (!found) continue;
     const u64 content = static_cast<u64>(found->checksum), owner = world.owner_of[content];
     if (owner && world.as_of[content] <= world.forgotten[owner]) fail("a record of an owner who was forgotten");
-    for (u64 granule = 0; granule * World::kGranuleBytes < bytes_of(id); ++granule)
-      if (world.payload[found->start + granule] != content) fail("a record that does not have its payload at the end");
+    if (found->payload_bytes != bytes_of(id)) fail("a record of another length");
+    if (world.is_whole(content) && !world.has_payload(*found))
+      fail("a record that does not have its payload at the end");
   }
 }
 
@@ -369,10 +429,56 @@ void damage(World& world) {
   }
 }
 
-void run_once(u64 seed, bool with_damage) {
+// All that is left is what the disk has: each sector as it was when it was last written, which is any moment since the
+// last flush. Everybody is dead. The machine starts again, and some die while they open the store.
+void cut_power(World& world, const std::map<u64, u64>& expected) {
+  const u64 share = world.draw(3);  // of what memory has, in halves
+  for (u64 sector = 0; sector < world.sectors(); ++sector) {
+    if (world.draw(2) < share) world.write_sector(sector);
+    world.write_sector(sector, true);
+  }
+  for (u32 granule = 0; granule < World::kGranules; ++granule)
+    if (world.draw(2) >= share) world.payload[granule] = world.disk_payload[granule];
+  world.disk_payload = world.payload;
+  world.wall += world.now - (world.draw(4) ? 0 : 1e5);  // now and then somebody sets that clock back
+  world.now = 10;
+  ++world.boot[0], ++world.cuts;
+  world.torn = world.contents;
+  for (auto& [content, as_of] : world.as_of) as_of = as_of > world.forgotten_on_disk[world.owner_of[content]];
+  world.forgotten = world.forgotten_on_disk = {};
+  for (u64 more = world.draw(3); more > 0; --more) {
+    Client opener(world, 0);
+    opener.begin([&] { opener.index->open(world.boot, true, opener.terms()); });
+    for (u64 turns = 1 + world.draw(world.draw(2) ? 30 : 2000); turns > 0 && !opener.done; --turns) opener.resume();
+    opener.die();
+  }
+  Client first(world, 0);
+  first.index->open(world.boot, true, first.terms());
+  const std::string wrong = first.index->check(first.terms());
+  if (!wrong.empty()) fail("after a power cut: " + wrong);
+  check_records(world, *first.index);
+  for (const auto& [id, content] : expected) {
+    const auto found = first.index->find(key_of(id), world.now, 0);
+    if (!found || static_cast<u64>(found->checksum) != content || !world.has_payload(*found))
+      fail("a record that was flushed is lost");
+  }
+  world.flushed.clear();
+  for (const auto& [id, content] : expected) world.flushed.insert(content);
+  world.kept += expected.size();
+  first.done = true;
+  first.die();
+}
+
+enum class Mode { kKills, kCuts, kDamage };
+
+void run_once(u64 seed, Mode mode, u64 steps) {
+  seed_of_run = seed;
+  const bool with_damage = mode == Mode::kDamage;
   World world(World::kGranules, World::kSegment, seed);
+  world.cuts_power = mode == Mode::kCuts;
   std::vector<std::unique_ptr<Client>> clients, dead;
   const u64 most = 2 + world.draw(4), ttl = world.draw(3) ? 0 : 20, quota = world.draw(2) ? 0 : 600;
+  const u64 rare = std::max<u64>(400, steps / 5);
   const auto start = [&] {
     u32 row = 0;
     while (world.rows[row]) ++row;
@@ -387,32 +493,51 @@ void run_once(u64 seed, bool with_damage) {
     clients.erase(clients.begin() + static_cast<i64>(which));
   };
   ObservingLock observing(world);
-  SlabIndex observer(world.file, world.shape, observing, 62);  // nobody's row: it has no pins
-  for (u64 step = 0; step < 20000; ++step) {
-    if (clients.size() < most && world.draw(30) == 0) start();
+  // Nobody's row: it has no pins.
+  auto observer = std::make_unique<SlabIndex>(world.file, world.shape, observing, 62);
+  for (u64 step = 0; step < steps; ++step) {
+    if (clients.size() < most && world.draw(10) == 0) start();
     if (clients.empty()) continue;
-    const u64 which = world.draw(clients.size()), chance = world.draw(4000);
-    if (chance < 4)
+    const u64 which = world.draw(clients.size()), chance = world.draw(rare);
+    if (chance < 4) {
       kill(which);
-    else if (chance < 8 || (clients[which]->stopped && chance < 100))
-      clients[which]->stopped = !clients[which]->stopped;
-    else if (chance < 16 && with_damage)
+    } else if (chance < 8 || (clients[which]->stopped && chance < 100)) {
+      world.stops += clients[which]->stopped = !clients[which]->stopped;
+    } else if (chance < 16 && with_damage) {
       damage(world);
-    else if (!clients[which]->stopped)
+    } else if (chance < 10 && world.cuts_power) {
+      std::map<u64, u64> expected;
+      for (u64 id = 0; id < World::kKeys; ++id)
+        if (const auto found = observer->find(key_of(id), world.now, 0)) {
+          const bool stays = observer->table().generation(found->start) == found->generation;  // else its end has begun
+          const u64 content = static_cast<u64>(found->checksum);
+          if (stays && world.flushed.count(content)) expected[id] = content;
+        }
+      while (!clients.empty()) kill(0);
+      cut_power(world, expected);
+      observer = std::make_unique<SlabIndex>(world.file, world.shape, observing, 62);
+    } else if (!clients[which]->stopped) {
       for (u64 more = 1ull << world.draw(7); more > 0; --more) clients[which]->resume();
+    }
+    if (world.cuts_power) {  // the system writes what it likes when it likes
+      world.write_sector(world.draw(world.draw(4) ? 20 : world.sectors()));
+      const u64 granule = world.draw(World::kGranules);
+      world.disk_payload[granule] = world.payload[granule];
+    }
     world.now += static_cast<double>(world.draw(100)) * 1e-5;
-    if (step % 50 == 0 && !world.writer && !with_damage) {
-      const std::string wrong = observer.check({});
+    if (step % 50 == 0 && !world.writer && !with_damage && observer->rows_taken()) {
+      const std::string wrong = observer->check({});
       if (!wrong.empty() && wrong != "a change was not finished") fail("meanwhile: " + wrong);
     }
   }
   while (!clients.empty()) kill(0);
   // Whoever comes next finds everything in order.
-  at_each_store = [] {};
   Client last(world, 63);
-  const SlabTerms terms{world.now += 1, world.now + 1e9, 1, 0, 0};
+  SlabTerms terms{world.now += 1, world.wall + world.now, 1, 0, 0};
   last.index->open(world.boot, true, terms);
   if (with_damage) {
+    last.index->bury(~(u64{1} << 63), terms);
+    terms.now = world.now += kRestSeconds + 1;
     for (u64 i = 0; i < 300; ++i) {  // whatever is touched is mended
       const u64 id = world.draw(World::kKeys);
       last.index->remove({key_of(id)}, terms);
@@ -431,7 +556,8 @@ void run_once(u64 seed, bool with_damage) {
   // All that is held ends with the dead, and all room comes back.
   last.index->bury(last.index->rows_taken() & ~(u64{1} << 63), terms);
   SlabTerms later = terms;
-  later.now = world.now += kRestSeconds + 1;
+  // After a power cut the store's clock goes on from where the disk saw it last.
+  later.now = world.now += kRestSeconds + (world.cuts ? 100 : 1);
   last.index->clear(later);
   for (const auto& [name, value] : last.index->sizes()) {
     const std::string size = name;
@@ -440,11 +566,8 @@ void run_once(u64 seed, bool with_damage) {
       fail("something was left: " + size);
   }
   if (!last.index->check(later).empty()) fail("after all was removed: " + last.index->check(later));
-  static u64 hits = 0, puts = 0, kills = 0, busy = 0;
-  std::printf("\r%llu hits, %llu puts, %llu kills, %llu busy", static_cast<unsigned long long>(hits += world.hits),
-              static_cast<unsigned long long>(puts += world.puts),
-              static_cast<unsigned long long>(kills += world.kills),
-              static_cast<unsigned long long>(busy += world.busy));
+  const u64 counts[]{1, world.hits, world.puts, world.kills, world.stops, world.busy, world.cuts, world.kept};
+  for (std::size_t i = 0; i < totals.size(); ++i) totals[i] += counts[i];
 }
 
 // A client comes to a halt at each store of each kind of change in turn, in a store that has one of everything.
@@ -472,21 +595,14 @@ void points(bool kills) {
       for (Client* client : {&other, &before}) client->index->open(world.boot, true, client->terms());
       if (kind + 1 != changes.size()) victim.index->open(world.boot, true, victim.terms());
       const auto fill = [&](Client& client, u64 id, u64 owner) {
-        client.work = [&, id, owner] { client.put({id}, owner); };
-        client.done = false;
-        getcontext(&client.context);
-        client.context.uc_stack.ss_sp = client.stack.data();
-        client.context.uc_stack.ss_size = client.stack.size();
-        client.context.uc_link = &Client::scheduler();
-        makecontext(&client.context, reinterpret_cast<void (*)()>(&Client::enter), 0);
+        client.begin([&, id, owner] { client.put({id}, owner); });
         while (!client.done) client.resume();
       };
       for (u64 id = 1; id < 6; ++id) fill(other, id, id % 3);
       const auto pinned = other.index->find(key_of(2), world.now, 0);
-      if (pinned) other.index->table().pin(pinned->start, pinned->generation);
+      if (!pinned || !other.index->table().pin(pinned->start, pinned->generation)) fail("a record that is not there");
       before.index->reserve({key_of(19)}, {seven}, owner_of(2), {}, before.terms());
-      victim.work = [&] { changes[kind](victim); };
-      victim.done = false;
+      victim.begin([&] { changes[kind](victim); });
       for (u64 i = 0; i <= point && !victim.done; ++i) victim.resume();
       if (victim.done) break;
       ++halts;
@@ -506,6 +622,8 @@ void points(bool kills) {
         }
         while (!victim.done) victim.resume();
       }
+      for (u64 id = 0; id < World::kKeys; ++id) fill(other, id, 3);  // all room is used
+      if (!world.has_payload(*pinned)) fail("what was pinned is overwritten");
       other.index->remove({key_of(4)}, other.terms());
       const std::string wrong = other.index->check(other.terms());
       if (!wrong.empty()) fail("change " + std::to_string(kind) + ", store " + std::to_string(point) + ": " + wrong);
@@ -592,12 +710,15 @@ void lmc::slab_hook() {
 int main(int argc, char** argv) {
   const std::string mode = argc > 2 ? argv[1] : "";
   const auto number = [&](int i) { return i < argc ? std::strtoull(argv[i], nullptr, 10) : 0; };
-  if (mode == "kills" || mode == "damage") {
+  if (mode == "kills" || mode == "cuts" || mode == "damage") {
     for (u64 seed = number(2); seed < number(2) + number(3); ++seed) {
-      std::printf("\nseed %llu: ", static_cast<unsigned long long>(seed));
+      if (seed % 1000 == 0) std::printf("from seed %llu on\n", static_cast<unsigned long long>(seed));
       std::fflush(stdout);
-      run_once(seed, mode == "damage");
+      run_once(seed, mode == "kills" ? Mode::kKills : mode == "cuts" ? Mode::kCuts : Mode::kDamage, number(4));
     }
+    const char* names[]{"schedules", "hits", "puts", "kills", "stops", "busy", "power cuts", "flushed and kept"};
+    for (std::size_t i = 0; i < totals.size(); ++i)
+      std::printf("%s%llu %s", i ? ", " : "", static_cast<unsigned long long>(totals[i]), names[i]);
   } else if (mode == "points") {
     points(std::string(argv[2]) == "kill");
   } else if (mode == "process") {
