@@ -2,7 +2,8 @@
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
-#   make soak     the crash test of the shared stores for $(SECONDS_EACH) s each, and as many simulated runs
+#   make soak     the crash test: $(SCHEDULES) simulated schedules, $(KILLS) processes killed and $(STOPS) stopped on
+#                 all stores, and the real vLLM over stores that misbehave; about an hour (docs/reliability.md)
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make docs     the pages in build/site
 #   make lint     formatters and type checks
@@ -15,7 +16,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CSRC := $(wildcard csrc/*)
 export LMCACHE_MM_CUDA ?= AUTO
 
-SECONDS_EACH ?= 600
+SCHEDULES ?= 1000000
+KILLS ?= 10000
+STOPS ?= 10000
 RESULTS ?= benchmarks/results/latest.json
 
 .PHONY: demo test test-vllm-all soak bench docs lint format clean
@@ -30,8 +33,9 @@ test-vllm-all: $(VENV)/built $(VENV)/vllm
 	for on in 0.32-V1 0.33-V1 0.32-V2 0.33-V2; do TEST_VLLM=$$on $(BIN)/python -m pytest tests/vllm $(ARGS) || failed=1; done; \
 	exit $${failed:-0}
 
-soak: $(VENV)/built
-	LMCACHE_MM_CRASH_TEST_S=$(SECONDS_EACH) $(BIN)/python -m pytest tests/test_slab.py -k "killed or damage_of" -s $(ARGS)
+soak: $(VENV)/built $(VENV)/vllm
+	$(BIN)/python tests/soak.py --schedules $(SCHEDULES) --kills $(KILLS) --stops $(STOPS) --json build/soak.json $(ARGS)
+	TEST_VLLM=0.33-V2 $(BIN)/python -m pytest tests/vllm -k "misbehaves or trouble"
 
 bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/machine_code.py

@@ -1053,7 +1053,10 @@ std::optional<SlabPlace> SlabIndex::reserve_one(const SlabKey& key, u64 bytes, c
   u32 start;
   while ((start = take_extent(granules)) == kNone) {
     const u32 freed = patience > 0 ? evict_next() : 0;
-    if (freed == 0) return std::nullopt;
+    if (freed == 0) {
+      expect(get(kRecords) != 0 || get(kWaiting) != 0);  // an empty store has room
+      return std::nullopt;
+    }
     patience -= freed;
   }
   SlabContent content;

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import slab_processes
 from lmcache_mm.commands.cli import main
 from lmcache_mm.stores.local import slab, slab_files
 from lmcache_mm.stores.local.slab import FileStore, ShmStore
@@ -29,7 +28,6 @@ from test_stores import OTHER_OWNER, OWNER, get, key, payload
 MIB = 1 << 20
 KINDS = [ShmStore, FileStore]
 REST_S = 10  # of what a dead process had reserved
-SECONDS = float(os.environ.get("LMCACHE_MM_CRASH_TEST_S", "8"))
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.scheme)
@@ -392,31 +390,6 @@ def test_what_a_dead_process_reserved_rests_and_what_it_pinned_is_free(kind, sto
     later = slab.boot_clock() + REST_S + 1
     monkeypatch.setattr(slab, "boot_clock", lambda: later)
     store.put([key(61)], [payload(61)])
-    assert no_room_is_lost(store)
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.scheme)
-def test_processes_killed_at_any_moment_leave_nothing_wrong_and_nothing_behind(kind, directory, monkeypatch):
-    store = kind.open(directory, 2 * MIB)
-    command = [sys.executable, slab_processes.__file__, kind.scheme, directory, str(SECONDS), "4", "7"]
-    busy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    while busy.poll() is None:
-        for i in random.sample(range(slab_processes.KEYS), 5):
-            buffer = np.zeros(slab_processes.size(i), np.uint8)
-            if store.get_into([key(i)], [buffer]) == [True]:
-                assert np.array_equal(buffer, slab_processes.payload(i))
-        time.sleep(0.01)
-    killed, begun, wrong = map(int, busy.stdout.read().split())
-    print(f"{killed} processes killed, {begun} of them at work")
-    assert wrong == 0
-    assert begun > killed / 2 > 20
-    store._look_for_dead()
-    later = slab.boot_clock() + REST_S + 1
-    monkeypatch.setattr(slab, "boot_clock", lambda: later)
-    store.put([key(1000)], [payload(1)])
-    store.put([key(1001)], [payload(1)])
-    assert store.stats()["corrupt"] == 0
-    assert store.stats()["processes"] == 1
     assert no_room_is_lost(store)
 
 
