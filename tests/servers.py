@@ -190,6 +190,45 @@ def mute():
         yield listener.getsockname()[1]
 
 
+class LyingValkey:
+    """Says that every record has `size` bytes, and answers what asks for one with `claim` and then all of `parts`."""
+
+    def __init__(self, size, claim, parts):
+        self._answers = {
+            b"HELLO": b"%1\r\n$5\r\nproto\r\n:3\r\n",
+            b"INFO": b"$28\r\n# Replication\r\nrole:master\r\n\r\n",
+            b"STRLEN": b":%d\r\n" % size,
+            b"GET": b"$%d\r\n" % claim,
+        }
+        self._parts, self.lies, self.ended = parts, 0, threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=self._listener.accept()[:1], daemon=True).start()
+
+    def _serve(self, sock):
+        lied = False
+        with sock, sock.makefile("rb") as received, suppress(OSError, ValueError):
+            while True:
+                words = [received.read(int(received.readline()[1:]) + 2) for _ in range(int(received.readline()[1:]))]
+                name = words[0][:-2].upper()
+                sock.sendall(self._answers.get(name, b"+OK\r\n"))
+                if name == b"GET":
+                    lied = True
+                    self.lies += 1
+                    for part in self._parts:
+                        sock.sendall(part)
+        if lied:
+            self.ended.set()
+
+    def close(self):
+        self._listener.close()
+
+
 class TlsProxy:
     """TLS in front of a server without it."""
 

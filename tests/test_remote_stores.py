@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
+import mmap
 import os
 import resource
 import ssl
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 import uuid
+from contextlib import closing
 from importlib import import_module
 
 import numpy as np
@@ -677,6 +680,34 @@ def test_a_server_that_says_more_than_it_was_asked_for_is_left_alone(far, monkey
     monkeypatch.setattr(type(engine_of(far)._client), "exec", lambda *_, **__: [bytes(1 << 20)])
     assert far.ages([key(1)]) == [math.inf]
     assert far.stats()["down"]
+
+
+@pytest.mark.parametrize(
+    "claim, parts",
+    [(10**12, itertools.repeat(bytes(1 << 20))), (HEADER_BYTES + 100, [bytes(100)])],
+    ids=["huge", "less"],
+)
+def test_a_server_that_lies_about_a_length_is_cut_off_at_the_budget(environment, claim, parts):
+    """The client would go on to take what comes, for as long as it comes, and keep it."""
+    with closing(servers.LyingValkey(HEADER_BYTES + 100, claim, parts)) as server:
+        store = opened(server.port)
+        assert within(get, store, 1) is None
+        assert server.lies == 1
+        assert server.ended.wait(10)
+        assert store.stats()["down"] == 1
+        store.close()
+
+
+def test_a_kernel_without_huge_pages_is_good_enough(monkeypatch):
+    class Plain(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(errno.EINVAL, "no such advice")
+
+    monkeypatch.setattr(remote.mmap, "mmap", Plain)
+    store = RemoteStore("kept", Kept, Seal(b"a secret of a deployment"), 30, 1, 100)
+    store.put([key(1)], [payload(1)])
+    assert get(store, 1) == payload(1)
+    store.close()
 
 
 @pytest.mark.parametrize("lack", [MemoryError(), OSError(errno.ENOMEM, "no memory")])

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -181,8 +182,11 @@ class _Hand:
     def memory(self, size: int) -> np.ndarray:
         if size > len(self._memory):
             memory = mmap.mmap(-1, 1 << (size - 1).bit_length(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            memory.madvise(mmap.MADV_HUGEPAGE)  # it is passed over several times
-            memory.madvise(mmap.MADV_DONTFORK)  # what a network card writes to must not become a child's
+            # It is passed over several times, and what a network card writes to must not become a child's. Kernels
+            # may have neither.
+            for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+                with suppress(OSError):
+                    memory.madvise(advice)
             self._memory = np.frombuffer(memory, np.uint8)
         return self._memory[:size]
 

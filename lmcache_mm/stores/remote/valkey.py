@@ -50,7 +50,7 @@ def connecting(
     )
     glide.Logger.set_logger_config(glide.LogLevel.OFF)  # it writes to the console; its errors are raised too
 
-    def connect() -> ValkeyEngine:
+    def connect() -> Any:
         try:
             client = getattr(glide, f"Glide{names}Client").create(configuration)
         except glide.GlideError as error:
@@ -60,9 +60,9 @@ def connecting(
                 ) from None
             raise
         _open.add(client)
-        return ValkeyEngine(client, cluster)
+        return client
 
-    return connect
+    return lambda: ValkeyEngine(connect, cluster)
 
 
 class ValkeyEngine:
@@ -70,8 +70,19 @@ class ValkeyEngine:
 
     expires = True
 
-    def __init__(self, client: Any, cluster: bool) -> None:
-        self._client, self._cluster = client, cluster
+    def __init__(self, connect: Callable[[], Any], cluster: bool) -> None:
+        self._connect, self._cluster = connect, cluster
+        self._client = connect()
+
+    def _ask(self, command: str, *arguments: Any, **named: Any) -> Any:
+        """What the client's method returns. One that was not answered in time is closed, for it goes on to take what
+        arrives: all that a server that announces a huge answer ever sends, and none of it has a reader."""
+        client = self._client = self._client or self._connect()
+        try:
+            return getattr(client, command)(*arguments, **named)
+        except glide.TimeoutError:
+            self.close()
+            raise
 
     def _batch(self) -> Any:
         return glide.ClusterBatch(is_atomic=False) if self._cluster else glide.Batch(is_atomic=False)
@@ -80,21 +91,21 @@ class ValkeyEngine:
         batch = self._batch()
         for name in names:
             batch.exists([name]) if peek else batch.touch([name])  # only the latter counts for eviction
-        return [count == 1 for count in self._client.exec(batch, raise_on_error=True)]
+        return [count == 1 for count in self._ask("exec", batch, raise_on_error=True)]
 
     def read(self, name: str, into: memoryview) -> int | None:
         # The client takes an answer whole before it looks at its length: what does not fit is not asked for.
-        size = self._client.strlen(name)
+        size = self._ask("strlen", name)
         if size > len(into):
             return int(size)
-        got = self._client.get(name, buffer=into) if size else None
+        got = self._ask("get", name, buffer=into) if size else None
         return None if got is None else int(got)
 
     def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
         batch = self._batch()
         for name in names:
             batch.getrange(name, 0, size - 1)
-        heads = self._client.exec(batch, raise_on_error=True)
+        heads = self._ask("exec", batch, raise_on_error=True)
         if any(len(head) > size for head in heads):
             raise ConnectionError(f"more than the {size} bytes that were asked for")
         return [head or None for head in heads]
@@ -103,7 +114,7 @@ class ValkeyEngine:
         condition = None if replace else glide.ConditionalChange.ONLY_IF_DOES_NOT_EXIST
         expiry = glide.ExpirySet(glide.ExpiryType.MILLSEC, int(ttl_s * 1000)) if ttl_s else None
         try:
-            self._client.set(name, record, condition, expiry)
+            self._ask("set", name, record, condition, expiry)
         except glide.RequestError as error:
             if str(error).startswith("OOM") or "OutOfMemory" in str(error):
                 return False
@@ -111,22 +122,24 @@ class ValkeyEngine:
         return True
 
     def delete(self, names: Sequence[str]) -> None:
-        self._client.unlink(list(names))
+        self._ask("unlink", list(names))
 
     def names(self, prefix: str) -> Iterator[list[str]]:
         # Names of ours hold nothing that a pattern would take for more than itself.
         if self._cluster:
             cluster_cursor = glide.ClusterScanCursor()
             while not cluster_cursor.is_finished():
-                cluster_cursor, found = self._client.scan(cluster_cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
+                cluster_cursor, found = self._ask("scan", cluster_cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
                 yield [name.decode() for name in found]
             return
         cursor: Any = b"0"
         while True:
-            cursor, found = self._client.scan(cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
+            cursor, found = self._ask("scan", cursor, match=f"{prefix}*", count=NAMES_AT_ONCE)
             yield [name.decode() for name in found]
             if int(cursor) == 0:
                 return
 
     def close(self) -> None:
-        self._client.close()
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
