@@ -1,7 +1,9 @@
 """peer: another host's store over the network: what it promises, in good weather and in bad."""
 
+import ipaddress
 import os
 import select
+import shutil
 import signal
 import socket
 import ssl
@@ -1230,33 +1232,73 @@ print(store.get_into([(1).to_bytes(36, "little")], [buffer]), buffer == bytes((1
 """
 
 
-def test_two_network_namespaces_read_each_other(url, lent, tmp_path):
-    name = f"lmcmm{os.getpid() % 100000}"
-    if os.geteuid() or subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        pytest.skip("network namespaces take root and the ip command")
-    lent.put([key(1)], [large(1, 3 * LARGE)])
-    certificates.make(tmp_path / "tls", ["10.213.7.1", "10.213.7.2"], 1)
-    inside = ["ip", "netns", "exec", name]
+@contextmanager
+def network_namespace():
+    """A network of its own, seen through a pair of interfaces: (command that runs another one there, address here,
+    address there). It lives as long as a process in it, which ends with this one, so that nothing is left of it even if
+    this process is killed."""
+    if os.geteuid() or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+        pytest.skip("network namespaces take root and the commands ip, unshare and nsenter")
+    held = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE)
+    number = uuid.uuid4().int
+    name, base = f"l{number % 2**32:x}", ipaddress.ip_address("10.192.0.0") + number % (1 << 20) * 4
+    here, there = str(base + 1), str(base + 2)
+    inside = ["nsenter", f"--net=/proc/{held.pid}/ns/net"]
     try:
+        own = os.readlink("/proc/self/ns/net")
+        until(lambda: held.poll() is not None or os.readlink(f"/proc/{held.pid}/ns/net") != own, "no namespace")
+        if held.poll() is not None:
+            pytest.skip("no network namespace can be made here")
         for command in (
-            f"ip link add {name}a type veth peer name {name}b netns {name}",
-            f"ip addr add 10.213.7.1/30 dev {name}a",
+            f"ip link add {name}a type veth peer name {name}b netns {held.pid}",
+            f"ip addr add {here}/30 dev {name}a",
             f"ip link set {name}a up",
-            f"ip -n {name} addr add 10.213.7.2/30 dev {name}b",
-            f"ip -n {name} link set {name}b up",
+            f"{' '.join(inside)} ip addr add {there}/30 dev {name}b",
+            f"{' '.join(inside)} ip link set {name}b up",
         ):
             made = subprocess.run(command.split(), capture_output=True, text=True, check=False)
             if made.returncode:
                 pytest.skip(f"no pair of network interfaces can be made here: {made.stderr.strip()}")
-        with serve_process(url, "10.213.7.1:0", "--tls", str(tmp_path / "tls" / "10.213.7.1")) as (_, port):
-            peer_url = f"peer://10.213.7.1:{port}?timeout=20&tls={tmp_path}/tls/10.213.7.2"
+        yield inside, here, there
+    finally:
+        held.communicate()
+        subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True, check=False)
+
+
+def test_two_network_namespaces_read_each_other(url, lent, tmp_path):
+    lent.put([key(1)], [large(1, 3 * LARGE)])
+    with network_namespace() as (inside, here, there):
+        certificates.make(tmp_path / "tls", [here, there], 1)
+        with serve_process(url, f"{here}:0", "--tls", str(tmp_path / "tls" / here)) as (_, port):
+            peer_url = f"peer://{here}:{port}?timeout=20&tls={tmp_path}/tls/{there}"
             read = subprocess.run(
                 [*inside, sys.executable, "-c", READ, peer_url], capture_output=True, text=True, check=False
             )
         assert read.stdout.split() == ["[True]", "True"], read.stderr
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=False)
-        subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True, check=False)
+
+
+NAMESPACE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from test_peer import network_namespace
+with network_namespace() as (inside, _, _):
+    print(inside[1].split("/")[2], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_nothing_is_left_of_a_network_namespace_whose_test_is_killed():
+    def interfaces():
+        return set(os.listdir("/sys/class/net"))
+
+    before = interfaces()
+    with network_namespace():  # beside one of another run
+        done = subprocess.run(
+            [sys.executable, "-c", NAMESPACE, str(Path(__file__).parent)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        until(lambda: not Path(f"/proc/{done.stdout.strip()}").exists(), "its process lives")
+    until(lambda: interfaces() <= before, "its interfaces are left")
 
 
 def test_a_store_of_the_parent_is_refused_after_a_fork(reader):
