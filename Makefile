@@ -4,6 +4,7 @@
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
 #   make soak     the crash test: $(SCHEDULES) simulated schedules, $(KILLS) processes killed and $(STOPS) stopped on
 #                 all stores, and the real vLLM over stores that misbehave; about an hour (docs/reliability.md)
+#   make fuzz     libFuzzer on the index of slabs for $(FUZZ_S) s; needs clang++
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make docs     the pages in build/site
 #   make lint     formatters and type checks
@@ -19,9 +20,10 @@ export LMCACHE_MM_CUDA ?= AUTO
 SCHEDULES ?= 1000000
 KILLS ?= 10000
 STOPS ?= 10000
+FUZZ_S ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test test-vllm-all soak bench docs lint format clean
+.PHONY: demo test test-vllm-all soak fuzz bench docs lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -36,6 +38,12 @@ test-vllm-all: $(VENV)/built $(VENV)/vllm
 soak: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python tests/soak.py --schedules $(SCHEDULES) --kills $(KILLS) --stops $(STOPS) --json build/soak.json $(ARGS)
 	TEST_VLLM=0.33-V2 $(BIN)/python -m pytest tests/vllm -k "misbehaves or trouble"
+
+fuzz:
+	mkdir -p build/corpus
+	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
+	  tests/slab_fuzz.cpp csrc/slab_index.cpp -o build/slab_fuzz
+	build/slab_fuzz -max_total_time=$(FUZZ_S) -timeout=10 -len_control=0 -max_len=512 build/corpus
 
 bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/machine_code.py

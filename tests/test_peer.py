@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 import test_stores
 from lmcache_mm import lane
 from lmcache_mm.commands import certificates, cli
-from lmcache_mm.secret import Seal
+from lmcache_mm.secret import MAC_BYTES, Seal
 from lmcache_mm.stores import breaker, open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers import channel, peer
@@ -669,6 +669,35 @@ def test_a_peer_that_lies_is_a_miss_and_is_disconnected(lie):
             lie in (says_another_payload, says_the_payload_of_another_key),
         )
         assert reader._idle == []
+
+
+BODIES = st.binary(max_size=60) | st.builds(
+    head, st.integers(0, 3), st.sampled_from([100, 99, 0, 1 << 60]), st.binary(min_size=MAC_BYTES, max_size=MAC_BYTES)
+)
+
+
+def test_a_peer_that_knows_the_secret_may_answer_anything():
+    answers = []
+
+    def script(ch):
+        ch.receive()
+        with suppress(OSError):
+            for kind, body, payload in answers:
+                ch.send(kind, body, memoryview(payload))
+
+    with answering(script) as port, opened(port) as reader:
+
+        @settings(max_examples=80, deadline=None)
+        @given(st.lists(st.tuples(st.integers(1, 9) | st.just(255), BODIES, st.binary(max_size=120)), max_size=4))
+        def run(frames):
+            answers[:] = frames
+            reader._breaker.tell(True)
+            assert reader.get_into([key(1), key(2)], [bytearray(100), bytearray(100)]) == [False, False]
+            reader._breaker.tell(True)
+            (age,) = reader.ages([key(1)])
+            assert age >= 0
+
+        run()
 
 
 def test_an_answer_about_other_keys_is_no_answer():

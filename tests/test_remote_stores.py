@@ -21,6 +21,8 @@ from importlib import import_module
 import numpy as np
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import servers
 from lmcache_mm import ops
@@ -486,7 +488,8 @@ class Kept:
     def read(self, name, into):
         if name not in self.kept:
             return None
-        into[: len(self.kept[name])] = self.kept[name]
+        if len(self.kept[name]) <= len(into):
+            into[: len(self.kept[name])] = self.kept[name]
         return len(self.kept[name])
 
     def write(self, name, record, ttl_s, replace):
@@ -502,6 +505,33 @@ class Kept:
 
     def close(self):
         pass
+
+
+ANY_RECORD = st.one_of(
+    st.binary(max_size=300),
+    st.binary(max_size=300).map(lambda end: remote.MAGIC + bytes([remote.VERSION, 0, 0, 0, 0, 0]) + end),
+    st.tuples(st.integers(0, HEADER_BYTES + 100), st.integers(0, HEADER_BYTES + 100), st.binary(max_size=20)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ANY_RECORD)
+def test_whatever_a_server_holds_under_a_name_is_a_miss_unless_it_was_put(content):
+    """`content`: bytes; or a range of a real record and what is there instead."""
+    kept = {}
+    store = RemoteStore("kept", lambda: Kept(kept), Seal(b"a secret of a deployment"), 30, 1, 100)
+    store.put([key(1)], [payload(1)], OWNER)
+    (name,) = kept
+    put = kept[name]
+    kept[name] = content if isinstance(content, bytes) else put[: content[0]] + content[2] + put[content[1] :]
+    same = kept[name] == put
+    assert store.sizes()["records"] == (store.ages([key(1)]) != [math.inf])
+    assert get(store, 1) == (payload(1) if same else None)
+    assert store.forget(OWNER) in (0, 1)
+    store.clear()
+    assert not [left for left in kept if left.startswith(store._records)]
+    assert (store.stats()["errors"], store.stats()["down"]) == (0, 0)
+    store.close()
 
 
 def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten_meanwhile():

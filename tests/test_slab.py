@@ -18,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lmcache_mm.commands.cli import main
 from lmcache_mm.stores.local import slab, slab_files
@@ -1014,6 +1016,24 @@ def test_whatever_bytes_the_index_has_the_store_goes_on_and_serves_nothing_wrong
         assert os.waitpid(beside, 0)[1] == 0
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_any_first_page_is_a_header_or_none_and_its_second_copy_is_as_good(store):
+    page = (store.directory / "table").read_bytes()[:4096]
+    header = slab._C.slab_header(page)
+    assert header[1:3] == (store._granules, store._granule_bytes)
+    assert slab._C.slab_header(bytes(72) + page[72:]) == header
+    assert slab._C.slab_header(page[:72]) == header
+
+    @given(st.binary(max_size=600), st.lists(st.tuples(st.integers(0, 600), st.integers(0, 255)), max_size=3))
+    def run(junk, changes):
+        slab._C.slab_header(junk)
+        changed = bytearray(page)
+        for place, byte in changes:
+            changed[place] = byte
+        assert slab._C.slab_header(bytes(changed)) in (header, None)
+
+    run()
 
 
 @pytest.mark.parametrize("size", [0, 100, 4096, 50_000, 10**7])
