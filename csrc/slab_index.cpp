@@ -497,10 +497,10 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
   const u64 before = get(kSequence), clock = static_cast<u64>(std::max(terms.wall, 0.0) * 1e6);
   sequence = std::max(sequence, clock);
   if (before < sequence + (u64{1} << 40)) sequence = std::max(sequence, before + 1);
-  for (u32 sum = 0; sum < kSums; ++sum)
+  set(kSequence, sequence);  // at once, and never 0: it may not go back if this process dies here
+  for (u32 sum = kSequence + 1; sum < kSums; ++sum)
     if (sum != kSeenTime && sum != kSeenWall) set(static_cast<Sum>(sum), 0);
   for (const Sum sum : {kHand, kQueue, kQueueLast, kPending, kPendingLast, kResting, kRestingLast}) set(sum, kNone);
-  set(kSequence, sequence);
   set(kFloor, sequence);  // what is under way of owners is not known to be wanted any more
   set(kSeenTime, bits_of(seen));
   set(kSeenWall, bits_of(terms.wall));

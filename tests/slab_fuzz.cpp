@@ -74,13 +74,10 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
           index.bury(~u64{1}, terms);
           break;
         case 4:
-          index.check(terms);
-          break;
-        case 5:
           if (const auto found = index.find(key_of(id), terms.now, 0))
             if (index.table().pin(found->start, found->generation)) index.table().unpin(found->start);
           break;
-        case 6:
+        case 5:
           SlabIndex(file.data(), kShape, lock, 1 + data[3] % 63).open(kBoot, data[3] & 1, terms);
           break;
         default:

@@ -602,6 +602,8 @@ void points(bool kills) {
       const auto pinned = other.index->find(key_of(2), world.now, 0);
       if (!pinned || !other.index->table().pin(pinned->start, pinned->generation)) fail("a record that is not there");
       before.index->reserve({key_of(19)}, {seven}, owner_of(2), {}, before.terms());
+      for (u64 i = 0; i < 9; ++i) other.index->forget(owner_of(99), other.terms());  // no entry knows these moments
+      const u64 moment = other.index->moment();
       victim.begin([&] { changes[kind](victim); });
       for (u64 i = 0; i <= point && !victim.done; ++i) victim.resume();
       if (victim.done) break;
@@ -622,6 +624,8 @@ void points(bool kills) {
         }
         while (!victim.done) victim.resume();
       }
+      other.index->remove({}, other.terms());
+      if (other.index->moment() < moment) fail("the sequence has gone back");
       for (u64 id = 0; id < World::kKeys; ++id) fill(other, id, 3);  // all room is used
       if (!world.has_payload(*pinned)) fail("what was pinned is overwritten");
       other.index->remove({key_of(4)}, other.terms());

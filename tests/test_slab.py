@@ -827,6 +827,10 @@ MUTATIONS = {
     "nothing moves up": ("if (stays) continue;", "continue;"),
     "no neighbours": ("if (start % segment) {", "if (false) {"),
     "nothing of an entry that is overwritten": ("put(header_->old_place, u64{start} + 1);", ""),
+    "a sequence that begins again": (
+        "  set(kSequence, sequence);  //",
+        "  set(kSequence, 0);\n  set(kSequence, sequence);  //",
+    ),
     "one header": ("{&header_->spare, &header_->fixed}", "{&header_->fixed}"),
 }
 
