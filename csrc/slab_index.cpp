@@ -466,6 +466,9 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
         content.owner = {};
         content.time = now_ + kRestSeconds;
         store(start, content);
+      } else if (content.state == SlabState::kResting && content.time > now_ + kRestSeconds) {
+        content.time = now_ + kRestSeconds;  // a power cut took the store's clock back
+        store(start, content);
       }
     }
     if (valid && start < covered) {  // of two that overlap the newer one stays

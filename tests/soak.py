@@ -3,11 +3,11 @@
     python tests/soak.py --kills 10000 --stops 10000 --schedules 1000000 --json soak.json
 
 First the index of slabs under the simulator (tests/slab_simulation.cpp), then real processes on shm:, file:, tiered:,
-valkey: and peer:, in phases of some hundred signals. After each phase everybody is dead, and what was accepted and
-flushed has to be there, with its payload, and all room accounted for. In a tight phase records are evicted all the
-time; in a roomy one never, so that there a record that is missing is lost. --seed: of the choices made here; what
-processes do at the same time is the system's. Prints a table; ends with 1 if anything was wrong, lost, or over its
-budget.
+valkey: and peer:, in phases of some hundred signals, some of which find a worker while it changes an index. After each
+phase everybody is dead, and what was accepted and flushed has to be there, with its payload, and all room accounted
+for. In a tight phase records are evicted all the time; in a roomy one never, so that there a record that is missing is
+lost. --seed: of the choices made here; what processes do at the same time is the system's. Prints a table; ends with 1
+if anything was wrong, lost, or over its budget.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import numpy as np
 
 import servers
 from lmcache_mm import _C, cli
-from lmcache_mm.stores import TieredStore, breaker, open_store, slab, slab_directory
+from lmcache_mm.stores import TieredStore, breaker, open_store, slab, slab_directory, slab_files
 from lmcache_mm.stores.slab import SlabStore
 
 KEYS, KEPT = 60, 40  # the first KEPT are never deleted in a roomy phase
@@ -45,6 +45,7 @@ TIGHT, ROOMY = "2MiB", "192MiB"  # what dead processes had reserved rests for 10
 PHASE = 400  # signals
 PACE_S = 0.008  # a worker's longest rest between two calls
 SIGNAL_S = 0.06  # the longest time between two signals
+AIM_S = 0.1  # for which a worker that changes an index is looked for
 REMOTE_S = 1.0  # timeout of remote stores
 PAUSE_S = 0.5  # for which they are left alone, instead of ten seconds
 REST_S = 10.0
@@ -232,6 +233,7 @@ class Setting:
     def __init__(self, name: str, roomy: bool, folder: Path) -> None:
         self.roomy, self.folder = roomy, folder
         self.helpers: list[Helper] = []
+        self.locks: list[int] = []  # of the slabs
         self.kept = shared((KEYS + 1,), np.int64)  # by key: in which life of the server it was; that comes last
         self.kept[-1] = 1
         room = ROOMY if roomy else TIGHT
@@ -245,6 +247,8 @@ class Setting:
             file = f"file://{folder}/store?capacity={room}"
             self.own = {"shm": self.shm, "file": file, "tiered": f"tiered:{self.shm},{file}", "peer": self.shm}[name]
             open_store(self.own).close()
+            places = [slab_directory(url)[1] for url in self.own.removeprefix("tiered:").split(",")]
+            self.locks = [slab_files.lock_file(place / "lock") for place in places]
         self.urls = [self.own] * WORKERS
         if name == "peer":
             self.port = servers.free_port()
@@ -347,19 +351,23 @@ class Phase:
                 due.remove(one)
                 self.go_on(one[1])
             victims: list[Seat | Helper] = [*self.seats, *(self.setting.helpers if random.random() < 0.1 else [])]
+            times_s = [0.02] * 300 + [0.3] * 60 + [1.5] * 10 + [7.0]
             what = left.pop()
+            changing = self.stop_in_a_change() if random.random() < 0.3 else None
+            if changing:
+                victims, times_s = [changing], [0.02, 0.3, 1.5, 7.0]
+                self.done["in a change"] += 1
             if what == "kills":
                 victim = random.choice(victims)
                 due = [one for one in due if one[1] is not victim]
                 self.kill(victim)
             else:
-                moving = [victim for victim in victims if not victim.stopped_at]
+                moving = [victim for victim in victims if not victim.stopped_at or victim is changing]
                 if not moving:
                     left.insert(0, what)
                     continue
                 victim = random.choice(moving)
-                for_s = random.choice([0.02] * 300 + [0.3] * 60 + [1.5] * 10 + [7.0])
-                due.append((time.monotonic() + for_s * (0.5 + random.random()), victim))
+                due.append((time.monotonic() + random.choice(times_s) * (0.5 + random.random()), victim))
                 victim.stopped_at = time.monotonic_ns()
                 os.kill(victim.pid, signal.SIGSTOP)
             self.done[what] += 1
@@ -368,6 +376,23 @@ class Phase:
         self.rest(0.2)
         for seat in self.seats:
             self.end(seat)
+
+    def stop_in_a_change(self) -> Seat | None:
+        """Stops a worker while it changes an index, where chance would seldom find one; None if none could be."""
+        until = time.monotonic() + AIM_S
+        while self.setting.locks and time.monotonic() < until:
+            seat = random.choice(self.seats)
+            if seat.stopped_at:
+                continue
+            stopped_at = time.monotonic_ns()
+            os.kill(seat.pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, seat.pid, os.WSTOPPED | os.WNOWAIT)
+            if any(slab_files._holder(lock, slab_files.WRITING) == seat.pid for lock in self.setting.locks):
+                seat.stopped_at = stopped_at
+                return seat
+            seat.stopped_ns[0] += time.monotonic_ns() - stopped_at
+            os.kill(seat.pid, signal.SIGCONT)
+        return None
 
     def rest(self, for_s: float) -> None:
         begun = time.monotonic()
