@@ -34,9 +34,11 @@ from typing import Any
 import numpy as np
 
 import servers
-from lmcache_mm import _C, cli
-from lmcache_mm.stores import TieredStore, breaker, open_store, slab, slab_directory, slab_files
-from lmcache_mm.stores.slab import SlabStore
+from lmcache_mm import _C
+from lmcache_mm.commands import cli
+from lmcache_mm.stores import TieredStore, breaker, open_store, slab_directory
+from lmcache_mm.stores.local import slab, slab_files
+from lmcache_mm.stores.local.slab import SlabStore
 
 KEYS, KEPT = 60, 40  # the first KEPT are never deleted in a roomy phase
 LARGEST = 90_000
@@ -529,7 +531,7 @@ def main() -> int:
         arguments.json.parent.mkdir(exist_ok=True)
     names = arguments.stores.split(",")
     if "valkey" in names:
-        import_module("lmcache_mm.stores.valkey")  # once, and not in each worker
+        import_module("lmcache_mm.stores.remote.valkey")  # once, and not in each worker
     rows = []
     for i, name in enumerate(names):
         share = [n * (i + 1) // len(names) - n * i // len(names) for n in (arguments.kills, arguments.stops)]
