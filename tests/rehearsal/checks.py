@@ -175,7 +175,7 @@ def test_encoder_outputs_go_to_the_device_and_back():
 def test_the_encoders_worker_copies_on_the_stream_of_the_forward_pass():
     pytest.importorskip("vllm")
     worker_of = importlib.import_module("lmcache_mm.vllm.encoder.worker").EncoderWorker
-    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
+    messages = importlib.import_module("lmcache_mm.vllm.encoder.messages")
     parallel = SimpleNamespace(rank=0, tensor_parallel_size=1, pipeline_parallel_size=1)
     config = SimpleNamespace(parallel_config=parallel, ec_transfer_config=SimpleNamespace(is_ec_producer=True))
     worker = worker_of(config, SimpleNamespace(store="mem://?capacity=1MiB", timeout_s=5.0))
