@@ -74,5 +74,5 @@ def test_a_mac_is_of_one_secret_key_length_and_payload_and_never_twice_the_same(
 def test_without_its_package_a_seal_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
-    with pytest.raises(RuntimeError, match=r"pip install 'lmcache-mm\[EXTRA\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[EXTRA\]'"):
         Seal(SECRET)
