@@ -77,8 +77,8 @@ class CMakeBuild(build_ext):
         ]
         if NVCC:
             configure.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
-            if ARCHITECTURES:
-                configure.append(f"-DLMCACHE_MM_CUDA_ARCHS={ARCHITECTURES}")
+            # -U: the default again, whatever an earlier build was told.
+            configure.append(f"-DLMCACHE_MM_CUDA_ARCHS={ARCHITECTURES}" if ARCHITECTURES else "-ULMCACHE_MM_CUDA_ARCHS")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         print(f"lmcache_mm: built with {'CUDA kernels, ' + NVCC if NVCC else 'CPU ops only'}")

@@ -119,15 +119,12 @@ class KVCache:
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
-        limit = 0
 
-        def plan() -> tuple[list[Record], list[Chunk]]:
-            nonlocal limit
+        def plan() -> tuple[list[Record], list[Chunk], int]:
             records = self._records(prompt, turns=True)
             if hit is None:
                 records = self._present(records)
                 limit = records[-1].end if records else 0
-                self._count(queried_tokens=len(prompt), hit_tokens=limit)
             else:
                 limit = count("hit", hit)
                 if limit > len(prompt):
@@ -135,9 +132,11 @@ class KVCache:
                 # Up to the first cut that reaches it: the tokens behind `hit` that come along are the prompt's own.
                 behind = next((r.end for r in records if r.end >= limit), limit)
                 records = chain((r for r in records if r.end <= behind), self.chunk_tokens) if limit else []
-            return records, self._chunks(records, self._pages(block_ids, limit))
+            return records, self._chunks(records, self._pages(block_ids, limit)), limit
 
-        records, chunks = unless_lacking(plan, (list[Record](), list[Chunk]()))
+        records, chunks, limit = unless_lacking(plan, (list[Record](), list[Chunk](), 0))
+        if hit is None:
+            self._count(queried_tokens=len(prompt), hit_tokens=limit)
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
         restored = job.then(lambda loaded: min(limit, records[loaded - 1].end) if loaded else 0)
         restored.when_done(lambda tokens: self._count(restored_tokens=tokens))

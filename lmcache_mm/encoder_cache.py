@@ -133,7 +133,7 @@ class EncoderCache:
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         write(self.backend, key, packed, owner_of(salt), as_of)
-        return not self.backend.local or has_payload(self.backend, key, description)
+        return not self.backend.local or self.backend.contains([payload_key(key, description)], peek=True)[0]
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""
