@@ -2,6 +2,7 @@
 #   make demo     questions about photographs, answered with KV cache from earlier ones
 #   make test     all tests
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
+#   make mutations  takes each barrier, event and bound out of the CUDA kernels, and sees that a test misses it; 10 minutes
 #   make soak     the crash test: $(SCHEDULES) simulated schedules, $(KILLS) processes killed and $(STOPS) stopped on
 #                 all stores, and the real vLLM over stores that misbehave; about an hour (docs/reliability.md)
 #   make fuzz     libFuzzer on the index of slabs for $(FUZZ_S) s; needs clang++
@@ -23,7 +24,7 @@ STOPS ?= 10000
 FUZZ_S ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test test-vllm-all soak fuzz bench docs lint format clean
+.PHONY: demo test test-vllm-all mutations soak fuzz bench docs lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -34,6 +35,9 @@ test: $(VENV)/built $(VENV)/vllm
 test-vllm-all: $(VENV)/built $(VENV)/vllm
 	for on in 0.32-V1 0.33-V1 0.32-V2 0.33-V2; do TEST_VLLM=$$on $(BIN)/python -m pytest tests/vllm $(ARGS) || failed=1; done; \
 	exit $${failed:-0}
+
+mutations: $(VENV)/built
+	TEST_MUTATIONS=all $(BIN)/python -m pytest tests/test_host_cuda.py -k taken_away $(ARGS)
 
 soak: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python tests/soak.py --schedules $(SCHEDULES) --kills $(KILLS) --stops $(STOPS) --json build/soak.json $(ARGS)

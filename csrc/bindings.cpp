@@ -498,13 +498,14 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "store",
           [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,
-             bool checksums, u64 fragment_bytes) {
+             bool checksums, u64 fragment_bytes, u32 kernel_blocks) {
             std::vector<Chunk> list = to_chunks(chunks);
             py::gil_scoped_release release;
             cpu::check_ids(cache, Mode::kPage, list);
-            return staging.store(cache, std::move(list), std::move(ends), checksums, fragment_bytes);
+            return staging.store(cache, std::move(list), std::move(ends), checksums, fragment_bytes, kernel_blocks);
           },
-          py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("fragment_bytes"))
+          py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("fragment_bytes"),
+          py::arg("kernel_blocks"))
       .def(
           "load",
           [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,

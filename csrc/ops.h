@@ -206,11 +206,11 @@ class Staging {
   // pinned host memory, which is the job's until it is finished; Chunk::offset: 0. ends: up to which plane each layer
   // reaches, the last of them the last plane. A load begins with the first layer. Chunks of whole pages whose runs,
   // contiguous in cache and payload, are at least fragment_bytes long on average (0: none) are copied without the ring.
-  // kernel_blocks > 0: loads are done by so many blocks of a kernel that reads the host's memory. With payloads in
-  // memory that is not pinned all goes through the ring, slowly. Throws std::invalid_argument for a chunk of which one
+  // kernel_blocks > 0: a kernel of so many blocks reads or writes the host's memory instead. With payloads in memory
+  // that is not pinned all goes through the ring, slowly. Throws std::invalid_argument for a chunk of which one
   // layer does not fit into a buffer, and for checksums of layers that end within 16 bytes of a payload.
   std::unique_ptr<Job> store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
-                             u64 fragment_bytes);
+                             u64 fragment_bytes, u32 kernel_blocks);
   std::unique_ptr<Job> load(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
                             const Event& behind, u64 fragment_bytes, u32 kernel_blocks);
 

@@ -1,6 +1,6 @@
 // Transfers between the pages of a GPU and pinned host memory: staged through a ring of buffers in device memory,
 // filled by kernels and emptied by the copy engine, or the other way round; by copies of long runs straight from or to
-// pages; or, loads, by a few blocks of a kernel that read the host's memory.
+// pages; or by a few blocks of a kernel that read or write the host's memory.
 //
 // A job goes in steps, each of which has a buffer b of the ring. `>` marks an event that a stream waits for:
 //   store  kernels:  [behind] > [free b] > gather into b, record filled b, record reached
@@ -8,8 +8,8 @@
 //   load   copies:   [free b] > one batch into b, record filled b
 //          kernels:  [behind] > [filled b] > scatter from b, record free b, record reached ... record finished
 // Long runs are in the same batch, without the buffer: a load's copies wait for [behind] then, and a store's record
-// reached. Kernels write partial checksums to pinned memory, for these runs in a launch that does nothing else. A load
-// by a kernel alone needs no copies and no buffer.
+// reached. Kernels write partial checksums to pinned memory, for these runs in a launch that does nothing else. A job
+// by kernels alone needs no copies and no buffer.
 //
 // A step is a range of planes of all chunks, or a range of chunks of one layer's planes. Steps begin with a layer of
 // kFirstStepBytes at most and double, so that the first layer is there early and the others take few calls.
@@ -203,7 +203,7 @@ struct Staging::Job::State {
   PagedCache cache;
   std::vector<Chunk> chunks;
   std::vector<u64> ends;  // of layers, in planes
-  u32 kernel_blocks;      // 0: kernels do not read payloads
+  u32 kernel_blocks;      // 0: kernels leave payloads alone
   std::vector<std::vector<i64>> ids{};
   std::vector<std::vector<Run>> runs{};  // of each chunk; none: it goes through the ring
   bool has_runs = false, is_pinned = true;
@@ -361,9 +361,11 @@ struct Staging::Job::State {
     copy_fragments(op, fragments, is_store, is_pinned, staging->copies);
   }
 
+  // Of a step's two streams the one that ends it.
+  cudaStream_t second() const { return is_store && !kernel_blocks ? staging->copies : staging->kernels; }
+
   void enqueue(const Step& step) {
     Staging::State& s = *staging;
-    const cudaStream_t second = is_store ? s.copies : s.kernels;
     if (kernel_blocks) {
       run_kernel(step, false, nullptr);
     } else {
@@ -373,14 +375,14 @@ struct Staging::Job::State {
       LMC_CUDA_CHECK(op, cudaStreamWaitEvent(first, s.free[b]));
       is_store ? run_kernels(step, buffer) : copy(step, buffer);
       LMC_CUDA_CHECK(op, cudaEventRecord(s.filled[b], first));
-      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(second, s.filled[b]));
+      LMC_CUDA_CHECK(op, cudaStreamWaitEvent(second(), s.filled[b]));
       is_store ? copy(step, buffer) : run_kernels(step, buffer);
-      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], second));
+      LMC_CUDA_CHECK(op, cudaEventRecord(s.free[b], second()));
     }
     if (plane != step.end) return;  // there are more chunks
     std::lock_guard<std::mutex> lock(mutex);
     reached.push_back({step.end, new_event(op)});
-    LMC_CUDA_CHECK(op, cudaEventRecord(reached.back().event, is_store && !has_runs ? s.kernels : second));
+    LMC_CUDA_CHECK(op, cudaEventRecord(reached.back().event, is_store && !has_runs ? s.kernels : second()));
     changed.notify_all();
   }
 
@@ -407,7 +409,7 @@ void Staging::Job::go_on(u64 planes, const Event* behind) {
       if (j.has_runs) LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.copies, event));
     }
     for (Step step{}; !j.over && j.next_step(planes, step);) j.enqueue(step);
-    LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.is_store ? s.copies : s.kernels));
+    LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.second()));
     j.under_way = true;
   } catch (...) {
     // What was enqueued ends before the exception leaves: its memory is the caller's again.
@@ -488,9 +490,9 @@ std::unique_ptr<Staging::Job> Staging::begin(std::unique_ptr<Job::State> state, 
 }
 
 std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends,
-                                             bool checksums, u64 fragment_bytes) {
-  return begin(std::unique_ptr<Job::State>(
-                   new Job::State{"store", true, checksums, state_, cache, std::move(chunks), std::move(ends), 0}),
+                                             bool checksums, u64 fragment_bytes, u32 kernel_blocks) {
+  return begin(std::unique_ptr<Job::State>(new Job::State{"store", true, checksums, state_, cache, std::move(chunks),
+                                                          std::move(ends), kernel_blocks}),
                fragment_bytes);
 }
 

@@ -135,6 +135,7 @@ class CudaStaging:
         ends: Sequence[int],
         checksums: bool,
         fragment_bytes: int,
+        kernel_blocks: int,
     ) -> CudaTransfer: ...
     def load(
         self,

@@ -526,11 +526,12 @@ class _Ring:
 
     def store(self, parts: list[_Part], ends: list[int], checksums: bool) -> _Copies:
         least = self.paths.store_fragment_bytes(self._bytes_of(parts))
-        return self._staging.store(self._layout.compiled, parts, ends, checksums, least)
+        blocks = self.paths.store_layer_blocks if len(ends) > 1 else 0
+        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks)
 
     def load(self, parts: list[_Part], ends: list[int], checksums: bool, behind: Any) -> _Copies:
         least = self.paths.load_fragment_bytes(self._bytes_of(parts))
-        blocks = self.paths.layer_blocks if len(ends) > 1 else 0
+        blocks = self.paths.load_layer_blocks if len(ends) > 1 else 0
         return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks)
 
     def _bytes_of(self, parts: list[_Part]) -> int:

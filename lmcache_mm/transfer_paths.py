@@ -1,8 +1,8 @@
 """Which way payloads go between a GPU's pages and the host: as `python -m lmcache_mm calibrate` measured on the device.
 
 Three ways are always right: through a ring of buffers in device memory; in one batch of copies straight from or to
-pages, which spares that ring and the kernels, and pays where fragments are long; and, for loads by layers, by a few
-blocks of a kernel. See docs/design.md, Transfers.
+pages, which spares that ring and the kernels, and pays where fragments are long; and, layer by layer, by a few blocks
+of a kernel. See docs/design.md, Transfers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-FORMAT = 2
+FORMAT = 3
 
 logger = logging.getLogger("lmcache_mm")
 
@@ -29,13 +29,14 @@ class Paths:
     store, load: (count, bytes) each: a batch of at least `count` fragments pays if they are at least so many bytes long
     on average. Without a measurement: 256 KiB, for a fragment of a batch costs about 0.1 µs beside its bytes on an H100
     once it is longer than 28 KiB (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at 64 KiB), 2 % there.
-    layer_blocks: how many blocks of a kernel do a load by layers; 0: the ring does.
+    store_layer_blocks, load_layer_blocks: how many blocks of a kernel do a transfer by layers; 0: the ring does.
     ring_blocks: how many blocks the ring's kernels have at most; 0: as many as should keep up with the device's bus.
     """
 
     store: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
     load: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
-    layer_blocks: int = 0
+    store_layer_blocks: int = 0
+    load_layer_blocks: int = 0
     ring_blocks: int = 0
 
     def store_fragment_bytes(self, total_bytes: int) -> int:
@@ -74,10 +75,10 @@ def load(file: Path) -> Paths | None:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, expected {FORMAT}")
         rows = {name: tuple((int(count), int(size)) for count, size in content[name]) for name in ("store", "load")}
-        blocks = {name: int(content[name]) for name in ("layer_blocks", "ring_blocks")}
+        blocks = {name: int(content[name]) for name in ("store_layer_blocks", "load_layer_blocks", "ring_blocks")}
         if any(count < 1 or size < 1 for row in rows.values() for count, size in row) or min(blocks.values()) < 0:
             raise ValueError("expected positive counts and sizes")
-        return Paths(rows["store"], rows["load"], blocks["layer_blocks"], blocks["ring_blocks"])
+        return Paths(rows["store"], rows["load"], *blocks.values())
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -193,7 +193,7 @@ def test_a_loop_stores_layer_by_layer(loop: Loop):
 
 
 @NO_GPU
-@pytest.mark.parametrize("paths", [Paths(((1, 1),), ((1, 1),), 0), Paths((), (), 4)], ids=["batches", "kernels"])
+@pytest.mark.parametrize("paths", [Paths(((1, 1),), ((1, 1),)), Paths((), (), 4, 4)], ids=["batches", "kernels"])
 def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
     loop = Loop(torch.device("cuda", 0), store)
@@ -202,11 +202,14 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
         ring.paths = paths
     with loop.on_stream:
         loop.compute(48, ids, 1.0)
-        assert loop.cache.store(prompt, ids).wait() == 48
         for by_layer in (False, True):
+            job = loop.cache.store(prompt, ids, by_layer=by_layer)
+            assert not by_layer or job.layer_written("layer2")
+            assert job.wait() == 48
             loop.kv.fill_(float("nan"))
             assert loop.cache.retrieve(prompt, ids, by_layer=by_layer).wait() == 48
             assert loop.holds(48, ids, 1.0)
+            store.clear()
     loop.cache.close()
     remove()
 

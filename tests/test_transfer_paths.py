@@ -31,7 +31,7 @@ def test_a_batch_is_for_long_fragments_and_for_as_many_as_pay():
 
 
 def test_a_measurement_is_kept_and_found_by_the_devices_name(cache_home):
-    paths = Paths(((16, 4096),), ((1, 8192), (128, 512)), 4, 12)
+    paths = Paths(((16, 4096),), ((1, 8192), (128, 512)), 2, 4, 12)
     file = transfer_paths.save(paths, NAME)
     assert file == cache_home / "lmcache_mm" / "paths-nvidia-h100-80gb-hbm3.json"
     assert transfer_paths.load(transfer_paths.file_of(NAME)) == paths
@@ -47,7 +47,7 @@ def test_a_measurement_is_kept_and_found_by_the_devices_name(cache_home):
         {"format": 1},
         {"store": 7},
         {"load": [[0, 5]]},
-        {"layer_blocks": -1},
+        {"load_layer_blocks": -1},
         {"ring_blocks": "x"},
         {"store": [["a", 1]]},
     ],
@@ -91,7 +91,7 @@ def test_the_ring_has_the_fewest_blocks_that_are_as_fast_as_any():
     assert ring_blocks_of({4: 0.99, 8: 1.0}) == 4
 
 
-def test_kernels_load_layers_where_they_gain_and_cost_compute_no_more():
+def test_kernels_move_layers_where_they_gain_and_cost_compute_no_more():
     ring = LayerTimes(1.0, 1.0)
     assert layer_blocks_of(ring, {2: LayerTimes(0.99, 1.0), 4: LayerTimes(1.2, 1.0)}) == 0
     assert layer_blocks_of(ring, {2: LayerTimes(0.9, 1.0), 4: LayerTimes(0.8, 1.01), 8: LayerTimes(0.7, 1.5)}) == 4

@@ -37,9 +37,9 @@ class Times(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """Medians, in seconds: a load by layers, and a fixed piece of compute beside it."""
+    """Medians, in seconds: a transfer by layers, and a fixed piece of compute beside it."""
 
-    load: float
+    transfer: float
     compute: float
 
 
@@ -59,12 +59,12 @@ def rows_of(times: Mapping[tuple[int, int], Times]) -> tuple[tuple[int, int], ..
 
 
 def layer_blocks_of(ring: LayerTimes, kernels: Mapping[int, LayerTimes]) -> int:
-    """How many blocks of a kernel should do loads by layers: the fastest that gains on the ring without costing compute
-    beside it more; 0: none, the ring does."""
+    """How many blocks of a kernel should do transfers by layers: the fastest that gains on the ring without costing
+    compute beside it more; 0: none, the ring does."""
     good = {
-        times.load: blocks
+        times.transfer: blocks
         for blocks, times in kernels.items()
-        if times.load < ring.load * (1 - GAIN) and times.compute < ring.compute * (1 + GAIN)
+        if times.transfer < ring.transfer * (1 - GAIN) and times.compute < ring.compute * (1 + GAIN)
     }
     return good[min(good)] if good else 0
 
@@ -96,7 +96,7 @@ class Bench:
     ) -> list[int]:
         behind = _C.CudaEvent(self._device.index, torch.cuda.current_stream(self._device).cuda_stream)
         if direction == "store":
-            job = self._staging[direction].store(layout.compiled, parts, ends, True, least)
+            job = self._staging[direction].store(layout.compiled, parts, ends, True, least, blocks)
         else:
             job = self._staging[direction].load(layout.compiled, parts, ends, True, behind, least, blocks)
         job.go_on(ends[-1], behind)
@@ -120,8 +120,8 @@ class Bench:
             raise RuntimeError(f"calibrate: {direction}: a batch copies something else than the ring")
         return Times(*medians([lambda: run(0), lambda: run(1)]))
 
-    def layer_times(self, blocks: int) -> LayerTimes:
-        """Of a load of LAYERS layers, one after the other, and of compute beside it. blocks: 0 for the ring."""
+    def layer_times(self, direction: str, blocks: int) -> LayerTimes:
+        """Of a transfer of LAYERS layers, one after the other, and of compute beside it. blocks: 0 for the ring."""
         size = 32 << 10
         count = LAYER_BYTES // size
         layout = self._layout(self._pages[: LAYERS * 2 * LAYER_BYTES], size, LAYERS)
@@ -131,12 +131,12 @@ class Bench:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         compute: list[float] = []
 
-        def load(blocks: int = blocks) -> list[int]:
+        def move(blocks: int = blocks) -> list[int]:
             part = (ids.data_ptr(), True, count, count, self._host.data_ptr(), 0)
-            return self._move("load", layout, [part], list(range(1, LAYERS + 1)), 0, blocks)
+            return self._move(direction, layout, [part], list(range(1, LAYERS + 1)), 0, blocks)
 
-        if load() != load(0):
-            raise RuntimeError(f"calibrate: {blocks} blocks load something else than the ring")
+        if move() != move(0):
+            raise RuntimeError(f"calibrate: {direction}: {blocks} blocks copy something else than the ring")
 
         def beside() -> None:
             with torch.cuda.stream(compute_stream):
@@ -144,13 +144,13 @@ class Bench:
                 for _ in range(16):
                     a @ a
                 end.record()
-            load()
+            move()
             end.synchronize()
             compute.append(begin.elapsed_time(end) / 1e3)
 
-        (loaded,) = medians([load])
+        (moved,) = medians([move])
         medians([beside])
-        return LayerTimes(loaded, statistics.median(compute))
+        return LayerTimes(moved, statistics.median(compute))
 
     def _layout(self, pages: torch.Tensor, size: int, layers: int = 1) -> KVLayout:
         return KVLayout.from_tensors(list(pages.view(layers, -1, size)), page_tokens=1, page_dim=0, opaque=True)
@@ -193,13 +193,15 @@ def measure(device: torch.device) -> Iterator[str | Paths]:
                 fragments = f"{direction:5} {count:5} fragments of {size >> 10:5} KiB"
                 yield f"{fragments}: ring {ring:5.1f}, batch {batch:5.1f} GB/s"
         rows[direction] = rows_of(times)
-    by_blocks = {blocks: bench.layer_times(blocks) for blocks in (0, *LAYER_BLOCKS)}
-    for blocks, found_layers in by_blocks.items():
-        speed = LAYERS * LAYER_BYTES / found_layers.load / 1e9
-        way = f"{blocks:2} blocks" if blocks else "ring     "
-        yield f"load by layers, {way}: {speed:5.1f} GB/s, compute beside it {found_layers.compute * 1e3:.2f} ms"
-    ring_layers = by_blocks.pop(0)
-    yield Paths(rows["store"], rows["load"], layer_blocks_of(ring_layers, by_blocks), ring_blocks)
+    layer_blocks = []
+    for direction in ("store", "load"):
+        by_blocks = {blocks: bench.layer_times(direction, blocks) for blocks in (0, *LAYER_BLOCKS)}
+        for blocks, found_layers in by_blocks.items():
+            speed = LAYERS * LAYER_BYTES / found_layers.transfer / 1e9
+            way = f"{direction:5} by layers, {f'{blocks:2} blocks' if blocks else 'ring':9}"
+            yield f"{way}: {speed:5.1f} GB/s, compute beside it {found_layers.compute * 1e3:.2f} ms"
+        layer_blocks.append(layer_blocks_of(by_blocks.pop(0), by_blocks))
+    yield Paths(rows["store"], rows["load"], layer_blocks[0], layer_blocks[1], ring_blocks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -209,6 +209,8 @@ struct Store {
   }
 };
 
+u32 draw_kernel_blocks(Random& random) { return random() % 3 ? 0 : 1 + random() % 2; }
+
 // Jobs whose chunks have this many pages at most.
 u64 draw_buffer_bytes(Random& random, const Pages& pages) {
   return (pages.payload_bytes(5) + 255) / 256 * 256 * (1 + random() % 2);
@@ -248,8 +250,8 @@ void run(u64 seed) {
         if (in_cache != ~u64{0}) std::memcpy(&record.want[in_payload], &content[in_cache], pages.cache.run_bytes);
       });
     }
-    store.job =
-        stores.store(pages.cache, chunks_of(store.records), ends, store.checksums, draw_fragment_bytes(random, pages));
+    store.job = stores.store(pages.cache, chunks_of(store.records), ends, store.checksums,
+                             draw_fragment_bytes(random, pages), draw_kernel_blocks(random));
     u64 first = 0;
     for (const u64 end : ends) {
       caller.write(pages, content, first, end);
@@ -284,9 +286,8 @@ void run(u64 seed) {
     }
     const std::vector<u64> ends = draw_layers(random, pages);
     if (random() % 4 == 0 || !are_whole_lanes(pages, ends)) sums.clear();  // a load that sums up nothing
-    const u32 kernel_blocks = random() % 3 ? 0 : 1 + random() % 2;
     jobs.push_back(loads.load(pages.cache, chunks_of(records), ends, !sums.empty(), cuda::Event(0, caller.stream),
-                              draw_fragment_bytes(random, pages), kernel_blocks));
+                              draw_fragment_bytes(random, pages), draw_kernel_blocks(random)));
     cuda::Staging::Job& job = *jobs.back();
     const auto read_layers = [&] {
       u64 first = 0;
@@ -325,7 +326,7 @@ void run(u64 seed) {
   const std::vector<u64> whole{pages.end()};
   const Chunk too_large{all.data(), all.size(), all.size() * 4, nullptr, true};
   must_throw<std::invalid_argument>("a chunk that is too large is taken",
-                                    [&] { stores.store(pages.cache, {too_large}, whole, true, 0); });
+                                    [&] { stores.store(pages.cache, {too_large}, whole, true, 0, 0); });
   // Jobs outlive what made them, and that its ring.
   for (Record& record : outliving) {
     record = {{1, 2}, host_memory(random, pages.payload_bytes(2)), pages.payload_bytes(2), {}};
@@ -334,16 +335,16 @@ void run(u64 seed) {
   std::vector<Chunk> both = chunks_of(outliving);
   if (const Chunk part{all.data(), 1, 4, both[0].payload, true}; pages.end() > 1 && pages.cache.page_bytes % kLaneBytes)
     must_throw<std::invalid_argument>("checksums of layers that end anywhere are taken",
-                                      [&] { stores.store(pages.cache, {part}, {1, pages.end()}, true, 0); });
-  std::unique_ptr<cuda::Staging::Job> given_up = stores.store(pages.cache, {both[0]}, {pages.end()}, true, 0);
+                                      [&] { stores.store(pages.cache, {part}, {1, pages.end()}, true, 0, 0); });
+  std::unique_ptr<cuda::Staging::Job> given_up = stores.store(pages.cache, {both[0]}, {pages.end()}, true, 0, 0);
   must_throw<std::runtime_error>("a store that was given up has checksums", [&] { given_up->wait(); });
   given_up->go_on(pages.end(), nullptr);
   given_up->order(caller.stream, pages.end());
   given_up.reset();
   if (std::any_of(both[0].payload, both[0].payload + outliving[0].bytes, [](u8 byte) { return byte != 0; }))
     fail("a job that was given up goes on");
-  stores.store(pages.cache, {}, whole, true, 0)->order(caller.stream, pages.end());
-  last.push_back(stores.store(pages.cache, {both[0]}, whole, true, random() % 2));
+  stores.store(pages.cache, {}, whole, true, 0, 0)->order(caller.stream, pages.end());
+  last.push_back(stores.store(pages.cache, {both[0]}, whole, true, random() % 2, random() % 2));
   last.back()->go_on(pages.end(), std::make_unique<cuda::Event>(0, caller.stream).get());
   last.back()->order(caller.stream, pages.end());
   last.push_back(loads.load(pages.cache, {both[1]}, whole, true, cuda::Event(0, caller.stream), random() % 2, 0));
@@ -392,7 +393,8 @@ void leave_others_alone(u64 seed) {
   const auto transfer = [&](std::size_t c) {
     if (!staging) staging = std::make_unique<cuda::Staging>(1, ring.get(), buffer_bytes, 2, true, 0);
     const cuda::Event behind(1, caller.stream);
-    std::unique_ptr<cuda::Staging::Job> job = staging->store(pages.cache, {chunks[c]}, ends, true, fragment_bytes);
+    std::unique_ptr<cuda::Staging::Job> job =
+        staging->store(pages.cache, {chunks[c]}, ends, true, fragment_bytes, kernel_blocks);
     job->go_on(pages.end(), &behind);
     const std::vector<i64> sums = job->wait();
     job = staging->load(pages.cache, {chunks[c]}, ends, true, behind, fragment_bytes, kernel_blocks);
@@ -454,7 +456,7 @@ void take_few_calls() {
   expect(1);  // the first layer
   load->go_on(planes, nullptr);
   expect(2);
-  const std::unique_ptr<cuda::Staging::Job> store = staging.store(cache, chunks, ends, true, 0);
+  const std::unique_ptr<cuda::Staging::Job> store = staging.store(cache, chunks, ends, true, 0, 0);
   for (u64 end = 1; end < planes; ++end) store->go_on(end, &behind);
   expect(3);  // the first layer, the other ones with the last
   store->go_on(planes, &behind);
@@ -486,7 +488,7 @@ void fail_every_call(u64 seed) {
       const u64 fragment_bytes = seed / 3 % 2;
       const std::vector<Chunk> chunks = chunks_of(records);
       const cuda::Event behind(0, caller.stream);
-      job = staging->store(pages.cache, chunks, ends, checksums, fragment_bytes);
+      job = staging->store(pages.cache, chunks, ends, checksums, fragment_bytes, seed / 6 % 2);
       job->go_on(pages.end(), &behind);
       is_begun = true;
       const std::vector<i64> sums = job->wait();
