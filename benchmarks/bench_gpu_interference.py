@@ -105,12 +105,12 @@ def kinds_of_transfers() -> tuple[dict[str, tuple[Work, int]], dict[str, str]]:
 
 BUS = "one DMA" if ON_GPU else "memcpy"
 WAYS = ["ring", "batch"] if ON_GPU else ["ours"]
-BLOCKS = [f"load: {n} blocks" for n in (2, 4, 8, 16)] if ON_GPU else []
+BLOCKS = [f"{d}: {n} blocks" for d in ("store", "load") for n in (2, 4, 8, 16)] if ON_GPU else []
 RIVALS = ["Triton", "bulk copies by 8 blocks", "LMCache straight"] if ON_GPU else []
 OURS = [f"{direction}: {way}" for direction in ("store", "load", "both") for way in (BUS, *WAYS)]
 KINDS = ["nothing", *OURS, *BLOCKS, *(f"{d}: {r}" for r in RIVALS for d in ("store", "load")), "nothing again"]
 # What an engine beside which another process transfers sees of the ways that differ most.
-KINDS_ELSEWHERE = ["nothing", *(f"both: {way}" for way in (BUS, *WAYS)), *BLOCKS[1:2], "nothing again"]
+KINDS_ELSEWHERE = ["nothing", *(f"both: {way}" for way in (BUS, *WAYS)), *BLOCKS[1::4], "nothing again"]
 
 
 def measure(benchmark: Any, executor: Executor, where: str, kind: str) -> None:

@@ -132,9 +132,7 @@ class Pages:
         if way is None:
             job = getattr(copies, direction)(parts, ends, *options)
         else:
-            fragment_bytes, blocks = way
-            options += (fragment_bytes, *([blocks] if direction == "load" else []))
-            job = getattr(copies._staging, direction)(self.layout.compiled, parts, ends, *options)
+            job = getattr(copies._staging, direction)(self.layout.compiled, parts, ends, *options, *way)
         job.go_on(planes, behind)
         return job
 
@@ -152,16 +150,16 @@ def pages_of(model: str, tokens: int) -> Pages:
     return Pages(model, tokens)
 
 
-def ways(direction: str, blocks: tuple[int, ...] = ()) -> dict[str, Way]:
-    """How a transfer can go. blocks: of kernels that load."""
+def ways(blocks: tuple[int, ...] = ()) -> dict[str, Way]:
+    """How a transfer can go. blocks: of kernels that do it alone."""
     if not ON_GPU:
         return {"ours": None}
-    kernels: dict[str, Way] = {f"{n} blocks": (0, n) for n in blocks if direction == "load"}
+    kernels: dict[str, Way] = {f"{n} blocks": (0, n) for n in blocks}
     return {"ours": None, "ring": (0, 0), "batch": (1, 0)} | kernels
 
 
 def transfers(pages: Pages, direction: str, blocks: tuple[int, ...] = ()) -> dict[str, Work]:
-    return {name: lambda way=way: pages.start(direction, way) for name, way in ways(direction, blocks).items()}
+    return {name: lambda way=way: pages.start(direction, way) for name, way in ways(blocks).items()}
 
 
 def one_copy(pages: Pages, direction: str) -> dict[str, Work]:
@@ -262,20 +260,21 @@ def test_stores_and_loads_at_once(benchmark, model):
     compare(benchmark, ours, {"both DMAs" if ON_GPU else "both memcpys": plain}, "transfers", **facts)
 
 
+@DIRECTIONS
 @pytest.mark.parametrize("model", ["Qwen2-VL-7B", "Qwen2-VL-2B"])
-def test_loads_by_layers(benchmark, model):
+def test_transfers_by_layers(benchmark, direction, model):
     """One layer's part of all payloads after the other."""
     pages = pages_of(model, SIZES.prompt)
     ours: dict[str, Work] = {
-        name: lambda way=way: pages.start("load", way, by_layer=True)
-        for name, way in ways("load", (2, 4, 8, 16)).items()
+        name: lambda way=way: pages.start(direction, way, by_layer=True)
+        for name, way in ways((2, 4, 8, 16)).items()
         if name != "batch"
     }
     for work in ours.values():
-        pages.check_load(work)
+        pages.check(direction, work)
         assert work().wait() == [ops.checksum(payload) for payload in pages.payloads(pages.host)]
-    facts = {"gpu": "load by layers", "model": model, "bytes": pages.bytes}
-    compare(benchmark, ours, one_copy(pages, "load"), "transfers", **facts)
+    facts = {"gpu": f"{direction} by layers", "model": model, "bytes": pages.bytes}
+    compare(benchmark, ours, one_copy(pages, direction), "transfers", **facts)
 
 
 def test_a_retrieve_and_the_copies_in_it(benchmark):
