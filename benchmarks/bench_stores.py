@@ -15,7 +15,8 @@ import pytest
 
 from lmcache_mm.commands import cli
 from lmcache_mm.stores import open_store
-from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.local import file
+from lmcache_mm.stores.local.shm import ShmStore
 
 RECORD_BYTES = 7 << 20  # 256 tokens of Qwen2-VL-2B
 RECORDS = 32
@@ -43,7 +44,7 @@ def shm():
 
 
 def write_for_ever(directory: Path) -> None:
-    store = slab.ShmStore.open(directory, None)
+    store = ShmStore.open(directory, None)
     payload = np.ones(RECORD_BYTES, np.uint8)
     i = 1000
     while True:
@@ -86,7 +87,7 @@ def disk(tmp_path_factory):
     os.posix_fallocate(plain, 0, capacity)
     buffers = [aligned(RECORD_BYTES) for _ in range(RECORDS)]
     store.put([key(i) for i in range(RECORDS)], buffers)
-    with ThreadPoolExecutor(slab.IO_THREADS) as pool:
+    with ThreadPoolExecutor(file.IO_THREADS) as pool:
         yield store, plain, buffers, pool
     os.close(plain)
     (folder / "plain").unlink()
@@ -98,8 +99,8 @@ def plain_io(call: Any, fd: int, buffers: list[np.ndarray], pool: ThreadPoolExec
     """preadv or pwritev of all records, in the store's pieces, on as many threads."""
     jobs = []
     for i, buffer in enumerate(buffers):
-        for begin in range(0, RECORD_BYTES, slab.PIECE_BYTES):
-            piece = buffer[begin : begin + slab.PIECE_BYTES]
+        for begin in range(0, RECORD_BYTES, file.PIECE_BYTES):
+            piece = buffer[begin : begin + file.PIECE_BYTES]
             jobs.append(pool.submit(call, fd, [piece.data], i * RECORD_BYTES + begin))
     assert sum(job.result() for job in jobs) == len(buffers) * RECORD_BYTES
 
@@ -131,7 +132,7 @@ def test_file_rewrite(against, disk):
 
 
 def read_all(directory: Path, ready: Any, go: Any, done: Any, rounds: int) -> None:
-    store = slab.ShmStore.open(directory, None)
+    store = ShmStore.open(directory, None)
     store._mapped.wait()
     buffers = [np.ones(RECORD_BYTES, np.uint8) for _ in range(4)]
     ready.release()

@@ -29,7 +29,7 @@ from lmcache_mm import ops
 from lmcache_mm.commands import cli
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store, tiered
-from lmcache_mm.stores.remote import remote
+from lmcache_mm.stores.remote import hands, remote
 from lmcache_mm.stores.remote.remote import HEADER_BYTES, RemoteStore
 from test_stores import OTHER_OWNER, OWNER, REMOTE, get, key, new_store, payload, remote_url, server, stats_of
 
@@ -282,7 +282,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
     store, remove = new_store("mem,valkey", tmp_path)
     moments = store._moments()
     store._tiers[1].forget(OWNER)
-    store._write_later([tiered._Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store._write_later([tiered.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
     store.flush()
     assert store._tiers[1].contains([key(1)]) == [False]
     remove()
@@ -455,7 +455,7 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
 def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload(store, monkeypatch, when):
     """It lands in the connection's memory before or after the payload is copied from there."""
     store.put([key(1)], [payload(1)])
-    touch = remote._Call.touch
+    touch = hands.Call.touch
 
     def touch_and_late_arrival(call, move):
         (hand,) = (hand for hand in store._hands if len(hand._memory))
@@ -465,7 +465,7 @@ def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload
         hand._memory[:] = 0
         return done
 
-    monkeypatch.setattr(remote._Call, "touch", touch_and_late_arrival)
+    monkeypatch.setattr(hands.Call, "touch", touch_and_late_arrival)
     buffer = bytearray(100)
     found = store.get_into([key(1)], [buffer])
     assert (found, buffer == payload(1)) == ([when == "after"], when == "after")
@@ -733,7 +733,7 @@ def test_a_kernel_without_huge_pages_is_good_enough(monkeypatch):
         def madvise(self, *_):
             raise OSError(errno.EINVAL, "no such advice")
 
-    monkeypatch.setattr(remote.mmap, "mmap", Plain)
+    monkeypatch.setattr(hands.mmap, "mmap", Plain)
     store = RemoteStore("kept", Kept, Seal(b"a secret of a deployment"), 30, 1, 100)
     store.put([key(1)], [payload(1)])
     assert get(store, 1) == payload(1)
@@ -749,7 +749,7 @@ def test_memory_that_cannot_be_had_costs_a_call_and_is_not_held_against_the_serv
         def fail(*_, **__):
             raise lack
 
-        patched.setattr(remote._Hand, "memory", fail)
+        patched.setattr(hands.Hand, "memory", fail)
         assert get(store, 1) is None
         store.put([key(2)], [payload(2)])
         assert store.stats()["dropped_puts"] == 1

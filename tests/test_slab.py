@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 
 from lmcache_mm.commands.cli import main
 from lmcache_mm.stores.local import slab, slab_files
-from lmcache_mm.stores.local.slab import FileStore, ShmStore
+from lmcache_mm.stores.local.file import FileStore
+from lmcache_mm.stores.local.shm import ShmStore
 from test_host_cuda import CXX, REPO, must_run, run
 from test_stores import OTHER_OWNER, OWNER, get, key, payload
 
@@ -64,16 +65,16 @@ IN_ANOTHER = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[3])
 from test_stores import *
-store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), None)
+from lmcache_mm import stores
+store = getattr(stores, sys.argv[1]).open(pathlib.Path(sys.argv[2]), None)
 """
 
 
 LATE = """
 import sys, pathlib
-from lmcache_mm.stores.local import slab
-from lmcache_mm.stores.local import slab_files
+from lmcache_mm import stores
 print("opening", flush=True)
-store = getattr(slab, sys.argv[1]).open(pathlib.Path(sys.argv[2]), 1 << 20)
+store = getattr(stores, sys.argv[1]).open(pathlib.Path(sys.argv[2]), 1 << 20)
 print("open", flush=True)
 sys.stdin.read()
 """

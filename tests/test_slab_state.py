@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from lmcache_mm import ops
-from lmcache_mm.stores.local.slab import FileStore, ShmStore
+from lmcache_mm.stores.local.file import FileStore
+from lmcache_mm.stores.local.shm import ShmStore
 from test_stores import key, payload
 
 GRANULES = 12

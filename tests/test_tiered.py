@@ -217,7 +217,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
     file = store._tiers[1]
     moments = store._moments()
     file.forget(OWNER)  # by whomever
-    store._write_later([tiered._Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store._write_later([tiered.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
     store.flush()
     assert file.contains([key(1)]) == [False]
     remove()

@@ -17,6 +17,7 @@ from lmcache_mm.commands import calibrate, doctor
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import REMOTE, open_store, slab_directory
 from lmcache_mm.stores.local import slab
+from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.peers.channel import Tls, host_and_port
 from lmcache_mm.stores.peers.nixl_agent import SlabAgent, interface_of
 from lmcache_mm.stores.peers.peer import PeerStore
@@ -72,7 +73,7 @@ def serve(args: argparse.Namespace) -> int:
         tls = Tls(args.tls) if args.tls else None
         seal = Seal.of_deployment("serve")
         with closing(open_store(args.store)) as store:
-            if not isinstance(store, slab.ShmStore):
+            if not isinstance(store, ShmStore):
                 raise ValueError(f"store: expected shm:///NAME, got {args.store!r}")
             agent = None
             with ExitStack() as opened:

@@ -10,15 +10,18 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.secret import Seal
+from lmcache_mm.stores.local.file import FileStore
 from lmcache_mm.stores.local.mem import MemStore
-from lmcache_mm.stores.local.slab import FileStore, ShmStore, SlabStore
+from lmcache_mm.stores.local.shm import ShmStore
+from lmcache_mm.stores.local.slab import SlabStore
 from lmcache_mm.stores.local.slab_files import shm_directory
 from lmcache_mm.stores.peers.channel import Tls, host_and_port
 from lmcache_mm.stores.peers.nixl import NixlStore
 from lmcache_mm.stores.peers.peer import PeerStore
 from lmcache_mm.stores.remote.remote import RemoteStore
 from lmcache_mm.stores.store import SlotStore, Store
-from lmcache_mm.stores.tiered import TieredSlotStore, TieredStore
+from lmcache_mm.stores.tiered import TieredStore
+from lmcache_mm.stores.tiered_slots import TieredSlotStore
 
 __all__ = ["SlotStore", "Store", "open_store"]
 

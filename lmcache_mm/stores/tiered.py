@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lmcache_mm import _C
 from lmcache_mm.lane import close_at_exit
 from lmcache_mm.stores.arguments import (
     check_forgotten,
@@ -27,11 +26,10 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S
-from lmcache_mm.stores.local.slab import Slot
 
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
-    from lmcache_mm.stores.store import SlotStore, Store
+    from lmcache_mm.stores.store import Store
 
 MOST_WAITING = 1 << 16  # records that wait to be written downwards
 MOST_TOLD = 4096  # moments
@@ -41,7 +39,7 @@ BATCH_BYTES = 16 << 20
 logger = logging.getLogger("lmcache_mm")
 
 
-class _Waiting(NamedTuple):
+class Waiting(NamedTuple):
     key: bytes
     payload_bytes: int
     owner: bytes
@@ -49,7 +47,7 @@ class _Waiting(NamedTuple):
     as_of: tuple[int, ...]  # of each tier, when it began to wait
 
 
-class _Promotion:
+class Promotion:
     """Records on their way from one tier to those above it."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
@@ -82,12 +80,12 @@ class TieredStore:
         self._down_until = [0.0] * len(tiers)
         self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "promoted", "dropped_puts", "errors"), 0))
         self._state = threading.Condition()  # guards all below
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._copied_bytes = 0
         self._writing = 0  # records
         self._batches = 0  # that the writer has done with
         self._closing = self._given_up = False
-        self._promotions: set[_Promotion] = set()  # under way
+        self._promotions: set[Promotion] = set()  # under way
         self._deletions: dict[int, frozenset[bytes]] = {}  # under way
         self._told: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # moments of the tiers, by our own
         self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
@@ -190,7 +188,7 @@ class TieredStore:
 
     def _put_up(
         self,
-        promotion: _Promotion,
+        promotion: Promotion,
         tier: int,
         keys: Sequence[bytes],
         buffers: Sequence[Buffer],
@@ -210,8 +208,8 @@ class TieredStore:
         self._count("promoted", len(up))
 
     @contextmanager
-    def _promoting(self, keys: Sequence[bytes]) -> Iterator[_Promotion]:
-        promotion = _Promotion(keys)
+    def _promoting(self, keys: Sequence[bytes]) -> Iterator[Promotion]:
+        promotion = Promotion(keys)
         with self._state:
             self._promotions.add(promotion)
             for keys_deleted in self._deletions.values():
@@ -257,11 +255,11 @@ class TieredStore:
             self._count("dropped_puts", len(keys))
         taken = self._contains(keys, [0], peek=True)
         self._write_later(
-            _Waiting(key, array.nbytes, owner, None if there else array, moments)
+            Waiting(key, array.nbytes, owner, None if there else array, moments)
             for key, array, there in zip(keys, arrays, taken, strict=True)
         )
 
-    def _write_later(self, records: Iterable[_Waiting]) -> None:
+    def _write_later(self, records: Iterable[Waiting]) -> None:
         if not self._written:
             return
         for record in records:
@@ -309,7 +307,7 @@ class TieredStore:
             with self._state:
                 self._copied_bytes -= sum(record.payload_bytes for record in batch if record.payload is not None)
 
-    def _write_down(self, batch: list[_Waiting], staging: np.ndarray) -> None:
+    def _write_down(self, batch: list[Waiting], staging: np.ndarray) -> None:
         """Writes what waited to the tiers behind the first that lack it."""
         keys = [record.key for record in batch]
         lacking = {tier: self._contains(keys, [tier], peek=True) for tier in self._written}
@@ -335,7 +333,7 @@ class TieredStore:
             if failed:  # a put returns None
                 self._count("dropped_puts", len(down))
 
-    def _settle(self, forgotten: Callable[[_Waiting], bool]) -> None:
+    def _settle(self, forgotten: Callable[[Waiting], bool]) -> None:
         """What waits and is forgotten does not come back: it is dropped, or has been written."""
         with self._state:
             for record in [record for record in self._waiting if forgotten(record)]:
@@ -444,98 +442,3 @@ class TieredStore:
             except Exception:
                 logger.warning("tier %d cannot be closed", tier, exc_info=True)
         return True
-
-
-class TieredSlotStore(TieredStore):
-    """Over a first tier whose slots can be used in place; see `SlotStore`. What is lent and found further down is read
-    into a slot of the first tier."""
-
-    def __init__(self, tiers: Sequence[Store]) -> None:
-        super().__init__(tiers)
-        self._first: SlotStore = tiers[0]  # type: ignore[assignment]
-        self._reserved: dict[tuple[int, int], tuple[int, ...]] = {}  # by start and generation, as of when
-
-    def lend(
-        self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
-    ) -> list[Slot | None]:
-        self._check()
-        slots = self._first.lend(keys, sizes, owner, peek)
-        missing = [i for i, slot in enumerate(slots) if slot is None]
-        if missing:
-            wanted, wanted_sizes = [keys[i] for i in missing], [sizes[i] for i in missing]
-            try:
-                with self._promoting(wanted) as promotion:
-                    self._promote(promotion, wanted, wanted_sizes, owner, peek)
-                promoted = self._first.lend(wanted, wanted_sizes, owner, peek)
-            except BaseException:
-                self._first.release([slot for slot in slots if slot])
-                raise
-            for i, slot in zip(missing, promoted, strict=True):
-                slots[i] = slot
-        self._count("misses", slots.count(None))
-        self._count("hits", len(slots) - slots.count(None))
-        return slots
-
-    def _promote(
-        self, promotion: _Promotion, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes, peek: bool
-    ) -> None:
-        moment = self._first.moment()  # before anything is read
-        for tier in range(1, len(self._tiers)):
-            there = self._contains(keys, [tier], peek)
-            wanted = self._ages(tier, keys, [i for i, is_there in enumerate(there) if is_there])
-            if not wanted:
-                continue
-            age_s = max(wanted.values())
-            reserved = self._first.reserve([keys[i] for i in wanted], [sizes[i] for i in wanted], owner, moment, age_s)
-            slots = [slot for slot in reserved if slot]
-            views = [self.view(slot) for slot in slots]
-            slot_keys = [slot.key for slot in slots]
-            found = self._ask(tier, [False] * len(slots), "get_into", slot_keys, views, owner, peek)
-            good = [slot for slot, is_there in zip(slots, found, strict=True) if is_there]
-            sums = {slot.key: _C.checksum(self.view(slot).ctypes.data, slot.payload_bytes) for slot in good}
-            with promotion.lock:
-                good = [slot for slot in good if slot.key not in promotion.deleted]
-                self._first.publish(good, [sums[slot.key] for slot in good])
-            self._first.abandon([slot for slot in slots if slot not in good])
-            self._count("promoted", len(good))
-
-    def release(self, slots: Sequence[Slot]) -> None:
-        self._first.release(slots)
-
-    def discard(self, slot: Slot) -> None:
-        self._first.discard(slot)
-
-    def reserve(
-        self,
-        keys: Sequence[bytes],
-        sizes: Sequence[int],
-        owner: bytes = b"",
-        as_of: int | None = None,
-        age_s: float = 0.0,
-    ) -> list[Slot | None]:
-        self._check()
-        moments = self._moments_of(as_of)
-        slots = self._first.reserve(keys, sizes, owner, moments[0], age_s)
-        self._reserved.update({(slot.start, slot.generation): moments for slot in slots if slot})
-        return slots
-
-    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
-        never = (0,) * len(self._tiers)
-        moments = [self._reserved.pop((slot.start, slot.generation), never) for slot in slots]
-        self._first.publish(slots, checksums)
-        self._write_later(
-            _Waiting(slot.key, slot.payload_bytes, slot.owner, None, as_of)
-            for slot, as_of in zip(slots, moments, strict=True)
-        )
-
-    def abandon(self, slots: Sequence[Slot]) -> None:
-        for slot in slots:
-            self._reserved.pop((slot.start, slot.generation), None)
-        self._first.abandon(slots)
-
-    def register(self, device: int) -> None:
-        self._first.register(device)
-
-    def view(self, slot: Slot) -> np.ndarray:
-        view: np.ndarray = self._first.view(slot)
-        return view

@@ -10,24 +10,20 @@ from __future__ import annotations
 
 import atexit
 import errno
-import mmap
 import os
 import shutil
 import threading
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 import numpy as np
 
-from lmcache_mm import _C, ops
-from lmcache_mm.lane import Call
+from lmcache_mm import _C
 from lmcache_mm.stores.arguments import (
     check_forgotten,
     check_keys,
@@ -39,17 +35,13 @@ from lmcache_mm.stores.arguments import (
 )
 from lmcache_mm.stores.local.slab_files import (
     LEAST_GRANULE_BYTES,
-    REGISTER_WAIT_S,
-    REGISTERING,
     ROWS,
     SEGMENT_BYTES,
     WRITING,
     boot_clock,
     boot_id,
-    check_file,
     check_version,
     granules_of,
-    holding,
     locked_by_another,
     map_file,
     no_store,
@@ -65,10 +57,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Terms = tuple[float, float, float, float, int]  # of a change: see _C.SlabIndex
 
-PAGE_BYTES = 4096
-PIECE_BYTES = 4 << 20  # of one read or write on a disk
-IO_THREADS = 8
-MAP_BYTES = 64 << 20
 PUT_WAIT_S = 0.25  # for another process's change, before a put is dropped
 CHANGE_WAIT_S = 5.0  # before a call that has to change the index raises
 
@@ -501,222 +489,6 @@ class SlabStore:
             self._counts[name] += by
 
 
-class ShmStore(SlabStore):
-    """shm: the slab is a file in memory, mapped by every process: slots are read and written in place."""
-
-    scheme = "shm"
-
-    def _open_slab(self) -> None:
-        self._slab = np.frombuffer(map_file(self.directory / "slab", self.capacity), dtype=np.uint8)
-        self._pages = _C.SlabPages(self._slab.ctypes.data, self.capacity)
-        self._registered_on: int | None = None
-        self._closing, self._mapped = threading.Event(), threading.Event()
-        self._mapper = threading.Thread(target=self._map_pages, name="lmcache_mm shm", daemon=True)
-        self._mapper.start()
-
-    def _map_pages(self) -> None:
-        """Looks at every page once, in the background: a page that is first written to costs a fault of its own, one
-        that is first read is mapped with its neighbours (380 ms a GiB against 65, measured)."""
-        for begin in range(0, self.capacity, MAP_BYTES):
-            if self._closing.is_set():
-                return
-            piece = self._slab[begin : begin + MAP_BYTES]
-            _C.read_pages(piece.ctypes.data, piece.nbytes)
-        self._mapped.set()
-
-    def _close_slab(self) -> None:
-        self._closing.set()
-        self._mapper.join()
-        if self._registered_on is not None:
-            with suppress(RuntimeError):  # the device is gone, and with it what it had pinned
-                _C.cuda_unregister_host(self._registered_on, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
-        del self._slab, self._pages  # unmapped when the last view is gone
-
-    def register(self, device: int) -> None:
-        """Pins the slab for transfers to and from GPUs, until the store is closed; once a process, however often it is
-        asked for. Takes long, some seconds for tens of GiB. Warns where it cannot be done: transfers are slower then.
-        """
-        self._check()
-        if self._registered_on is not None:
-            return
-        what = f"has been pinning {self.directory}"
-        try:
-            with holding(
-                self._lock_fd, REGISTERING, REGISTER_WAIT_S, what
-            ):  # drivers run out of memory by more at once
-                _C.cuda_register_host(device, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
-            self._registered_on = device
-        except (RuntimeError, TimeoutError) as error:
-            warnings.warn(f"{self.directory}: its memory cannot be pinned, transfers are slower: {error}", stacklevel=2)
-
-    def offset(self, slot: Slot) -> int:
-        """Where a slot begins in the slab, in bytes."""
-        return slot.start * self._granule_bytes
-
-    def view(self, slot: Slot) -> np.ndarray:
-        """The bytes of a slot, uint8, in place: to be used only while it is lent or reserved."""
-        begin = self.offset(slot)
-        view = self._slab[begin : begin + slot.payload_bytes]
-        if not self._mapped.is_set():
-            _C.read_pages(view.ctypes.data, view.nbytes)
-        return view
-
-    def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
-        good = []
-        for slot, array in zip(slots, arrays, strict=True):
-            good.append(_copy(array, self.view(slot)) == slot.checksum)
-            if not good[-1]:
-                self.discard(slot)
-        return good
-
-    def _write(
-        self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
-    ) -> Sequence[int]:
-        computed = [_copy(self.view(slot), array) for slot, array in zip(slots, arrays, strict=True)]
-        return computed if checksums is None else checksums
-
-
-class FileStore(SlabStore):
-    """file: the slab is a file on a disk, read and written past the page cache, in pieces, by several threads.
-
-    After a power cut parts of the index may be older than others. What is not valid any more is dropped, and a payload
-    that has been overwritten since does not have its checksum.
-    """
-
-    scheme = "file"
-    local = False  # the index is a file
-    outlives_restarts = True
-
-    def _open_slab(self) -> None:
-        path = self.directory / "slab"
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            self._fd = os.open(path, flags | os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            self._fd = os.open(path, flags)
-            warnings.warn(f"{path}: no O_DIRECT on this file system, so its pages are cached twice", stacklevel=4)
-        check_file(path, os.fstat(self._fd))
-        self._pool = ThreadPoolExecutor(IO_THREADS, "lmcache_mm file")
-        self._bounce = threading.local()
-
-    def _close_slab(self) -> None:
-        self._pool.shutdown()
-        with suppress(OSError):
-            self._sync()
-        os.close(self._fd)
-
-    def _sync(self) -> None:
-        os.fdatasync(self._fd)
-        self._table.flush()
-
-    def flush(self) -> None:
-        """Every put is visible when it returns, and outlives a power cut."""
-        self._check()
-        try:
-            self._sync()
-        except OSError:
-            self._count("errors")
-
-    def forget(self, owner: bytes) -> int:
-        removed = super().forget(owner)
-        self._sync_removal("forget")
-        return removed
-
-    def clear(self) -> int:
-        removed = super().clear()
-        self._sync_removal("clear")
-        return removed
-
-    def _sync_removal(self, what: str) -> None:
-        try:
-            self._table.flush()
-        except OSError as error:  # a power cut would bring the records back
-            raise RuntimeError(f"{what}: the index in {self.directory} cannot be written: {error}") from error
-
-    def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
-        shares = self._in_pieces(self._read_piece, slots, arrays)
-        good = []
-        for slot, of_slot in zip(slots, shares, strict=True):
-            failed = any(share is None for share in of_slot)
-            good.append(not failed and ops.checksum_of_parts(of_slot) == slot.checksum)
-            if failed:
-                self._count("errors")
-                self._count("hits", -1)
-            elif not good[-1]:
-                self.discard(slot)
-        return good
-
-    def _write(
-        self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
-    ) -> Sequence[int]:
-        shares = self._in_pieces(self._write_piece, slots, arrays)
-        if any(share is None for of_slot in shares for share in of_slot):
-            raise OSError(errno.EIO, "a write failed")
-        return [ops.checksum_of_parts(of_slot) for of_slot in shares] if checksums is None else checksums
-
-    def _in_pieces(
-        self, work: Callable[[Slot, np.ndarray, int], int | None], slots: Sequence[Slot], arrays: Sequence[np.ndarray]
-    ) -> list[list[Any]]:
-        """work(slot, piece of its array, where the piece begins) for all pieces; what it returned, of each slot."""
-        call = Call()
-
-        def begin_piece(slot: Slot, array: np.ndarray, begin: int) -> Future[Any]:
-            piece = (slot, array[begin : begin + PIECE_BYTES], begin)
-            try:
-                return self._pool.submit(call.run, work, *piece)
-            except RuntimeError:  # no thread can be started, or the interpreter ends: it is done here
-                done: Future[Any] = Future()
-                done.set_result(work(*piece))
-                return done
-
-        try:
-            jobs = [
-                [begin_piece(slot, array, begin) for begin in range(0, max(1, slot.payload_bytes), PIECE_BYTES)]
-                for slot, array in zip(slots, arrays, strict=True)
-            ]
-            wait([job for of_slot in jobs for job in of_slot])
-            return [[job.result() for job in of_slot] for of_slot in jobs]
-        finally:
-            call.end()  # nothing touches the slots any more, whatever comes
-
-    def _read_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
-        """The piece's share of the checksum; None if it could not be read."""
-        offset = slot.start * self._granule_bytes + begin
-        try:
-            for to, at, aligned in self._parts(piece):
-                _read_fully(self._fd, aligned, offset + at)
-                if to.ctypes.data != aligned.ctypes.data:
-                    to[:] = aligned[: to.nbytes]
-        except OSError:
-            return None
-        return _C.checksum_part(piece.ctypes.data, piece.nbytes, begin, slot.payload_bytes)
-
-    def _write_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
-        offset = slot.start * self._granule_bytes + begin
-        share = _C.checksum_part(piece.ctypes.data, piece.nbytes, begin, slot.payload_bytes)
-        try:
-            for source, at, aligned in self._parts(piece):
-                if source.ctypes.data != aligned.ctypes.data:
-                    aligned[: source.nbytes] = source
-                    aligned[source.nbytes :] = 0
-                _write_fully(self._fd, aligned, offset + at)
-        except OSError:
-            return None
-        return share
-
-    def _parts(self, piece: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
-        """(part, where it begins, whole aligned pages to transfer it by): themselves where they are such pages."""
-        direct = piece.nbytes // PAGE_BYTES * PAGE_BYTES if piece.ctypes.data % PAGE_BYTES == 0 else 0
-        if direct:
-            yield piece[:direct], 0, piece[:direct]
-        if rest := piece.nbytes - direct:
-            if not hasattr(self._bounce, "pages"):
-                self._bounce.pages = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), dtype=np.uint8)
-            yield piece[direct:], direct, self._bounce.pages[: -(-rest // PAGE_BYTES) * PAGE_BYTES]
-
-
 def remove(directory: Path) -> bool:
     """Removes the store in `directory`, and that; False, with nothing done, if a process has it open."""
     with _registry:
@@ -731,26 +503,3 @@ def remove(directory: Path) -> bool:
             (directory / "lock").unlink()
             directory.rmdir()
     return True
-
-
-# --- Bytes
-
-
-def _copy(to: np.ndarray, source: np.ndarray) -> int:
-    """Copies; returns the checksum."""
-    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
-
-
-def _read_fully(fd: int, to: np.ndarray, offset: int) -> None:
-    done = 0
-    while done < to.nbytes:
-        got = os.preadv(fd, [to[done:].data], offset + done)
-        if got == 0:
-            raise OSError(errno.EIO, "the slab ends early")
-        done += got
-
-
-def _write_fully(fd: int, source: np.ndarray, offset: int) -> None:
-    done = 0
-    while done < source.nbytes:
-        done += os.pwritev(fd, [source[done:].data], offset + done)

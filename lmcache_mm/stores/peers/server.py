@@ -15,7 +15,8 @@ from contextlib import suppress
 
 from lmcache_mm import _C
 from lmcache_mm.secret import Seal
-from lmcache_mm.stores.local.slab import ShmStore, Slot
+from lmcache_mm.stores.local.shm import ShmStore
+from lmcache_mm.stores.local.slab import Slot
 from lmcache_mm.stores.peers.channel import (
     AGENT,
     AGES,

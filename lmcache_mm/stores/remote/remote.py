@@ -10,21 +10,19 @@ from __future__ import annotations
 import hmac
 import logging
 import math
-import mmap
 import os
 import struct
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.lane import Lane, Work
+from lmcache_mm.lane import Work
 from lmcache_mm.secret import MAC_BYTES, Seal
 from lmcache_mm.stores.arguments import (
     bytes_of,
@@ -37,6 +35,7 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
+from lmcache_mm.stores.remote.hands import Call, Engine, Hand
 
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
@@ -54,42 +53,6 @@ FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; n
 logger = logging.getLogger("lmcache_mm")
 
 
-class Engine(Protocol):
-    """A client's connection to a server that keeps bytes under names. Any exception means that the server cannot be
-    used now. An engine that several lanes share is called by several threads at once."""
-
-    def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
-        """Of at most `names_at_once` names, as in `heads` and `delete`."""
-        ...
-
-    @property
-    def expires(self) -> bool:
-        """Whether records vanish by themselves after the `ttl_s` that they were written with."""
-        ...
-
-    def read(self, name: str, into: memoryview) -> int | None:
-        """Fills `into` from its beginning; how long the record is, or any larger number than `into` has bytes if it
-        does not fit; None: there is none."""
-        ...
-
-    def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
-        """The first `size` bytes of each record; None: there is none."""
-        ...
-
-    def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
-        """False: there is no room for it. Without `replace`, a record that is there may stay. ttl_s: after which it may
-        be gone; 0: never."""
-        ...
-
-    def delete(self, names: Sequence[str]) -> None: ...
-
-    def names(self, prefix: str) -> Iterator[list[str]]:
-        """All that begin with it, some at a time; those that are deleted or added meanwhile may be among them."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class _Head(NamedTuple):
     """What a record says of itself, and its keyed digest vouches for."""
 
@@ -102,93 +65,6 @@ class _Head(NamedTuple):
     @property
     def age_s(self) -> float:
         return max(0.0, time.time() - self.stored_at / 1e6)
-
-
-class _Call:
-    """What a caller waits for: `items` pieces of work that the lanes share, and what came of each."""
-
-    def __init__(self, work: Callable[[_Hand, _Call, int], Any], items: int, patience_s: float) -> None:
-        self.work = work
-        self.results: list[Any] = [None] * items
-        self.error: BaseException | None = None
-        self.over = False
-        self._next = 0
-        self._left = items
-        self._patience_s = patience_s
-        self._deadline = time.monotonic() + patience_s
-        self._changed = threading.Condition()  # guards all of it, and the caller's buffers
-
-    def take(self) -> int | None:
-        """An item that nobody else does, if there is one."""
-        with self._changed:
-            if self.over or self._next == len(self.results):
-                return None
-            self._next += 1
-            return self._next - 1
-
-    def touch(self, move: Callable[[], Any]) -> bool:
-        """Lets `move` read or write a buffer of the caller's; False, without doing so, if the caller has gone."""
-        with self._changed:
-            if not self.over:
-                move()
-            return not self.over
-
-    def extend(self) -> None:
-        """There is progress: the caller waits for as long again."""
-        with self._changed:
-            self._deadline = time.monotonic() + self._patience_s
-
-    def finish(self, item: int, result: Any = None, error: BaseException | None = None) -> None:
-        with self._changed:
-            if self.over:
-                return
-            self.results[item] = result
-            self._left -= 1
-            if error is not None:
-                self.error, self.over = error, True
-            if self.over or not self._left:
-                self._changed.notify_all()
-
-    @property
-    def moved(self) -> bool:
-        """Whether anything was done."""
-        return self._left < len(self.results)
-
-    def wait(self) -> bool:
-        """Whether all is done; what is not by the deadline will leave the caller's buffers alone."""
-        with self._changed:
-            while not self.over and self._left and (rest_s := self._deadline - time.monotonic()) > 0:
-                self._changed.wait(rest_s)
-            self.over = True
-            return not self._left and self.error is None
-
-
-class _Hand:
-    """A lane with its connection and memory of its own, where records arrive and leave from."""
-
-    def __init__(self, name: str, connect: Callable[[], Engine]) -> None:
-        self.lane = Lane(name)
-        self.busy = 0
-        self._connect = connect
-        self.connected: Engine | None = None
-        self._memory = np.empty(0, np.uint8)
-
-    @property
-    def engine(self) -> Engine:
-        if self.connected is None:
-            self.connected = self._connect()
-        return self.connected
-
-    def memory(self, size: int) -> np.ndarray:
-        if size > len(self._memory):
-            memory = mmap.mmap(-1, 1 << (size - 1).bit_length(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # It is passed over several times, and what a network card writes to must not become a child's. Kernels
-            # may have neither.
-            for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
-                with suppress(OSError):
-                    memory.madvise(advice)
-            self._memory = np.frombuffer(memory, np.uint8)
-        return self._memory[:size]
 
 
 class _LeftAlone(ConnectionError):
@@ -240,7 +116,7 @@ class RemoteStore:
         names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
         self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
         self._lock = threading.Lock()  # guards the counts and how busy the hands are
-        self._hands = [_Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
+        self._hands = [Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
         _, error = self._do(lambda hand, call, item: hand.engine, 1)
         if isinstance(error, (PermissionError, ValueError)):
             self.close()
@@ -255,7 +131,7 @@ class RemoteStore:
 
     def _do(
         self,
-        work: Callable[[_Hand, _Call, int], Any],
+        work: Callable[[Hand, Call, int], Any],
         items: int,
         until: float | None = None,
         looks_all_the_same: bool = False,
@@ -267,7 +143,7 @@ class RemoteStore:
             return [], None
         if not looks_all_the_same and not self._breaker.admit():
             return [None] * items, _LeftAlone("it failed a short while ago and is left alone")
-        call = _Call(work, items, self._timeout_s if until is None else until - time.monotonic())
+        call = Call(work, items, self._timeout_s if until is None else until - time.monotonic())
         with self._lock:
             hands = sorted(self._hands, key=lambda hand: hand.busy)[:items]
             for hand in hands:
@@ -286,7 +162,7 @@ class RemoteStore:
             logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
         return list(call.results), error
 
-    def _work(self, call: _Call, hand: _Hand, _: Work) -> None:
+    def _work(self, call: Call, hand: Hand, _: Work) -> None:
         """One item, and then it is the next call's turn."""
         item = call.take()
         if item is not None:
@@ -343,7 +219,7 @@ class RemoteStore:
         _, _, stored_at, payload_bytes, owner = FACTS.unpack(facts)
         return _Head(stored_at, payload_bytes, owner, signed, mac)
 
-    def _read(self, hand: _Hand, name: str, payload: np.ndarray, call: _Call | None = None) -> _Head | None:
+    def _read(self, hand: Hand, name: str, payload: np.ndarray, call: Call | None = None) -> _Head | None:
         """Reads the record that has a payload as long as this; None if there is none, or if the call is over. One that
         is damaged is removed, one of another length or version may be somebody's and stays.
 
@@ -404,7 +280,7 @@ class RemoteStore:
         arrays = writable(buffers)
         wanted = list(zip(keys, arrays, strict=True))
 
-        def get(hand: _Hand, call: _Call, item: int) -> bool:
+        def get(hand: Hand, call: Call, item: int) -> bool:
             key, array = wanted[item]
             head = self._read(hand, self._name(key), array, call)
             return head is not None and not (self._ttl_s and head.age_s > self._ttl_s)
@@ -435,7 +311,7 @@ class RemoteStore:
         there = self._contains([self._name(key) for key in arrays], False, until)
         lacking = [key for key, is_there in zip(arrays, there, strict=True) if not is_there]
 
-        def send(hand: _Hand, call: _Call, item: int) -> bool:
+        def send(hand: Hand, call: Call, item: int) -> bool:
             key = lacking[item]
             name = self._name(key)
             record = hand.memory(HEADER_BYTES + arrays[key].nbytes)
@@ -508,7 +384,7 @@ class RemoteStore:
         (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, looks_all_the_same)
         return None if at is None else bool(at >= since)
 
-    def _forgotten_at(self, hand: _Hand, owner: bytes) -> int:
+    def _forgotten_at(self, hand: Hand, owner: bytes) -> int:
         head = self._read(hand, self._forgets_of(owner), np.empty(0, np.uint8))
         return 0 if head is None else head.stored_at
 
@@ -520,7 +396,7 @@ class RemoteStore:
         whose = self._seal.digest(owner)
         name = self._forgets_of(owner)
 
-        def write_down(hand: _Hand) -> None:
+        def write_down(hand: Hand) -> None:
             record = hand.memory(HEADER_BYTES)
             self._fill(record, name, self.moment(), owner)
             if not hand.engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
@@ -534,8 +410,8 @@ class RemoteStore:
         self._check()
         return self._remove("clear", lambda head: True, lambda hand: None)
 
-    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[_Hand], None]) -> int:
-        def remove(hand: _Hand, call: _Call, item: int) -> int:
+    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[Hand], None]) -> int:
+        def remove(hand: Hand, call: Call, item: int) -> int:
             first(hand)
             removed = 0
             for names, heads in self._all_heads(hand.engine, call):
@@ -551,7 +427,7 @@ class RemoteStore:
             raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {error}")
         return int(removed)
 
-    def _all_heads(self, engine: Engine, call: _Call) -> Iterator[tuple[list[str], list[_Head | None]]]:
+    def _all_heads(self, engine: Engine, call: Call) -> Iterator[tuple[list[str], list[_Head | None]]]:
         """Of every record of the deployment, some at a time."""
         seen: set[str] = set()
         for listed in engine.names(self._records):
@@ -570,7 +446,7 @@ class RemoteStore:
         not."""
         self._check()
 
-        def look(hand: _Hand, call: _Call, item: int) -> dict[str, int]:
+        def look(hand: Hand, call: Call, item: int) -> dict[str, int]:
             heads = [head for _, heads in self._all_heads(hand.engine, call) for head in heads if head is not None]
             return {"records": len(heads), "used_bytes": sum(HEADER_BYTES + head.payload_bytes for head in heads)}
 

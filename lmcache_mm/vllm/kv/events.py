@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 from lmcache_mm.cache import Record, record_key
 from lmcache_mm.lane import Lane, Work
-from lmcache_mm.stores.local.slab import FileStore, ShmStore
+from lmcache_mm.stores.local.file import FileStore
+from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.store import Store
 from lmcache_mm.stores.tiered import TieredStore
 from lmcache_mm.vllm.api import (
