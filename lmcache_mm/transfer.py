@@ -155,10 +155,15 @@ class Chunk(NamedTuple):
 
 class Transfer:
     """Moves chunks of at most `largest` bytes between the pages of `layout` and `store`, loads and stores on a thread
-    each; both may be under way at once."""
+    each; both may be under way at once.
 
-    def __init__(self, layout: KVLayout, store: Store, largest: int) -> None:
-        self.layout, self._store = layout, store
+    moved: is told of what moved, as moved("load" or "store", seconds, bytes), on those threads: of a load since it was
+    asked for, of a store since its first page was read."""
+
+    def __init__(
+        self, layout: KVLayout, store: Store, largest: int, moved: Callable[[str, float, int], None] | None = None
+    ) -> None:
+        self.layout, self._store, self._moved = layout, store, moved
         self._in_place = isinstance(store, SlotStore)
         self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, _whole_pages(largest))
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
@@ -193,7 +198,10 @@ class Transfer:
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
         wait by `Job.layer_ready`; then it is all chunks or none."""
         copies: list[_Copies] = []
-        return self._submit(self._loads, self._load, chunks, owner, copies if by_layer else None, by_layer=copies)
+        asked = time.perf_counter()
+        return self._submit(
+            self._loads, self._load, asked, chunks, owner, copies if by_layer else None, by_layer=copies
+        )
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
@@ -239,7 +247,13 @@ class Transfer:
         return Job(moved, self.layout, by_layer)
 
     def _load(
-        self, work: Work, behind: Any, chunks: Sequence[Chunk], owner: bytes, by_layer: list[_Copies] | None
+        self,
+        work: Work,
+        behind: Any,
+        asked: float,
+        chunks: Sequence[Chunk],
+        owner: bytes,
+        by_layer: list[_Copies] | None,
     ) -> int:
         loaded = 0
         whole = by_layer is not None
@@ -249,8 +263,14 @@ class Transfer:
             good = load(work, behind, step, owner, by_layer if step is steps[-1] else None, whole)
             loaded += good
             if good < len(step):
-                return 0 if whole else loaded
+                loaded = 0 if whole else loaded
+                break
+        self._tell("load", asked, chunks[:loaded])
         return loaded
+
+    def _tell(self, direction: str, since: float, chunks: Sequence[Chunk]) -> None:
+        if self._moved and chunks:
+            self._moved(direction, time.perf_counter() - since, sum(self._payload_bytes(chunk) for chunk in chunks))
 
     def _load_slots(
         self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[_Copies] | None, whole: bool
@@ -332,12 +352,15 @@ class Transfer:
             present = self._store.contains([chunk.key for chunk in whole])
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
-        gather = partial(self._gather, work, behind, by_layer)
+        begun: list[float] = []
+        gather = partial(self._gather, work, behind, by_layer, begun)
         store = self._store_slots if self._in_place else partial(self._store_staged, staging)
         stored = [chunk for step in steps for chunk in store(step, owner, as_of, partial(gather, step is steps[-1]))]
         if self._store.local:  # what it dropped, or evicted for what came after it, is not there
             there = self._store.contains([chunk.key for chunk in stored], peek=True)
             stored = [chunk for chunk, is_there in zip(stored, there, strict=True) if is_there]
+        if begun:
+            self._tell("store", begun[0], stored)
         return sum(chunk.tokens for chunk in stored)
 
     def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[Chunk]:
@@ -371,17 +394,20 @@ class Transfer:
         work: Work,
         behind: Any,
         by_layer: bool,
+        begun: list[float],
         last: bool,
         chunks: list[Chunk],
         payloads: list[torch.Tensor],
     ) -> list[int]:
         """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; their
-        checksums."""
+        checksums. begun: when the first page was read."""
         ends, on_the_way = self._layers(by_layer)
         parts = self._parts(chunks, payloads, whole_pages=self.layout.opaque)
         copies = self._storing.store(parts, ends, on_the_way)
 
         def gather(planes: int) -> bool:
+            if not begun:
+                begun.append(time.perf_counter())
             written = work.written or (_current_event(self.layout.device) if work.early else behind)
             copies.go_on(planes, written)
             if planes < self._planes:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmcache_mm import __version__
 from lmcache_mm.commands import calibrate, doctor
@@ -23,6 +24,9 @@ from lmcache_mm.stores.peers.nixl_agent import SlabAgent, interface_of
 from lmcache_mm.stores.peers.peer import PeerStore
 from lmcache_mm.stores.peers.server import Server
 from lmcache_mm.stores.remote.remote import RemoteStore
+
+if TYPE_CHECKING:
+    from lmcache_mm.commands.metrics import Metrics
 
 # Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
@@ -75,22 +79,40 @@ def serve(args: argparse.Namespace) -> int:
         with closing(open_store(args.store)) as store:
             if not isinstance(store, ShmStore):
                 raise ValueError(f"store: expected shm:///NAME, got {args.store!r}")
-            agent = None
+            agent = metrics = None
             with ExitStack() as opened:
+                if args.metrics:
+                    metrics = opened.enter_context(closing(_metrics_at(args.metrics)))
                 if args.nixl:
                     interface = interface_of(address[0])
                     agent = opened.enter_context(closing(SlabAgent(store.directory / "slab", interface)))
-                server = opened.enter_context(closing(Server(store, address, seal, tls, args.connections, agent)))
-                host, port = server.address
-                place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+                answered = metrics.answered if metrics else None
+                server = Server(store, address, seal, tls, args.connections, agent, answered)
+                opened.enter_context(closing(server))
                 how = ("with TLS" if tls else "without TLS") + ", and through NIXL" * args.nixl
-                print(f"{args.store} is lent at {place}, {how}", flush=True)
+                print(f"{args.store} is lent at {_place(server.address)}, {how}", flush=True)
+                if metrics:
+                    metrics.watch(store, server)
+                    print(f"figures at http://{_place(metrics.address)}/metrics and /healthz", flush=True)
                 while not stopped.wait(1):  # a signal may come to another thread
                     pass
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     return 0
+
+
+def _metrics_at(address: str) -> Metrics:
+    try:
+        from lmcache_mm.commands.metrics import Metrics  # noqa: PLC0415
+    except ImportError as error:
+        raise ValueError(f"serve: --metrics needs the extra: pip install '.[metrics]' ({error})") from None
+    return Metrics(host_and_port(address))
+
+
+def _place(address: tuple[str, int]) -> str:
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def make_certificates(args: argparse.Namespace) -> int:
@@ -132,8 +154,7 @@ def _name() -> str:
     return "lmcache-mm" if Path(sys.argv[0]).name == "lmcache-mm" else "python -m lmcache_mm"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_name(), description="KV-cache reuse for multimodal models.")
     parser.add_argument("--version", action="version", version=f"lmcache-mm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -153,7 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibrate_parser = commands.add_parser("calibrate", help="measure which way transfers of a GPU are fastest")
     calibrate.add_arguments(calibrate_parser)
     calibrate_parser.set_defaults(run=calibrate.run)
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = make_parser().parse_args(arguments)
     try:
         status = int(args.run(args))
         sys.stdout.flush()
@@ -196,6 +222,11 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     serve_parser.add_argument(
         "--trusted-network", action="store_true", help="needed for --nixl: all who reach the port may read the slab"
+    )
+    serve_parser.add_argument(
+        "--metrics",
+        metavar="HOST:PORT",
+        help="answer /metrics and /healthz there by HTTP, to everybody who reaches it: figures only",
     )
     serve_parser.add_argument("--verbose", action="store_true", help="log connections to standard error")
     serve_parser.set_defaults(run=_on_store(serve))

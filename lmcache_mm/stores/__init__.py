@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.secret import Seal
@@ -15,6 +15,7 @@ from lmcache_mm.stores.local.mem import MemStore
 from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.local.slab import SlabStore
 from lmcache_mm.stores.local.slab_files import shm_directory
+from lmcache_mm.stores.metered import MeteredStore, Observe
 from lmcache_mm.stores.peers.channel import Tls, host_and_port
 from lmcache_mm.stores.peers.nixl import NixlStore
 from lmcache_mm.stores.peers.peer import PeerStore
@@ -32,8 +33,9 @@ UNITS: dict[str, int] = {"": 1, "B": 1} | {
 }
 
 
-def open_store(url: str | Sequence[str]) -> Store:
-    """Opens the store that `url` names, or a list of URLs as tiers, the fastest first.
+def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Store:
+    """Opens the store that `url` names, or a list of URLs as tiers, the fastest first. observe: is told of each read of
+    and put into the tiers behind the first, as observe(kind, "load" or "store", seconds, bytes).
 
     mem://?capacity=1GiB             one buffer in this process
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
@@ -62,9 +64,9 @@ def open_store(url: str | Sequence[str]) -> Store:
     if any(_CREDENTIALS.search(one) for one in ([url] if isinstance(url, str) else url)):
         raise ValueError("store: expected a URL without user and password: credentials come from the environment")
     if not isinstance(url, str):
-        return _open_tiers(list(url))
+        return _open_tiers(list(url), observe)
     if url.startswith("tiered:"):
-        return _open_tiers(url.removeprefix("tiered:").split(","))
+        return _open_tiers(url.removeprefix("tiered:").split(","), observe)
     scheme, _, _ = url.partition(":")
     if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
         hint = ": a Redis server is valkey://HOST:PORT" if scheme in ("redis", "rediss") else ""
@@ -74,11 +76,20 @@ def open_store(url: str | Sequence[str]) -> Store:
     return _OPENERS[scheme](url)
 
 
-def _open_tiers(urls: Sequence[str]) -> Store:
+def kind_of(url: str | Sequence[str]) -> str:
+    """Of a store, such as "shm"; of tiers, that of the first."""
+    first = url if isinstance(url, str) else url[0]
+    return first.removeprefix("tiered:").partition(":")[0]
+
+
+def _open_tiers(urls: Sequence[str], observe: Observe | None) -> Store:
     stores: list[Store] = []
     try:
         for url in urls:
-            stores.append(open_store(url))
+            store = open_store(url)
+            if observe and stores:
+                store = cast(Store, MeteredStore(store, kind_of(url), observe))
+            stores.append(store)
         return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
     except BaseException:
         for store in stores:

@@ -1,11 +1,13 @@
-"""What the connectors count: in vLLM's log lines and, as vllm:lmcache_mm_*_total, in /metrics."""
+"""What the connectors count and time: in vLLM's log lines and, as vllm:lmcache_mm_*, in /metrics."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, TypeVar
 
+from lmcache_mm.stores.metered import BYTES, SECONDS
 from lmcache_mm.vllm.api import (
     ECConnectorPromMetrics,
     ECConnectorStats,
@@ -34,20 +36,46 @@ ENCODER_COUNTERS = {
     "encoder_failed_lookups": "Lookups of encoder outputs that failed or took too long; the items were encoded.",
     "encoder_failed_stores": "Encoder outputs that could not be stored.",
 }
+HISTOGRAMS = {
+    "load_seconds": "Seconds from asking for a load until its pages were filled and verified.",
+    "load_bytes": "Bytes of a load.",
+    "store_seconds": "Seconds from reading the first page of a save until the store had it.",
+    "store_bytes": "Bytes of a save.",
+}
+ENCODER_HISTOGRAMS = {
+    "encoder_load_seconds": "Seconds to read an encoder output from the store and verify it.",
+    "encoder_load_bytes": "Bytes of an encoder output that was read.",
+    "encoder_store_seconds": "Seconds to write an encoder output to the store.",
+    "encoder_store_bytes": "Bytes of an encoder output that was written.",
+}
+OF_TIERS = " store: its kind; behind the first tier, what that tier itself took."
+MOST_OBSERVED = 1024  # of one histogram and store between two times that they are taken
 
 
 class _Counts:
-    """Counts since they were last taken."""
+    """Counts, and what was observed by store, since they were last taken."""
 
     data: dict[str, Any]
+    prefix = ""  # of the histograms' names
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
 
-    def add(self, **counts: int) -> None:
+    def add(self, **counts: Any) -> None:
+        """Numbers of counters, or of histograms {store: [value, ...]}."""
         with self._lock:
             for name, count in counts.items():
-                self.data[name] = self.data.get(name, 0) + count
+                if isinstance(count, dict):
+                    for store, values in count.items():
+                        observed = self.data.setdefault(name, {}).setdefault(store, [])
+                        observed += values[: MOST_OBSERVED - len(observed)]
+                else:
+                    self.data[name] = self.data.get(name, 0) + count
+
+    def observe(self, store: str, direction: str, seconds: float, size: int) -> None:
+        """A load or a store. May be called from any thread."""
+        name = f"{self.prefix}{direction}"
+        self.add(**{f"{name}_seconds": {store: [seconds]}, f"{name}_bytes": {store: [size]}})
 
     def take(self: S) -> S | None:
         with self._lock:
@@ -63,7 +91,14 @@ class _Counts:
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return dict(self.data)
+        """For the log: counts, and means."""
+        reduced: dict[str, int | float] = {}
+        for name, value in self.data.items():
+            if isinstance(value, dict):
+                reduced |= {f"mean_{name}({store})": round(fmean(values), 6) for store, values in value.items()}
+            else:
+                reduced[name] = value
+        return reduced
 
     def is_empty(self) -> bool:
         return not any(self.data.values())
@@ -82,13 +117,14 @@ class Stats(_Counts, KVConnectorStats):
 
 @dataclass
 class EncoderStats(_Counts, ECConnectorStats):
-    pass
+    prefix = "encoder_"
 
 
-class _Counters:
-    """In /metrics. Of vLLM's base class: how it makes counters, and the label values of every engine."""
+class _Metrics:
+    """In /metrics. Of vLLM's base class: how it makes metrics, and the label values of every engine."""
 
     names: dict[str, str]
+    histograms: dict[str, str]
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -101,15 +137,31 @@ class _Counters:
             )
             engines = self.per_engine_labelvalues.items()  # type: ignore[attr-defined]
             self._counters[name] = {engine: counter.labels(*values) for engine, values in engines}
+        self._histograms = {
+            name: self._histogram_cls(  # type: ignore[attr-defined]
+                name=f"vllm:lmcache_mm_{name}",
+                documentation=text + OF_TIERS,
+                labelnames=[*self._labelnames, "store"],  # type: ignore[attr-defined]
+                buckets=SECONDS if name.endswith("_seconds") else BYTES,
+            )
+            for name, text in self.histograms.items()
+        }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         for name, count in transfer_stats_data.items():
-            self._counters[name][engine_idx].inc(count)
+            if not isinstance(count, dict):
+                self._counters[name][engine_idx].inc(count)
+                continue
+            for store, values in count.items():
+                labels = (*self.per_engine_labelvalues[engine_idx], store)  # type: ignore[attr-defined]
+                histogram = self._histograms[name].labels(*labels)
+                for value in values:
+                    histogram.observe(value)
 
 
-class PromMetrics(_Counters, KVConnectorPromMetrics):
-    names = COUNTERS
+class PromMetrics(_Metrics, KVConnectorPromMetrics):
+    names, histograms = COUNTERS, HISTOGRAMS
 
 
-class EncoderPromMetrics(_Counters, ECConnectorPromMetrics):
-    names = ENCODER_COUNTERS
+class EncoderPromMetrics(_Metrics, ECConnectorPromMetrics):
+    names, histograms = ENCODER_COUNTERS, ENCODER_HISTOGRAMS

@@ -187,7 +187,7 @@ def test_the_encoders_worker_copies_on_the_stream_of_the_forward_pass():
         output.zero_()
         while not (news := worker.take_news()):
             time.sleep(0.001)
-        assert (news.stored, news.failed) == (1, 0)
+        assert (news.counts["encoder_stored_items"], news.counts.get("encoder_failed_stores")) == (1, None)
         cache: dict[str, torch.Tensor] = {}
         stored = read(worker._store, *key)
         worker.load(cache, messages.EncoderMetadata(loads={"again": stored}), CUDA)

@@ -830,9 +830,14 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(combination_of_spa
                 if line.startswith("vllm:lmcache_mm_") and "_total{" in line:
                     name, value = line.split("{")[0], line.rsplit(" ", 1)[1]
                     counts[name.removeprefix("vllm:lmcache_mm_").removesuffix("_total")] = float(value)
+                if line.startswith("vllm:lmcache_mm_") and "_sum{" in line and 'store="shm"' in line:
+                    counts[line.split("{")[0].removeprefix("vllm:lmcache_mm_")] = float(line.rsplit(" ", 1)[1])
         assert counts["hit_tokens"] == counts["loaded_tokens"] >= 128
         assert counts["stored_tokens"] >= 128
         assert counts["failed_loads"] == 0
+        assert counts["load_bytes_sum"] / counts["loaded_tokens"] == counts["store_bytes_sum"] / counts["stored_tokens"]
+        assert 0 < counts["load_seconds_sum"] < 60
+        assert 0 < counts["store_seconds_sum"] < 60
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)

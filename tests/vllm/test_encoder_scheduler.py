@@ -87,7 +87,7 @@ def store():
 def new_scheduler(encoder_scheduler, monkeypatch, store):
     monkeypatch.setattr(identity, "encoder_namespace_of", lambda *_: NAMESPACE)
     monkeypatch.setattr(identity, "weights_now", {})
-    monkeypatch.setattr(encoder_scheduler, "open_store", lambda _: store)
+    monkeypatch.setattr(encoder_scheduler, "open_store", lambda *_: store)
     opened = []
 
     def new(**options: Any) -> Any:

@@ -55,8 +55,9 @@ class Server:
 
     `address`: what is bound, port 0 for any that is free. `connections`: the most at once, of clients that have proved
     the secret; one more takes the place of the one idle longest, and waits where all are busy. `agent`: lends to nixl:
-    stores too. Raises ValueError for an address outside this host without certificates and for a number of connections
-    that cannot be had, OSError where the address cannot be bound."""
+    stores too. `answered`: is told the seconds and bytes of each request for payloads that was answered. Raises
+    ValueError for an address outside this host without certificates and for a number of connections that cannot be had,
+    OSError where the address cannot be bound."""
 
     def __init__(
         self,
@@ -66,9 +67,11 @@ class Server:
         tls: Tls | None,
         connections: int = 64,
         agent: SlabAgent | None = None,
+        answered: Callable[[float, int], None] | None = None,
     ) -> None:
         _check_connections(connections)
         self._store, self._seal, self._tls, self._most, self._agent = store, seal, tls, connections, agent
+        self._answered = answered
         family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         check_loopback(str(where[0]), tls)
         self._mac = functools.lru_cache(MACS_KEPT)(self._make_mac)
@@ -89,6 +92,15 @@ class Server:
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         self._acceptor = threading.Thread(target=self._accept, name="lmcache_mm accept", daemon=True)
         self._acceptor.start()
+
+    def connections(self) -> int:
+        """Of clients that have proved the secret, now."""
+        with self._changed:
+            return len(self._readers)
+
+    def accepts(self) -> bool:
+        """Whether new connections are accepted."""
+        return self._acceptor.is_alive() and not self._closing
 
     def close(self) -> None:
         """Ends all connections; gives back what they had pinned."""
@@ -163,7 +175,10 @@ class Server:
                     with self._changed:
                         self._idle.pop(sock, None)
                     channel.deadline = time.monotonic() + LEASE_S
-                    self._answers(kind)(channel, body)
+                    begun = time.perf_counter()
+                    sent = self._answers(kind)(channel, body)
+                    if sent and self._answered:
+                        self._answered(time.perf_counter() - begun, sent)
                     channel.deadline = time.monotonic() + IDLE_S
                     with self._changed:
                         self._idle[sock] = None
@@ -182,7 +197,8 @@ class Server:
                 del self._open[sock]
             sock.close()
 
-    def _answers(self, kind: int) -> Callable[[Channel, bytes], None]:
+    def _answers(self, kind: int) -> Callable[[Channel, bytes], int]:
+        """What answers such a request, and returns the bytes of the payloads."""
         if kind == LOOK:
             return self._look
         if kind == GET:
@@ -193,16 +209,18 @@ class Server:
             return self._lease
         raise ProtocolError(f"a request of kind {kind}")
 
-    def _look(self, channel: Channel, body: bytes) -> None:
+    def _look(self, channel: Channel, body: bytes) -> int:
         keys, _, peek = unpack_keys(body, sized=False)
         there = self._store.contains(keys, peek)
         ages = self._store.ages(keys)
         told = zip(there, ages, strict=True)
         answer = [max(0.0, age) if is_there and age < math.inf else -1.0 for is_there, age in told]
         channel.send(AGES, struct.pack(f"<{len(answer)}d", *answer))
+        return 0
 
-    def _get(self, channel: Channel, body: bytes) -> None:
+    def _get(self, channel: Channel, body: bytes) -> int:
         keys, sizes, peek = unpack_keys(body, sized=True)
+        sent = 0
         for begin in range(0, len(keys), LENT_AT_ONCE):
             end = begin + LENT_AT_ONCE
             channel.deadline = time.monotonic() + LEASE_S
@@ -212,15 +230,18 @@ class Server:
                     if slot and (mac := self._verified(slot)):
                         payload = self._store.view(slot).data
                         channel.send(RECORD, RECORD_HEAD.pack(place, slot.payload_bytes, mac), payload)
+                        sent += slot.payload_bytes
             finally:
                 self._store.release([slot for slot in lent if slot])
         channel.send(DONE, b"")
+        return sent
 
-    def _describe_agent(self, channel: Channel, body: bytes) -> None:
+    def _describe_agent(self, channel: Channel, body: bytes) -> int:
         assert self._agent is not None
         channel.send(AGENT, self._agent.describe())
+        return 0
 
-    def _lease(self, channel: Channel, body: bytes) -> None:
+    def _lease(self, channel: Channel, body: bytes) -> int:
         """Lends slots to be read through NIXL until the client returns them, which it must do within LEASE_S."""
         assert self._agent is not None
         keys, sizes, peek = unpack_keys(body, sized=True)
@@ -228,13 +249,14 @@ class Server:
         lent = self._store.lend(keys, sizes, peek=peek)
         try:
             with self._agent.busy():
-                slots = [
-                    LEASED_SLOT.pack(place, self._store.offset(slot), mac)
-                    for place, slot in enumerate(lent)
-                    if slot and (mac := self._verified(slot))
-                ]
+                slots, sent = [], 0
+                for place, slot in enumerate(lent):
+                    if slot and (mac := self._verified(slot)):
+                        slots.append(LEASED_SLOT.pack(place, self._store.offset(slot), mac))
+                        sent += slot.payload_bytes
                 channel.send(LEASED, b"".join(slots))
                 channel.expect(RETURN)
+                return sent
         finally:
             self._store.release([slot for slot in lent if slot])
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lmcache_mm.encoder_cache import Packed
 from lmcache_mm.vllm.api import ECConnectorMetadata, ECConnectorWorkerMetadata
+from lmcache_mm.vllm.metrics import EncoderStats
 
 
 class OutputKey(NamedTuple):
@@ -27,11 +28,10 @@ class EncoderMetadata(ECConnectorMetadata):
 
 @dataclass
 class EncoderWorkerMetadata(ECConnectorWorkerMetadata):
-    """What a worker stored since its last report."""
+    """What a worker counted since its last report, as in EncoderStats."""
 
-    stored: int = 0
-    failed: int = 0
+    counts: dict[str, Any] = field(default_factory=dict)
 
     def aggregate(self, other: ECConnectorWorkerMetadata) -> EncoderWorkerMetadata:
         assert isinstance(other, EncoderWorkerMetadata)
-        return EncoderWorkerMetadata(self.stored + other.stored, self.failed + other.failed)
+        return EncoderWorkerMetadata(EncoderStats(self.counts).aggregate(EncoderStats(other.counts)).data)

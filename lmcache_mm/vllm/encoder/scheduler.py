@@ -17,7 +17,7 @@ from typing import Any
 from lmcache_mm.encoder_cache import Packed, has_payload, output_key, payload_bytes, read_description, read_payload
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.prompt import Namespace, owner_of
-from lmcache_mm.stores import open_store
+from lmcache_mm.stores import kind_of, open_store
 from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.api import ECConnectorOutput, Request, SchedulerOutput, VllmConfig
@@ -60,7 +60,8 @@ class EncoderScheduler:
         lora = config.lora_config
         self._lora_changes_encoder = lora is not None and lora.enable_tower_connector_lora
         self._adapters = identity.Adapters()
-        self._store: Store = open_store(options.store)
+        self._store: Store = open_store(options.store, self.stats.observe)
+        self._kind = kind_of(options.store)
         self._identifying, self._fetches = Lane("lmcache_mm identify items"), Lane("lmcache_mm encoder outputs")
         self._requests: dict[str, _Request] = {}
         self._held: weakref.WeakValueDictionary[bytes, Packed] = weakref.WeakValueDictionary()
@@ -204,6 +205,7 @@ class EncoderScheduler:
             if held_bytes + payload_bytes(description) > MOST_HELD_BYTES:
                 ours.waits = False
                 return None
+            begun = time.perf_counter()
             output = read_payload(self._store, key.key, description, key.owner)
         except Exception:
             logger.exception("%s: a store could not be read", ENCODER_NAME)
@@ -213,6 +215,7 @@ class EncoderScheduler:
         if output is None:
             ours.waits = False
         else:
+            self.stats.observe(self._kind, "load", time.perf_counter() - begun, output.payload.nbytes)
             self._held[key.key] = output
         return output
 
@@ -302,7 +305,7 @@ class EncoderScheduler:
     def take_output(self, output: ECConnectorOutput) -> None:
         told = output.ec_connector_worker_meta
         if isinstance(told, EncoderWorkerMetadata):
-            self.stats.add(encoder_stored_items=told.stored, encoder_failed_stores=told.failed)
+            self.stats.add(**told.counts)
 
     def take_unavailable(self) -> set[str]:
         """Requests with an item that neither vLLM nor the store has, and that cannot be encoded: see `Missing`."""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 
 import torch
 
 from lmcache_mm.encoder_cache import Packed, pack, write
 from lmcache_mm.lane import Lane
-from lmcache_mm.stores import open_store
+from lmcache_mm.stores import kind_of, open_store
 from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm.api import VllmConfig
 from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetadata, OutputKey
+from lmcache_mm.vllm.metrics import EncoderStats
 from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
 
 MOST_WAITING_BYTES = 256 << 20  # of outputs that wait to be stored; what comes then is not
@@ -28,11 +30,11 @@ class EncoderWorker:
         parallel = config.parallel_config
         first = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size) == 0
         saves = first and config.ec_transfer_config.is_ec_producer
-        self._store: Store | None = open_store(options.store) if saves else None
+        self._stats, self._kind = EncoderStats(), kind_of(options.store)
+        self._store: Store | None = open_store(options.store, self._stats.observe) if saves else None
         self._puts = Lane("lmcache_mm encoder store")
         self._lock = threading.Lock()
         self._waiting_bytes = 0
-        self._news = EncoderWorkerMetadata()
 
     def close(self) -> None:
         if self._puts.close(self._timeout_s) and self._store is not None:
@@ -57,14 +59,14 @@ class EncoderWorker:
         with self._lock:
             fits = self._waiting_bytes + output.nbytes <= MOST_WAITING_BYTES
         if not fits or self._puts.stalled_s() >= self._timeout_s:
-            self._tell(stored=False)
+            self._stats.add(encoder_failed_stores=1)
             return
         try:
             as_of = store.moment()
             packed = pack(output)
         except Exception:  # no memory, or no tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
-            self._tell(stored=False)
+            self._stats.add(encoder_failed_stores=1)
             return
         copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
         with self._lock:
@@ -76,21 +78,18 @@ class EncoderWorker:
             if copied is not None:
                 torch.cuda.set_device(copied.device)  # a new thread's is 0: to wait there would make a context on it
                 copied.synchronize()
+            begun = time.perf_counter()
             write(store, key.key, packed, key.owner, as_of)
-            self._tell(stored=True)
+            seconds = time.perf_counter() - begun
+            self._stats.add(encoder_stored_items=1)
+            self._stats.observe(self._kind, "store", seconds, packed.payload.nbytes)
         except Exception:
             logger.exception("%s: an encoder output could not be stored", ENCODER_NAME)
-            self._tell(stored=False)
+            self._stats.add(encoder_failed_stores=1)
         finally:
             with self._lock:
                 self._waiting_bytes -= packed.payload.nbytes
 
-    def _tell(self, stored: bool) -> None:
-        with self._lock:
-            self._news.stored += stored
-            self._news.failed += not stored
-
     def take_news(self) -> EncoderWorkerMetadata | None:
-        with self._lock:
-            news, self._news = self._news, EncoderWorkerMetadata()
-        return news if news.stored or news.failed else None
+        taken = self._stats.take()
+        return EncoderWorkerMetadata(taken.data) if taken else None

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from lmcache_mm.cache import record_key
 from lmcache_mm.lane import Abandoned
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
-from lmcache_mm.stores import open_store
+from lmcache_mm.stores import kind_of, open_store
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Chunk, Job, Transfer
 from lmcache_mm.vllm.api import (
@@ -102,9 +103,10 @@ class Worker:
         fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
         self.layout = Layout(fingerprint, tuple(group.number for group in self._groups), digest_of(self._engine))
         self._news.layouts[self._rank] = self.layout
-        self._store = open_store(self._options.store)
+        self._store = open_store(self._options.store, self.stats.observe)
+        moved = partial(self.stats.observe, kind_of(self._options.store))
         self._transfers = [
-            Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens))
+            Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens), moved)
             for layout in layouts
         ]
 
