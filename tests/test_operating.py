@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +12,17 @@ import urllib.error
 import urllib.request
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 import lmcache_mm as lmc
-from lmcache_mm.commands.cli import main
+from lmcache_mm.commands.cli import main, make_parser
 from lmcache_mm.stores import kind_of, open_store
 from lmcache_mm.transfer import Chunk, Transfer
 from test_stores import key, payload
@@ -170,3 +175,140 @@ def test_healthz_says_what_is_wrong(shm):
     assert figures.wrong() == "no connections are accepted"
     store.close()
     assert figures.wrong().startswith("the store cannot be used: ")
+
+
+# --- examples/operating
+
+OPERATING = Path(__file__).parent.parent / "examples" / "operating"
+
+
+def documents(name):
+    return list(yaml.safe_load_all((OPERATING / name).read_text()))
+
+
+SERVICES = documents("compose.yaml")[0]["services"]
+KUBERNETES = {(one["kind"], one["metadata"]["name"]): one for one in documents("kubernetes.yaml")}
+
+
+def pod(name):
+    return KUBERNETES["Deployment", name]["spec"]["template"]["spec"]
+
+
+def containers():
+    """Of the pods, by name."""
+    return {one["name"]: one for name in ("vllm", "valkey") for one in pod(name)["containers"]}
+
+
+def stores_of(arguments):
+    """URLs that an engine's arguments name."""
+    configs = [json.loads(arguments[i + 1]) for i, one in enumerate(arguments) if one.endswith("-transfer-config")]
+    assert configs
+    return [u for c in configs for u in c[f"{'kv' if 'kv_role' in c else 'ec'}_connector_extra_config"]["store"]]
+
+
+def test_the_stores_of_the_deployments_open_and_their_servers_are_there(monkeypatch):
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
+    ports = {
+        one["metadata"]["name"]: one["spec"]["ports"][0] for (kind, _), one in KUBERNETES.items() if kind == "Service"
+    }
+    lent = {one[one.index("--store") + 1] for one in (SERVICES["figures"]["command"], containers()["figures"]["args"])}
+    assert lent == {"shm:///vllm"}
+    for urls in (stores_of(SERVICES["vllm"]["command"]), stores_of(containers()["vllm"]["args"])):
+        for url in urls:
+            parts = urlsplit(url)
+            if parts.scheme == "shm":
+                assert f"shm://{parts.path}" in lent
+                name = f"shm:///test-{uuid.uuid4().hex}"
+                small = f"{name}?{parts.query}".replace("32GiB", "1MiB")
+            else:
+                assert parts.hostname in SERVICES
+                assert ports[parts.hostname]["port"] == parts.port == 6379  # Valkey's default
+                small = url.replace(parts.netloc, "127.0.0.1:1")
+            open_store(small).close()
+            if parts.scheme == "shm":
+                main(["clear", name])
+
+
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_the_figures_are_asked_for_where_they_are_answered(where):
+    arguments = SERVICES["figures"]["command"] if where == "compose" else containers()["figures"]["args"]
+    args = make_parser().parse_args(arguments)
+    port = int(args.metrics.rpartition(":")[2])
+    assert args.run
+    if where == "compose":
+        assert f"http://127.0.0.1:{port}/healthz" in SERVICES["figures"]["healthcheck"]["test"][-1]
+        assert "http://127.0.0.1:8000/health'" in SERVICES["vllm"]["healthcheck"]["test"][-1]
+        (config,) = documents("prometheus.yml")
+        targets = {job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]}
+        assert targets == {f"figures:{port}", "vllm:8000"}
+        assert SERVICES["figures"]["ipc"] == "service:vllm"
+        (source,) = documents("grafana-datasource.yaml")[0]["datasources"]
+        assert urlsplit(source["url"]).hostname in SERVICES
+        assert f"127.0.0.1:9090:{urlsplit(source['url']).port}" in SERVICES["prometheus"]["ports"]
+    else:
+        figures = containers()["figures"]
+        assert figures["ports"] == [{"name": "figures", "containerPort": port}]
+        assert figures["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "figures"}
+        assert containers()["vllm"]["readinessProbe"]["httpGet"]["port"] == containers()["vllm"]["ports"][0]["name"]
+    engine = SERVICES["vllm"]["command"] if where == "compose" else containers()["vllm"]["args"]
+    assert "--port=8000" in engine
+
+
+def test_files_secrets_and_memory_of_the_deployments_are_there():
+    (compose,) = documents("compose.yaml")
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            assert source in compose["volumes"] or (OPERATING / source).is_file()
+        for name in service.get("secrets", []):
+            assert compose["secrets"][name]["file"] == f"./{name}"
+            assert name in (OPERATING / ".gitignore").read_text().split()
+            assert f"/run/secrets/{name}" in json.dumps(service)
+        assert not set(service.get("depends_on", [])) - SERVICES.keys()
+        image, build = service.get("image"), service.get("build")
+        assert image
+        assert not build or (OPERATING / build["context"] / build["dockerfile"]).is_file()
+    (provider,) = documents("grafana-dashboards.yaml")[0]["providers"]
+    assert any(v.split(":")[1].startswith(provider["options"]["path"]) for v in SERVICES["grafana"]["volumes"])
+    for name in ("vllm", "valkey"):
+        volumes = {one["name"]: one for one in pod(name)["volumes"]}
+        assert volumes["secrets"]["secret"]["defaultMode"] == 0o400  # what lmcache_mm.secret accepts
+        assert "shm" not in volumes or volumes["shm"]["emptyDir"]["medium"] == "Memory"
+        for container in pod(name)["containers"]:
+            for mount in container["volumeMounts"]:
+                assert mount["name"] in volumes
+        labels = KUBERNETES["Deployment", name]["spec"]["template"]["metadata"]["labels"]
+        assert KUBERNETES["Service", name]["spec"]["selector"] == labels
+        ports = {port["name"] for container in pod(name)["containers"] for port in container["ports"]}
+        assert KUBERNETES["Service", name]["spec"]["ports"][0]["targetPort"] in ports
+    said = SERVICES["vllm"]["environment"] | {one["name"]: one["value"] for one in containers()["vllm"]["env"]}
+    assert said.keys() == {"LMCACHE_MM_SECRET_FILE", "LMCACHE_MM_VALKEY_PASSWORD_FILE"}
+
+
+@pytest.mark.parametrize("where", ["compose", "kubernetes"])
+def test_their_valkey_starts_with_its_options_and_lets_those_in_who_know_the_password(where, tmp_path, monkeypatch):
+    servers = pytest.importorskip("servers")
+    pytest.importorskip("glide_sync")
+    shell = SERVICES["valkey"]["command"][-1].replace("$$", "$")
+    if where == "kubernetes":
+        shell = containers()["valkey"]["args"][0]
+    (tmp_path / "password").write_text("of a deployment\n".replace(" ", "-"))
+    (tmp_path / "password").chmod(0o600)
+    port = servers.free_port()
+    shell = re.sub(r"/\S+/valkey-password", str(tmp_path / "password"), shell)
+    shell = shell.replace("valkey-server -", f"{servers.valkey_program('valkey-server')} - --port {port}")
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
+    monkeypatch.setenv("LMCACHE_MM_VALKEY_PASSWORD_FILE", str(tmp_path / "password"))
+    server = servers.Server(["sh", "-c", shell], port, tmp_path, f"valkey://127.0.0.1:{port}?timeout=20")
+    try:
+        store = open_store(server.url)
+        store.put([key(1)], [payload(1)])
+        buffer = bytearray(len(payload(1)))
+        assert store.get_into([key(1)], [buffer]) == [True]
+        store.close()
+        monkeypatch.setenv("LMCACHE_MM_VALKEY_PASSWORD_FILE", "")
+        monkeypatch.setenv("LMCACHE_MM_VALKEY_PASSWORD", "another one")
+        with pytest.raises(Exception, match=r"(?i)password|auth|wrong"):
+            open_store(server.url)
+    finally:
+        server.stop()

@@ -1,15 +1,18 @@
-"""What the connectors show in /metrics."""
+"""What the connectors show in /metrics, and the dashboard and deployments in examples/operating, which name it."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from lmcache_mm.commands.metrics import COUNTERS, GAUGES, Metrics
 from test_sessions import pytestmark  # noqa: F401
 
 OPERATING = Path(__file__).parent.parent.parent / "examples" / "operating"
@@ -75,3 +78,60 @@ def test_what_encoder_workers_count_adds_up():
     counts = {"encoder_stored_items": 1, "encoder_store_seconds": {"shm": [0.5]}}
     news = messages.EncoderWorkerMetadata(dict(counts)).aggregate(messages.EncoderWorkerMetadata(dict(counts)))
     assert news.counts == {"encoder_stored_items": 2, "encoder_store_seconds": {"shm": [0.5, 0.5]}}
+
+
+def exported() -> set[str]:
+    """Names of all samples, once everything was observed."""
+    metrics = importlib.import_module("lmcache_mm.vllm.metrics")
+    kv, encoder = metrics.Stats(), metrics.EncoderStats()
+    for stats in (kv, encoder):
+        for direction in ("load", "store"):
+            stats.observe("shm", direction, 0.1, 1)
+    names = names_of(shown("PromMetrics", kv.data)) | names_of(shown("EncoderPromMetrics", encoder.data))
+    answering = Metrics(("127.0.0.1", 0))
+    store = SimpleNamespace(stats=lambda: dict.fromkeys([*GAUGES, *COUNTERS], 0))
+    answering.watch(store, SimpleNamespace(connections=lambda: 0))
+    _, _, text = answering._answer("/metrics", "")
+    answering.close()
+    return names | {re.split(r"[{ ]", line)[0] for line in text.decode().splitlines() if not line.startswith("#")}
+
+
+def test_the_dashboard_loads_and_asks_for_what_is_exported_and_for_all_of_it():
+    dashboard = json.loads((OPERATING / "dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for one in expressions for name in re.findall(r"(?:vllm:)?lmcache_mm_\w+", one)}
+    assert asked - exported() == set()
+    whole = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported() if not name.endswith("_created")}
+    assert whole - {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} == set()
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"]) > 10
+    places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}
+    assert len(places) == len(dashboard["panels"])
+    assert all(one.count("(") == one.count(")") for one in expressions)
+    variables = {one["name"] for one in dashboard["templating"]["list"]}
+    assert {panel["datasource"]["uid"] for panel in dashboard["panels"]} <= {f"${{{name}}}" for name in variables}
+
+
+def arguments_of_engines() -> list[list[str]]:
+    compose = yaml.safe_load((OPERATING / "compose.yaml").read_text())
+    kubernetes = list(yaml.safe_load_all((OPERATING / "kubernetes.yaml").read_text()))
+    (engine,) = (one for one in kubernetes if (one["kind"], one["metadata"]["name"]) == ("Deployment", "vllm"))
+    return [compose["services"]["vllm"]["command"], engine["spec"]["template"]["spec"]["containers"][0]["args"]]
+
+
+@pytest.mark.parametrize("place", [0, 1], ids=["compose", "kubernetes"])
+def test_vllm_and_the_connectors_know_the_options_of_the_deployments(place):
+    cli = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+    parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
+    args = cli.make_arg_parser(parser).parse_args(arguments_of_engines()[place])
+    options = importlib.import_module("lmcache_mm.vllm.options")
+    connectors = 0
+    for name, kind in (("kv", options.Options), ("ec", options.EncoderOptions)):
+        config = getattr(args, f"{name}_transfer_config")
+        if config is None:
+            continue
+        connectors += 1
+        module = importlib.import_module(getattr(config, f"{name}_connector_module_path"))
+        assert hasattr(module, getattr(config, f"{name}_connector"))
+        kind.of(dict(getattr(config, f"{name}_connector_extra_config")))
+    assert connectors == 2 - place
+    assert args.port == 8000
