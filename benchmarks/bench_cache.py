@@ -33,11 +33,11 @@ def filled(request):
         if request.param == "shm":
             cache.backend._mapped.wait()  # the pages of the slab: once a process
         block_ids = torch.randperm(pages)
-        cache.store(prompt, block_ids).wait()
+        cache.store(prompt, block_ids).result()
         before = [t.clone() for t in kv]
         for t in kv:
             t.zero_()
-        assert cache.retrieve(prompt, block_ids).wait() == TOKENS
+        assert cache.retrieve(prompt, block_ids).result() == TOKENS
         assert all(torch.equal(a, b) for a, b in zip(kv, before, strict=True))
         yield cache, prompt, block_ids, request.param
     if request.param == "shm":
@@ -65,7 +65,7 @@ def test_retrieve(against, filled, pool):
     cache, prompt, block_ids, store = filled
     size = cache.layout.payload_bytes(TOKENS // PAGE_TOKENS)
     against(
-        lambda: cache.retrieve(prompt, block_ids, TOKENS).wait(), memcpy_of(size, pool), 30, bytes=size, store=store
+        lambda: cache.retrieve(prompt, block_ids, TOKENS).result(), memcpy_of(size, pool), 30, bytes=size, store=store
     )
 
 
@@ -76,7 +76,7 @@ def test_store(against, filled, pool):
 
     def store_new() -> None:
         new = lmc.Prompt(prompt.token_ids, prompt.items, salt=str(next(salts)))
-        assert cache.store(new, block_ids).wait() >= TOKENS
+        assert cache.store(new, block_ids).result() >= TOKENS
 
     for _ in range(10):  # until it is full, and evicts
         store_new()

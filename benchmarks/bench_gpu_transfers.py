@@ -283,7 +283,7 @@ def test_a_retrieve_and_the_copies_in_it(benchmark):
     prompt, ids = lmc.Prompt(list(range(SIZES.prompt))), torch.cat(pages.chunks)
     url = f"shm:///bench-gpu-{os.getpid()}"
     with lmc.KVCache(pages.layout, f"{url}?capacity=1GiB", lmc.Namespace(model="m"), CHUNK_TOKENS) as cache:
-        cache.store(prompt, ids).wait()
+        cache.store(prompt, ids).result()
         pages.check_load(lambda: cache.retrieve(prompt, ids))
         ours = {
             "ours": lambda: cache.retrieve(prompt, ids, len(prompt)),

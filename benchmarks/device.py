@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from lmcache_mm import _C
+from lmcache_mm.transfer import Job
 
 ON_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -62,12 +63,14 @@ SIZES = {"tiny": TINY, "gpu": GPU, "cpu": CPU}[SIZES_NAME]
 LEAST_ROUNDS = 3
 SPIN_HZ = 2e9  # of the clock by which a spin is counted; a slower one makes it longer
 
-Work = Callable[[], Any]  # one call; what it returns may have a `wait`, or be a list of such
+Work = Callable[[], Any]  # one call; what it returns may have a `wait` or be a Job, or a list of such
 
 
 def finish(started: Any) -> None:
     for one in started if isinstance(started, (list, tuple)) else [started]:
-        if hasattr(one, "wait"):
+        if isinstance(one, Job):
+            one.result()
+        elif hasattr(one, "wait"):
             one.wait()
 
 

@@ -22,7 +22,7 @@ def main() -> None:
         for question in (5, 6, 7):
             prompt = lmc.Prompt(said + [question] * 12, items, turns=turns)
             block_ids = torch.randperm(PAGES)[: -(-(len(prompt) + ANSWER_TOKENS) // PAGE_TOKENS)].tolist()
-            restored = cache.retrieve(prompt, block_ids).wait()
+            restored = cache.retrieve(prompt, block_ids).result()
             x = model.embedding[torch.tensor(prompt.token_ids)]
             x[10:110] = picture
             tokens = [model.forward(x[restored:], restored, block_ids)]
@@ -30,7 +30,7 @@ def main() -> None:
                 tokens.append(model.forward(model.embedding[tokens[-1:]], len(prompt) + len(tokens) - 1, block_ids))
             # The last token's KV has not been computed: nobody has asked what comes after it.
             turn = lmc.Prompt([*prompt.token_ids.tolist(), *tokens[:-1]], items, turns=turns)
-            cache.store(turn, block_ids).wait()
+            cache.store(turn, block_ids).result()
             print(f"{len(prompt)} tokens, {restored} restored, {len(tokens)} generated")
             said, turns = [*prompt.token_ids.tolist(), *tokens], [*turns, len(turn)]
         print(f"hit rate {cache.stats()['hit_rate']:.0%}")

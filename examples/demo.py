@@ -304,7 +304,7 @@ class _Demo:
         begin = time.perf_counter()
         items = [lmc.Item(_identifier(image), image.offset, image.length) for image in request.images]
         prompt = lmc.Prompt(request.inputs["input_ids"][0].numpy(), items=items if by_content else [])
-        restored = cache.retrieve(prompt, prompt_block_ids, cache.match(prompt)).wait()
+        restored = cache.retrieve(prompt, prompt_block_ids, cache.match(prompt)).result()
         loop.synchronize()
         ttft_s = time.perf_counter() - begin
 
@@ -318,7 +318,7 @@ class _Demo:
         answer = [next(tokens)]
         ttft_s += time.perf_counter() - begin
         answer += tokens
-        cache.store(prompt, prompt_block_ids).wait()
+        cache.store(prompt, prompt_block_ids).result()
         encoder.save_new()
         loop.free(block_ids)
 

@@ -33,7 +33,7 @@ class DenseReuse:
     def past(self, prompt: lmc.Prompt) -> DynamicCache:
         """With the KV of all tokens that the store has, but the last of the prompt."""
         hit = min(self.cache.match(prompt), len(prompt) - 1)
-        restored = self.cache.retrieve(prompt, self.block_ids, hit).wait()
+        restored = self.cache.retrieve(prompt, self.block_ids, hit).result()
         past = DynamicCache()
         for layer, pages in enumerate(self.pages if restored else ()):
             dense = pages.flatten(2, 3)[:, None, :, :restored].clone()  # [K or V, 1, head, token, dim]
@@ -46,7 +46,7 @@ class DenseReuse:
         for pages, layer in zip(self.pages, layers, strict=True):
             dense = torch.stack([layer.keys[0], layer.values[0]])[:, :, : len(prompt)]
             pages.flatten(2, 3)[:, :, : len(prompt)] = dense
-        self.cache.store(prompt, self.block_ids).wait()
+        self.cache.store(prompt, self.block_ids).result()
 
 
 @torch.no_grad()

@@ -31,10 +31,10 @@ def main() -> None:
         before = [tensor.clone() for tensor in tensors]
         prompt, block_ids = lmc.Prompt(list(range(100))), torch.randperm(PAGES)[:7]
         with lmc.KVCache(layout, "mem://?capacity=64MiB", lmc.Namespace(model=name)) as cache:
-            cache.store(prompt, block_ids).wait()
+            cache.store(prompt, block_ids).result()
             for tensor in tensors:
                 tensor.zero_()
-            restored = cache.retrieve(prompt, block_ids).wait()
+            restored = cache.retrieve(prompt, block_ids).result()
         full = block_ids[: restored // TOKENS]  # of the last page, slots that no token has are zeros now
         there = lmc.ops.gather_pages(layout, full)
         for tensor, old in zip(tensors, before, strict=True):

@@ -40,10 +40,10 @@ def answer(model: Model, prompt: lmc.Prompt, image: torch.Tensor, cache: lmc.KVC
     restored = 0
     if cache:
         hit = min(cache.match(prompt), len(prompt) - 1)  # the last token is computed, for its logits
-        restored = cache.retrieve(prompt, block_ids, hit).wait()
+        restored = cache.retrieve(prompt, block_ids, hit).result()
     tokens = [model.forward(x[restored:], restored, block_ids)]
     if cache:
-        cache.store(prompt, block_ids).wait()
+        cache.store(prompt, block_ids).result()
     while len(tokens) < 8:
         begin = len(prompt) + len(tokens) - 1
         tokens.append(model.forward(model.embedding[tokens[-1:]], begin, block_ids))

@@ -28,7 +28,7 @@ def main() -> None:
     pages, cache = cache_on(f"{lent}?capacity=16MiB")
     with cache:
         pages.normal_()
-        cache.store(PROMPT, list(range(22))).wait()
+        cache.store(PROMPT, list(range(22))).result()
         # Beyond loopback, `lmcache-mm certificates` makes what --tls and ?tls= name.
         serve = [sys.executable, "-m", "lmcache_mm", "serve", "--store", lent, "--listen", "127.0.0.1:0"]
         with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
@@ -38,7 +38,7 @@ def main() -> None:
                 assert address
                 there, reader = cache_on(f"peer://{address[1]}")
                 with reader:
-                    restored = reader.retrieve(PROMPT, list(range(22))).wait()
+                    restored = reader.retrieve(PROMPT, list(range(22))).result()
             finally:
                 server.terminate()
         assert torch.equal(there.flatten(0, 1)[:restored], pages.flatten(0, 1)[:restored])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -42,6 +43,8 @@ class EncoderCache:
         if not isinstance(namespace, Namespace):
             raise TypeError(f"namespace: expected lmcache_mm.Namespace, got {type(namespace).__name__}")
         self._namespace = namespace
+        self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
+        self._counting = threading.Lock()
         self._owns_store = isinstance(store, Sequence)
         self.backend = open_store(store) if isinstance(store, Sequence) else store
 
@@ -82,6 +85,7 @@ class EncoderCache:
         device = torch.device(device)
         key = self._key(identifier, modality, salt, lora)
         packed = read(self.backend, key, owner_of(salt), pinned=device.type == "cuda")
+        self._count(queried_items=1, hit_items=packed is not None)
         return None if packed is None else packed.unpack(device)
 
     def load_into(
@@ -99,6 +103,7 @@ class EncoderCache:
         key, description = self._key(identifier, modality, salt, lora), describe(output)
         pinned = any(tensor.is_cuda for tensor in into)
         packed = read_payload(self.backend, key, description, owner_of(salt), pinned)
+        self._count(queried_items=1, hit_items=packed is not None)
         if packed is None:
             return False
         with torch.no_grad():
@@ -133,11 +138,25 @@ class EncoderCache:
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
         write(self.backend, key, packed, owner_of(salt), as_of)
-        return not self.backend.local or self.backend.contains([payload_key(key, description)], peek=True)[0]
+        stored = not self.backend.local or self.backend.contains([payload_key(key, description)], peek=True)[0]
+        self._count(stored_items=stored)
+        return stored
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""
         return self.backend.forget(owner_to_forget(salt))
+
+    def stats(self) -> dict[str, float]:
+        """What was asked of this cache since it was made: queried_items and hit_items (of `load` and `load_into`),
+        hit_rate (their ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
+        with self._counting:
+            counts: dict[str, float] = dict(self._counts)
+        return counts | {"hit_rate": counts["hit_items"] / max(1, counts["queried_items"])}
+
+    def _count(self, **items: int) -> None:
+        with self._counting:
+            for name, number in items.items():
+                self._counts[name] += number
 
     def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
         if identifier == "":

@@ -48,7 +48,7 @@ class Job(Generic[T]):
     def done(self) -> bool:
         return self.work.future.done()
 
-    def wait(self, timeout_s: float | None = None) -> T:
+    def result(self, timeout_s: float | None = None) -> T:
         """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
         a store that was asked for early or by layers, it reads the pages that have not been read."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -57,8 +57,8 @@ class Job(Generic[T]):
         return self._result_of(self.work.future.result(None if deadline is None else deadline - time.monotonic()))
 
     def __await__(self) -> Generator[Any, None, T]:
-        """`wait`, on another thread."""
-        return asyncio.to_thread(self.wait).__await__()
+        """`result`, on another thread."""
+        return asyncio.to_thread(self.result).__await__()
 
     def when_done(self, tell: Callable[[T], None]) -> None:
         """Calls `tell` with the result once, on whatever thread ends the job; not if it fails or is given up."""
@@ -97,7 +97,7 @@ class Job(Generic[T]):
         return False
 
     def layer_ready(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
-        """Returns when a load by layers has filled the layer's pages, which are not verified before `wait`, or ended;
+        """Returns when a load by layers has filled the layer's pages, which are not verified before `result`, or ended;
         on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
         `pages_free`. ValueError for a layer that the layout does not name."""
         planes = self._planes_until(layer)

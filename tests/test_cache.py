@@ -64,14 +64,14 @@ def prompt(text=50, image="a", length=20, tail=13, question=5, **request):
 def stored(engine, p, value=1.0):
     ids = engine.block_ids(len(p), seed=1)
     engine.compute(len(p), ids, value)
-    count = engine.cache.store(p, ids).wait()
+    count = engine.cache.store(p, ids).result()
     engine.kv.fill_(float("nan"))
     return count
 
 
 def retrieved(engine, p, value=1.0, hit=None):
     ids = engine.block_ids(len(p), seed=2)
-    got = engine.cache.retrieve(p, ids, hit).wait()
+    got = engine.cache.retrieve(p, ids, hit).result()
     assert engine.restored(len(p), ids, value) >= got
     return got
 
@@ -168,7 +168,7 @@ def test_any_part_of_the_hit_may_be_retrieved(hit, opaque):
     ids = engine.block_ids(hit, seed=2)
     others = torch.ones(engine.pages, dtype=torch.bool)
     others[ids] = False
-    assert engine.cache.retrieve(p, ids, hit).wait() == hit
+    assert engine.cache.retrieve(p, ids, hit).result() == hit
     assert engine.restored(hit, ids, 1.0) == hit
     assert engine.kv[:, others].isnan().all()
     engine.cache.close()
@@ -213,7 +213,7 @@ def test_what_was_asked_and_found_is_counted(engine):
     stored(engine, p)
     engine.cache.match(p)
     job = engine.cache.retrieve(p, engine.block_ids(83), 70)
-    assert job.wait() == job.wait() == 70
+    assert job.result() == job.result() == 70
     assert engine.cache.stats() == {
         **{"queried_tokens": 166, "hit_tokens": 83, "restored_tokens": 70},
         **{"stored_tokens": 89, "hit_rate": 0.5},
@@ -243,7 +243,7 @@ def test_slots_past_the_tail_are_zero_after_a_retrieve(engine):
     p = prompt()
     stored(engine, p)
     ids = engine.block_ids(len(p), seed=3)
-    assert engine.cache.retrieve(p, ids).wait() == 83
+    assert engine.cache.retrieve(p, ids).result() == 83
     assert (engine.kv[:, ids[83 // PAGE], 83 % PAGE :] == 0).all()
 
 
@@ -253,7 +253,7 @@ def test_pages_beside_the_prompt_are_never_touched(engine):
     ids = engine.block_ids(len(p), seed=3)
     assert retrieved(engine, p) == 83
     engine.kv.fill_(float("nan"))
-    engine.cache.retrieve(p, ids).wait()
+    engine.cache.retrieve(p, ids).result()
     others = [page for page in range(engine.pages) if page not in ids.tolist()]
     assert engine.kv[:, others].isnan().all()
     engine.cache.close()
@@ -264,9 +264,9 @@ def test_skipped_pages_are_left_alone_by_a_retrieve_and_kept_out_of_a_store(engi
     stored(engine, p)
     ids = engine.block_ids(len(p), seed=4)
     ids[:4] = -1
-    assert engine.cache.retrieve(p, ids).wait() == 83
+    assert engine.cache.retrieve(p, ids).result() == 83
     fresh = lmc.Prompt([2] * 83)
-    assert engine.cache.store(fresh, ids).wait() == 83 - 16
+    assert engine.cache.store(fresh, ids).result() == 83 - 16
     assert engine.cache.match(fresh) == 0
 
 
@@ -299,7 +299,7 @@ def test_a_damaged_record_ends_the_restored_prefix_before_it(engine):
     engine.cache.backend.put(third, [payload], checksums=[right])
     engine.cache.backend.flush()
     ids = engine.block_ids(len(p), seed=2)
-    got = engine.cache.retrieve(p, ids).wait()
+    got = engine.cache.retrieve(p, ids).result()
     assert got == 32
     assert engine.restored(len(p), ids, 1.0) == 32
     assert engine.cache.match(p) == 32
@@ -344,7 +344,7 @@ def test_what_is_forgotten_while_it_is_stored_does_not_come_back(engine, by_laye
     for job in jobs:
         if by_layer:
             job.layer_written("1", 10)
-        job.wait(10)
+        job.result(10)
     engine.cache.backend.flush()
     assert engine.cache.match(ours) == 0
     assert engine.cache.match(theirs) == len(theirs)
@@ -414,13 +414,13 @@ def check_restored(data, store):
         block_ids = engine.block_ids(n, seed=step)
         engine.kv.fill_(float("nan"))
         hit = engine.cache.match(p)
-        assert engine.cache.retrieve(p, block_ids, hit).wait() == hit
+        assert engine.cache.retrieve(p, block_ids, hit).result() == hit
         for position in range(n):
             slot = engine.kv[:, block_ids[position // PAGE], position % PAGE]
             if position < hit:
                 assert (slot == value_at(p, position)).all()
             slot.fill_(value_at(p, position))
-        engine.cache.store(p, block_ids).wait()
+        engine.cache.store(p, block_ids).result()
     engine.cache.close()
 
 
@@ -444,15 +444,15 @@ def test_many_threads_share_one_cache(engine):
 
 def test_jobs_can_be_asked_and_waited_for(engine):
     job = engine.cache.store(prompt(), engine.block_ids(83))
-    job.wait(timeout_s=30)
+    job.result(timeout_s=30)
     assert job.done()
 
 
 def test_an_empty_prompt_and_no_blocks_are_valid(engine):
     empty = lmc.Prompt([])
     assert engine.cache.match(empty) == 0
-    assert engine.cache.store(empty, []).wait() == 0
-    assert engine.cache.retrieve(empty, []).wait() == 0
+    assert engine.cache.store(empty, []).result() == 0
+    assert engine.cache.retrieve(empty, []).result() == 0
 
 
 @pytest.mark.parametrize(

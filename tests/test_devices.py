@@ -156,10 +156,10 @@ def test_a_loop_stores_and_retrieves_without_waiting_for_its_own_work(loop: Loop
         for value in (1.0, 2.0, 3.0):
             tenant = lmc.Prompt(prompt.token_ids, prompt.items, salt=str(value))
             loop.compute(63, first, value)
-            assert loop.cache.store(tenant, first).wait() > 0
+            assert loop.cache.store(tenant, first).result() > 0
             loop.kv.fill_(float("nan"))
             assert loop.cache.match(tenant) == 63
-            assert loop.cache.retrieve(tenant, second).wait() == 63
+            assert loop.cache.retrieve(tenant, second).result() == 63
             assert loop.holds(63, second, value)
 
 
@@ -168,12 +168,12 @@ def test_a_loop_retrieves_layer_by_layer(loop: Loop):
     ids = torch.randperm(64)[:12]
     with loop.on_stream:
         loop.compute(48, ids, 1.0)
-        loop.cache.store(prompt, ids).wait()
+        loop.cache.store(prompt, ids).result()
         loop.kv.fill_(float("nan"))
         job = loop.cache.retrieve(prompt, ids, by_layer=True)
         assert job.layer_ready("layer0", 10)
         assert not torch.isnan(loop.kv[0, ids]).any()
-        assert job.wait() == 48
+        assert job.result() == 48
         assert loop.holds(48, ids, 1.0)
 
 
@@ -187,8 +187,8 @@ def test_a_loop_stores_layer_by_layer(loop: Loop):
                 loop.kv[i, ids[position // 4], position % 4] = 2.0 + position / 1024
             assert job.layer_written(f"layer{i}", 10)
         loop.kv.fill_(float("nan"))
-        assert job.wait() == 48
-        assert loop.cache.retrieve(prompt, ids).wait() == 48
+        assert job.result() == 48
+        assert loop.cache.retrieve(prompt, ids).result() == 48
         assert loop.holds(48, ids, 2.0)
 
 
@@ -205,9 +205,9 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
         for by_layer in (False, True):
             job = loop.cache.store(prompt, ids, by_layer=by_layer)
             assert not by_layer or job.layer_written("layer2")
-            assert job.wait() == 48
+            assert job.result() == 48
             loop.kv.fill_(float("nan"))
-            assert loop.cache.retrieve(prompt, ids, by_layer=by_layer).wait() == 48
+            assert loop.cache.retrieve(prompt, ids, by_layer=by_layer).result() == 48
             assert loop.holds(48, ids, 1.0)
             store.clear()
     loop.cache.close()
@@ -248,7 +248,7 @@ def test_no_thread_waits_for_a_transfer_but_the_one_that_lets_it_go():
 def test_a_transfer_refuses_to_be_part_of_a_graph_and_breaks_nobody_elses():
     loop = Loop(torch.device("cuda", 0), "mem://?capacity=4MiB")
     prompt, ids = lmc.Prompt([1] * 48), torch.randperm(64)[:12]
-    assert loop.cache.store(prompt, ids).wait() == 48
+    assert loop.cache.store(prompt, ids).result() == 48
     stream, x = torch.cuda.Stream(), torch.zeros(64, device="cuda:0")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
@@ -256,7 +256,7 @@ def test_a_transfer_refuses_to_be_part_of_a_graph_and_breaks_nobody_elses():
         with pytest.raises(RuntimeError, match="the stream is being captured"):
             loop.cache.retrieve(prompt, ids)
         x.add_(1)
-        other = threading.Thread(target=lambda: loop.cache.retrieve(prompt, ids).wait())
+        other = threading.Thread(target=lambda: loop.cache.retrieve(prompt, ids).result())
         other.start()
         other.join()
         graph.capture_end()
@@ -276,8 +276,8 @@ def test_an_early_store_holds_what_was_computed_when_its_pages_were_asked_for(lo
         loop.compute(48, ids, 4.0)
         assert job.pages_free(10)
         loop.kv.fill_(float("nan"))
-        assert job.wait() == 48
-        assert loop.cache.retrieve(prompt, ids).wait() == 48
+        assert job.result() == 48
+        assert loop.cache.retrieve(prompt, ids).result() == 48
         assert loop.holds(48, ids, 4.0)
 
 
@@ -286,12 +286,12 @@ def test_a_damaged_payload_is_not_restored(device: torch.device, tmp_path):
     loop = Loop(device, store)
     prompt, ids = lmc.Prompt([1] * 48), torch.arange(12)
     loop.compute(48, ids, 1.0)
-    loop.cache.store(prompt, ids).wait()
+    loop.cache.store(prompt, ids).result()
     key = loop.cache._records(prompt)[1].key
     (slot,) = store.lend([key], [loop.cache.layout.payload_bytes(4)])
     store.view(slot)[100] ^= 1
     store.release([slot])
-    assert loop.cache.retrieve(prompt, ids).wait() == 16
+    assert loop.cache.retrieve(prompt, ids).result() == 16
     assert store.contains([key]) == [False]
     loop.cache.close()
     remove()

@@ -82,6 +82,18 @@ def test_an_output_is_loaded_as_it_was_saved(cache):
     assert not cache.save("a", OUTPUT)
 
 
+def test_what_was_asked_is_counted(cache):
+    assert cache.stats() == {"queried_items": 0, "hit_items": 0, "hit_rate": 0, "stored_items": 0}
+    assert cache.load("one") is None
+    assert cache.save("one", OUTPUT)
+    assert not cache.save("one", OUTPUT)  # it is there
+    assert cache.contains("one")
+    assert cache.load("one") is not None
+    assert cache.load_into("one", torch.empty_like(OUTPUT))
+    assert not cache.load_into("two", torch.empty_like(OUTPUT))
+    assert cache.stats() == {"queried_items": 4, "hit_items": 2, "hit_rate": 0.5, "stored_items": 1}
+
+
 def test_a_list_of_outputs_is_loaded_as_it_was_saved(cache):
     outputs = [OUTPUT, torch.arange(5), torch.tensor(True), torch.zeros(0, 7, dtype=torch.float16)]
     cache.save("a", outputs)

@@ -48,9 +48,9 @@ def test_a_transfer_tells_what_moved_and_for_how_long(url):
     job = transfer.store(chunks[:2], b"", early=True)
     time.sleep(0.2)  # the forward pass: no part of what is told
     job.written()
-    assert job.wait(10) == 4 * PAGE_TOKENS
-    assert transfer.load(chunks, b"").wait(10) == 2  # the third is not there
-    assert transfer.load(chunks[2:], b"").wait(10) == 0  # nothing moved
+    assert job.result(10) == 4 * PAGE_TOKENS
+    assert transfer.load(chunks, b"").result(10) == 2  # the third is not there
+    assert transfer.load(chunks[2:], b"").result(10) == 0  # nothing moved
     lasted = time.perf_counter() - begun - 0.2
     transfer.close()
     store.close()

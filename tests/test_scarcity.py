@@ -216,11 +216,11 @@ def used(store, by_layers=(False, True)):
         job = cache.store(prompt, range(16), by_layer)
         if by_layer:
             job.layer_written("0", 10)
-        job.wait(20)
+        job.result(20)
         store.flush()
         match = cache.match(prompt)
         pages.zero_()
-        restored = cache.retrieve(prompt, range(16), by_layer=by_layer).wait(20)
+        restored = cache.retrieve(prompt, range(16), by_layer=by_layer).result(20)
         assert torch.equal(pages.view(64, -1)[:restored], want.view(64, -1)[:restored])
         pages.copy_(want)
         found += [match == 60, restored == 60]

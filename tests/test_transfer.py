@@ -93,7 +93,7 @@ def test_a_load_by_layers_fills_them_in_order_and_is_verified(make, row):
     kv = layers(row=row)
     chunks = chunks_of([3, 1, 7], [0, 11])
     _, transfer = make(kv)
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     want = kv.clone()
     for pages in ([3, 1, 7], [0, 11]):
         kv[:, pages] = 0
@@ -101,7 +101,7 @@ def test_a_load_by_layers_fills_them_in_order_and_is_verified(make, row):
     for i in range(len(kv)):
         assert job.layer_ready(f"layer{i}", 10)
         assert torch.equal(kv[i], want[i])
-    assert job.wait() == 2
+    assert job.result() == 2
     with pytest.raises(ValueError, match="layer: expected one of layer0, layer1, layer2, got 'other'"):
         job.layer_ready("other", 1)
 
@@ -111,7 +111,7 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
     kv = layers()
     chunks = chunks_of([3, 1, 7])
     _, transfer = make(kv)
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     want = kv.clone()
     kv.zero_()
     scattered, go_on = [], threading.Event()
@@ -130,7 +130,7 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
     assert torch.equal(kv[0, [3, 1, 7]], want[0, [3, 1, 7]])
     assert not kv[1:].any()
     go_on.set()
-    assert job.wait() == 1
+    assert job.result() == 1
     assert len(scattered) == 3
 
 
@@ -140,12 +140,12 @@ def test_a_load_by_layers_of_a_damaged_record_loads_nothing(tmp_path, layer, row
     kv = layers(row=row)
     transfer = Transfer(layout_of(kv), store, 1 << 16)
     chunks = chunks_of([3, 1, 7])
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     layer_bytes = 3 * PAGE_TOKENS * row
     (slot,) = store.lend([chunks[0].key], [3 * layer_bytes])
     store.view(slot)[layer * layer_bytes + 7] ^= 1
     store.release([slot])
-    assert transfer.load(chunks, b"", by_layer=True).wait() == 0
+    assert transfer.load(chunks, b"", by_layer=True).result() == 0
     assert store.contains([chunks[0].key]) == [False]
     transfer.close()
     store.close()
@@ -159,7 +159,7 @@ def test_no_layer_is_ready_before_all_chunks_are_there(monkeypatch):
     kv = layers()
     transfer = Transfer(layout_of(kv), gate, 1)
     chunks = chunks_of([3], [4])
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     kv.zero_()
     calls = []
 
@@ -180,10 +180,10 @@ def test_a_load_by_layers_takes_all_chunks_or_none(make):
     kv = layers()
     _, transfer = make(kv)
     there, missing = chunks_of([3], [4])
-    transfer.store([there], b"").wait()
+    transfer.store([there], b"").result()
     kv.zero_()
     job = transfer.load([there, missing], b"", by_layer=True)
-    assert job.wait() == 0
+    assert job.result() == 0
     assert not kv.any()
     assert job.layer_ready("layer2", 1)  # it ended
 
@@ -201,8 +201,8 @@ def test_a_store_by_layers_reads_each_when_it_is_said_to_be_written(make, store,
             layer.zero_()
     assert job.pages_free(10)
     kv.zero_()
-    assert job.wait(10) == 20
-    assert transfer.load(chunks, b"").wait() == 2
+    assert job.result(10) == 20
+    assert transfer.load(chunks, b"").result() == 2
     for chunk in chunks:
         for i, layer in enumerate(kv):
             assert torch.equal(layer[chunk.pages], want[i][chunk.pages])
@@ -215,9 +215,9 @@ def test_who_waits_for_a_store_by_layers_has_written_them_all(make, row):
     _, transfer = make(kv)
     job = transfer.store(chunks, b"", by_layer=True)
     assert job.layer_written("layer0", 10)
-    assert job.wait(10) == 12
+    assert job.result(10) == 12
     kv.zero_()
-    assert transfer.load(chunks, b"").wait() == 1
+    assert transfer.load(chunks, b"").result() == 1
     assert torch.equal(kv[:, [3, 1, 7]], want[:, [3, 1, 7]])
     with pytest.raises(ValueError, match="layer: expected one of layer0, layer1, layer2, got 'other'"):
         job.layer_written("other", 1)
@@ -231,7 +231,7 @@ def test_a_store_by_layers_that_is_given_up_in_between_leaves_nothing_behind(mak
     assert job.abandon()
     assert not job.layer_written("layer1", 10)
     with pytest.raises(Abandoned):
-        job.wait(10)
+        job.result(10)
     assert store.stats()["records"] == 0
     assert store.stats().get("pending", 0) == 0
 
@@ -312,7 +312,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
         assert job.layer_written(f"layer{i}", 10)
     assert storing.ordered == [2]  # with the last layer, whose reads come last
     kv.zero_()
-    assert job.wait(10) == 20
+    assert job.result(10) == 20
     loading = transfer._loading = Late(transfer.layout)
     job = transfer.load(chunks, b"", by_layer=True)
     for i in range(3):
@@ -320,7 +320,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
         assert i in loading.ordered
         for chunk in chunks:
             assert torch.equal(kv[i][chunk.pages], want[i][chunk.pages])
-    assert job.wait(10) == 2
+    assert job.result(10) == 2
 
 
 def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
@@ -330,15 +330,15 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
     first, second, third = chunks_of([3, 1, 7], [0, 11], [5])
     _, transfer = make(kv)
     jobs = [transfer.store([chunk], b"", by_layer=True) for chunk in (first, second)]
-    assert transfer.store([third], b"").wait(10) == 4
+    assert transfer.store([third], b"").result(10) == 4
     assert transfer.stores_stalled_s() == 0
     for i, layer in enumerate(kv):
         layer.copy_(want[i])
         for job in jobs[:: 1 if i % 2 else -1]:
             assert job.layer_written(f"layer{i}", PATIENCE_S * 50)
-    assert [job.wait(10) for job in jobs] == [12, 8]
+    assert [job.result(10) for job in jobs] == [12, 8]
     kv.zero_()
-    assert transfer.load([first, second], b"").wait() == 2
+    assert transfer.load([first, second], b"").result() == 2
     for chunk in (first, second):
         assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
 
@@ -367,7 +367,7 @@ def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
     assert not late.made
     assert job.abandon()
     with pytest.raises(Abandoned):
-        job.wait(10)
+        job.result(10)
     assert made_before == [[0]]
     transfer.close()
     store.close()
@@ -378,12 +378,12 @@ def test_a_load_by_layers_that_fails_in_between_leaves_its_pages_first(make, row
     kv = layers(row=row)
     chunks = chunks_of([3, 1, 7])
     _, transfer = make(kv)
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     kv.zero_()
     late = transfer._loading = Late(transfer.layout, fails_at=2)
     job = transfer.load(chunks, b"", by_layer=True)
     with pytest.raises(ZeroDivisionError):
-        job.wait(10)
+        job.result(10)
     assert job.pages_free(1)
     before = kv.clone()
     late.run(1)
@@ -396,11 +396,11 @@ def test_a_wait_that_ends_gives_nothing_up(make, store):
     gate, transfer = make(kv, hangs(store, "store"))
     job = transfer.store(chunks, b"", early=True)
     with pytest.raises(TimeoutError):
-        job.wait(PATIENCE_S)
+        job.result(PATIENCE_S)
     gate.open.set()
-    assert job.wait(10) == 12
+    assert job.result(10) == 12
     kv.zero_()
-    assert transfer.load(chunks, b"").wait() == 1
+    assert transfer.load(chunks, b"").result() == 1
 
 
 def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
@@ -423,9 +423,9 @@ def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
         thread.start()
     for thread in threads:
         thread.join()
-    assert job.wait(10) == PAGES * PAGE_TOKENS
+    assert job.result(10) == PAGES * PAGE_TOKENS
     kv.zero_()
-    assert transfer.load(chunks, b"").wait() == PAGES
+    assert transfer.load(chunks, b"").result() == PAGES
     assert torch.equal(kv, want)
 
 
@@ -453,7 +453,7 @@ def test_a_job_whose_store_hangs_is_abandoned_and_never_touches_its_pages(make, 
     kv = layers()
     chunks = chunks_of([3, 1, 7])
     if direction == "load":
-        make(kv)[1].store(chunks, b"").wait()
+        make(kv)[1].store(chunks, b"").result()
     gate, transfer = make(kv, hangs(store, direction))
     job = getattr(transfer, direction)(chunks, b"")
     assert gate.reached.wait(10)
@@ -462,7 +462,7 @@ def test_a_job_whose_store_hangs_is_abandoned_and_never_touches_its_pages(make, 
     monkeypatch.setattr(HostCopies, "_copy", lambda *_: touched.append(1))
     gate.open.set()
     with pytest.raises(Abandoned):
-        job.wait(10)
+        job.result(10)
     assert not touched
     assert store.stats()["records"] == (direction == "load")
 
@@ -482,10 +482,10 @@ def test_what_comes_behind_a_job_that_hangs_is_given_up_at_once(make, store):
     gate.open.set()
     for job in (first, second):
         with pytest.raises(Abandoned):
-            job.wait(10)
+            job.result(10)
     third = transfer.load(chunks, b"")  # the store is back
     assert third.pages_free(10)
-    assert third.wait() == 0
+    assert third.result() == 0
 
 
 def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, store):
@@ -498,8 +498,8 @@ def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, stor
     assert not job.done()
     kv.zero_()  # the pages are somebody else's by now
     gate.open.set()
-    assert job.wait(10) == 12
-    assert transfer.load(chunks, b"").wait() == 1
+    assert job.result(10) == 12
+    assert transfer.load(chunks, b"").result() == 1
     assert torch.equal(kv[:, [3, 1, 7]], want[:, [3, 1, 7]])
 
 
@@ -527,8 +527,8 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
     assert job.pages_free(10)
     assert readers == [threading.current_thread()] * 3
     kv.zero_()
-    assert job.wait(10) == 24
-    assert transfer.load(chunks, b"").wait() == 3
+    assert job.result(10) == 24
+    assert transfer.load(chunks, b"").result() == 3
     for chunk in chunks:
         assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
 
@@ -562,8 +562,8 @@ def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_wr
     kv.zero_()
     assert len(readers) == 3
     assert threading.current_thread() not in readers
-    assert job.wait(10) == 24
-    assert transfer.load(chunks, b"").wait() == 3
+    assert job.result(10) == 24
+    assert transfer.load(chunks, b"").result() == 3
     for chunk in chunks:
         assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
 
@@ -590,7 +590,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
     assert not job.leave_pages(time.monotonic() + 0.05)
     kv.zero_()  # by whoever has the pages now
     with pytest.raises(Abandoned):
-        job.wait(10)
+        job.result(10)
     assert all(torch.equal(read, want) for read in reads)
     assert len(reads) < 3
 
@@ -603,10 +603,10 @@ def test_an_early_store_given_up_leaves_nothing_behind(make, store):
     assert job.abandon()
     assert not job.pages_free(10)
     with pytest.raises(Abandoned):
-        job.wait(10)
+        job.result(10)
     assert store.stats()["records"] == 0
     assert store.stats().get("pending", 0) == 0
-    assert transfer.store(chunks_of([3, 1, 7]), b"").wait(10) == 12
+    assert transfer.store(chunks_of([3, 1, 7]), b"").result(10) == 12
 
 
 def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
@@ -621,7 +621,7 @@ def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
         job = transfer.store(chunks_of([3, 1, 7]), b"", early=early)
         assert job.pages_free(10)
         with pytest.raises(ValueError, match="no room"):
-            job.wait(10)
+            job.result(10)
     assert store.stats()["records"] == 0
 
 
@@ -632,7 +632,7 @@ def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
     kv = layers()
     chunks = chunks_of(*([page] for page in range(10)))
     _, transfer = make(kv)
-    transfer.store(chunks, b"").wait()
+    transfer.store(chunks, b"").result()
     slow = Gate(store)
     read = getattr(store, hangs(store, "load"))
 
@@ -644,7 +644,7 @@ def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
     other = Transfer(replace(layout_of(kv)), slow, 1)
     job = other.load(chunks, b"")
     assert job.pages_free(PATIENCE_S * 4)
-    assert job.wait() == 10
+    assert job.result() == 10
     other.close()
 
 
@@ -658,7 +658,7 @@ def test_an_error_of_the_store_is_the_jobs(make, store, monkeypatch):
     setattr(gate, hangs(store, "load"), fails)
     job = transfer.load(chunks_of([1]), b"")
     with pytest.raises(ConnectionError, match="down"):
-        job.wait(10)
+        job.result(10)
     assert job.pages_free(1)
 
 
@@ -691,14 +691,14 @@ def test_a_cache_retrieves_layer_by_layer(tmp_path):
     prompt = lmc.Prompt(list(range(21)))
     pages = list(range(6))
     with lmc.KVCache(layout_of(kv), "mem://?capacity=1MiB", lmc.Namespace(model="m"), 8) as cache:
-        cache.store(prompt, pages).wait()
+        cache.store(prompt, pages).result()
         want = kv.clone()
         kv.zero_()
         job = cache.retrieve(prompt, pages, by_layer=True)
         assert job.layer_ready("layer1", 10)
         assert torch.equal(kv[:2, :5], want[:2, :5])
-        assert job.wait() == 21
-        assert cache.retrieve(prompt, pages, 16, by_layer=True).wait() == 16
+        assert job.result() == 21
+        assert cache.retrieve(prompt, pages, 16, by_layer=True).result() == 16
 
 
 def test_a_cache_stores_layer_by_layer():
@@ -709,7 +709,7 @@ def test_a_cache_stores_layer_by_layer():
         for i, layer in enumerate(kv):
             layer.fill_(i + 1)
             assert job.layer_written(f"layer{i}", 10)
-        assert job.wait() == 21
+        assert job.result() == 21
         kv.zero_()
-        assert cache.retrieve(prompt, pages).wait() == 21
+        assert cache.retrieve(prompt, pages).result() == 21
         assert [layer[:5].unique().tolist() for layer in kv] == [[1], [2], [3]]

@@ -186,7 +186,7 @@ class Worker:
             )
             return False
         try:
-            good = all([part.job.wait() == part.chunks for part in parts])
+            good = all([part.job.result() == part.chunks for part in parts])
         except Exception:
             logger.exception("%s: a load failed", NAME)
             return False
@@ -276,7 +276,7 @@ class Worker:
 
     def _stored(self, jobs: list[Job[int]]) -> bool:
         try:
-            tokens = max((job.wait() for job in jobs), default=0)  # none: a record of layers of other ranks
+            tokens = max((job.result() for job in jobs), default=0)  # none: a record of layers of other ranks
         except Abandoned:
             return False
         except Exception:
