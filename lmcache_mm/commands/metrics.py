@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from lmcache_mm.stores.local.slab import ShmStore
+from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.metered import BYTES, SECONDS
 from lmcache_mm.stores.peers.server import Server
 
