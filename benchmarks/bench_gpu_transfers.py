@@ -16,7 +16,7 @@ import lmcache_mm as lmc
 from device import DEVICE, ON_GPU, SIZES, Work, compare, do
 from lmcache_mm import _C, ops
 from lmcache_mm.commands import cli
-from lmcache_mm.transfer import _current_event, _HostCopies, _Ring
+from lmcache_mm.copies import HostCopies, Ring, current_event
 from rivals import PageCopies, Rivals, lmcache_calls
 
 PAGE_TOKENS, CHUNK_TOKENS = 16, 256
@@ -66,7 +66,7 @@ class Pages:
         self.host = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=ON_GPU).fill_(1)  # each page is touched
         self.host.copy_(self.want)
         self._copies = {
-            direction: _Ring(self.layout, self.chunk_bytes, direction == "load") if ON_GPU else _HostCopies(self.layout)
+            direction: Ring(self.layout, self.chunk_bytes, direction == "load") if ON_GPU else HostCopies(self.layout)
             for direction in ("store", "load")
         }
 
@@ -125,7 +125,7 @@ class Pages:
         for ids in self.chunks:
             parts.append((ids.data_ptr(), True, len(ids), len(ids) * PAGE_TOKENS, at, 0))
             at += self.layout.payload_bytes(len(ids))
-        planes, behind = len(self.layout.planes), _current_event(DEVICE)
+        planes, behind = len(self.layout.planes), current_event(DEVICE)
         ends = sorted({*self.layout.planes_until.values()}) if by_layer else [planes]
         options = (True, *([behind] if direction == "load" else []))
         copies: Any = self._copies[direction]

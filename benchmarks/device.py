@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from lmcache_mm import _C
-from lmcache_mm.transfer import Job
+from lmcache_mm.job import Job
 
 ON_GPU = torch.cuda.is_available() and bool(_C.cuda_version)
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lmcache_mm import ops
+from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
-from lmcache_mm.transfer import Chunk, Job, Transfer
+from lmcache_mm.transfer import Chunk, Transfer
 
 
 @dataclass(frozen=True)

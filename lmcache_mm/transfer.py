@@ -2,147 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
 import mmap
-import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import cache, partial
-from itertools import pairwise, takewhile
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import takewhile
+from typing import Any, NamedTuple, cast
 
 import torch
 
-from lmcache_mm import _C, ops, transfer_paths
+from lmcache_mm import ops
+from lmcache_mm.copies import Copies, HostCopies, Part, Ring, current_event, current_stream, ending, whole_pages
+from lmcache_mm.job import Job
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import SlotStore, Store
 
-S = TypeVar("S")
-T = TypeVar("T")
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
 LANE_BYTES = 16  # of the checksum
-PATIENCE_S = 30.0  # with a store that does not move, where the caller does not say
-RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
-
-
-class Job(Generic[T]):
-    """A retrieve or store under way. Pages it reads or writes must be left alone until `pages_free`; on CUDA it begins
-    behind the work that the caller's current stream held when it was asked for."""
-
-    def __init__(
-        self,
-        work: Work,
-        layout: KVLayout,
-        by_layer: Sequence[_Copies] = (),
-        result_of: Callable[[Any], T] = lambda result: result,
-    ) -> None:
-        self.work, self._layout, self._by_layer, self._result_of = work, layout, by_layer, result_of
-
-    def done(self) -> bool:
-        return self.work.future.done()
-
-    def result(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
-        a store that was asked for early or by layers, it reads the pages that have not been read."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        if self.work.early:
-            self.work.read_pages(deadline)
-        return self._result_of(self.work.future.result(None if deadline is None else deadline - time.monotonic()))
-
-    def __await__(self) -> Generator[Any, None, T]:
-        """`result`, on another thread."""
-        return asyncio.to_thread(self.result).__await__()
-
-    def when_done(self, tell: Callable[[T], None]) -> None:
-        """Calls `tell` with the result once, on whatever thread ends the job; not if it fails or is given up."""
-
-        def told(future: Future[Any]) -> None:
-            if not future.cancelled() and future.exception() is None:
-                tell(self._result_of(future.result()))
-
-        self.work.future.add_done_callback(told)
-
-    def then(self, result_of: Callable[[T], S]) -> Job[S]:
-        """The same job with another result, made from this one's."""
-        return Job(self.work, self._layout, self._by_layer, lambda result: result_of(self._result_of(result)))
-
-    def give_up(self, patience_s: float = PATIENCE_S) -> bool:
-        """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
-        return self.work.give_up(patience_s)
-
-    def abandon(self) -> bool:
-        """Gives the job up, unless it is at its pages this moment. True: it will leave them alone."""
-        return self.work.abandon()
-
-    def pages_free(self, patience_s: float = PATIENCE_S) -> bool:
-        """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
-        progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too.
-
-        The pages of a store that was asked for early are read in here."""
-        return self.work.leave_pages(patience_s)
-
-    def leave_pages(self, deadline: float) -> bool:
-        """Returns when the job will not touch its pages any more; False: it had not done with them by `deadline`, by
-        time.monotonic(), and was abandoned."""
-        if self.work.pages_left(max(0.0, deadline - time.monotonic())):
-            return True
-        self.work.stop_touching()
-        return False
-
-    def layer_ready(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
-        """Returns when a load by layers has filled the layer's pages, which are not verified before `result`, or ended;
-        on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
-        `pages_free`. ValueError for a layer that the layout does not name."""
-        planes = self._planes_until(layer)
-        ready = self.work.wait_for(lambda: bool(self._by_layer) or self.work.left_pages, patience_s)
-        for copies in self._by_layer:
-            copies.order(_current_stream(self._layout.device), planes)
-        return ready
-
-    def written(self) -> None:
-        """Says that the pages hold what an early store is to keep; on CUDA, once the caller's current stream has done
-        what it holds. The store's own thread reads them from now on."""
-        self.work.written = _current_event(self._layout.device)
-        self.work.be_late()
-
-    def layer_written(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
-        """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
-        CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, as far as
-        there is room for all of the job's payloads: in a store with slots in memory there is, elsewhere for 16 MiB; the
-        rest is read with the last layer's. False: as of `pages_free`. ValueError for a layer that the layout does not
-        name."""
-        return self.work.leave_pages(patience_s, self._planes_until(layer))
-
-    def _planes_until(self, layer: str) -> int:
-        if layer not in self._layout.planes_until:
-            raise ValueError(f"layer: expected one of {', '.join(self._layout.planes_until)}, got {layer!r}")
-        return self._layout.planes_until[layer]
-
-
-class _Copies(Protocol):
-    """Copies of chunks between pages and payloads, begun layer by layer. `behind`: a `_current_event`."""
-
-    def go_on(self, planes: int, behind: Any = None) -> None:
-        """Begins those of the first `planes` planes that have not been begun, behind `behind`; on CUDA a store's that
-        make a step. After an exception nothing is under way."""
-        ...
-
-    def order(self, stream: int, planes: int) -> None:
-        """Returns when those of the first `planes` planes have been begun, or it is over; what `stream` is given from
-        now on comes behind them."""
-        ...
-
-    def wait(self) -> list[int]:
-        """Waits for those that were begun. The payloads' checksums, if they were asked for; RuntimeError if not all
-        were begun."""
-        ...
 
 
 class Chunk(NamedTuple):
@@ -165,12 +45,12 @@ class Transfer:
     ) -> None:
         self.layout, self._store, self._moved = layout, store, moved
         self._in_place = isinstance(store, SlotStore)
-        self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, _whole_pages(largest))
+        self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, whole_pages(largest))
         # Memory for one step's payloads, one a direction, each touched by its one thread only.
         self._load_staging, self._store_staging = self._staging(), self._staging()
         self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores
         self._loading, self._storing = (
-            _Ring(layout, largest, urgent) if layout.device.type == "cuda" else _HostCopies(layout)
+            Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
             for urgent in (True, False)
         )
         self._planes = len(layout.planes)
@@ -197,7 +77,7 @@ class Transfer:
         """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
         were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
         wait by `Job.layer_ready`; then it is all chunks or none."""
-        copies: list[_Copies] = []
+        copies: list[Copies] = []
         asked = time.perf_counter()
         return self._submit(
             self._loads, self._load, asked, chunks, owner, copies if by_layer else None, by_layer=copies
@@ -238,10 +118,10 @@ class Transfer:
         run: Callable[..., int],
         *arguments: Any,
         early: bool = False,
-        by_layer: Sequence[_Copies] = (),
+        by_layer: Sequence[Copies] = (),
     ) -> Job[int]:
         """Runs `run` on a lane's thread, with what the caller's stream holds now."""
-        behind = _current_event(self.layout.device)
+        behind = current_event(self.layout.device)
         # Nothing is moved where there is no memory for it: that is a miss, or something not stored.
         moved = lane.submit(lambda work: unless_lacking(lambda: run(work, behind, *arguments), 0), early)
         return Job(moved, self.layout, by_layer)
@@ -253,7 +133,7 @@ class Transfer:
         asked: float,
         chunks: Sequence[Chunk],
         owner: bytes,
-        by_layer: list[_Copies] | None,
+        by_layer: list[Copies] | None,
     ) -> int:
         loaded = 0
         whole = by_layer is not None
@@ -273,7 +153,7 @@ class Transfer:
             self._moved(direction, time.perf_counter() - since, sum(self._payload_bytes(chunk) for chunk in chunks))
 
     def _load_slots(
-        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[_Copies] | None, whole: bool
+        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
     ) -> int:
         """Scatters straight from the store's slots; if `whole`, all of them or none."""
         store = cast(SlotStore, self._store)
@@ -300,7 +180,7 @@ class Transfer:
         chunks: list[Chunk],
         payloads: list[torch.Tensor],
         checksums: bool,
-        by_layer: list[_Copies] | None,
+        by_layer: list[Copies] | None,
     ) -> list[int]:
         """Fills pages, layer after layer for those who wait for the copies `by_layer`; the payloads' checksums, if
         they are asked for."""
@@ -310,7 +190,7 @@ class Transfer:
         def scatter(_: int) -> bool:
             parts = self._parts(chunks, payloads, whole_pages=True)
             copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
-            with _ending(copies):
+            with ending(copies):
                 if by_layer is not None:
                     by_layer.append(copies)
                     work.advance()
@@ -327,7 +207,7 @@ class Transfer:
         return (self._ends, self.layout.page_bytes % LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
     def _load_staged(
-        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[_Copies] | None, whole: bool
+        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
     ) -> int:
         payloads = self._payloads(step, self._load_staging)
         buffers = [payload.numpy().data for payload in payloads]
@@ -408,22 +288,22 @@ class Transfer:
         def gather(planes: int) -> bool:
             if not begun:
                 begun.append(time.perf_counter())
-            written = work.written or (_current_event(self.layout.device) if work.early else behind)
+            written = work.written or (current_event(self.layout.device) if work.early else behind)
             copies.go_on(planes, written)
             if planes < self._planes:
                 return False
             if work.early:  # the caller's thread goes on, its stream behind the reads
-                copies.order(_current_stream(self.layout.device), self._planes)
+                copies.order(current_stream(self.layout.device), self._planes)
             else:
                 copies.wait()
             return True
 
-        with _ending(copies):
+        with ending(copies):
             work.touch_pages(gather, last)
             sums = copies.wait()
         return sums if on_the_way else [ops.checksum(payload) for payload in payloads]
 
-    def _parts(self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool) -> list[_Part]:
+    def _parts(self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool) -> list[Part]:
         """What is to be copied."""
         size = self.layout.page_tokens
         return [
@@ -439,7 +319,7 @@ class Transfer:
         step: list[Chunk] = []
         room = self._step_bytes
         for chunk in chunks:
-            size = _whole_pages(self._payload_bytes(chunk))
+            size = whole_pages(self._payload_bytes(chunk))
             if step and size > room:
                 yield step
                 step, room = [], self._step_bytes
@@ -455,7 +335,7 @@ class Transfer:
         for chunk in step:
             size = self._payload_bytes(chunk)
             payloads.append(staging[begin : begin + size])
-            begin += _whole_pages(size)
+            begin += whole_pages(size)
         return payloads
 
 
@@ -467,112 +347,4 @@ def _nothing(lane: Lane) -> Work:
     return work
 
 
-@contextmanager
-def _ending(copies: _Copies) -> Iterator[None]:
-    """None is under way when an exception leaves: what they read and write is given back."""
-    try:
-        yield
-    except BaseException:
-        with suppress(Exception):
-            copies.wait()
-        raise
-
-
 _Gather = Callable[[list[Chunk], list[torch.Tensor]], list[int]]
-_Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
-
-
-class _HostCopy:
-    """Copies between pages and payloads on the CPU, by the threads that say `go_on`. See `_Copies`."""
-
-    def __init__(self, copy_layer: Callable[[int, int], list[int]], ends: list[int]) -> None:
-        self._copy_layer, self._layers = copy_layer, list(pairwise([0, *ends]))
-        self._sums: list[list[int]] = []  # of each layer's parts of payloads, which add up
-        self._planes, self._over = 0, False
-        self._changed = threading.Condition()
-
-    def go_on(self, planes: int, behind: Any = None) -> None:
-        for begin, end in self._layers[len(self._sums) :]:
-            if end > planes:
-                break
-            self._sums.append(self._copy_layer(begin, end))
-            with self._changed:
-                self._planes = end
-                self._changed.notify_all()
-
-    def order(self, stream: int, planes: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._planes >= planes or self._over)
-
-    def wait(self) -> list[int]:
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
-        if len(self._sums) < len(self._layers):
-            raise RuntimeError(f"it ended at layer {len(self._sums)} of {len(self._layers)}")
-        return [ops.checksum_of_parts(of_payload) for of_payload in zip(*self._sums, strict=True)]
-
-
-class _HostCopies:
-    """Copies on the CPU."""
-
-    def __init__(self, layout: KVLayout) -> None:
-        self._layout_of = cache(lambda begin, end: replace(layout, planes=layout.planes[begin:end]))
-
-    def store(self, parts: list[_Part], ends: list[int], checksums: bool) -> _Copies:
-        return _HostCopy(partial(self._copy, _C.gather, parts, checksums), ends)
-
-    def load(self, parts: list[_Part], ends: list[int], checksums: bool, behind: Any) -> _Copies:
-        return _HostCopy(partial(self._copy, _C.scatter, parts, checksums), ends)
-
-    def _copy(self, copy: Callable[..., None], parts: list[_Part], checksums: bool, begin: int, end: int) -> list[int]:
-        """Planes from `begin` to `end`; the checksums of the payloads' parts, unsigned."""
-        layout = self._layout_of(begin, end)
-        sums = torch.empty(len(parts) if checksums else 0, dtype=torch.uint64)
-        of_layer = []
-        for ids, wide, count, tokens, payload, _ in parts:
-            offset = begin * count * layout.page_bytes
-            of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
-        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
-        return cast(list[int], sums.tolist())
-
-
-class _Ring:
-    """Copies between a GPU's pages and pinned memory, in one direction: see csrc/transfer.cu."""
-
-    def __init__(self, layout: KVLayout, largest: int, urgent: bool) -> None:
-        self._layout = layout
-        buffer_bytes = max(RING_BUFFER_BYTES, _whole_pages(largest))
-        memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
-        torch.cuda.current_stream(layout.device).synchronize()  # what had this memory before is done with it
-        self.paths = transfer_paths.of_device(layout.device)
-        ring = (memory.data_ptr(), buffer_bytes, RING_BUFFERS)
-        self._staging = _C.CudaStaging(layout.device.index, *ring, urgent, self.paths.ring_blocks)
-        self._memory = memory  # let go behind what uses it
-
-    def store(self, parts: list[_Part], ends: list[int], checksums: bool) -> _Copies:
-        least = self.paths.store_fragment_bytes(self._bytes_of(parts))
-        blocks = self.paths.store_layer_blocks if len(ends) > 1 else 0
-        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks)
-
-    def load(self, parts: list[_Part], ends: list[int], checksums: bool, behind: Any) -> _Copies:
-        least = self.paths.load_fragment_bytes(self._bytes_of(parts))
-        blocks = self.paths.load_layer_blocks if len(ends) > 1 else 0
-        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks)
-
-    def _bytes_of(self, parts: list[_Part]) -> int:
-        return sum(self._layout.payload_bytes(pages) for _, _, pages, *_ in parts)
-
-
-def _current_stream(device: torch.device) -> int:
-    """Its handle; 0 where there are none."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _current_event(device: torch.device) -> Any:
-    """What the current stream holds now; None where there is none. RuntimeError if it is being captured."""
-    return _C.CudaEvent(device.index, _current_stream(device)) if device.type == "cuda" else None
-
-
-def _whole_pages(size: int) -> int:
-    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -16,7 +16,7 @@ import torch
 import lmcache_mm as lmc
 from conftest import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
 from lmcache_mm import _C, ops, reference
-from lmcache_mm.transfer import _Ring
+from lmcache_mm.copies import Ring
 from lmcache_mm.transfer_paths import Paths
 from test_stores import new_store
 
@@ -218,7 +218,7 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
 def test_no_thread_waits_for_a_transfer_but_the_one_that_lets_it_go():
     pages = torch.zeros(64, 1 << 20, dtype=torch.uint8, device="cuda:0")
     layout = lmc.KVLayout.from_tensors([pages], page_tokens=1, page_dim=0, opaque=True)
-    ring, ids = _Ring(layout, 64 << 20, urgent=True), torch.arange(64)
+    ring, ids = Ring(layout, 64 << 20, urgent=True), torch.arange(64)
     payload = torch.empty(64 << 20, dtype=torch.uint8, pin_memory=True)
     passed, stop = [0], threading.Event()
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
+from lmcache_mm.copies import HostCopies
 from lmcache_mm.lane import Abandoned, Lane
 from lmcache_mm.stores import open_store
 from lmcache_mm.transfer import Chunk, Transfer
-from lmcache_mm.transfer import _HostCopies as HostCopies
 from test_stores import new_store
 
 PAGES, PAGE_TOKENS, PATIENCE_S = 12, 4, 0.1

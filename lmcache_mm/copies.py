@@ -1,0 +1,146 @@
+"""Copies of chunks between pages and payloads: by the CPU, or by the ring of a GPU."""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import cache, partial
+from itertools import pairwise
+from typing import Any, Protocol, cast
+
+import torch
+
+from lmcache_mm import _C, ops, transfer_paths
+from lmcache_mm.layout import KVLayout
+
+RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
+Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
+
+
+class Copies(Protocol):
+    """Copies of chunks between pages and payloads, begun layer by layer. `behind`: a `current_event`."""
+
+    def go_on(self, planes: int, behind: Any = None) -> None:
+        """Begins those of the first `planes` planes that have not been begun, behind `behind`; on CUDA a store's that
+        make a step. After an exception nothing is under way."""
+        ...
+
+    def order(self, stream: int, planes: int) -> None:
+        """Returns when those of the first `planes` planes have been begun, or it is over; what `stream` is given from
+        now on comes behind them."""
+        ...
+
+    def wait(self) -> list[int]:
+        """Waits for those that were begun. The payloads' checksums, if they were asked for; RuntimeError if not all
+        were begun."""
+        ...
+
+
+@contextmanager
+def ending(copies: Copies) -> Iterator[None]:
+    """None is under way when an exception leaves: what they read and write is given back."""
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):
+            copies.wait()
+        raise
+
+
+class HostCopy:
+    """Copies between pages and payloads on the CPU, by the threads that say `go_on`. See `Copies`."""
+
+    def __init__(self, copy_layer: Callable[[int, int], list[int]], ends: list[int]) -> None:
+        self._copy_layer, self._layers = copy_layer, list(pairwise([0, *ends]))
+        self._sums: list[list[int]] = []  # of each layer's parts of payloads, which add up
+        self._planes, self._over = 0, False
+        self._changed = threading.Condition()
+
+    def go_on(self, planes: int, behind: Any = None) -> None:
+        for begin, end in self._layers[len(self._sums) :]:
+            if end > planes:
+                break
+            self._sums.append(self._copy_layer(begin, end))
+            with self._changed:
+                self._planes = end
+                self._changed.notify_all()
+
+    def order(self, stream: int, planes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._planes >= planes or self._over)
+
+    def wait(self) -> list[int]:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        if len(self._sums) < len(self._layers):
+            raise RuntimeError(f"it ended at layer {len(self._sums)} of {len(self._layers)}")
+        return [ops.checksum_of_parts(of_payload) for of_payload in zip(*self._sums, strict=True)]
+
+
+class HostCopies:
+    """Copies on the CPU."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout_of = cache(lambda begin, end: replace(layout, planes=layout.planes[begin:end]))
+
+    def store(self, parts: list[Part], ends: list[int], checksums: bool) -> Copies:
+        return HostCopy(partial(self._copy, _C.gather, parts, checksums), ends)
+
+    def load(self, parts: list[Part], ends: list[int], checksums: bool, behind: Any) -> Copies:
+        return HostCopy(partial(self._copy, _C.scatter, parts, checksums), ends)
+
+    def _copy(self, copy: Callable[..., None], parts: list[Part], checksums: bool, begin: int, end: int) -> list[int]:
+        """Planes from `begin` to `end`; the checksums of the payloads' parts, unsigned."""
+        layout = self._layout_of(begin, end)
+        sums = torch.empty(len(parts) if checksums else 0, dtype=torch.uint64)
+        of_layer = []
+        for ids, wide, count, tokens, payload, _ in parts:
+            offset = begin * count * layout.page_bytes
+            of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
+        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
+        return cast(list[int], sums.tolist())
+
+
+class Ring:
+    """Copies between a GPU's pages and pinned memory, in one direction: see csrc/transfer.cu."""
+
+    def __init__(self, layout: KVLayout, largest: int, urgent: bool) -> None:
+        self._layout = layout
+        buffer_bytes = max(RING_BUFFER_BYTES, whole_pages(largest))
+        memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
+        torch.cuda.current_stream(layout.device).synchronize()  # what had this memory before is done with it
+        self.paths = transfer_paths.of_device(layout.device)
+        ring = (memory.data_ptr(), buffer_bytes, RING_BUFFERS)
+        self._staging = _C.CudaStaging(layout.device.index, *ring, urgent, self.paths.ring_blocks)
+        self._memory = memory  # let go behind what uses it
+
+    def store(self, parts: list[Part], ends: list[int], checksums: bool) -> Copies:
+        least = self.paths.store_fragment_bytes(self._bytes_of(parts))
+        blocks = self.paths.store_layer_blocks if len(ends) > 1 else 0
+        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks)
+
+    def load(self, parts: list[Part], ends: list[int], checksums: bool, behind: Any) -> Copies:
+        least = self.paths.load_fragment_bytes(self._bytes_of(parts))
+        blocks = self.paths.load_layer_blocks if len(ends) > 1 else 0
+        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks)
+
+    def _bytes_of(self, parts: list[Part]) -> int:
+        return sum(self._layout.payload_bytes(pages) for _, _, pages, *_ in parts)
+
+
+def current_stream(device: torch.device) -> int:
+    """Its handle; 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def current_event(device: torch.device) -> Any:
+    """What the current stream holds now; None where there is none. RuntimeError if it is being captured."""
+    return _C.CudaEvent(device.index, current_stream(device)) if device.type == "cuda" else None
+
+
+def whole_pages(size: int) -> int:
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
