@@ -1,4 +1,4 @@
-"""EncoderCache: outputs of vision and audio encoders, by what was encoded."""
+"""EncoderCache: outputs of vision and audio encoders, keyed by the content that was encoded."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from lmcache_mm.stores.store import Store
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
 PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"
 DIGEST_CONTEXT = "lmcache_mm v1 item digest"
-DESCRIPTION_BYTES = 4096  # one size, for stores look records up by key and length
-ALIGNMENT = 64  # a tensor begins on a cache line, so that its bytes can be viewed in its dtype
-MOST_ELEMENTS = 1 << 48  # of a tensor
+DESCRIPTION_BYTES = 4096  # always, since stores look records up by key and length
+ALIGNMENT = 64  # each tensor begins on a cache line, so that its bytes can be viewed in its dtype
+MOST_ELEMENTS = 1 << 48  # per tensor
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 
 Output = torch.Tensor | Sequence[torch.Tensor]
 
 
 class EncoderCache:
-    """Outputs of encoders, kept in a store: one tensor or a list of them, of any dtypes and shapes.
+    """Keeps encoder outputs in a store. An output is one tensor or a list of tensors, of any dtypes and shapes.
 
-    namespace: everything beside the item that decides the output: model, weights, dtype, and as `encoder` whatever else
-    an engine can set. store: a URL or a list of them (see `open_store`), or an open store, which stays the caller's to
-    close; the same one may hold KV. Methods may be called from several threads.
+    namespace: everything besides the item that decides the output: model, weights, dtype, and in `encoder` any other
+    setting of the engine. store: a URL or a list of URLs (see `open_store`), or an open store, which the caller must
+    close; the same store may hold KV. Methods may be called from several threads.
 
-    An item is named by `identifier` and `modality`, as in `Item`: its place in a prompt and the text around it do not
-    matter. The identifier must come from the data that the encoder is given; one that a client may choose is none.
-    salt: of the tenant; other salts share nothing. lora: a fingerprint of an adapter that changes the encoder.
+    `identifier` and `modality` name an item, as in `Item`: its place in a prompt and the text around it do not
+    matter. Compute the identifier from the data that the encoder gets; never let a client choose it.
+    salt: the tenant's; different salts share nothing. lora: a fingerprint of an adapter that changes the encoder.
     """
 
     def __init__(self, namespace: Namespace, store: str | Sequence[str] | Store) -> None:
@@ -63,7 +63,7 @@ class EncoderCache:
     def contains(
         self, identifier: str, modality: str = "image", *, salt: str | bytes | None = None, lora: str | None = None
     ) -> bool:
-        """Whether the output could be loaded now. Nothing is reserved: it may be gone when it is loaded."""
+        """Whether the output could be loaded now. Nothing is reserved: a later load may not find it."""
         key = self._key(identifier, modality, salt, lora)
         description = read_description(self.backend, key, owner_of(salt))
         return description is not None and has_payload(self.backend, key, description)
@@ -77,10 +77,10 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> torch.Tensor | list[torch.Tensor] | None:
-        """The output as it was saved, a tensor or a list of them, on `device`; None if it is not there or damaged.
+        """The output as it was saved, a tensor or a list of tensors, on `device`; None if it is missing or damaged.
 
-        On CUDA it is copied from pinned memory on torch's current stream of the device, and nothing waits for that:
-        work on that stream may use it at once. The pinned memory is torch's, which reuses it when the copy is done.
+        On CUDA the copy from pinned memory is enqueued on torch's current stream of the device; load does not wait
+        for it, and work on that stream may use the output at once. torch reuses the pinned memory after the copy.
         """
         device = torch.device(device)
         key = self._key(identifier, modality, salt, lora)
@@ -97,8 +97,8 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> bool:
-        """Fills tensors of the dtypes and shapes that were saved, of any strides. False, and they are as before, if
-        there is no such output or it is damaged. On CUDA: as of `load`. Raises as `save` does."""
+        """Fills tensors of the saved dtypes and shapes, with any strides. If the output is missing or damaged, returns
+        False and leaves them unchanged. On CUDA it enqueues, as `load` does. Raises what `save` raises."""
         into = as_tensors(output)
         key, description = self._key(identifier, modality, salt, lora), describe(output)
         pinned = any(tensor.is_cuda for tensor in into)
@@ -120,10 +120,10 @@ class EncoderCache:
         salt: str | bytes | None = None,
         lora: str | None = None,
     ) -> bool:
-        """Stores a copy of the output. False: the store has it or has no room for it, or there is no memory for a copy.
+        """Stores a copy of the output. False: the store has it or has no room for it, or memory for a copy is short.
 
-        On CUDA it is copied behind what torch's current streams of its devices hold, and save waits for the copy.
-        Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, at most about a hundred.
+        On CUDA the copy is enqueued on torch's current streams of the tensors' devices, and save waits for it.
+        Raises TypeError or ValueError for anything but dense tensors on the CPU or CUDA, and for more than about 100.
         """
         key, description = self._key(identifier, modality, salt, lora), describe(output)
         as_of = self.backend.moment()
@@ -131,7 +131,7 @@ class EncoderCache:
         if there == description and has_payload(self.backend, key, description):
             return False
         if there is not None and there != description:
-            self.backend.delete([key])  # it would keep its place, and name a payload that is not this one
+            self.backend.delete([key])  # a put would not replace it, and it names another payload
         packed = unless_lacking(lambda: pack(output), None)
         if packed is None:
             return False
@@ -143,7 +143,7 @@ class EncoderCache:
         return stored
 
     def forget(self, salt: str | bytes) -> int:
-        """Removes all that was stored under a tenant's salt from the store, KV too; returns the number of records."""
+        """Removes everything stored under a tenant's salt, KV included; returns the number of records."""
         return self.backend.forget(owner_to_forget(salt))
 
     def stats(self) -> dict[str, float]:
@@ -160,7 +160,7 @@ class EncoderCache:
 
     def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
         if identifier == "":
-            raise ValueError("identifier: expected a name of the item's content, got an empty one")
+            raise ValueError("identifier: expected a name for the item's content, got an empty string")
         return output_key(self._namespace.root(salt, lora), identifier, modality)
 
 
@@ -168,7 +168,7 @@ class EncoderCache:
 
 
 def output_key(root: bytes, identifier: str, modality: str) -> bytes:
-    """The 32-byte key of an encoder output: that of the record of its description. root: see `Namespace.root`."""
+    """The 32-byte key of an encoder output, under which its description is stored. root: see `Namespace.root`."""
     parts = utf8("modality", modality), utf8("identifier", identifier)
     material = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
     digest = blake3(material, derive_key_context=DIGEST_CONTEXT).digest()
@@ -176,7 +176,7 @@ def output_key(root: bytes, identifier: str, modality: str) -> bytes:
 
 
 def payload_key(key: bytes, description: bytes) -> bytes:
-    """The key of the record of an output's bytes, which exists for this description alone."""
+    """The key under which an output's bytes are stored; it depends on the description."""
     return blake3(key + description, derive_key_context=PAYLOAD_CONTEXT).digest()
 
 
@@ -184,7 +184,7 @@ def payload_key(key: bytes, description: bytes) -> bytes:
 
 
 def as_tensors(output: Output) -> list[torch.Tensor]:
-    """Of an output its tensors; TypeError or ValueError for what cannot be kept."""
+    """An output's tensors; TypeError or ValueError for those that cannot be stored."""
     tensors = [output] if isinstance(output, torch.Tensor) else list(output)
     for i, tensor in enumerate(tensors):
         name = "output" if isinstance(output, torch.Tensor) else f"output[{i}]"
@@ -199,7 +199,7 @@ def as_tensors(output: Output) -> list[torch.Tensor]:
 
 
 def describe(output: Output) -> bytes:
-    """An output's dtypes and shapes, DESCRIPTION_BYTES long. ValueError for more than that can hold."""
+    """An output's dtypes and shapes in DESCRIPTION_BYTES bytes. ValueError if they do not fit."""
     tensors = as_tensors(output)
     parts = [bytes([not isinstance(output, torch.Tensor)]), len(tensors).to_bytes(4, "little")]
     for tensor in tensors:
@@ -226,7 +226,7 @@ class _Place:
 
 
 def _places(description: bytes) -> tuple[bool, list[_Place]]:
-    """Whether it is a list, and the tensors. ValueError for what this version does not know."""
+    """Whether the output is a list, and its tensors' places. ValueError for an unknown description."""
     at = 0
 
     def take(size: int) -> bytes:
@@ -245,7 +245,7 @@ def _places(description: bytes) -> tuple[bool, list[_Place]]:
         name = take(number(4)).decode()
         dtype = DTYPES.get(name)
         if dtype is None:
-            raise ValueError(f"description: no dtype of torch: {name!r}")
+            raise ValueError(f"description: torch has no dtype {name!r}")
         shape = tuple(number(8) for _ in range(number(4)))
         if prod(max(size, 1) for size in shape) >= MOST_ELEMENTS:
             raise ValueError(f"description: no tensor has the shape {shape}")
@@ -253,7 +253,7 @@ def _places(description: bytes) -> tuple[bool, list[_Place]]:
         places.append(_Place(begin, end, dtype, shape))
         begin = -(-end // ALIGNMENT) * ALIGNMENT
     if is_list > 1 or (count != 1 and not is_list) or any(description[at:]):
-        raise ValueError("description: not of this version")
+        raise ValueError("description: unknown version")
     return bool(is_list), places
 
 
@@ -267,20 +267,20 @@ def payload_bytes(description: bytes) -> int:
 
 @dataclass(eq=False)
 class Packed:
-    """An encoder output in host memory, as stores have it. payload: uint8 [payload_bytes(description)]."""
+    """An encoder output in host memory, in its stored form. payload: uint8 [payload_bytes(description)]."""
 
     description: bytes
     payload: torch.Tensor
 
     def views(self) -> list[torch.Tensor]:
-        """Its tensors, in the payload's memory."""
+        """The tensors, as views of the payload."""
         return [
             self.payload[place.begin : place.end].view(place.dtype).view(place.shape)
             for place in _places(self.description)[1]
         ]
 
     def unpack(self, device: torch.device) -> torch.Tensor | list[torch.Tensor]:
-        """The output on `device`: on the CPU in the payload's memory; on CUDA as of `EncoderCache.load`."""
+        """The output on `device`: on the CPU as views of the payload; on CUDA enqueued, as in `EncoderCache.load`."""
         there = self.payload
         if device.type == "cuda":
             there = (there if there.is_pinned() else there.pin_memory()).to(device, non_blocking=True)
@@ -289,7 +289,7 @@ class Packed:
 
 
 def pack(output: Output) -> Packed:
-    """A copy in host memory. On CUDA it is there when torch's current streams of the tensors' devices have passed."""
+    """A copy in host memory. From CUDA it is enqueued on torch's current streams of the tensors' devices."""
     tensors = as_tensors(output)
     description = describe(output)
     pinned = any(tensor.is_cuda for tensor in tensors)
@@ -303,7 +303,7 @@ def pack(output: Output) -> Packed:
 
 
 def read_description(store: Store, key: bytes, owner: bytes) -> bytes | None:
-    """None if there is none, or one of another version."""
+    """None if there is none, or only one of another version."""
     description = bytearray(DESCRIPTION_BYTES)
     if not store.get_into([key], [description], owner)[0]:
         return None
@@ -331,16 +331,16 @@ def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pin
 
 
 def read(store: Store, key: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
-    """The output, verified, in memory of its own; None if one of its records is not there or damaged."""
+    """The output, verified, in newly allocated memory; None if one of its records is missing or damaged."""
     description = read_description(store, key, owner)
-    if description is None or not has_payload(store, key, description):  # before memory is allocated for it
+    if description is None or not has_payload(store, key, description):  # checked before allocating
         return None
     return read_payload(store, key, description, owner, pinned)
 
 
 def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int) -> None:
-    """The payload first, so that a reader that finds the description finds the payload. as_of: the store's moment when
-    the output was handed over, see `Store.put`."""
+    """Writes the payload first, so that a reader who finds the description finds the payload. as_of: the store's moment
+    when the caller handed over the output, see `Store.put`."""
     keys = [payload_key(key, packed.description), key]
     store.put(keys[:1], [packed.payload.numpy().data], owner, None, as_of)
     store.put(keys[1:], [packed.description], owner, None, as_of)

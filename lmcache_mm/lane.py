@@ -1,4 +1,4 @@
-"""Lanes: threads for work that may hang, and what those who wait for it can do about that."""
+"""Lanes: threads for work that may hang, and ways for its waiters to give it up."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-EXIT_S = 5.0  # how long work may hang when the interpreter ends
-LEAST_EXIT_S = 0.1  # what is left of that to each of those that come behind work that hangs
+EXIT_S = 5.0  # total time that pending work gets at interpreter exit
+LEAST_EXIT_S = 0.1  # what each lane still gets after others have used that up
 ALL_PLANES = 1 << 62
 
 
@@ -23,12 +23,12 @@ logger = logging.getLogger("lmcache_mm")
 
 
 class Abandoned(RuntimeError):
-    """The work was given up before it had done with its pages."""
+    """The work was given up before it was done with its pages."""
 
 
 class Lane:
-    """A thread that does one piece of work after the other, until the lane is closed or gone. Not one of an executor's,
-    which the interpreter would wait for, whatever they wait for. at_exit: closed when the interpreter ends."""
+    """A thread that does one piece of work after another until the lane is closed or collected. Not an executor: the
+    interpreter joins an executor's threads at exit even if they hang. at_exit: close the lane at interpreter exit."""
 
     def __init__(self, name: str, at_exit: bool = True) -> None:
         self.progress = 0.0  # when a piece of work, or a step of one, last began or ended
@@ -38,7 +38,7 @@ class Lane:
         self._queue: _Queue = queue.SimpleQueue()
         self._thread = threading.Thread(target=_work_off, args=(self._queue,), name=name, daemon=True)
         self._thread.start()
-        # Not at the end of the interpreter, when those that were opened later may still need it.
+        # Not at interpreter exit: lanes and stores opened later may still need this one.
         weakref.finalize(self, self._queue.put, None).atexit = False
         if at_exit:
             close_at_exit(self.close)
@@ -55,12 +55,12 @@ class Lane:
         return work
 
     def stalled_s(self) -> float:
-        """For how long there has been work and nothing has moved."""
+        """How long work has been pending without progress."""
         with self._lock:
             return time.monotonic() - self.progress if self._unfinished else 0.0
 
     def close(self, patience_s: float | None = None) -> bool:
-        """Finishes what was submitted; with a patience, what ends within it. Whether that is all."""
+        """Finishes the submitted work, waiting at most `patience_s` if given. Returns whether all of it is done."""
         with self._lock:
             self._closed = True
         self._queue.put(None)
@@ -78,7 +78,7 @@ _Queue = queue.SimpleQueue["tuple[Work, Callable[[Work], Any]] | None"]
 def _work_off(works: _Queue) -> None:
     while (item := works.get()) is not None:
         item[0].do(item[1])
-        del item  # it holds the lane
+        del item  # it references the lane
 
 
 _opened = itertools.count()
@@ -86,9 +86,9 @@ _open: dict[int, weakref.WeakMethod[Callable[[float], bool]]] = {}
 
 
 def close_at_exit(close: Callable[[float], bool]) -> None:
-    """`close`, a method, is called when the interpreter ends, before those of what was opened earlier and may be in use
-    by it: what a store has accepted is still written then, and a thread that comes back from C++ later would end the
-    process. It is told how many seconds it may take, and returns whether it has done all that was begun."""
+    """Calls the bound method `close` at interpreter exit, last opened first, since later objects may use earlier ones.
+    So a store still writes what it has accepted, and no thread returns from C++ later, which would end the process.
+    `close` gets the seconds it may take and returns whether all pending work is done."""
     _register()
     number = next(_opened)
     _open[number] = weakref.WeakMethod(close, lambda _: _open.pop(number, None))
@@ -96,7 +96,7 @@ def close_at_exit(close: Callable[[float], bool]) -> None:
 
 @functools.cache
 def _register() -> None:
-    """At the first use, and so behind the handlers of modules, which run later than this one."""
+    """Registered at the first use, after the modules' own handlers, so that it runs before them."""
     atexit.register(_close_all)
 
 
@@ -107,19 +107,18 @@ def _close_all() -> None:
         if close := reference():
             unfinished += not close(max(LEAST_EXIT_S, until - time.monotonic()))
     if unfinished:
-        logger.warning("the process ends before %d threads have done their work, after %g s", unfinished, EXIT_S)
+        logger.warning("the process exits while %d threads still have work, after %g s", unfinished, EXIT_S)
 
 
 class Call:
-    """The jobs of one call, on threads of an executor: none begins after its end, which waits for those that have
-    begun."""
+    """The jobs of one call, on an executor's threads. `end` waits for the jobs that have begun; no others begin."""
 
     def __init__(self) -> None:
         self._running, self._ended = 0, False
         self._changed = threading.Condition()
 
     def run(self, do: Callable[..., Any], *arguments: Any) -> Any:
-        """What `do` returns; False, without doing it, after the end."""
+        """Returns what `do` returns; after `end`, returns False without calling it."""
         with self._changed:
             if self._ended:
                 return False
@@ -138,24 +137,24 @@ class Call:
 
 
 class Work:
-    """Something to be done, as its thread and those who wait for it share it.
+    """A piece of work, shared by the lane's thread and its waiters.
 
-    early: its pages are not to be touched before somebody waits for `leave_pages`, and then by that thread, or before
-    `be_late`.
+    early: the lane's thread must not touch the pages before `be_late`. Until then a thread that waits in `leave_pages`
+    or `read_pages` touches them.
     """
 
     def __init__(self, lane: Lane, early: bool = False) -> None:
         self.future: Future[Any] = Future()
         self.abandoned = False
         self.left_pages = False
-        self.written: Any = None  # on CUDA, an event: early work that is early no more touches pages behind it
+        self.written: Any = None  # on CUDA, an event: work that was made late touches the pages after it
         self.lane = lane
         self.early = early
         self._pages = threading.Lock()
         self._changed = threading.Condition()
-        self._touch: Callable[[int], bool] | None = None  # for the thread that waits
+        self._touch: Callable[[int], bool] | None = None  # for the waiting thread to call
         self._touch_is_last = False
-        self._error: BaseException | None = None  # that it met
+        self._error: BaseException | None = None  # what that call raised
 
     def do(self, run: Callable[[Work], Any]) -> None:
         self.advance()
@@ -175,16 +174,16 @@ class Work:
         self.advance(left_pages=True)
 
     def advance(self, left_pages: bool = False) -> None:
-        """Says that there is progress; if so, that the pages are left alone."""
+        """Reports progress; left_pages: the pages will not be touched again."""
         self.lane.progress = time.monotonic()
         with self._changed:
             self.left_pages |= left_pages
             self._changed.notify_all()
 
     def touch_pages(self, touch: Callable[[int], bool], last: bool = False) -> None:
-        """Calls `touch`: pages are read or written by it only. last: and left alone from then on. It is told how many
-        planes, from the first on, are as they are to be read, and returns whether it needs no more; if the work is
-        early it is called again then."""
+        """Calls `touch`, the only place where pages are read or written. last: the pages are not touched after that.
+        `touch` gets the number of planes, counted from the first, that are ready to be read, and returns whether it is
+        done; if not, and the work is early, it is called again."""
         touched = False
         if self.early:
             with self._changed:
@@ -203,8 +202,7 @@ class Work:
         self.advance(left_pages=last)
 
     def be_late(self) -> None:
-        """The work is not early any more: its own thread touches the pages. If that thread waits for this, the lane has
-        not stood still so far."""
+        """Makes the work late: its own thread touches the pages. A thread that waited for this counts as progress."""
         with self._changed:
             if self._touch is not None:
                 self.lane.progress = time.monotonic()
@@ -212,8 +210,8 @@ class Work:
             self._changed.notify_all()
 
     def leave_pages(self, patience_s: float, planes: int = ALL_PLANES) -> bool:
-        """Returns when the pages are left alone, having touched them here if the work is early, or those of the first
-        `planes` planes; False: it was given up."""
+        """Waits until the work has left the pages, or those of the first `planes` planes; if the work is early, touches
+        them on this thread. False: the work was given up."""
         while self.wait_for(self._asks, patience_s):
             if self._touch is None:
                 return True
@@ -224,8 +222,8 @@ class Work:
         return False
 
     def read_pages(self, deadline: float | None) -> None:
-        """Touches the pages of early work here, as often as it asks, until they are left alone, or `deadline` by
-        time.monotonic()."""
+        """Touches the pages of early work on this thread, as often as the work asks, until it has left them or until
+        `deadline`, by time.monotonic()."""
         while True:
             with self._changed:
                 if not self._changed.wait_for(self._asks, None if deadline is None else deadline - time.monotonic()):
@@ -238,7 +236,7 @@ class Work:
         return self.left_pages or self._touch is not None
 
     def _touch_here(self, planes: int) -> bool:
-        """Whether what the thread asks for is done, by this or another one."""
+        """Whether the requested touch is done, by this thread or another."""
         touch = self._touch
         with self._pages:
             if touch is None or self._touch is not touch or self.abandoned:
@@ -255,7 +253,7 @@ class Work:
         return done
 
     def abandon(self) -> bool:
-        """Whether the pages will not be touched any more."""
+        """Tries to abandon the work. Returns whether the pages will not be touched again."""
         if not self._pages.acquire(blocking=False):
             return self.left_pages
         with self._changed:
@@ -265,7 +263,7 @@ class Work:
         return True
 
     def stop_touching(self) -> None:
-        """Abandons it. If it is at its pages this moment, returns behind that; what it has read it may still store."""
+        """Abandons the work, and waits if it is touching pages now. It may still store what it has read."""
         with self._changed:
             self.abandoned = True
             self._changed.notify_all()
@@ -273,16 +271,16 @@ class Work:
             return
 
     def give_up(self, patience_s: float) -> bool:
-        """Whether it is abandoned, for the lane has not moved for `patience_s` seconds, be it with earlier work."""
+        """Abandons the work if the lane has made no progress for `patience_s`, even on earlier work. Whether it did."""
         return self.lane.stalled_s() >= patience_s and self.abandon()
 
     def pages_left(self, timeout_s: float) -> bool:
-        """Whether the pages are left alone within that time. Nothing is given up."""
+        """Whether the work leaves the pages within `timeout_s`. Gives nothing up."""
         with self._changed:
             return self._changed.wait_for(lambda: self.left_pages, timeout_s)
 
     def wait_for(self, reached: Callable[[], bool], patience_s: float) -> bool:
-        """True once `reached`; False if it was given up."""
+        """True once `reached`; False if the work was given up."""
         with self._changed:
             while not reached():
                 if self.give_up(patience_s):

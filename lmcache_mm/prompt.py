@@ -1,4 +1,4 @@
-"""What a request is and what it is called: items, prompts, namespaces and the cuts at which a prefix has a key."""
+"""Requests and their names: items, prompts, namespaces and the cuts at which a prefix has a key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMESPACE_FIELDS = (
 
 
 def utf8(name: str, value: Any) -> bytes:
-    """`value` in UTF-8; TypeError or ValueError, naming `name`, for what is no str or has no encoding."""
+    """`value` in UTF-8; TypeError or ValueError, naming `name`, if it is not a str or cannot be encoded."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected str, got {type(value).__name__}")
     try:
@@ -51,8 +51,8 @@ def encode_fields(fields: dict[str, bytes]) -> bytes:
 class Item:
     """One image, video or audio of a prompt.
 
-    `identifier` names its content: any string, normally a hash of the decoded data. Two contents under one identifier
-    are one content to this library, so a client must not be able to choose it.
+    `identifier` names the content: any string, normally a hash of the decoded data. This library takes equal
+    identifiers for equal content, so clients must not choose them.
     The item covers positions [offset, offset + length) of the prompt.
 
     Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside [0, 2**63).
@@ -81,10 +81,10 @@ def checked_items(items: Any) -> tuple[Item, ...]:
 
 
 class Namespace:
-    """Everything beside the prompt that decides what the KV bytes are, or encoder outputs.
+    """Everything besides the prompt that decides the bytes of KV or encoder outputs.
 
-    Namespace(model=..., weights=..., dtype=...): see NAMESPACE_FIELDS for the names, all optional, each to be given
-    where it applies. Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out.
+    Namespace(model=..., weights=..., dtype=...): see NAMESPACE_FIELDS for the names. All are optional; give each one
+    that applies. Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out.
     `KVCache` adds `layout` itself. TypeError for other names or types.
     """
 
@@ -122,8 +122,8 @@ class Namespace:
         lora: str | bytes | None = None,
         prompt_embeds: str | bytes | None = None,
     ) -> bytes:
-        """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings. TypeError
-        or ValueError for what `Prompt` does not take."""
+        """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings. Raises
+        TypeError or ValueError for values that `Prompt` does not accept."""
         fields = dict(self._fields)
         for name, value in (("salt", salt), ("lora", lora), ("prompt_embeds", prompt_embeds)):
             if value is not None:
@@ -132,26 +132,26 @@ class Namespace:
 
 
 def owner_of(salt: str | bytes | None) -> bytes:
-    """The 16 bytes by which stores know a tenant, for quotas and for forgetting; none without a salt (None). TypeError
-    or ValueError for what `Prompt` does not take."""
+    """The 16 bytes that name a tenant in stores, for quotas and `forget`; empty for None. Raises TypeError or
+    ValueError for values that `Prompt` does not accept."""
     if salt is None:
         return b""
     return blake3(_request_field("salt", salt), derive_key_context=OWNER_CONTEXT).digest(length=16)
 
 
 def owner_to_forget(salt: str | bytes) -> bytes:
-    """As `owner_of`; ValueError for None, since what has no salt belongs to nobody."""
+    """As `owner_of`; ValueError for None, since records without a salt have no owner."""
     if salt is None:
         raise ValueError("salt: expected one, got none")
     return owner_of(salt)
 
 
 def _request_field(name: str, value: Any) -> bytes:
-    """Of a salt, a LoRA or a digest of embeddings: a str or bytes, and not empty, for keys and owners alike."""
+    """A salt, LoRA or digest of embeddings as bytes: a nonempty str or bytes, for keys and owners alike."""
     if not isinstance(value, (str, bytes)):
         raise TypeError(f"{name}: expected str or bytes, got {type(value).__name__}")
     if not value:
-        raise ValueError(f"{name}: expected a name, got an empty one; None stands for none")
+        raise ValueError(f"{name}: expected a name, got an empty one; pass None for none")
     return _field_value(name, value)
 
 
@@ -171,11 +171,11 @@ def _field_value(name: str, value: Any) -> bytes:
 class Prompt:
     """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
 
-    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `items`: each with an identifier, for two that
-    have none would be one. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest) are
-    fields of the namespace: a str or bytes that is not empty, or None for none. Requests with different salts share
-    nothing. `turns`: token counts at which prompts ended that this one continues, such as the turns of a chat; what
-    they stored is found there. TypeError or ValueError for anything else. Its repr shows neither tokens nor names.
+    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `items`: each needs an identifier, since two
+    without one would look equal. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest)
+    are fields of the namespace: a nonempty str or bytes, or None. Requests with different salts share nothing.
+    `turns`: token counts at which earlier prompts ended that this one continues, such as the turns of a chat; their
+    records are looked up there. TypeError or ValueError for anything else. The repr shows neither tokens nor names.
     """
 
     token_ids: Any  # afterwards a read-only int64 array
@@ -203,7 +203,7 @@ class Prompt:
         object.__setattr__(self, "items", checked_items(self.items))
         for i, item in enumerate(self.items):
             if not item.identifier:
-                raise ValueError(f"items[{i}].identifier: expected a name of its content, got an empty one")
+                raise ValueError(f"items[{i}].identifier: expected a name for its content, got an empty string")
         for name in REQUEST_FIELDS:
             if getattr(self, name) is not None:
                 _request_field(name, getattr(self, name))
@@ -222,9 +222,9 @@ class Prompt:
         return f"Prompt({len(self)} tokens, {len(self.items)} items{''.join(given)})"
 
     def cuts(self, chunk_tokens: int, whole: int = 1, turns: bool = False) -> list[int]:
-        """The token counts, ascending, at which this prompt has keys: every multiple of `chunk_tokens`, the last
-        item's end and the prompt's end, these two rounded down to a multiple of `whole` tokens; with `turns`, the ends
-        of its turns too, rounded likewise."""
+        """The token counts, ascending, at which this prompt has keys: every multiple of `chunk_tokens`, and, rounded
+        down to a multiple of `whole` tokens, the last item's end, the prompt's end and, with `turns`, the ends of its
+        turns."""
         n = len(self)
         ends = {end // whole * whole for end in (n, self.end_of_items, *(self.turns if turns else ()))} - {0}
         return sorted({*range(chunk_tokens, n + 1, chunk_tokens), *ends})

@@ -1,4 +1,4 @@
-"""The deployment's secret, and what it makes of records that leave this machine."""
+"""The deployment's secret, and how it authenticates records that leave this machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ CONNECTION_CONTEXT = "lmcache_mm v1 connection"
 NONCE_BYTES = TAG_BYTES = 16
 MAC_BYTES = NONCE_BYTES + TAG_BYTES
 LEAST_BYTES = 16
-MOST_AT_ONCE = 1 << 30  # bytes that the cipher takes in a call
+MOST_AT_ONCE = 1 << 30  # bytes that the cipher takes per call
 
 
 def secret() -> bytes | None:
-    """The content of the file LMCACHE_MM_SECRET_FILE (mode 0600), without white space around it, or else the value of
-    LMCACHE_MM_SECRET; None where neither is set.
+    """The content of the file LMCACHE_MM_SECRET_FILE (mode 0600), stripped of white space, or else the value of
+    LMCACHE_MM_SECRET; None if neither is set.
 
-    Raises ValueError for fewer than 16 bytes, PermissionError for a file that others can read, OSError for none."""
+    Raises ValueError for fewer than 16 bytes, PermissionError for a file that others can read, OSError if there is
+    no such file."""
     value = os.environb.get(b"LMCACHE_MM_SECRET")
     if name := os.environ.get("LMCACHE_MM_SECRET_FILE"):
         value = read_private("LMCACHE_MM_SECRET_FILE", Path(name))
@@ -36,16 +37,16 @@ def secret() -> bytes | None:
 
 
 def read_private(variable: str, path: Path) -> bytes:
-    """A file's content without white space around it. PermissionError, naming the variable that told of it, if others
-    can read it."""
+    """A file's content, stripped of white space. PermissionError, naming the variable that gave the path, if others can
+    read it."""
     if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise PermissionError(f"{variable}: expected mode 0600 of {path}")
     return path.read_bytes().strip()
 
 
 class Seal:
-    """What those who know the secret, and nobody else, can make and check. Raises ValueError for a short one,
-    RuntimeError where the package cryptography is not installed."""
+    """Digests and MACs that only holders of the secret can make and check. Raises ValueError for a short secret,
+    RuntimeError if the package cryptography is not installed."""
 
     def __init__(self, secret: bytes) -> None:
         try:
@@ -61,31 +62,31 @@ class Seal:
 
     @classmethod
     def of_deployment(cls, what: str) -> Seal:
-        """By the environment's secret. ValueError, naming `what` needs it, where there is none."""
+        """A seal with the environment's secret. ValueError, naming `what`, which needs it, if there is none."""
         value = secret()
         if value is None:
             raise ValueError(
-                f"{what}: needs the deployment's secret, for its records leave this machine: set "
+                f"{what}: needs the deployment's secret, since its records leave this machine: set "
                 f"LMCACHE_MM_SECRET_FILE (a file of mode 0600) or LMCACHE_MM_SECRET, at least {LEAST_BYTES} bytes"
             )
         return cls(value)
 
     def digest(self, text: bytes) -> bytes:
-        """32 bytes that stand for a record key or an owner outside, or vouch for a short text:
+        """32 bytes that stand for a record key or an owner outside this machine, or authenticate a short text:
         keyed_hash(derive_key("lmcache_mm v1 name", secret), text)."""
         return blake3(text, key=self._name_key).digest()
 
     def mac(self, key: bytes, payload: Buffer) -> bytes:
-        """32 bytes, other ones each time: 16 random ones (the nonce), and AES-256-GMAC (NIST SP 800-38D; the IV is
-        zeros) of the payload under a key that is used once,
+        """32 bytes, different each time: a random 16-byte nonce, and the AES-256-GMAC (NIST SP 800-38D; the IV is zero)
+        of the payload under a key that is used once,
         keyed_hash(derive_key("lmcache_mm v1 mac", secret), nonce ‖ u64 length ‖ key).
 
-        A forged one passes with a probability of 2^-100 or less for a payload of 4 GiB or less."""
+        A forged MAC passes with a probability of at most 2^-100 for payloads of up to 4 GiB."""
         nonce = os.urandom(NONCE_BYTES)
         return nonce + self._tag(nonce, key, payload)
 
     def verify(self, key: bytes, payload: Buffer, mac: bytes) -> bool:
-        """Whether `mac` made these bytes its own, or rather somebody who knows the secret did."""
+        """Whether a holder of the secret made `mac` for this key and payload."""
         nonce, tag = mac[:NONCE_BYTES], mac[NONCE_BYTES:]
         return hmac.compare_digest(self._tag(nonce, key, payload), tag)
 
@@ -101,6 +102,6 @@ class Seal:
         return tag
 
     def connection_key(self, transcript: bytes) -> bytes:
-        """32 bytes for one connection, by what both sides said when it began:
+        """32 bytes for one connection, derived from what both sides said when it began:
         keyed_hash(derive_key("lmcache_mm v1 connection", secret), transcript)."""
         return blake3(transcript, key=self._connection_key).digest()

@@ -144,7 +144,7 @@ def test_a_peer_is_read_and_nothing_else(lent, reader):
     reader.put([key(2)], [payload(2)])
     reader.delete([key(1)])
     reader.flush()
-    with pytest.raises(RuntimeError, match="its host's own store must forget"):
+    with pytest.raises(RuntimeError, match="call it on its own host's store"):
         reader.forget(OWNER)
     with pytest.raises(ValueError, match="keys: expected 32 to 64 bytes"):
         reader.delete([b"key"])
@@ -253,7 +253,7 @@ def test_promoted_records_keep_their_age_and_a_peer_is_not_written_to(lent, serv
         stats = tiers.stats()
         assert (stats["dropped_puts"], stats["tier1.dropped_puts"], stats["waiting"]) == (0, 0, 0)
         assert tiers.read_only is False
-        with pytest.raises(RuntimeError, match=r"tier 1: .*its host's own store must forget"):
+        with pytest.raises(RuntimeError, match=r"tier 1: .*call it on its own host's store"):
             tiers.forget(OWNER)
         assert tiers._tiers[0].contains([key(1), key(2)]) == [False, False]
         (slot,) = tiers.lend([key(1)], [100])  # into a slot of the first tier
@@ -321,7 +321,7 @@ def test_a_ca_that_is_none_signs_nothing(tmp_path):
     certificates.make(tmp_path / "b", ["one"], 30)
     for broken, content, text in (
         ("ca.key", (tmp_path / "b" / "ca.key").read_bytes(), r"ca\.key is not the key of .*ca\.pem"),
-        ("ca.key", b"", r"ca\.key is no key that this command has made"),
+        ("ca.key", b"", r"ca\.key is not a key made by this command"),
         ("ca.pem", b"", r"ca\.pem is none"),
         ("ca.key", None, r"ca\.pem has no ca\.key beside it"),
     ):
@@ -428,10 +428,10 @@ def test_a_client_without_certificate_is_refused_in_the_handshake(lent, tls):
 
 
 def test_without_certificates_only_loopback_is_served_and_read(lent, monkeypatch):
-    with pytest.raises(ValueError, match=r"0\.0\.0\.0 is no loopback address: that takes certificates on both sides"):
+    with pytest.raises(ValueError, match=r"0\.0\.0\.0 is not a loopback address: both sides need certificates"):
         Server(lent, ("0.0.0.0", 0), SEAL, None)
     for host in ("10.0.0.1", "other.example", "0.0.0.0"):
-        with pytest.raises(ValueError, match="certificates on both sides"):
+        with pytest.raises(ValueError, match="both sides need certificates"):
             open_store(f"peer://{host}:7700")
     with opened(7700, host="localhost") as reader:
         addresses = [(0, 0, 0, "", (address, 7700)) for address in ("127.0.0.1", "10.0.0.1")]
@@ -532,7 +532,7 @@ def test_another_version_is_named_on_both_sides(server, caplog):
 
     with answering(newer, handshake=False) as port, opened(port) as reader:
         assert reader.contains([key(1)]) == [False]
-    assert "the other side speaks version 2 of this protocol, this one 1" in caplog.text
+    assert "the other side speaks version 2 of this protocol, this side 1" in caplog.text
 
 
 # --- Peers that lie
@@ -1223,11 +1223,11 @@ def test_serve_says_what_is_wrong(url, capsys, tmp_path):
         (["--store", "mem://?capacity=1MiB", "--listen", "127.0.0.1:0"], "expected shm:///NAME, got 'mem:"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "7700"], "expected HOST:PORT, got '7700'"),
         (["--store", f"{url}?capacity=1MiB", "--listen", ":7700"], "expected HOST:PORT, got ':7700'"),
-        (["--store", f"{url}?capacity=1MiB", "--listen", "0.0.0.0:0"], "takes certificates on both sides"),
+        (["--store", f"{url}?capacity=1MiB", "--listen", "0.0.0.0:0"], "both sides need certificates"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "0"], "expected 1 to "),
         (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "-1"], "got -1; each takes"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "9999999"], "expected 1 to "),
-        (["--store", url, "--listen", "127.0.0.1:0", "--tls", str(tmp_path)], "certificates` makes a directory a host"),
+        (["--store", url, "--listen", "127.0.0.1:0", "--tls", str(tmp_path)], "makes a directory per host"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert text in capsys.readouterr().err

@@ -182,7 +182,7 @@ def test_at_most_64_processes_have_it_open(store):
         capture_output=True,
         text=True,
     )
-    assert "is open in 64 processes, which is the most that it takes" in done.stderr
+    assert "is open in 64 processes, the most that it allows" in done.stderr
     holder.communicate()
     assert slab.locked_by_another(fd, (store._row + 1) % 64) is False
 
@@ -617,12 +617,12 @@ def version_3(table):
 @pytest.mark.parametrize(
     "damage, error, text",
     [
-        (lambda d: os.truncate(d / "slab", MIB - 1), ValueError, "slab.* does not have the bytes that it had"),
-        (lambda d: (d / "index").mkdir(), ValueError, "is of version 1, expected 2; remove it"),
-        (lambda d: version_3(d / "table"), ValueError, "is of version 3, expected 2; remove it"),
+        (lambda d: os.truncate(d / "slab", MIB - 1), ValueError, "slab.* has changed its size"),
+        (lambda d: (d / "index").mkdir(), ValueError, "has version 1, expected 2; remove it"),
+        (lambda d: version_3(d / "table"), ValueError, "has version 3, expected 2; remove it"),
         (lambda d: os.chmod(d, 0o755), PermissionError, "expected a directory of user .* with mode 0700"),
-        (lambda d: os.chmod(d / "slab", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
-        (lambda d: os.chmod(d / "lock", 0o644), PermissionError, "expected a file of the user's with mode 0600"),
+        (lambda d: os.chmod(d / "slab", 0o644), PermissionError, "expected a file of this user with mode 0600"),
+        (lambda d: os.chmod(d / "lock", 0o644), PermissionError, "expected a file of this user with mode 0600"),
         (lambda d: (d / "slab").symlink_to((d / "slab").rename(d.parent / "x")), OSError, "symbolic link"),
     ],
     ids=["slab", "version 1", "version 3", "directory mode", "slab mode", "lock mode", "link"],
@@ -1143,7 +1143,7 @@ def test_a_directory_that_another_user_made_first_keeps_nobody_out(tmp_path, mon
     for path in (first, second.parent):
         path.mkdir(exist_ok=True)
         os.chown(path, 4242, 4242)
-    with pytest.raises(PermissionError, match="it is of user 4242"):
+    with pytest.raises(PermissionError, match="it belongs to user 4242"):
         slab_files.shm_directory("x")
 
 

@@ -541,7 +541,7 @@ for i in range(10):
     store.put([i.to_bytes(36, "little")], [bytes(100)])
 """
     said, seconds = at_exit(code)
-    assert "10 records were not written downwards" in said
+    assert "10 records were not written to slower tiers" in said
     assert said.count("records were not written") == 1
     assert "Traceback" not in said
     assert seconds < lane.EXIT_S + 20

@@ -1,4 +1,4 @@
-"""Makes the certificates by which hosts that lend records to each other know each other."""
+"""Makes the certificates that hosts use to authenticate each other when they lend records."""
 
 from __future__ import annotations
 
@@ -23,13 +23,12 @@ CA_KEY = "ca.key"
 
 
 def make(directory: Path, hosts: Sequence[str], days: int) -> list[Path]:
-    """A directory for each host in `directory`, with ca.pem, cert.pem and key.pem, which is returned.
+    """Makes and returns a directory for each host in `directory`, with ca.pem, cert.pem and key.pem.
 
-    The CA is made where there is none: ca.pem and ca.key, which stays where it is and signs for hosts that come later.
-    hosts: DNS names in lower case or addresses, as they are written in peer: URLs. days: how long their certificates
-    are valid, which is not longer than the CA is. Nothing is written where it raises ValueError, for a name that is
-    none, for days that are none and for a CA that is none, or FileExistsError, for a host that has a directory. What is
-    interrupted can be run again."""
+    Makes the CA if there is none: ca.pem and ca.key, which stays in `directory` and signs for later hosts. hosts: DNS
+    names in lower case or addresses, as in peer: URLs. days: how long their certificates are valid, at most as long as
+    the CA. Raises ValueError for an invalid name, number of days or CA, and FileExistsError for a host that has a
+    directory; then nothing is written. After an interruption, run it again."""
     for i, host in enumerate(hosts):
         _check_host(host)
         if host in hosts[:i]:
@@ -48,7 +47,7 @@ def make(directory: Path, hosts: Sequence[str], days: int) -> list[Path]:
 
 
 def _check_host(host: str) -> None:
-    """ValueError for what is no address and no name, or could be taken for another."""
+    """ValueError for an invalid or ambiguous name or address."""
     with suppress(ValueError):
         if str(ipaddress.ip_address(host)) == host and "%" not in host:
             return
@@ -61,16 +60,16 @@ def _check_host(host: str) -> None:
 
 
 def _read_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey] | None:
-    """None where its certificate has not been made yet."""
+    """The CA's certificate and key; None if the certificate has not been made yet."""
     place, key_place = directory / CA_CERTIFICATE, directory / CA_KEY
     if not place.exists():
         return None
     if not key_place.exists():
-        raise ValueError(f"certificates: {place} has no {CA_KEY} beside it: only where that is can more be made")
+        raise ValueError(f"certificates: {place} has no {CA_KEY} beside it: run this where that key is")
     try:
         ca = x509.load_pem_x509_certificate(place.read_bytes())
     except ValueError as error:
-        raise ValueError(f"certificates: {place} is none ({error}); remove it to have it made by {CA_KEY}") from None
+        raise ValueError(f"certificates: {place} is not a certificate ({error}); remove it and run again") from None
     key = _read_key(key_place)
     if ca.public_key() != key.public_key():
         raise ValueError(f"certificates: {key_place} is not the key of {place}")
@@ -81,14 +80,14 @@ def _read_key(place: Path) -> ec.EllipticCurvePrivateKey:
     try:
         key = serialization.load_pem_private_key(place.read_bytes(), None)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"certificates: {place} is no key that this command has made ({error})") from None
+        raise ValueError(f"certificates: {place} is not a key made by this command ({error})") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise ValueError(f"certificates: {place} is no key that this command has made")
+        raise ValueError(f"certificates: {place} is not a key made by this command")
     return key
 
 
 def _make_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """The key comes first: of one alone, where this was interrupted, the certificate can be made."""
+    """Writes the key first: if this is interrupted, the certificate can still be made from the key."""
     if (directory / CA_KEY).exists():
         key = _read_key(directory / CA_KEY)
     else:
@@ -106,7 +105,7 @@ def _make_ca(directory: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivate
 
 
 def _make_host(directory: Path, host: str, ca: x509.Certificate, ca_key: ec.EllipticCurvePrivateKey, days: int) -> None:
-    """The host's directory, whole or not at all."""
+    """Makes the host's directory, completely or not at all."""
     key = ec.generate_private_key(ec.SECP256R1())
     usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     certificate = (
@@ -131,7 +130,7 @@ def _make_host(directory: Path, host: str, ca: x509.Certificate, ca_key: ec.Elli
 
 def _builder(name: str, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
-    hour = datetime.timedelta(hours=1)  # clocks differ
+    hour = datetime.timedelta(hours=1)  # since clocks differ
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])]))
@@ -152,7 +151,7 @@ def _name(host: str) -> x509.GeneralName:
 
 
 def _key_usage(signs: bool) -> x509.KeyUsage:
-    """Of a host, which signs handshakes, or of the CA, which signs certificates."""
+    """The key usage of the CA (`signs` certificates) or of a host, which signs handshakes."""
     return x509.KeyUsage(
         digital_signature=signs,
         key_cert_sign=not signs,
@@ -173,7 +172,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """A file of mode 0600 that was not there; whole or not at all, unless the process is killed."""
+    """Makes a new file of mode 0600, completely or not at all, unless the process is killed."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         try:
             file.write(content)

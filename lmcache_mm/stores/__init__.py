@@ -40,26 +40,27 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     mem://?capacity=1GiB             one buffer in this process
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
     file:///DIR?capacity=200GiB      a directory on a disk, shared in the same way; outlives a restart of the machine
-                                     (DIR is made, its parent is not)
-    valkey://HOST:PORT               a Valkey or Redis server; cluster=1: of a cluster; tls=1, ca=FILE: by TLS
-    s3://BUCKET/PREFIX               objects in S3, or what speaks its language at endpoint=URL; region=NAME
+                                     (DIR is created, its parent is not)
+    valkey://HOST:PORT               a Valkey or Redis server; cluster=1 for a cluster; tls=1, ca=FILE for TLS
+    s3://BUCKET/PREFIX               objects in S3, or at endpoint=URL in a server with S3's API; region=NAME
     mooncake://MASTER:PORT           the pooled memory of a Mooncake Store, to which this process lends capacity=SIZE;
                                      hostname=THIS_HOST, protocol=tcp, device=NAME, metadata=URL, admin=HOST:PORT
-    peer://HOST:PORT?tls=/DIR        another host's shm: store, to be read; its server is `python -m lmcache_mm serve`
-    nixl://HOST:PORT?trusted_network=1   the same, read through NIXL, where the network may be trusted
+    peer://HOST:PORT?tls=/DIR        another host's shm: store, read only; that host runs `python -m lmcache_mm serve`
+    nixl://HOST:PORT?trusted_network=1   the same, read through NIXL, for networks that can be trusted
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 
-    shm: and file: also take quota=SIZE, the most bytes of one owner, and ttl=SECONDS, after which a record counts as
-    gone. Their capacity may be left out where there is a store already. peer: takes connections=4, how many carry one
-    call at once, and timeout=2, the most seconds that a call takes; tls may be left out on loopback addresses only.
-    nixl: takes timeout and tls, too.
+    shm: and file: also take quota=SIZE, the most bytes per owner, and ttl=SECONDS, after which a record counts as
+    gone. If the store exists, capacity may be left out. peer: takes connections=4, the number that one call uses at
+    once, and timeout=2, the most seconds per call; tls may be left out on loopback addresses only. nixl: takes timeout
+    and tls too.
 
-    valkey:, s3: and mooncake: need the deployment's secret (see `lmcache_mm.secret`) and take timeout=SECONDS, the most
-    that a call waits, and connections=NUMBER, of requests at a time; the former two also ttl=SECONDS. Credentials come
-    from the environment, see docs/stores.md. A server that cannot be reached is no error but a store without hits.
+    valkey:, s3: and mooncake: need the deployment's secret (see `lmcache_mm.secret`). They take timeout=SECONDS, the
+    most that a call waits, and connections=NUMBER, the requests at a time; valkey: and s3: also take ttl=SECONDS.
+    Credentials come from the environment, see docs/stores.md. An unreachable server is not an error: the store has no
+    hits.
 
-    Raises ValueError for what is no URL of a store, PermissionError, OSError or RuntimeError for one that cannot be
-    opened (see `SlabStore.open`), RuntimeError for a client that is not installed.
+    Raises ValueError if `url` is not a store's URL, PermissionError, OSError or RuntimeError if the store cannot be
+    opened (see `SlabStore.open`), RuntimeError if its client is not installed.
     """
     if any(_CREDENTIALS.search(one) for one in ([url] if isinstance(url, str) else url)):
         raise ValueError("store: expected a URL without user and password: credentials come from the environment")
@@ -113,7 +114,7 @@ def _open_slab(url: str) -> Store:
 
 
 def slab_directory(url: str) -> tuple[type[SlabStore], Path]:
-    """The kind of slab that a shm: or file: URL names, and the directory that it lies in."""
+    """The kind of slab that a shm: or file: URL names, and the slab's directory."""
     if not url.startswith(("shm://", "file://")):
         raise ValueError(f"store: expected shm:///NAME or file:///DIR, got {url!r}")
     path, _ = _split(url, SLAB_OPTIONS)
@@ -136,15 +137,15 @@ def _open_nixl(url: str) -> Store:
     place, options = _split(url, NIXL_OPTIONS)
     if options.get("trusted_network") != "1":
         raise ValueError(
-            f"store: {url!r} reads payloads unencrypted, from a process that trusts every host that reaches its "
-            "port: add trusted_network=1 if all of them are trusted, or use peer:"
+            f"store: {url!r} reads payloads unencrypted, from a process that trusts every host that can reach its "
+            "port: add trusted_network=1 if you trust all those hosts, or use peer:"
         )
     address, tls, timeout_s = _peer(url, place, options)
     return NixlStore(*address, Seal.of_deployment(f"nixl://{place}"), tls, timeout_s)
 
 
 def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, int], Tls | None, float]:
-    """Host and port, certificates, and the most seconds of a call."""
+    """Host and port, certificates, and the most seconds per call."""
     try:
         address = host_and_port(place)
     except ValueError as error:
@@ -159,7 +160,7 @@ _CREDENTIALS = re.compile(r"^[a-z0-9+]+:[^/?#]*@|://[^/?#]*@|\b(?:valkey|s3|moon
 
 
 def _client(extra: str) -> Any:
-    """The module of a store whose client is an extra."""
+    """Imports the module of a store whose client is an extra."""
     try:
         return import_module(f"lmcache_mm.stores.remote.{extra}")
     except ImportError as error:
@@ -212,7 +213,7 @@ _REMOTE_OPTIONS = ("timeout", "connections")
 def _open_remote(
     name: str, options: dict[str, str], connecting: Callable[[float], Any], connections: int, names_at_once: int
 ) -> Store:
-    """connecting(timeout_s) is what `RemoteStore` connects by; connections: unless there is an option."""
+    """connecting(timeout_s): returns the `connect` of `RemoteStore`; connections: the default."""
     seal = Seal.of_deployment(f"store: {name.partition(':')[0]}")
     timeout_s, ttl_s = _timeout(options), _seconds("ttl", options.get("ttl", "0"))
     wanted = _connections(options, connections)
@@ -262,7 +263,7 @@ REMOTE = ("valkey://", "s3://", "mooncake://")
 
 
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
-    """(host and path, options); ValueError for options that are not known."""
+    """(host and path, options); ValueError for unknown options."""
     parts = urlsplit(url)
     options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
     for name in options:

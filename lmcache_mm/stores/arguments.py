@@ -1,4 +1,4 @@
-"""What callers hand to a store, checked in one way by all of them."""
+"""Checks of the arguments that callers pass to a store, the same for all stores."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 def check_process(pid: int) -> None:
-    """RuntimeError in another process than the one that opened the store."""
+    """RuntimeError in a process other than the one that opened the store."""
     if os.getpid() != pid:
         raise RuntimeError(f"store: opened in process {pid}, used in {os.getpid()}: open it again after a fork")
 
 
 def is_lack(error: BaseException) -> bool:
-    """Whether it says that there is no memory or no thread to be had now: that is nobody's mistake and no store's
-    failure, and a later call may have them."""
+    """Whether the error says that memory or threads ran out: neither the caller nor the store is at fault, and a later
+    call may succeed."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOMEM, errno.EAGAIN)
     said = str(error) if isinstance(error, RuntimeError) else ""
@@ -32,7 +32,7 @@ def is_lack(error: BaseException) -> bool:
 
 
 def unless_lacking(make: Callable[[], T], otherwise: T) -> T:
-    """What `make` returns; `otherwise` where there is no memory or no thread for it (`is_lack`)."""
+    """Returns what `make` returns, or `otherwise` if it runs out of memory or threads (`is_lack`)."""
     try:
         return make()
     except Exception as error:
@@ -42,7 +42,7 @@ def unless_lacking(make: Callable[[], T], otherwise: T) -> T:
 
 
 def check_keys(keys: Sequence[bytes]) -> None:
-    """TypeError for keys that are no bytes, ValueError for another length than 32 to 64."""
+    """TypeError for keys that are not bytes, ValueError for lengths other than 32 to 64."""
     for key in keys:
         if not isinstance(key, bytes):
             raise TypeError(f"keys: expected bytes, got {type(key).__name__}")
@@ -51,7 +51,7 @@ def check_keys(keys: Sequence[bytes]) -> None:
 
 
 def checked_owner(owner: bytes) -> bytes:
-    """16 bytes, NO_OWNER for none; TypeError for what is no bytes, ValueError for another length."""
+    """The owner's 16 bytes, NO_OWNER for none; TypeError if it is not bytes, ValueError for another length."""
     if not isinstance(owner, bytes):
         raise TypeError(f"owner: expected bytes, got {type(owner).__name__}")
     if owner and len(owner) != len(NO_OWNER):
@@ -60,12 +60,12 @@ def checked_owner(owner: bytes) -> bytes:
 
 
 def bytes_of(buffer: Buffer) -> np.ndarray:
-    """A buffer's bytes, uint8, where they are."""
+    """A uint8 view of a buffer's bytes."""
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
 def check_forgotten(owner: bytes) -> None:
-    """As `checked_owner`, and ValueError for none: what has no owner cannot be forgotten."""
+    """As `checked_owner`, and ValueError for none: records without an owner cannot be forgotten."""
     if not checked_owner(owner).strip(b"\0"):
         raise ValueError(f"owner: expected {len(NO_OWNER)} bytes, got none")
 
@@ -73,8 +73,8 @@ def check_forgotten(owner: bytes) -> None:
 def checked_records(
     keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes, checksums: Sequence[int] | None
 ) -> tuple[list[np.ndarray], list[int] | None]:
-    """What a put is given: the buffers' bytes, and the checksums, signed. TypeError or ValueError, before anything is
-    stored, for keys, buffers, an owner or checksums that are none, or of different number."""
+    """A put's arguments: the buffers' bytes, and the checksums, signed. TypeError or ValueError, before anything is
+    stored, for wrong keys, buffers, owner or checksums, or if their numbers differ."""
     check_keys(keys)
     checked_owner(owner)
     if len(buffers) != len(keys):
@@ -84,7 +84,7 @@ def checked_records(
 
 
 def checked_checksums(checksums: Sequence[int], count: int) -> list[int]:
-    """As integers. ValueError for another number of them than `count`, TypeError or ValueError for what is none."""
+    """The checksums as integers. ValueError unless there are `count`, TypeError or ValueError for wrong values."""
     if len(checksums) != count:
         raise ValueError(f"checksums: expected {count}, as many as keys, got {len(checksums)}")
     return [_checked_checksum(i, checksum) for i, checksum in enumerate(checksums)]
@@ -101,7 +101,7 @@ def _checked_checksum(i: int, checksum: int) -> int:
 
 
 def writable(buffers: Sequence[Buffer]) -> list[np.ndarray]:
-    """The buffers' bytes; ValueError for one that cannot be written to."""
+    """The buffers' bytes; ValueError for a read-only buffer."""
     arrays = [bytes_of(buffer) for buffer in buffers]
     for i, array in enumerate(arrays):
         if not array.flags.writeable:

@@ -1,4 +1,4 @@
-"""What keeps calls away from a store that fails."""
+"""A circuit breaker for stores that fail."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PAUSE_S = 10.0  # how long a store that failed is left alone
 
 
 class Breaker:
-    """Lets calls through until one fails, then none for PAUSE_S, then one at a time to try."""
+    """Admits calls until one fails, then none for PAUSE_S, then one probe at a time until one succeeds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -30,7 +30,7 @@ class Breaker:
             return True
 
     def tell(self, good: bool) -> bool:
-        """How a call ended; whether that changed anything."""
+        """Records how a call ended. Returns whether that opened or closed the breaker."""
         with self._lock:
             changed = good == self.open
             self._open_until = None if good else time.monotonic() + PAUSE_S

@@ -1,4 +1,4 @@
-"""What a store is."""
+"""The interface of a store."""
 
 from __future__ import annotations
 
@@ -11,37 +11,37 @@ if TYPE_CHECKING:
 
 
 class Store(Protocol):
-    """What every store does. Keys are bytes of 32 to 64, else ValueError. Methods may be called from any thread.
+    """What every store does. Keys are 32 to 64 bytes, else ValueError. Methods may be called from any thread.
 
-    A store never returns a wrong payload: what does not have the key's length and checksum is a miss, and counted.
-    A put that cannot be done (full, down, slow) is dropped and counted, never an exception.
+    A store never returns a wrong payload: one with another length or checksum is a miss, and counted.
+    A put that fails (the store is full, down or slow) is dropped and counted; it raises nothing.
     """
 
     @property
     def local(self) -> bool:
-        """Whether `contains` and `hold` look at memory of this host only, and so never wait."""
+        """Whether `contains` and `hold` access only this host's memory, and so never wait."""
         ...
 
     @property
     def read_only(self) -> bool:
-        """Whether it ignores puts and deletions, and counts puts as dropped."""
+        """Whether the store ignores puts and deletions, and counts puts as dropped."""
         ...
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
-        """Which records could be read now. `peek`: this does not count as being asked for, which eviction looks at."""
+        """Which records could be read now. `peek`: do not count this as a use, which would delay eviction."""
         ...
 
     def get_into(
         self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
     ) -> list[bool]:
-        """Fills each writable buffer with its key's payload. False: not there, or another length than the buffer's, or
-        damaged; the buffer then holds garbage. `owner`: as of `put`, for a store that copies what it finds into a
+        """Fills each writable buffer with its key's payload. False: the record is missing, damaged, or of another
+        length than the buffer, which then holds garbage. `owner`: as in `put`, for a store that copies hits into a
         faster one."""
         ...
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
-        """Keeps the records that are there from being evicted, not from being deleted, until the function that it
-        returns is called, once. Without transfers; where others decide what is evicted it does nothing."""
+        """Protects existing records from eviction, but not from deletion, until the caller calls the returned function,
+        once. Transfers nothing. Does nothing where a server decides what to evict."""
         ...
 
     def put(
@@ -53,13 +53,13 @@ class Store(Protocol):
         as_of: int | None = None,
         age_s: float = 0.0,
     ) -> None:
-        """Stores payloads, copied before it returns. A key that is there keeps its record. `owner`: 16 bytes that name
-        a tenant, or empty. `checksums`: the payloads' (see `ops.checksum`) where the caller has them.
+        """Stores copies of payloads, made before it returns. An existing key keeps its record. `owner`: 16 bytes that
+        name a tenant, or empty. `checksums`: the payloads' (see `ops.checksum`) if the caller has them.
 
-        `as_of`: what `moment` said when they were computed, or before they were read in another store; whose owner has
-        been forgotten since are dropped. `age_s`: for how long they have been stored in another store.
+        `as_of`: the value of `moment` when the payloads were computed, or before they were read from another store; if
+        the owner has been forgotten since, they are dropped. `age_s`: how long another store has held them.
 
-        TypeError or ValueError, before anything is stored, for arguments that are wrong."""
+        TypeError or ValueError for wrong arguments, before anything is stored."""
         ...
 
     def moment(self) -> int:
@@ -67,8 +67,8 @@ class Store(Protocol):
         ...
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
-        """For how many seconds the records have been stored; math.inf for what is not there, or where the store cannot
-        say, as when it is down: such a record is not copied into another store, where it would count as new."""
+        """How many seconds each record has been stored; math.inf if it is missing or the store cannot tell, as when it
+        is down: such a record is not copied into another store, where it would count as new."""
         ...
 
     def delete(self, keys: Sequence[bytes]) -> None: ...
@@ -82,7 +82,7 @@ class Store(Protocol):
         ...
 
     def stats(self) -> Mapping[str, int]:
-        """Counters since it was opened, and `capacity_bytes`, `used_bytes`, `records` as they are now."""
+        """Counters since the store was opened, and the current `capacity_bytes`, `used_bytes` and `records`."""
         ...
 
     def close(self) -> None: ...

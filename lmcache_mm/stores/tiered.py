@@ -1,4 +1,4 @@
-"""tiered: several stores as one, the fastest first: written downwards behind the caller's back, promoted on a hit."""
+"""tiered: several stores as one, the fastest first. Puts reach slower tiers in the background; hits are promoted."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
     from lmcache_mm.stores.store import Store
 
-MOST_WAITING = 1 << 16  # records that wait to be written downwards
+MOST_WAITING = 1 << 16  # records that wait to be written to slower tiers
 MOST_TOLD = 4096  # moments
-MOST_COPIED_BYTES = 256 << 20  # of payloads that wait because the first tier did not take them
+MOST_COPIED_BYTES = 256 << 20  # of waiting payloads that the first tier did not take
 BATCH_BYTES = 16 << 20
 
 logger = logging.getLogger("lmcache_mm")
@@ -43,16 +43,16 @@ class Waiting(NamedTuple):
     key: bytes
     payload_bytes: int
     owner: bytes
-    payload: np.ndarray | None  # None: it is in the first tier
-    as_of: tuple[int, ...]  # of each tier, when it began to wait
+    payload: np.ndarray | None  # None: read it from the first tier
+    as_of: tuple[int, ...]  # each tier's moment when the record began to wait
 
 
 class Promotion:
-    """Records on their way from one tier to those above it."""
+    """Records that are being copied from one tier to the tiers above it."""
 
     def __init__(self, keys: Sequence[bytes]) -> None:
-        self.deleted: set[bytes] = set()  # meanwhile
-        self.lock = threading.Lock()  # while they are being put, and while others are deleted
+        self.deleted: set[bytes] = set()  # keys deleted meanwhile
+        self.lock = threading.Lock()  # held while putting, and while adding to `deleted`
         self._keys = frozenset(keys)
 
     def delete(self, keys: Set[bytes]) -> None:
@@ -62,32 +62,32 @@ class Promotion:
 
 
 class TieredStore:
-    """See `Store`; `tiers`: the stores, the fastest first, which are closed with it.
+    """See `Store`; `tiers`: the stores, the fastest first; they are closed with this one.
 
-    A put is in the first tier when it returns, and in the others some time later: what waits is bounded. `flush` and
-    `close` wait for it, and so does the end of the interpreter, for EXIT_S at most; a process that is killed loses it.
-    A hit in a slower tier is put into those before it; a record that this process deletes meanwhile does not come back.
-    A tier that raises is left alone for 10 s, as if it held nothing; nothing is written to one that is read only.
-    stats() has the tiers' own as `tier0.hits` and so on. Raises RuntimeError if no thread can be started.
+    A put is in the first tier when it returns, and in the others some time later. The number of waiting records is
+    bounded. `flush` and `close` wait for them, and so does interpreter exit, for EXIT_S at most; a killed process loses
+    them. A hit in a slower tier is copied to the tiers above; a record that this process deletes meanwhile does not
+    come back. A tier that raises counts as empty for 10 s; read-only tiers are never written. stats() includes the
+    tiers' own, as `tier0.hits` and so on. Raises RuntimeError if no thread can be started.
     """
 
     def __init__(self, tiers: Sequence[Store]) -> None:
         if not tiers:
             raise ValueError("tiers: expected at least one store, got none")
         self._tiers = list(tiers)
-        self._written = [tier for tier in range(1, len(tiers)) if not tiers[tier].read_only]  # behind the caller's back
+        self._written = [tier for tier in range(1, len(tiers)) if not tiers[tier].read_only]  # in the background
         self._pid = os.getpid()
         self._down_until = [0.0] * len(tiers)
         self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "promoted", "dropped_puts", "errors"), 0))
-        self._state = threading.Condition()  # guards all below
+        self._state = threading.Condition()  # guards the fields below
         self._waiting: deque[Waiting] = deque()
         self._copied_bytes = 0
         self._writing = 0  # records
-        self._batches = 0  # that the writer has done with
+        self._batches = 0  # that the writer has finished
         self._closing = self._given_up = False
-        self._promotions: set[Promotion] = set()  # under way
-        self._deletions: dict[int, frozenset[bytes]] = {}  # under way
-        self._told: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # moments of the tiers, by our own
+        self._promotions: set[Promotion] = set()  # in progress
+        self._deletions: dict[int, frozenset[bytes]] = {}  # in progress
+        self._told: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # the tiers' moments, by our own moment
         self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
         self._writer.start()
         close_at_exit(self._end)
@@ -105,7 +105,7 @@ class TieredStore:
         return self._tiers[0].read_only
 
     def _ask(self, tier: int, otherwise: Any, method: str, *arguments: Any) -> Any:
-        """What the tier's method returns; `otherwise` if it raises, or has done so a short while ago."""
+        """Returns what the tier's method returns; `otherwise` if it raises or has raised a short while ago."""
         if time.monotonic() < self._down_until[tier]:
             return otherwise
         try:
@@ -157,7 +157,7 @@ class TieredStore:
         self._get(0, keys, buffers, owner, peek, found)
         if not all(found):
             with self._promoting([key for key, is_there in zip(keys, found, strict=True) if not is_there]) as promotion:
-                moments = self._moments()  # before anything is read that would be put further up
+                moments = self._moments()  # before reading anything that would be promoted
                 for tier in range(1, len(self._tiers)):
                     hits = self._get(tier, keys, buffers, owner, peek, found)
                     if up := self._ages(tier, keys, hits):
@@ -175,7 +175,7 @@ class TieredStore:
         peek: bool,
         found: list[bool],
     ) -> list[int]:
-        """Fills what has not been found from this tier; the places of its hits."""
+        """Fills what is still missing from this tier. Returns the places of its hits."""
         missing = [i for i, there in enumerate(found) if not there]
         if not missing:
             return []
@@ -196,7 +196,7 @@ class TieredStore:
         ages: dict[int, float],
         moments: tuple[int, ...],
     ) -> None:
-        """Puts what was found in `tier` at the places of `ages` into the tiers above."""
+        """Puts what `tier` had, at the places of `ages`, into the tiers above."""
         with promotion.lock:
             up = [i for i in ages if keys[i] not in promotion.deleted]
             if not up:
@@ -221,7 +221,7 @@ class TieredStore:
                 self._promotions.discard(promotion)
 
     def _ages(self, tier: int, keys: Sequence[bytes], places: Sequence[int]) -> dict[int, float]:
-        """Of the keys at these places, by place, where the tier knows them: others are not promoted."""
+        """The ages of the keys at these places, by place, if the tier knows them: others are not promoted."""
         if not places:
             return {}
         ages = self._ask(tier, [math.inf] * len(places), "ages", [keys[i] for i in places])
@@ -301,14 +301,14 @@ class TieredStore:
                     size = max(BATCH_BYTES, batch[0].payload_bytes)
                     staging = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
                 self._write_down(batch, staging)
-            except Exception:  # out of memory, say: the next batch may fit
-                logger.warning("%d records are not written downwards", len(batch), exc_info=True)
+            except Exception:  # such as out of memory: the next batch may fit
+                logger.warning("%d records were not written to slower tiers", len(batch), exc_info=True)
                 self._count("dropped_puts", len(batch))
             with self._state:
                 self._copied_bytes -= sum(record.payload_bytes for record in batch if record.payload is not None)
 
     def _write_down(self, batch: list[Waiting], staging: np.ndarray) -> None:
-        """Writes what waited to the tiers behind the first that lack it."""
+        """Writes waiting records to the slower tiers that lack them."""
         keys = [record.key for record in batch]
         lacking = {tier: self._contains(keys, [tier], peek=True) for tier in self._written}
         lacking = {tier: there for tier, there in lacking.items() if not all(there)}
@@ -334,7 +334,8 @@ class TieredStore:
                 self._count("dropped_puts", len(down))
 
     def _settle(self, forgotten: Callable[[Waiting], bool]) -> None:
-        """What waits and is forgotten does not come back: it is dropped, or has been written."""
+        """Makes sure that forgotten records do not come back: drops those that wait, and waits for those being
+        written."""
         with self._state:
             for record in [record for record in self._waiting if forgotten(record)]:
                 self._waiting.remove(record)
@@ -348,7 +349,7 @@ class TieredStore:
         gone = frozenset(keys)
         self._settle(lambda record: record.key in gone)
         with self._state:
-            self._deletions[id(gone)] = gone  # for promotions that begin meanwhile
+            self._deletions[id(gone)] = gone  # seen by promotions that begin meanwhile
             promotions = list(self._promotions)
         try:
             for promotion in promotions:
@@ -372,7 +373,7 @@ class TieredStore:
             return last
 
     def _moments_of(self, as_of: int | None) -> tuple[int, ...]:
-        """What the tiers' moments were then, or are now; those of the beginning if that is too long ago."""
+        """The tiers' moments at `as_of`, the current ones for None, zeros if `as_of` is too long ago."""
         if as_of is None:
             return self._moments()
         with self._state:
@@ -419,8 +420,8 @@ class TieredStore:
         self._end(None)
 
     def _end(self, patience_s: float | None) -> bool:
-        """Whether what waits is written, with a patience within that. If not it is counted as dropped, and the tiers,
-        which may be at work on it, stay open."""
+        """Closes. Returns whether all waiting records were written, within `patience_s` if given. If not, they count as
+        dropped, and the tiers stay open, since they may still be writing."""
         if os.getpid() != self._pid:
             return True
         with self._state:
@@ -434,7 +435,7 @@ class TieredStore:
             if self._given_up:
                 dropped = len(self._waiting) + self._writing
                 self._counts["dropped_puts"] += dropped
-                logger.warning("%d records were not written downwards within %.3g s", dropped, patience_s)
+                logger.warning("%d records were not written to slower tiers within %.3g s", dropped, patience_s)
                 return False
         for tier, store in enumerate(self._tiers):
             try:

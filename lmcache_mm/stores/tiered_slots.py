@@ -1,4 +1,4 @@
-"""tiered: over a first tier whose slots are used in place."""
+"""tiered: for a first tier whose slots are used in place."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
 
 class TieredSlotStore(TieredStore):
-    """Over a first tier whose slots can be used in place; see `SlotStore`. What is lent and found further down is read
-    into a slot of the first tier."""
+    """A TieredStore whose first tier is a `SlotStore`. `lend` reads records of slower tiers into slots of the first."""
 
     def __init__(self, tiers: Sequence[Store]) -> None:
         super().__init__(tiers)
         self._first: SlotStore = tiers[0]  # type: ignore[assignment]
-        self._reserved: dict[tuple[int, int], tuple[int, ...]] = {}  # by start and generation, as of when
+        self._reserved: dict[tuple[int, int], tuple[int, ...]] = {}  # the tiers' moments, by start and generation
 
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
@@ -48,7 +47,7 @@ class TieredSlotStore(TieredStore):
     def _promote(
         self, promotion: Promotion, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes, peek: bool
     ) -> None:
-        moment = self._first.moment()  # before anything is read
+        moment = self._first.moment()  # before reading anything
         for tier in range(1, len(self._tiers)):
             there = self._contains(keys, [tier], peek)
             wanted = self._ages(tier, keys, [i for i, is_there in enumerate(there) if is_there])

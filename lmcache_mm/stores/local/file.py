@@ -20,15 +20,15 @@ from lmcache_mm.stores.local.slab import SlabStore, Slot
 from lmcache_mm.stores.local.slab_files import check_file
 
 PAGE_BYTES = 4096
-PIECE_BYTES = 4 << 20  # of one read or write on a disk
+PIECE_BYTES = 4 << 20  # per read or write on a disk
 IO_THREADS = 8
 
 
 class FileStore(SlabStore):
     """file: the slab is a file on a disk, read and written past the page cache, in pieces, by several threads.
 
-    After a power cut parts of the index may be older than others. What is not valid any more is dropped, and a payload
-    that has been overwritten since does not have its checksum.
+    After a power cut, parts of the index may be older than others. Invalid parts are dropped, and a payload that was
+    overwritten since does not match its checksum.
     """
 
     scheme = "file"
@@ -60,7 +60,7 @@ class FileStore(SlabStore):
         self._table.flush()
 
     def flush(self) -> None:
-        """Every put is visible when it returns, and outlives a power cut."""
+        """Every put is visible when it returns, and survives a power cut."""
         self._check()
         try:
             self._sync()
@@ -107,14 +107,14 @@ class FileStore(SlabStore):
     def _in_pieces(
         self, work: Callable[[Slot, np.ndarray, int], int | None], slots: Sequence[Slot], arrays: Sequence[np.ndarray]
     ) -> list[list[Any]]:
-        """work(slot, piece of its array, where the piece begins) for all pieces; what it returned, of each slot."""
+        """Calls work(slot, piece of its array, where the piece begins) for all pieces; returns the results per slot."""
         call = Call()
 
         def begin_piece(slot: Slot, array: np.ndarray, begin: int) -> Future[Any]:
             piece = (slot, array[begin : begin + PIECE_BYTES], begin)
             try:
                 return self._pool.submit(call.run, work, *piece)
-            except RuntimeError:  # no thread can be started, or the interpreter ends: it is done here
+            except RuntimeError:  # no thread can be started, or the interpreter exits: do it here
                 done: Future[Any] = Future()
                 done.set_result(work(*piece))
                 return done
@@ -127,7 +127,7 @@ class FileStore(SlabStore):
             wait([job for of_slot in jobs for job in of_slot])
             return [[job.result() for job in of_slot] for of_slot in jobs]
         finally:
-            call.end()  # nothing touches the slots any more, whatever comes
+            call.end()  # no thread touches the slots after this, even if this call raises
 
     def _read_piece(self, slot: Slot, piece: np.ndarray, begin: int) -> int | None:
         """The piece's share of the checksum; None if it could not be read."""
@@ -155,7 +155,8 @@ class FileStore(SlabStore):
         return share
 
     def _parts(self, piece: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
-        """(part, where it begins, whole aligned pages to transfer it by): themselves where they are such pages."""
+        """(part, where it begins, aligned buffer of whole pages): the part itself where it is aligned, else a bounce
+        buffer."""
         direct = piece.nbytes // PAGE_BYTES * PAGE_BYTES if piece.ctypes.data % PAGE_BYTES == 0 else 0
         if direct:
             yield piece[:direct], 0, piece[:direct]

@@ -29,8 +29,8 @@ from lmcache_mm.stores.arguments import (
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
 
-ALIGNMENT = 64  # a payload begins on a cache line
-MOST_FORGOTTEN = 4096  # owners of whom it is known when they were forgotten
+ALIGNMENT = 64  # each payload begins on a cache line
+MOST_FORGOTTEN = 4096  # owners with a known time of the last `forget`
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class _Record:
 
 
 class MemStore:
-    """See `Store`. `capacity`: bytes of the buffer, a multiple of 64 of which is used."""
+    """See `Store`. `capacity`: bytes of the buffer, rounded down to a multiple of 64."""
 
     local = True
     read_only = False
@@ -59,7 +59,7 @@ class MemStore:
         try:
             self._buffer = np.empty(capacity // ALIGNMENT * ALIGNMENT, np.uint8)
         except (MemoryError, ValueError):
-            raise OSError(errno.ENOMEM, f"mem: there are no {capacity} bytes of memory: lower capacity=") from None
+            raise OSError(errno.ENOMEM, f"mem: not enough memory for {capacity} bytes: lower capacity=") from None
         self._records: OrderedDict[bytes, _Record] = OrderedDict()  # the next to be evicted first
         self._held: Counter[bytes] = Counter()
         self._gaps = [(0, len(self._buffer))]  # free (begin, end), ascending, never adjacent
@@ -67,9 +67,9 @@ class MemStore:
             dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions"), 0)
         )
         self._lock = threading.Lock()
-        self._moment = 0  # how often anybody was forgotten
+        self._moment = 0  # number of calls to `forget`
         self._forgotten: OrderedDict[bytes, int] = OrderedDict()  # each owner's last moment, the earliest first
-        self._forgotten_before = 0  # the last moment that is not known of any more
+        self._forgotten_before = 0  # the latest moment that was dropped from _forgotten
         self._pid = os.getpid()
 
     def _check(self) -> None:
@@ -132,7 +132,7 @@ class MemStore:
         self._check()
         arrays, given = checked_records(keys, buffers, owner, checksums)
         with self._lock:
-            # Of who is not among the last that were forgotten it is not known: it counts as forgotten then.
+            # An owner missing from _forgotten may have been dropped from it: assume the latest dropped moment.
             forgotten = owner and as_of is not None and self._forgotten.get(owner, self._forgotten_before) > as_of
             for i, (key, array) in enumerate(zip(keys, arrays, strict=True)):
                 if key in self._records:
@@ -163,11 +163,11 @@ class MemStore:
         rest = [(gap[0] + size, gap[1])] if gap[1] - gap[0] > size else []
         self._records[key] = _Record(gap[0], len(payload), computed if checksum is None else checksum, owner, stored_at)
         i = self._gaps.index(gap)
-        self._gaps[i : i + 1] = rest  # which needs no memory
+        self._gaps[i : i + 1] = rest  # needs no memory
         self._counts["puts"] += 1
 
     def _touch(self, keys: Sequence[bytes]) -> None:
-        # Keys come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
+        # Keys come as prefixes, shortest first. A chunk is useless without those before it, so it is evicted first.
         for key in reversed(keys):
             if key in self._records:
                 self._records.move_to_end(key)
@@ -234,5 +234,5 @@ class MemStore:
 
 
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
-    """Copies; returns the checksum."""
+    """Copies and returns the checksum."""
     return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, THREADS)

@@ -30,8 +30,8 @@ class ShmStore(SlabStore):
         self._mapper.start()
 
     def _map_pages(self) -> None:
-        """Looks at every page once, in the background: a page that is first written to costs a fault of its own, one
-        that is first read is mapped with its neighbours (380 ms a GiB against 65, measured)."""
+        """Reads every page once, in the background: a first read maps the neighboring pages too, while a first write
+        costs one fault per page (measured: 65 against 380 ms per GiB)."""
         for begin in range(0, self.capacity, MAP_BYTES):
             if self._closing.is_set():
                 return
@@ -43,14 +43,13 @@ class ShmStore(SlabStore):
         self._closing.set()
         self._mapper.join()
         if self._registered_on is not None:
-            with suppress(RuntimeError):  # the device is gone, and with it what it had pinned
+            with suppress(RuntimeError):  # the device is gone, and its pins with it
                 _C.cuda_unregister_host(self._registered_on, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
         del self._slab, self._pages  # unmapped when the last view is gone
 
     def register(self, device: int) -> None:
-        """Pins the slab for transfers to and from GPUs, until the store is closed; once a process, however often it is
-        asked for. Takes long, some seconds for tens of GiB. Warns where it cannot be done: transfers are slower then.
-        """
+        """Pins the slab for transfers to and from GPUs until the store is closed; once per process, however often it is
+        called. Takes some seconds for tens of GiB. If pinning fails it warns, and transfers are slower."""
         self._check()
         if self._registered_on is not None:
             return
@@ -58,7 +57,7 @@ class ShmStore(SlabStore):
         try:
             with holding(
                 self._lock_fd, REGISTERING, REGISTER_WAIT_S, what
-            ):  # drivers run out of memory by more at once
+            ):  # drivers run out of memory if more is pinned at once
                 _C.cuda_register_host(device, self._slab.ctypes.data, self.capacity, SEGMENT_BYTES)
             self._registered_on = device
         except (RuntimeError, TimeoutError) as error:
@@ -69,7 +68,7 @@ class ShmStore(SlabStore):
         return slot.start * self._granule_bytes
 
     def view(self, slot: Slot) -> np.ndarray:
-        """The bytes of a slot, uint8, in place: to be used only while it is lent or reserved."""
+        """A slot's bytes in place, uint8; valid only while the slot is lent or reserved."""
         begin = self.offset(slot)
         view = self._slab[begin : begin + slot.payload_bytes]
         if not self._mapped.is_set():
@@ -92,5 +91,5 @@ class ShmStore(SlabStore):
 
 
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
-    """Copies; returns the checksum."""
+    """Copies and returns the checksum."""
     return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)

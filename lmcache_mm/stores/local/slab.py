@@ -1,9 +1,9 @@
 """shm: and file: stores: payloads in one preallocated file that all processes of a user share, without a daemon.
 
-In the store's directory: `slab`, the payloads; `table`, the index (see csrc/slab_index.h) and the pins and generations
-of all slots (see csrc/slab_table.h); `lock`, of which every process that has the store open locks one byte, its row,
-for as long as it lives. A slot is reserved, filled, and then published; a process that dies in between leaves a slot
-that rests for a while and is free again.
+The store's directory holds `slab`, the payloads; `table`, the index (see csrc/slab_index.h) and the pins and
+generations of all slots (see csrc/slab_table.h); and `lock`: each process that has the store open keeps one byte of it
+locked, its row. A slot is reserved, filled, and then published; if a process dies in between, its slot rests for a
+while and is then free again.
 """
 
 from __future__ import annotations
@@ -55,35 +55,35 @@ if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
 
 T = TypeVar("T")
-Terms = tuple[float, float, float, float, int]  # of a change: see _C.SlabIndex
+Terms = tuple[float, float, float, float, int]  # see _C.SlabIndex
 
-PUT_WAIT_S = 0.25  # for another process's change, before a put is dropped
-CHANGE_WAIT_S = 5.0  # before a call that has to change the index raises
+PUT_WAIT_S = 0.25  # how long a put waits for another process's change before it is dropped
+CHANGE_WAIT_S = 5.0  # how long a call that must change the index waits before it raises
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A place in the slab: reserved to be filled, or lent to be read. Its bytes stay there until it is given back."""
+    """A place in the slab, reserved for writing or lent for reading. Its bytes stay there until it is given back."""
 
     key: bytes
     start: int  # its first granule
     generation: int
     payload_bytes: int
-    checksum: int  # of a record that is lent
+    checksum: int  # if it is lent
     owner: bytes
-    as_of: int = 0  # of one that is reserved, see `Store.put`
+    as_of: int = 0  # if it is reserved, see `Store.put`
     age_s: float = 0.0
 
 
 # Stores that this process has open, by directory.
 _open: dict[str, SlabStore] = {}
-_inherited: list[SlabStore] = []  # a parent's: kept, so that nothing of theirs is closed here
+_inherited: list[SlabStore] = []  # the parent's stores, kept so that this process does not close them
 _registry = threading.RLock()
 
 
 def _after_fork_in_child() -> None:
     global _registry  # noqa: PLW0603
-    _registry = threading.RLock()  # another thread of the parent may have had it
+    _registry = threading.RLock()  # another thread of the parent may have held it
     _inherited.extend(_open.values())
     _open.clear()
 
@@ -93,30 +93,29 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 
 @atexit.register
 def _close_all() -> None:
-    """Threads that come back from C++ while the interpreter ends would end the process."""
+    """Threads that return from C++ during interpreter exit would end the process."""
     for store in list(_open.values()):
         store._opened = 1
         store.close()
 
 
 class SlabStore:
-    """What shm: and file: stores have in common; see `Store` and `open`. One instance a process and directory, counted:
-    each open asks for one close."""
+    """The common part of shm: and file: stores; see `Store` and `open`. Each process has one instance per directory,
+    with a reference count: every open needs a close."""
 
     scheme: ClassVar[str]
     local = True
     read_only = False
-    outlives_restarts = False  # of the machine
+    outlives_restarts = False  # restarts of the machine
 
     @classmethod
     def open(cls, directory: Path, capacity: int | None, quota: int = 0, ttl_s: float = 0) -> SlabStore:
-        """Opens the store in `directory`, and makes it if there is none and `capacity` is given.
+        """Opens the store in `directory`; creates it if there is none and `capacity` is given.
 
-        quota: most payload bytes of one owner. ttl_s: how long a record may be used. Both hold for what this process
-        puts and gets. Raises ValueError for another capacity than the store has or a store of another version,
-        PermissionError where directory or files are not the user's alone, RuntimeError for a store that is open in 64
-        processes, OSError where there is no room, TimeoutError, which names the process, where another one does not
-        let it open.
+        quota: the most payload bytes per owner. ttl_s: how long a record may be used. Both apply to this process's puts
+        and gets. Raises ValueError if the store has another capacity or version, PermissionError if other users can
+        access the directory or files, RuntimeError if the store is open in 64 processes, OSError if there is no room,
+        TimeoutError, naming the process, if another process blocks the opening.
         """
         path = os.path.realpath(directory)
         with _registry:
@@ -141,7 +140,7 @@ class SlabStore:
         self._burying = threading.Lock()
         self._looked_for_dead = 0.0
         self._unreturned: list[Slot] = []  # reserved slots that could not be given back
-        self._waits = True  # for other processes' changes: not behind one that stands still
+        self._waits = True  # for other processes' changes; False while one of them is stuck
         if capacity is not None and capacity < LEAST_GRANULE_BYTES:
             raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         if capacity is None and not os.path.lexists(directory):
@@ -167,7 +166,7 @@ class SlabStore:
         self.capacity = (self.directory / "slab").stat().st_size
         self._granules, self._granule_bytes = known[:2] if known else granules_of(self.capacity)
         if self.capacity != self._granules * self._granule_bytes or not self.capacity:
-            raise ValueError(f"store: {self.directory / 'slab'} does not have the bytes that it had; remove the store")
+            raise ValueError(f"store: {self.directory / 'slab'} has changed its size; remove the store")
         if not self._fits(capacity):
             raise ValueError(
                 f"store: {self.directory} has capacity={self.capacity}, got {capacity}: open it with its own, or "
@@ -180,7 +179,7 @@ class SlabStore:
             )
         row = next((row for row in range(ROWS) if row not in used and try_lock(self._lock_fd, row)), None)
         if row is None:
-            raise RuntimeError(f"store: {self.directory} is open in {ROWS} processes, which is the most that it takes")
+            raise RuntimeError(f"store: {self.directory} is open in {ROWS} processes, the most that it allows")
         self._row = row
         try:
             shape = (self._granules, self._granule_bytes, SEGMENT_BYTES // self._granule_bytes)
@@ -206,7 +205,7 @@ class SlabStore:
         return capacity is None or granules_of(capacity) == (self._granules, self._granule_bytes)
 
     def _make(self, capacity: int) -> None:
-        """Makes the files anew. The slab comes last: without it there is no store."""
+        """Makes new files. The slab comes last: without it there is no store."""
         granules, granule_bytes = granules_of(capacity)
         shape = (granules, granule_bytes, SEGMENT_BYTES // granule_bytes)
         remove_files(self.directory)
@@ -244,7 +243,7 @@ class SlabStore:
             self._leave()
 
     def _leave(self) -> None:
-        with suppress(OSError):  # else the next process sees to what is left
+        with suppress(OSError):  # then the next process cleans up
             self._index.close(self._terms(PUT_WAIT_S))
         unlock(self._lock_fd, self._row)
 
@@ -256,8 +255,8 @@ class SlabStore:
     # --- The dead
 
     def _look_for_dead(self) -> None:
-        """Takes back what processes held that are no more."""
-        # One thread at a time: to a second one the rows that the first has locked look free too.
+        """Takes back what dead processes held."""
+        # One thread at a time: rows that one thread has locked would look free to another.
         if not self._burying.acquire(blocking=False):
             return
         try:
@@ -280,8 +279,8 @@ class SlabStore:
         return boot_clock(), time.time(), wait_s, self._ttl_s, self._quota
 
     def _change(self, work: Callable[[Terms], T], drops: int = 0) -> T | None:
-        """work's result; None where another process does not let the index be changed in time, `drops` puts being
-        dropped then. The first that finds so has waited; those behind it do not."""
+        """Returns work's result; None if another process blocks changes of the index for too long: then `drops` puts
+        are counted as dropped, and later calls do not wait until a change succeeds again."""
         try:
             result = work(self._terms(PUT_WAIT_S if self._waits else 0.0))
         except OSError:
@@ -293,7 +292,7 @@ class SlabStore:
         return result
 
     def _must_change(self, what: str, work: Callable[[Terms], T]) -> T:
-        """work's result; RuntimeError, which says who is in the way, after CHANGE_WAIT_S."""
+        """Returns work's result; after CHANGE_WAIT_S raises RuntimeError, naming the process that blocks it."""
         try:
             return work(self._terms(CHANGE_WAIT_S))
         except OSError as error:
@@ -309,8 +308,8 @@ class SlabStore:
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
     ) -> list[Slot | None]:
-        """The records of `keys` that have these sizes, pinned: their bytes stay in place until `release`. What is lent
-        has not been verified: whoever reads it compares its checksum, and calls `discard` if it is another."""
+        """Pins the records of `keys` that have these sizes: their bytes stay in place until `release`. They are not
+        verified: the reader must compare the checksum, and call `discard` if it differs."""
         self._check()
         found = self._index.lend(keys, sizes, peek, boot_clock(), self._ttl_s)
         slots = [
@@ -330,17 +329,17 @@ class SlabStore:
                 return  # a forked child has no pins
             with self._counts_lock:
                 starts, held[:] = held[:], []
-            self._index.unpin(starts)  # nothing, once the store was closed
+            self._index.unpin(starts)  # does nothing after the store was closed
 
         return release
 
     def release(self, slots: Sequence[Slot]) -> None:
-        """Gives lent slots back. Nothing may read them any more, transfers by a device included."""
+        """Gives lent slots back. Nothing may read them after that, including transfers by a device."""
         self._check()
         self._index.unpin([slot.start for slot in slots])
 
     def discard(self, slot: Slot) -> None:
-        """Removes the record of a lent slot that did not have its checksum, which is no hit then. The slot stays
+        """Removes the record of a lent slot whose checksum is wrong, and no longer counts it as a hit. The slot stays
         lent."""
         self._count("corrupt")
         self._count("hits", -1)
@@ -354,8 +353,8 @@ class SlabStore:
         as_of: int | None = None,
         age_s: float = 0.0,
     ) -> list[Slot | None]:
-        """Places to write payloads to, None for keys that are there already and where there is no room (counted).
-        To be published or abandoned. `as_of`, `age_s`: see `Store.put`."""
+        """Slots to write payloads to; None for keys that are there already, and where there is no room (counted). Pass
+        each slot to `publish` or `abandon`. `as_of`, `age_s`: see `Store.put`."""
         self._check()
         check_keys(keys)
         owner = checked_owner(owner)
@@ -378,7 +377,7 @@ class SlabStore:
         ]
 
     def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
-        """Makes reserved slots, filled with payloads of these checksums, visible to all processes."""
+        """Makes reserved slots visible to all processes, once they are filled with payloads of these checksums."""
         self._check()
         checksums = checked_checksums(checksums, len(slots))
         puts = [
@@ -392,7 +391,7 @@ class SlabStore:
             self._count("puts", published)
 
     def abandon(self, slots: Sequence[Slot]) -> None:
-        """Gives reserved slots back. Nothing may write to them any more."""
+        """Gives reserved slots back. Nothing may write to them after that."""
         self._check()
         places = [(slot.start, slot.generation) for slot in slots]
         if self._change(lambda terms: self._index.abandon(places, terms)) is None:
@@ -442,13 +441,13 @@ class SlabStore:
             self.publish(reserved, sums)
 
     def _read(self, slots: Sequence[Slot], arrays: Sequence[np.ndarray]) -> list[bool]:
-        """Fills arrays from slots; which have their checksum. The others are discarded."""
+        """Fills arrays from slots. Returns which match their checksum; discards the others."""
         raise NotImplementedError
 
     def _write(
         self, slots: Sequence[Slot], arrays: Sequence[np.ndarray], checksums: Sequence[int] | None
     ) -> Sequence[int]:
-        """Fills slots from arrays; their checksums, those given or else computed."""
+        """Fills slots from arrays. Returns their checksums: the given ones, else computed."""
         raise NotImplementedError
 
     def delete(self, keys: Sequence[bytes]) -> None:
@@ -490,7 +489,7 @@ class SlabStore:
 
 
 def remove(directory: Path) -> bool:
-    """Removes the store in `directory`, and that; False, with nothing done, if a process has it open."""
+    """Removes the store in `directory`, and the directory; does nothing and returns False if a process has it open."""
     with _registry:
         if os.path.realpath(directory) in _open:
             return False

@@ -1,4 +1,4 @@
-"""The files of a slab: whose they are, who has them open, and what they say of themselves."""
+"""The files of a slab: their owner, the processes that have them open, and their headers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MOST_GRANULES = 1 << 22
 SEGMENT_BYTES = 1 << 30
 ROWS = 64  # processes that may have a store open
 VERSION = 2
-OPEN_WAIT_S = 60.0  # for another process that makes the store: 64 GiB of memory take 20 s
+OPEN_WAIT_S = 60.0  # for another process to create the store: 64 GiB of memory take 20 s
 REGISTER_WAIT_S = 120.0
 
-_OPENING = ROWS  # the byte of the lock file that is held while a store is opened or removed
-REGISTERING = ROWS + 1  # and while a process registers the slab with a GPU
-WRITING = ROWS + 2  # and while a process changes the index
+_OPENING = ROWS  # the lock file's byte that a process holds while it opens or removes the store
+REGISTERING = ROWS + 1  # while it registers the slab with a GPU
+WRITING = ROWS + 2  # while it changes the index
 _PARTS = ("lock", "table", "slab", "slab.new")
 _OF_VERSION_1 = re.compile(r"index|checkpoint(\.\d+)?")
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -35,8 +35,8 @@ _PAGE_BYTES = 4096
 SHM = "/dev/shm"
 MOST_DIRECTORIES = 100  # that others may have made under our name
 
-# The locks of all stores that this process ever had open: closing any descriptor of a file would end all POSIX locks
-# that the process holds on it.
+# Descriptors of all lock files that this process ever opened: closing any descriptor of a file would release all POSIX
+# locks that the process holds on it.
 _locks: dict[tuple[int, int], int] = {}
 
 
@@ -45,7 +45,7 @@ def boot_id() -> bytes:
 
 
 def boot_clock() -> float:
-    """Seconds since the machine's start, suspension included: nobody sets this clock."""
+    """Seconds since the machine booted, including suspension. Unlike the time of day, nobody can set this clock."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
@@ -63,7 +63,7 @@ def no_store(directory: Path) -> ValueError:
 
 
 def own_directory(path: Path) -> None:
-    """Makes the directory if there is none; PermissionError if anybody else could have a hand in it."""
+    """Makes the directory if there is none; PermissionError if other users could change it."""
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
     found = os.lstat(path)
@@ -73,14 +73,14 @@ def own_directory(path: Path) -> None:
         raise PermissionError(
             errno.EPERM,
             f"store: expected a directory of user {os.geteuid()} with mode 0700, since a user who can read a "
-            f"store reads everybody's KV; it is of user {found.st_uid} with mode {found.st_mode & 0o777:04o}",
+            f"store reads everybody's KV; it belongs to user {found.st_uid} and has mode {found.st_mode & 0o777:04o}",
             str(path),
         )
 
 
 def check_file(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(errno.EPERM, "store: expected a file of the user's with mode 0600", str(path))
+        raise PermissionError(errno.EPERM, "store: expected a file of this user with mode 0600", str(path))
 
 
 def lock_file(path: Path) -> int:
@@ -101,7 +101,7 @@ def locked_by_another(fd: int, byte: int) -> bool:
 
 
 def _holder(fd: int, byte: int) -> int | None:
-    """The process that holds the byte, 0 for one of another PID namespace; None for none, or for this one."""
+    """The process that holds the byte, 0 if it is in another PID namespace; None if nobody or this process does."""
     kind, _, _, _, pid = _FLOCK.unpack(
         fcntl.fcntl(fd, fcntl.F_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
     )
@@ -124,7 +124,7 @@ def unlock(fd: int, byte: int) -> None:
 
 @contextmanager
 def holding(fd: int, byte: int, wait_s: float, what: str) -> Iterator[None]:
-    """Waits for the byte, and holds it. TimeoutError, which says who does `what`, after `wait_s`."""
+    """Waits for the byte, and holds it. After `wait_s` raises TimeoutError, which says who does `what`."""
     until, pause = time.monotonic() + wait_s, 0.001
     while not try_lock(fd, byte):
         if time.monotonic() > until:
@@ -141,13 +141,14 @@ def holding(fd: int, byte: int, wait_s: float, what: str) -> Iterator[None]:
 
 @contextmanager
 def opening(directory: Path) -> Iterator[int]:
-    """One process at a time opens, makes or removes the store in a directory, which is made; gives its lock file."""
+    """Makes `directory` and lets one process at a time open, create or remove the store in it; yields the lock file's
+    descriptor."""
     while True:
         own_directory(directory)
         check_contents(directory)
         fd = lock_file(directory / "lock")
         with holding(fd, _OPENING, OPEN_WAIT_S, f"has been opening {directory}"):
-            if _is_at(fd, directory / "lock"):  # else whoever had it before removed it
+            if _is_at(fd, directory / "lock"):  # else the last holder removed the file
                 yield fd
                 return
 
@@ -160,8 +161,8 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def map_file(path: Path, size: int, make: bool = False) -> mmap.mmap:
-    """A file of the user's own with all its room, mapped: what is written behind a full tmpfs's end is SIGBUS. One of
-    another size becomes one of this size."""
+    """Maps a file of the user's, resized to `size`, with all its space allocated: on a full tmpfs, writing to
+    unallocated pages raises SIGBUS."""
     flags = os.O_CREAT | os.O_EXCL if make else 0
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
     try:
@@ -177,7 +178,7 @@ def map_file(path: Path, size: int, make: bool = False) -> mmap.mmap:
 
 
 def check_version(directory: Path) -> tuple[int, int, bytes] | None:
-    """(granules, granule bytes, boot id) as the store says itself, None if it does not, or there is none. ValueError
+    """(granules, granule bytes, boot id) from the store's header; None if there is no store or no header. ValueError
     for a store of another version."""
     header = None
     with suppress(FileNotFoundError):
@@ -189,19 +190,19 @@ def check_version(directory: Path) -> tuple[int, int, bytes] | None:
             os.close(fd)
     version = 1 if (directory / "index").is_dir() else header[0] if header else VERSION
     if version != VERSION:
-        raise ValueError(f"store: {directory} is of version {version}, expected {VERSION}; remove it")
+        raise ValueError(f"store: {directory} has version {version}, expected {VERSION}; remove it")
     return header and header[1:]
 
 
 def check_contents(directory: Path) -> None:
-    """ValueError if something lies in the directory that is no part of a store: it would be in the way, or worse."""
+    """ValueError if the directory holds anything besides a store, which could be lost or in the way."""
     others = [name for name in os.listdir(directory) if name not in _PARTS and not _OF_VERSION_1.fullmatch(name)]
     if others:
         raise ValueError(f"store: expected a directory of its own, {directory} also holds {others[0]!r}")
 
 
 def remove_files(directory: Path) -> None:
-    """All of a store but its lock."""
+    """Removes a store's files, except its lock."""
     for path in directory.glob("checkpoint*"):
         path.unlink()
     for name in ("slab", "slab.new", "table"):  # without a slab there is no store
@@ -210,15 +211,15 @@ def remove_files(directory: Path) -> None:
 
 
 def shm_directory(name: str) -> Path:
-    """Where the store shm:///name of this user lies."""
+    """The directory of this user's store shm:///name."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", name):
         raise ValueError(f"store: expected a name of letters, digits, '.', '_' and '-', got {name!r}")
     return _shm_parent() / name
 
 
 def _shm_parent() -> Path:
-    """The user's directory in shared memory. Anybody can make one of that name first: then there is a second name, and
-    so on. Who has one keeps it, whatever becomes free before it."""
+    """The user's directory in shared memory. Another user may make one of that name first: then the next name is tried,
+    and so on. A user who has a directory keeps it, even if an earlier name becomes free."""
     base = f"{SHM}/lmcache_mm-{os.geteuid()}"
     paths = [Path(base), *(Path(f"{base}.{i}") for i in range(1, MOST_DIRECTORIES))]
     for path in paths:
@@ -230,5 +231,5 @@ def _shm_parent() -> Path:
         with suppress(PermissionError, NotADirectoryError):
             own_directory(path)
             return path
-    own_directory(paths[0])  # says whose it is
+    own_directory(paths[0])  # raises an error that names the owner
     return paths[0]

@@ -1,1 +1,1 @@
-"""Shared memory that hosts lend each other: the stores that read, and the server that lends."""
+"""Hosts read each other's shared memory: the stores that read it, and the server that lends it."""

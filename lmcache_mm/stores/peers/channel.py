@@ -1,12 +1,12 @@
 """A connection between hosts that share records: TLS, a handshake that proves the deployment's secret, and frames.
 
-After TLS, where there is TLS, the client says hello (magic, version, 32 random bytes); the server says hello and proves
-that it knows the secret; the client proves it. The connection's key is made of both hellos and both certificates, so
-that a proof is worth nothing in another connection, and each direction has its own key.
+After the TLS handshake, if TLS is used, the client says hello (magic, version, 32 random bytes); the server says hello
+and proves that it knows the secret; then the client proves it. The connection's key depends on both hellos and both
+certificates, so a proof is useless in another connection. Each direction has its own key.
 
 A frame is a header (kind, length of the body), a tag of 32 bytes, and the body, little-endian throughout. The tag is
-keyed_hash(the direction's key, u64 number of frames before ‖ header ‖ body): a frame that is changed, replayed, left
-out, exchanged or of another connection does not have it. Payloads follow frames and have MACs of their own.
+keyed_hash(the direction's key, u64 number of frames before ‖ header ‖ body), so a changed, replayed, dropped or
+reordered frame, or one from another connection, does not match. Payloads follow frames and have MACs of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lmcache_mm.secret import Seal
 
 VERSION = 1
 MOST_BODY_BYTES = 128 << 10
-MOST_KEYS = 1024  # of one request: they fit into a body
+MOST_KEYS = 1024  # per request: they fit into a body
 SEND_BYTES = 1 << 20  # handed to the socket at once
 
 _HELLO = struct.Struct("<8sH32s")
@@ -44,21 +44,21 @@ LOOK, AGES, GET, RECORD, DONE, AGENT, LEASE, LEASED, RETURN = range(1, 10)
 
 
 class ProtocolError(ConnectionError):
-    """The other side does not keep to the protocol, or does not know the secret."""
+    """The other side violates the protocol, or does not know the secret."""
 
 
 class Tls:
-    """What a directory made by `python -m lmcache_mm certificates` holds: ca.pem, cert.pem, key.pem.
+    """TLS 1.3 with ca.pem, cert.pem and key.pem from a directory made by `python -m lmcache_mm certificates`.
 
-    TLS 1.3, and certificates of this CA only, on both sides. Raises ValueError where a file is missing or is no
-    certificate, PermissionError where others can read the key."""
+    Both sides accept only certificates of this CA. Raises ValueError if a file is missing or is not a certificate,
+    PermissionError if others can read the key."""
 
     def __init__(self, directory: Path) -> None:
         names = ca, cert, key = [directory / name for name in ("ca.pem", "cert.pem", "key.pem")]
         for path in names:
             if not path.is_file():
                 raise ValueError(
-                    f"tls: there is no {path}: `python -m lmcache_mm certificates` makes a directory a host"
+                    f"tls: there is no {path}: `python -m lmcache_mm certificates` makes a directory per host"
                 )
         if key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise PermissionError(f"tls: expected mode 0600 of {key}")
@@ -73,13 +73,13 @@ class Tls:
                 context.load_verify_locations(ca)
                 context.load_cert_chain(cert, key)
         except (ssl.SSLError, ValueError) as error:
-            raise ValueError(f"tls: {directory}: these are no certificates: {error}") from error
-        self.server.num_tickets = 0  # nothing is resumed, and an idle connection has nothing to read
+            raise ValueError(f"tls: {directory}: invalid certificates: {error}") from error
+        self.server.num_tickets = 0  # sessions are not resumed, and an idle connection has nothing to read
 
 
 class Channel:
-    """One end of a connection. Everything is done by `deadline` (of time.monotonic()) or raises TimeoutError; what is
-    sent or received otherwise than agreed raises ProtocolError. Both are OSErrors, and end the connection."""
+    """One end of a connection. Calls finish by `deadline` (of time.monotonic()) or raise TimeoutError; violations of
+    the protocol raise ProtocolError. Both are OSErrors, after which the connection is unusable."""
 
     def __init__(self, sock: socket.socket, key: bytes, sends: bytes, receives: bytes, deadline: float) -> None:
         self.deadline = deadline
@@ -90,7 +90,7 @@ class Channel:
         self.received = 0  # frames
 
     def send(self, kind: int, body: bytes, payload: memoryview | None = None) -> None:
-        """A frame, and a payload behind it."""
+        """Sends a frame, followed by a payload."""
         header = _HEADER.pack(kind, len(body))
         tag = blake3(_NUMBER.pack(self._sent) + header + body, key=self._send_key).digest()
         self._sent += 1
@@ -99,28 +99,28 @@ class Channel:
             _send(self._sock, payload, self.deadline)
 
     def receive(self) -> tuple[int, bytes]:
-        """The next frame's kind and body."""
+        """Receives a frame: its kind and body."""
         head = _receive(self._sock, _HEADER.size + _TAG_BYTES, self.deadline)
         header, tag = head[: _HEADER.size], head[_HEADER.size :]
         kind, body_bytes = _HEADER.unpack(header)
         if body_bytes > MOST_BODY_BYTES:
-            raise ProtocolError(f"a frame of {body_bytes} bytes, the most is {MOST_BODY_BYTES}")
+            raise ProtocolError(f"got a frame of {body_bytes} bytes, expected at most {MOST_BODY_BYTES}")
         body = _receive(self._sock, body_bytes, self.deadline)
         expected = blake3(_NUMBER.pack(self.received) + header + body, key=self._receive_key).digest()
         if not hmac.compare_digest(tag, expected):
-            raise ProtocolError("a frame that is not the next one of this connection")
+            raise ProtocolError("got a frame that is not the next one of this connection")
         self.received += 1
         return kind, body
 
     def expect(self, *kinds: int) -> tuple[int, bytes]:
-        """The next frame, which must be one of these kinds."""
+        """Receives a frame, which must be one of these kinds."""
         kind, body = self.receive()
         if kind not in kinds:
-            raise ProtocolError(f"a frame of kind {kind}, expected {' or '.join(map(str, kinds))}")
+            raise ProtocolError(f"got a frame of kind {kind}, expected {' or '.join(map(str, kinds))}")
         return kind, body
 
     def receive_into(self, view: memoryview) -> None:
-        """A payload of the view's length."""
+        """Receives a payload of the view's length."""
         _receive_into(self._sock, view, self.deadline)
 
     @property
@@ -129,8 +129,7 @@ class Channel:
 
     @property
     def ended(self) -> bool:
-        """Whether an idle connection has been closed by the other side, or has something to read that nobody asked
-        for."""
+        """Whether the other side has closed this idle connection, or has sent something unasked."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(0))
@@ -142,9 +141,9 @@ class Channel:
 
 
 def connect(address: tuple[str, int], host: str, tls: Tls | None, seal: Seal, deadline: float) -> Channel:
-    """A connection to a server. `address`: what `host`, the name in its certificate, resolves to.
+    """Connects to a server. `address`: what `host`, the name in its certificate, resolves to.
 
-    Raises OSError where none can be made by the deadline, ProtocolError for a server that does not know the secret."""
+    Raises OSError if it cannot connect by the deadline, ProtocolError for a server that does not know the secret."""
     sock = socket.create_connection(address, _left(deadline))
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -167,7 +166,7 @@ def connect(address: tuple[str, int], host: str, tls: Tls | None, seal: Seal, de
 
 
 def accept(sock: socket.socket, tls: Tls | None, seal: Seal, deadline: float) -> Channel:
-    """The other end of `connect`. The socket is closed where it raises."""
+    """The server's side of `connect`. Closes the socket if it raises."""
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         certificates = b""
@@ -192,7 +191,7 @@ def accept(sock: socket.socket, tls: Tls | None, seal: Seal, deadline: float) ->
 
 
 def pack_keys(keys: Sequence[bytes], sizes: Sequence[int] | None = None, peek: bool = False) -> bytes:
-    """The body of a request: whether it is a peek, then each key, and where it is read its payload's length."""
+    """The body of a request: whether it is a peek, then each key, and in reads its payload's length."""
     parts = [bytes([peek])]
     for i, key in enumerate(keys):
         parts += [bytes([len(key)]), key]
@@ -210,18 +209,18 @@ def unpack_keys(body: bytes, sized: bool) -> tuple[list[bytes], list[int], bool]
         key = body[at + 1 : at + 1 + body[at]]
         at += 1 + body[at]
         if not 32 <= len(key) <= 64 or at + 8 * sized > len(body):
-            raise ProtocolError("a request with a key that is none")
+            raise ProtocolError("got a request with an invalid key")
         keys.append(key)
         if sized:
             sizes.append(_NUMBER.unpack_from(body, at)[0])
             at += 8
     if at != len(body) or len(keys) > MOST_KEYS or body[0] > 1:
-        raise ProtocolError(f"a request that is none, or of more than {MOST_KEYS} keys")
+        raise ProtocolError(f"got an invalid request, or one of more than {MOST_KEYS} keys")
     return keys, sizes, bool(body[0])
 
 
 def host_and_port(text: str) -> tuple[str, int]:
-    """Of HOST:PORT, or [IPV6]:PORT; ValueError for anything else."""
+    """(host, port) of HOST:PORT or [IPV6]:PORT; ValueError for anything else."""
     host, _, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535 or "/" in host:
@@ -230,21 +229,21 @@ def host_and_port(text: str) -> tuple[str, int]:
 
 
 def check_loopback(address: str, tls: Tls | None) -> None:
-    """ValueError for an address outside this host, or a name, without certificates."""
+    """ValueError if there are no certificates and `address` is not a loopback address."""
     try:
         loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
     except ValueError:
         loopback = False
     if tls is None and not loopback:
         raise ValueError(
-            f"{address} is no loopback address: that takes certificates on both sides, see `python -m lmcache_mm "
+            f"{address} is not a loopback address: both sides need certificates, see `python -m lmcache_mm "
             "certificates --help`"
         )
 
 
 def _digests(client: bytes | None, server: bytes | None) -> bytes:
     if client is None or server is None:
-        raise ProtocolError("no certificate")
+        raise ProtocolError("the other side sent no certificate")
     return blake3(client).digest() + blake3(server).digest()
 
 
@@ -258,14 +257,14 @@ def _receive_hello(sock: socket.socket, deadline: float) -> bytes:
     if magic != _MAGIC:
         raise ProtocolError("the other side does not speak this protocol")
     if version != VERSION:
-        raise ProtocolError(f"the other side speaks version {version} of this protocol, this one {VERSION}")
+        raise ProtocolError(f"the other side speaks version {version} of this protocol, this side {VERSION}")
     return hello
 
 
 def _left(deadline: float) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise TimeoutError("it took too long")
+        raise TimeoutError("the connection was too slow")
     return left
 
 

@@ -1,4 +1,4 @@
-"""nixl: another host's shm: store, its slab read one-sided through NIXL; its server is `serve --nixl`."""
+"""nixl: another host's shm: store, read through NIXL with one-sided reads of its slab; its server is `serve --nixl`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ LEASED_SLOT = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, offset 
 
 
 class NixlStore(PeerStore):
-    """See `PeerStore`; payloads come through NIXL, not encrypted, and the server holds their slots meanwhile.
+    """See `PeerStore`; payloads come through NIXL, unencrypted, and the server holds their slots meanwhile.
 
-    A process of its own reads them into memory that it shares with this one, where they are copied from: one that takes
-    too long is left behind with that memory, and another one starts, which calls that cannot wait for it miss.
+    A separate process reads them into shared memory, from which this process copies them. If it takes too long, it is
+    abandoned with that memory and a new one starts; calls that cannot wait for the new one miss.
     """
 
     scheme = "nixl"
@@ -39,11 +39,11 @@ class NixlStore(PeerStore):
     def __init__(self, host: str, port: int, seal: Seal, tls: Tls | None, timeout_s: float) -> None:
         check_package()
         super().__init__(host, port, seal, tls, 1, timeout_s)
-        # All below is touched by the pool's one thread, and by `close` when that has ended.
-        self._readers: list[Reader] = []  # the last is used; others end with a transfer that took too long
+        # Only the pool's one thread uses the fields below, and `close` after that thread has ended.
+        self._readers: list[Reader] = []  # the last is used; the others are finishing transfers that took too long
         self._interface = ""
-        self._remote = (0, 0, b"")  # where the slab lies in the lending process, its bytes, that agent's metadata
-        self._of: Channel | None = None  # that `_remote` was told over
+        self._remote = (0, 0, b"")  # the slab's address in the lending process, its bytes, that agent's metadata
+        self._of: Channel | None = None  # the connection that `_remote` came over
 
     def close(self) -> None:
         super().close()
@@ -76,7 +76,7 @@ class NixlStore(PeerStore):
                     self._pool.submit(self._reader)
 
     def _reader(self) -> Reader:
-        """A process that reads, or will when it has started, in the place of one that cannot."""
+        """The process that reads, possibly still starting; replaces one that no longer can."""
         for reader in list(self._readers):
             if not reader.leaving and (reader.ended or reader.interface != self._interface):
                 reader.close()
@@ -86,7 +86,7 @@ class NixlStore(PeerStore):
         return self._readers[-1]
 
     def _meet(self, channel: Channel) -> None:
-        """What the connection's server lends, and over which interface."""
+        """Asks the connection's server what it lends, and finds the local interface to it."""
         if self._of is channel:
             return
         channel.send(AGENT, b"")
@@ -98,14 +98,14 @@ class NixlStore(PeerStore):
         self._of = channel
 
     def _leased(self, body: bytes, sizes: Sequence[int]) -> Iterator[tuple[int, int, bytes]]:
-        """(place, offset in the slab, MAC) of what the server holds for us."""
+        """(place in the request, offset in the slab, MAC) of each slot that the server holds for us."""
         slab_bytes = self._remote[1]
         if len(body) % LEASED_SLOT.size:
-            raise ProtocolError("no list of slots")
+            raise ProtocolError("got an invalid list of slots")
         last = -1
         for place, offset, mac in LEASED_SLOT.iter_unpack(body):
             if not last < place < len(sizes) or offset + sizes[place] > slab_bytes:
-                raise ProtocolError("a slot that was not asked for, or outside the slab")
+                raise ProtocolError("got a slot that was not asked for, or one outside the slab")
             last = place
             yield place, offset, mac
 
@@ -118,7 +118,7 @@ class NixlStore(PeerStore):
         arrays: Sequence[np.ndarray],
         found: list[bool],
     ) -> None:
-        """Reads batches into the halves of the staging memory in turn; looks at one while the next is under way."""
+        """Reads batches into the two halves of the staging memory in turn; verifies one while the next is read."""
         if not slots:
             return
         base, _, metadata = self._remote
@@ -128,7 +128,7 @@ class NixlStore(PeerStore):
 
         def look(batch: Sequence[tuple[int, int, bytes, int]]) -> None:
             for i, _, mac, begin in batch:
-                # Staging may be written to by others all the while: it is looked at once, when it is copied.
+                # Another process may change the staging memory at any time: read it once, and verify the copy.
                 arrays[i][:] = reader.staging[begin : begin + arrays[i].nbytes]
                 if self._seal.verify(keys[i], arrays[i].data, mac):
                     found[i] = True
@@ -158,13 +158,13 @@ class NixlStore(PeerStore):
             if wrong:
                 self._count("corrupt", len(wrong))
         if wrong:
-            raise ProtocolError("a payload that does not have its MAC")
+            raise ProtocolError("got a payload that does not match its MAC")
 
 
 def _batches(
     slots: Sequence[tuple[int, int, bytes]], arrays: Sequence[np.ndarray], half: int
 ) -> Iterator[list[tuple[int, int, bytes, int]]]:
-    """Slots that fit into half of the staging memory together, each with its place there."""
+    """Groups of slots that fit into half of the staging memory, each with its place there."""
     batch: list[tuple[int, int, bytes, int]] = []
     end = 0
     for i, offset, mac in slots:

@@ -1,9 +1,9 @@
-"""NIXL agents bound to one interface, and the processes that they live in: one lends a slab, one reads slabs.
+"""NIXL agents bound to one interface, and the processes that run them: one lends a slab, one reads slabs.
 
-UCX, below NIXL, trusts every host that reaches its port: over TCP it reads and writes any memory of the process,
-registered or not, and such a host can run code there. So these have as little as they can run with: no secret, no
-credentials, a slab read-only or what is read of others. They run this file alone, without the package, and so start
-sooner."""
+UCX, below NIXL, trusts every host that can reach its port: over TCP such a host can read and write any memory of the
+process, registered or not, and so run code there. So these processes hold as little as possible: no secret, no
+credentials, only a slab mapped read-only or the memory that reads go to. They run this file alone, without the package,
+and so start sooner."""
 
 from __future__ import annotations
 
@@ -31,34 +31,34 @@ import numpy as np
 IDLE_POLL_S = 0.05
 POLL_S = 3e-4
 START_S = 60.0
-RETRY_S = 10.0  # after which a process that did not come up is started again
-LONGEST_S = 30.0  # of a transfer: slots are lent for no longer
-LEAST_WAIT_S = 1e-3  # 0 would mean something else to a socket
-SAY_S = 1.0  # for which a word to the process that lends may wait to be taken
-NEEDED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")  # of the environment
+RETRY_S = 10.0  # pause before a process that failed to start is started again
+LONGEST_S = 30.0  # the longest transfer: slots are lent for no longer
+LEAST_WAIT_S = 1e-3  # a socket timeout of 0 would mean non-blocking
+SAY_S = 1.0  # timeout of a message to the lending process
+NEEDED = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME")  # environment variables
 STAGING_BYTES = 64 << 20  # at least
 READY, DONE = b"ready", b"done"
 SIOCGIFCONF = 0x8912  # <linux/sockios.h>
 
 logger = logging.getLogger("lmcache_mm")
 
-_AGENT = struct.Struct("<QQI")  # where the slab lies in the agent's process, its bytes, bytes of metadata
+_AGENT = struct.Struct("<QQI")  # the slab's address in the agent's process, its bytes, bytes of metadata
 _READ = struct.Struct("<QI")  # bytes of staging memory, bytes of metadata; metadata and pieces follow
 _PIECE = struct.Struct("<QQQ")  # place in the staging memory, address in the other agent's process, bytes
-_MOST_SAID = 1 << 18  # a message
+_MOST_SAID = 1 << 18  # bytes per message
 _IFREQ = struct.Struct("16s4x4s16x")  # of <net/if.h>, with an IPv4 address
 
 
 def check_package() -> None:
-    """RuntimeError where NIXL is not installed."""
+    """RuntimeError if NIXL is not installed."""
     if importlib.util.find_spec("nixl") is None:
         raise RuntimeError("nixl: needs an extra: pip install '.[nixl]'")
 
 
 def interface_of(address: str) -> str:
-    """The name of the interface that has an address of this host; ValueError where none has.
+    """The name of this host's interface with that address; ValueError if there is none.
 
-    UCX itself uses the first IPv4 address of that interface, or the first IPv6 address where it has no other."""
+    UCX itself uses the interface's first IPv4 address, or its first IPv6 address if it has no IPv4 address."""
     plain, _, scope = address.partition("%")
     wanted = ipaddress.ip_address(plain)
     if wanted.is_loopback:
@@ -70,7 +70,7 @@ def interface_of(address: str) -> str:
 
 
 def _ipv4_addresses() -> Iterator[tuple[str, bytes]]:
-    """(interface, address), secondary addresses too."""
+    """(interface, address), including secondary addresses."""
     memory = np.zeros(1024 * _IFREQ.size, np.uint8)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         asked = struct.pack("iP", memory.nbytes, memory.ctypes.data)
@@ -87,10 +87,10 @@ def _ipv6_addresses() -> Iterator[tuple[str, bytes]]:
 
 
 def new_agent(interface: str) -> Any:
-    """An agent over UCX, without a thread of its own: it moves when it is asked. The environment's UCX_* go first; what
-    is missing there is added, for UCX reads it later still.
+    """An agent over UCX without its own thread: it makes progress only when called. UCX_* variables that are already
+    set take precedence; the missing ones are set in the environment, which UCX reads again later.
 
-    The package must be there, see `check_package`."""
+    The package must be installed, see `check_package`."""
     api = _nixl()
     os.environ.setdefault("UCX_NET_DEVICES", interface)
     config = api.nixl_agent_config(enable_prog_thread=False, enable_listen_thread=False, backends=["UCX"])
@@ -106,20 +106,20 @@ def _nixl() -> Any:
     return _api
 
 
-# --- As their parents see them
+# --- The processes, seen from their parents
 
 
 class _Process:
-    """A process that runs a function of this file. It ends when this object is closed, or its parent has ended."""
+    """A process that runs a function of this file. It ends when this object is closed or its parent has ended."""
 
     def __init__(self, work: str, *arguments: str, fds: Sequence[int] = ()) -> None:
         check_package()
         command = [sys.executable, "-P", __file__, work, str(os.getpid()), *arguments]
         environment = {n: v for n, v in os.environ.items() if n in NEEDED or n.startswith(("UCX_", "NIXL_"))}
-        # Messages, so that nothing has to be put together from what may be anything.
+        # A socket with message boundaries: nothing to reassemble from untrusted bytes.
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            # Of a session of its own, so that an interrupt is its parent's alone.
+            # In its own session, so that only its parent gets an interrupt.
             with theirs:
                 self._process = subprocess.Popen(
                     command, stdin=theirs.fileno(), env=environment, pass_fds=fds, start_new_session=True
@@ -139,8 +139,8 @@ class _Process:
 
 
 class SlabAgent(_Process):
-    """The process that lets a slab be read. One that has ended, as UCX can make it when a reader dies, is replaced at
-    once, with a warning, and counted in `restarts`. Raises RuntimeError where it does not come up."""
+    """The process that lends a slab. If it ends, which UCX can cause when a reader dies, it is replaced at once, with a
+    warning, and counted in `restarts`. Raises RuntimeError if the process does not start."""
 
     def __init__(self, slab: Path, interface: str) -> None:
         self._slab, self._interface = slab, interface
@@ -166,7 +166,7 @@ class SlabAgent(_Process):
             try:
                 self.describe()
             except Exception as error:
-                logger.warning("nixl: %s; it is tried again", error)
+                logger.warning("nixl: %s; trying again", error)
                 self._closed.wait(RETRY_S)
 
     def _start(self) -> None:
@@ -182,12 +182,12 @@ class SlabAgent(_Process):
         self._socket.settimeout(SAY_S)
 
     def describe(self) -> bytes:
-        """What `described_agent` reads. RuntimeError where a process that has ended cannot be replaced."""
+        """The input of `described_agent`. RuntimeError if the process has ended and cannot be replaced."""
         with self._lock:
             if self.ended and not self._closed.is_set():
                 self.restarts += 1
                 logger.warning(
-                    "nixl: the process that lends ended with status %d; it has been replaced %d times now",
+                    "nixl: the lending process ended with status %d; it has been replaced %d times so far",
                     *(self._process.returncode, self.restarts),
                 )
                 super().close()
@@ -197,7 +197,7 @@ class SlabAgent(_Process):
 
     @contextmanager
     def busy(self) -> Iterator[None]:
-        """While somebody may be reading: the process polls, which takes a core. OSError where it takes no word."""
+        """While somebody may be reading: the process polls, which takes a core. OSError if it cannot be told."""
         try:
             self._say(1)
             yield
@@ -211,22 +211,22 @@ class SlabAgent(_Process):
 
 
 class Reader(_Process):
-    """The process that reads slabs into memory that is shared with it. It can be used by one thread at a time, until a
-    call has failed.
+    """The process that reads slabs into memory that it shares with this one. One thread at a time may use it; after a
+    failed call it is unusable.
 
-    A host that reaches its port may have taken it over: nothing it says is believed, and the staging memory may
-    change at any time. One that is too late is left to end with its transfer, LONGEST_S after it began at most, and
-    nobody looks at what it reads: UCX can abort the process that lends where one that is reading is killed."""
+    A host that can reach its port may have taken it over: nothing it says is trusted, and the staging memory may change
+    at any time. A reader that is too late is left alone until its transfer ends, at most LONGEST_S after it began, and
+    its data is ignored: if a reader is killed while it reads, UCX can abort the lending process."""
 
     def __init__(self, interface: str) -> None:
         self.interface = interface
-        self.staging = np.empty(0, np.uint8)  # cannot be written to from here
+        self.staging = np.empty(0, np.uint8)  # read-only here
         self._ready = self._waited_for = False
         self._begun = time.monotonic()
         self._leaves_until = 0.0
         self._memory = os.memfd_create("lmcache_mm nixl", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            # Who cannot shrink it cannot make this process fail where it reads it.
+            # If the reader could shrink the memory, reads in this process would fault.
             fcntl.fcntl(self._memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
             super().__init__("read", interface, str(self._memory), fds=(self._memory,))
         except BaseException:
@@ -235,12 +235,12 @@ class Reader(_Process):
 
     @property
     def ended(self) -> bool:
-        """Whether it cannot be used any more."""
+        """Whether it can no longer be used."""
         return self._socket.fileno() < 0 or super().ended
 
     @property
     def leaving(self) -> bool:
-        """Whether it should not be closed yet."""
+        """Whether it must not be closed yet."""
         return time.monotonic() < self._leaves_until and not super().ended
 
     def close(self) -> None:
@@ -248,7 +248,7 @@ class Reader(_Process):
         super().close()
 
     def _kill(self) -> None:
-        """Without waiting for its end, as `close` does."""
+        """Closes it without waiting for its end, unlike `close`."""
         self._let_go()
         self._process.kill()
 
@@ -260,7 +260,7 @@ class Reader(_Process):
             self._memory = -1
 
     def make_room(self, size: int) -> None:
-        """`staging` has at least `size` bytes; OSError where it cannot have them."""
+        """Grows `staging` to at least `size` bytes; OSError if it cannot."""
         if size <= len(self.staging):
             return
         size = -(-max(size, STAGING_BYTES) // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -272,8 +272,8 @@ class Reader(_Process):
             raise
 
     def wait_until_ready(self, deadline: float) -> bool:
-        """Whether it can read. One call waits until its deadline, later ones do not wait; ConnectionError where it
-        ends, or has not started after START_S."""
+        """Whether it can read. The first call waits until its deadline, later ones do not wait. ConnectionError if the
+        process ends, TimeoutError if it has not started after START_S."""
         if self._ready:
             return True
         try:
@@ -294,7 +294,7 @@ class Reader(_Process):
     def read(self, metadata: bytes, pieces: Sequence[tuple[int, int, int]], deadline: float) -> None:
         """Reads pieces (place in the staging memory, address in the process of the agent with this metadata, bytes).
 
-        OSError where it is not done by the deadline, or fails."""
+        OSError if it fails or is not done by the deadline."""
         command = _READ.pack(len(self.staging), len(metadata)) + metadata
         try:
             self._socket.settimeout(max(LEAST_WAIT_S, deadline - time.monotonic()))
@@ -310,13 +310,13 @@ class Reader(_Process):
 
     def _expect(self, message: bytes, timeout_s: float) -> None:
         self._socket.settimeout(max(LEAST_WAIT_S, timeout_s))
-        said = self._socket.recv(200)  # nothing where it has ended
+        said = self._socket.recv(200)  # empty if it has ended
         if said != message:
-            raise ConnectionError(f"nixl: the process that reads says {said!r}")
+            raise ConnectionError(f"nixl: the reading process says {said!r}")
 
 
 def described_agent(said: bytes) -> tuple[int, int, bytes]:
-    """(where the slab lies in the agent's process, its bytes, the agent's metadata); ValueError for anything else."""
+    """(the slab's address in the agent's process, its bytes, the agent's metadata); ValueError for anything else."""
     if len(said) < _AGENT.size:
         raise ValueError("no description of an agent")
     base, slab_bytes, metadata_bytes = _AGENT.unpack_from(said)
@@ -330,7 +330,7 @@ def described_agent(said: bytes) -> tuple[int, int, bytes]:
 
 
 class _Parent:
-    """Who started this process, which ends with it."""
+    """The process that started this one, which ends with it."""
 
     def __init__(self, pid: int) -> None:
         self._pid, self._socket = pid, socket.socket(fileno=0)
@@ -342,7 +342,7 @@ class _Parent:
             os._exit(0)
 
     def told(self, timeout_s: float = 1.0) -> bytes | None:
-        """What it says; None where it says nothing in that time."""
+        """Its next message; None if it sends nothing in that time."""
         if os.getppid() != self._pid:  # forks of it may keep its end of the socket open
             os._exit(0)
         if not select.select([self._socket], [], [], timeout_s)[0]:
@@ -354,7 +354,7 @@ class _Parent:
 
 
 def lend(parent: _Parent, interface: str, path: str) -> None:
-    """Maps the slab, says how the agent is described, and lets it be read; is told how many are reading."""
+    """Maps the slab, sends the agent's description, and lets others read; the parent says how many are reading."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     slab_bytes = os.fstat(fd).st_size
     slab = np.frombuffer(mmap.mmap(fd, slab_bytes, prot=mmap.PROT_READ), np.uint8)
@@ -366,11 +366,11 @@ def lend(parent: _Parent, interface: str, path: str) -> None:
     while True:
         if told := parent.told(0 if readers else IDLE_POLL_S):
             readers = int(told)
-        agent.get_new_notifs()  # moves what is under way
+        agent.get_new_notifs()  # makes progress on transfers
 
 
 def read(parent: _Parent, interface: str, fd: str) -> None:
-    """Reads what it is told to; says DONE, or what failed, which is its end."""
+    """Reads what the parent asks for; answers DONE, or reports the failure and ends."""
     try:
         agent = new_agent(interface)
         parent.tell(READY)
@@ -398,13 +398,13 @@ def read(parent: _Parent, interface: str, fd: str) -> None:
             transfer = agent.initialize_xfer("READ", to, source, name)
             state, end = agent.transfer(transfer), time.monotonic() + LONGEST_S
             while state == "PROC" and time.monotonic() < end:
-                time.sleep(POLL_S)  # in which those that lend and that check can run
+                time.sleep(POLL_S)  # lets the lending process and the verifying threads run
                 state = agent.check_xfer_state(transfer)
             if state != "DONE":
                 raise RuntimeError(f"a transfer ended as {state}")
             agent.release_xfer_handle(transfer)
             parent.tell(DONE)
-    except Exception as error:  # NIXL's own classes
+    except Exception as error:  # NIXL has exception classes of its own
         parent.tell(f"{type(error).__name__}: {error}".encode())
 
 
@@ -413,5 +413,5 @@ def _register(agent: Any, memory: np.ndarray) -> Any:
 
 
 if __name__ == "__main__":
-    os.dup2(2, 1)  # whatever libraries print
+    os.dup2(2, 1)  # what libraries print goes to stderr
     {"lend": lend, "read": read}[sys.argv[1]](_Parent(int(sys.argv[2])), *sys.argv[3:])

@@ -47,7 +47,7 @@ from lmcache_mm.stores.peers.channel import (
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
 
-LEAST_SHARE_BYTES = 8 << 20  # of what one connection carries where several could
+LEAST_SHARE_BYTES = 8 << 20  # the least that is worth another connection
 
 RECORD_HEAD = struct.Struct(f"<IQ{MAC_BYTES}s")  # place in the request, length, MAC
 
@@ -55,12 +55,12 @@ logger = logging.getLogger("lmcache_mm")
 
 
 class PeerStore:
-    """See `Store`: what another host's store holds, to be read only.
+    """See `Store`: a read-only view of another host's store.
 
-    A call takes `timeout_s` at most, and what has not come by then is a miss. A peer that failed, was too slow or sent
-    what does not verify is left alone for 10 s, as if it held nothing; one call probes it then. Puts are ignored and
-    counted as dropped, deletions are ignored, `forget` raises RuntimeError: the other host must forget by itself.
-    `hold` does nothing. `stats` counts what this process asked for; room and records are the other host's, so 0.
+    A call takes `timeout_s` at most; what has not arrived by then is a miss. A peer that failed, was too slow or sent
+    wrong data counts as empty for 10 s; then one call probes it. Puts are ignored and counted as dropped, deletions are
+    ignored, and `forget` raises RuntimeError: the other host must forget by itself. `hold` does nothing. `stats` counts
+    this process's calls; capacity and records belong to the other host and are 0.
     """
 
     local = False
@@ -68,8 +68,8 @@ class PeerStore:
     scheme = "peer"
 
     def __init__(self, host: str, port: int, seal: Seal, tls: Tls | None, connections: int, timeout_s: float) -> None:
-        """`connections`: how many carry one call's payloads at once. Raises ValueError for a host that is not this one
-        without certificates."""
+        """`connections`: how many carry one call's payloads at once. Raises ValueError for another host if there are no
+        certificates."""
         if tls is None and host != "localhost":
             try:
                 check_loopback(host, None)
@@ -95,7 +95,7 @@ class PeerStore:
         return [age if age >= 0 else math.inf for age in self._look(keys, True)]
 
     def _look(self, keys: Sequence[bytes], peek: bool) -> list[float]:
-        """For how long the records have been stored; -1 for what is not there."""
+        """How long each record has been stored; -1 for missing ones."""
         self._check()
         check_keys(keys)
         ages = [-1.0] * len(keys)
@@ -106,10 +106,10 @@ class PeerStore:
                 channel.send(LOOK, pack_keys(asked, peek=peek))
                 _, body = channel.expect(AGES)
                 if len(body) != 8 * len(asked):
-                    raise ProtocolError(f"{len(body)} bytes about {len(asked)} keys")
+                    raise ProtocolError(f"got {len(body)} bytes about {len(asked)} keys")
                 answer = struct.unpack(f"<{len(asked)}d", body)
                 if not all(0 <= age < math.inf or age == -1 for age in answer):
-                    raise ProtocolError("an age that is none")
+                    raise ProtocolError("got an invalid age")
                 ages[begin : begin + MOST_KEYS] = answer
 
         if keys:
@@ -150,7 +150,7 @@ class PeerStore:
         peek: bool,
         found: list[bool],
     ) -> None:
-        """One request: fills arrays at `places`, and says in `found` which."""
+        """Makes one request: fills arrays at `places`, and marks them in `found`."""
         channel.send(GET, pack_keys([keys[i] for i in places], [arrays[i].nbytes for i in places], peek))
         last = -1
         while True:
@@ -158,16 +158,16 @@ class PeerStore:
             if kind == DONE:
                 return
             if len(body) != RECORD_HEAD.size:
-                raise ProtocolError("a record without length and MAC")
+                raise ProtocolError("got a record without length and MAC")
             place, payload_bytes, mac = RECORD_HEAD.unpack(body)
             if not last < place < len(places) or payload_bytes != arrays[places[place]].nbytes:
-                raise ProtocolError("a record that was not asked for, or of another length")
+                raise ProtocolError("got a record that was not asked for, or one of another length")
             last = place
             i = places[place]
             channel.receive_into(memoryview(arrays[i]))
             if not self._seal.verify(keys[i], arrays[i].data, mac):
                 self._count("corrupt")
-                raise ProtocolError("a payload that does not have its MAC")
+                raise ProtocolError("got a payload that does not match its MAC")
             found[i] = True
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
@@ -198,7 +198,7 @@ class PeerStore:
     def forget(self, owner: bytes) -> int:
         self._check()
         check_forgotten(owner)
-        raise RuntimeError(f"forget: {self._name} is read only: its host's own store must forget")
+        raise RuntimeError(f"forget: {self._name} is read only: call it on its own host's store")
 
     def flush(self) -> None:
         self._check()
@@ -232,8 +232,8 @@ class PeerStore:
             self._counts[name] += by
 
     def _exchange(self, works: Sequence[Callable[[Channel], None]]) -> None:
-        """Does each work on a connection of its own; returns when all have ended, which they do by their deadline: no
-        buffer of the caller's is touched after that."""
+        """Runs each work on its own connection. Returns when all have ended, by their deadline: after that nothing
+        touches the caller's buffers."""
         if not self._breaker.admit():
             return
         said: list[Exception | bool] = []
@@ -243,7 +243,7 @@ class PeerStore:
             deadline = time.monotonic() + self._timeout_s
             jobs = []
             for work in works:
-                with suppress(RuntimeError, MemoryError):  # no thread can be started: what is not asked for is a miss
+                with suppress(RuntimeError, MemoryError):  # no thread can be started: these records are misses
                     jobs.append(self._pool.submit(call.run, self._do, work, deadline))
             wait(jobs, max(0.0, deadline - time.monotonic()))
             call.end()
@@ -256,12 +256,12 @@ class PeerStore:
             good = bool(said) and not errors
         finally:
             call.end()
-            if said or self._breaker.open:  # of a probe it is told too that it says nothing, or no other would follow
+            if said or self._breaker.open:  # a probe must always report, or there would be no other probe
                 self._breaker.tell(good)
 
     def _do(self, work: Callable[[Channel], None], deadline: float) -> Exception | bool:
-        """Whether the work was done, or what the peer did wrong; False says nothing about the peer, as work does not
-        that has waited here for half of its time or more."""
+        """True if the work was done, or the peer's error. False if neither: then the fault may be this host's, as when
+        the work waited here for half of its time or more."""
         late = deadline - time.monotonic() < self._timeout_s / 2
         try:
             channel = self._take_idle(deadline)
@@ -271,7 +271,7 @@ class PeerStore:
             return False if late else error
         except OSError as error:
             return not is_lack(error) and error
-        except Exception as error:  # of the engine below: the caller's path raises nothing
+        except Exception as error:  # the engine must not see exceptions
             if is_lack(error):
                 return False
             logger.warning("%s: unexpected", self._name, exc_info=True)
@@ -279,7 +279,7 @@ class PeerStore:
         return True
 
     def _over(self, channel: Channel, work: Callable[[Channel], None]) -> None:
-        """Does the work on a connection, which is idle then, or closed."""
+        """Runs the work on a connection, which is afterwards idle, or closed if it failed."""
         try:
             work(channel)
         except BaseException:
@@ -289,7 +289,7 @@ class PeerStore:
             self._idle.append(channel)
 
     def _done_again(self, channel: Channel, work: Callable[[Channel], None]) -> bool:
-        """As `_over`, on a connection that was idle; False: the other side had closed it before it was asked."""
+        """As `_over`, on a connection that was idle; False: the other side had closed it before this request."""
         before = channel.received
         try:
             self._over(channel, work)
@@ -313,7 +313,7 @@ class PeerStore:
             channel.close()
 
     def _connect(self, deadline: float) -> Channel:
-        """To the first of the host's addresses that answers; each has its share of the time."""
+        """Connects to the first of the host's addresses that answers; each gets its share of the time."""
         addresses = self._resolve(deadline)
         for address in addresses:
             try:
@@ -334,7 +334,7 @@ class PeerStore:
         raise failed
 
     def _resolve(self, deadline: float) -> list[str]:
-        """On a thread of its own, for it has no timeout; neither a call nor the end of the process waits for it."""
+        """Resolves the host on a separate thread, since that has no timeout: calls and exit do not wait for it."""
         found: Future[list[str]] = Future()
 
         def resolve() -> None:
@@ -358,7 +358,7 @@ class PeerStore:
 
 
 def _shares(sizes: Sequence[int], connections: int) -> list[range]:
-    """Places of records, in runs of about equal bytes: one a connection, but none of much less than 8 MiB."""
+    """Splits the records into runs of about equal bytes, one per connection, but none much smaller than 8 MiB."""
     total = sum(sizes)
     count = max(1, min(connections, len(sizes), total // LEAST_SHARE_BYTES))
     shares: list[range] = []

@@ -39,11 +39,11 @@ from lmcache_mm.stores.peers.nixl_agent import SlabAgent
 from lmcache_mm.stores.peers.peer import RECORD_HEAD
 
 HANDSHAKE_S = 5.0
-# At once. A further one takes the place of the oldest: a stranger may be silent, others take milliseconds.
+# The most at once. One more replaces the oldest: real clients take milliseconds, while a stranger may stay silent.
 HANDSHAKES = 64
-IDLE_S = 300.0  # a connection that asks nothing for so long is closed, before a firewall forgets it
+IDLE_S = 300.0  # a connection idle for so long is closed, before a firewall drops it
 MOST_CONNECTIONS = 4096
-LEASE_S = 30.0  # for how long slots stay pinned while they are sent
+LEASE_S = 30.0  # how long slots stay pinned while they are sent
 LENT_AT_ONCE = 16  # slots
 MACS_KEPT = 1 << 14
 
@@ -51,13 +51,13 @@ logger = logging.getLogger("lmcache_mm")
 
 
 class Server:
-    """Serves `store` at an address until `close`, a thread a connection. `store` stays the caller's, and open.
+    """Serves `store` at an address until `close`, with one thread per connection. The caller keeps and closes `store`.
 
-    `address`: what is bound, port 0 for any that is free. `connections`: the most at once, of clients that have proved
-    the secret; one more takes the place of the one idle longest, and waits where all are busy. `agent`: lends to nixl:
-    stores too. `answered`: is told the seconds and bytes of each request for payloads that was answered. Raises
-    ValueError for an address outside this host without certificates and for a number of connections that cannot be had,
-    OSError where the address cannot be bound."""
+    `address`: the address to bind, port 0 for any free one. `connections`: the most at once from clients that have
+    proved the secret; one more replaces the one idle longest, or waits if all are busy. `agent`: serves nixl: stores
+    too. `answered`: called with the seconds and bytes of each answered request for payloads. Raises ValueError for an
+    address beyond loopback without certificates and for more connections than the process can have, OSError if the
+    address cannot be bound."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Server:
         family, kind, protocol, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
         check_loopback(str(where[0]), tls)
         self._mac = functools.lru_cache(MACS_KEPT)(self._make_mac)
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards the fields below
         self._open: dict[socket.socket, threading.Thread] = {}
         self._handshakes: dict[socket.socket, None] = {}  # the oldest first
         self._readers: set[socket.socket] = set()
@@ -94,7 +94,7 @@ class Server:
         self._acceptor.start()
 
     def connections(self) -> int:
-        """Of clients that have proved the secret, now."""
+        """The number of clients now that have proved the secret."""
         with self._changed:
             return len(self._readers)
 
@@ -103,7 +103,7 @@ class Server:
         return self._acceptor.is_alive() and not self._closing
 
     def close(self) -> None:
-        """Ends all connections; gives back what they had pinned."""
+        """Ends all connections and unpins their slots."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -135,13 +135,13 @@ class Server:
                     self._open[sock], self._handshakes[sock] = thread, None
                     thread.start()
                 except (RuntimeError, MemoryError) as error:  # out of threads
-                    logger.warning("%s is refused: %s", where[0], error)
+                    logger.warning("refused %s: %s", where[0], error)
                     self._end(sock)
                     self._open.pop(sock, None)
                     sock.close()
 
     def _end(self, sock: socket.socket) -> None:
-        """Ends a connection, whose place is free then; its thread will notice."""
+        """Ends a connection and frees its place; its thread will notice."""
         self._handshakes.pop(sock, None)
         self._readers.discard(sock)
         self._idle.pop(sock, None)
@@ -150,21 +150,21 @@ class Server:
             sock.shutdown(socket.SHUT_RDWR)
 
     def _admit(self, sock: socket.socket) -> None:
-        """Makes a connection that knows the secret one of the readers; ProtocolError if all of them stay busy."""
+        """Makes a connection that has proved the secret one of the readers; ProtocolError if all of them stay busy."""
         with self._changed:
             self._handshakes.pop(sock, None)
             self._changed.wait_for(lambda: self._closing or self._idle or len(self._readers) < self._most, HANDSHAKE_S)
             if len(self._readers) >= self._most:
                 if not self._idle:
-                    raise ProtocolError(f"there are {self._most} connections and all are busy")
+                    raise ProtocolError(f"all {self._most} connections are busy")
                 self._end(next(iter(self._idle)))
             self._readers.add(sock)
 
     def _serve(self, sock: socket.socket, where: tuple[str, int]) -> None:
-        """One connection, to its end; whatever its client does ends it alone."""
+        """Serves one connection to its end; nothing that its client does affects others."""
         name = f"{where[0]}:{where[1]}"
         try:
-            # A second handle: TLS takes it over, and `close` must be able to end the connection all the while.
+            # A second handle: TLS takes over the first, and `close` must be able to end the connection at any time.
             channel = accept(sock.dup(), self._tls, self._seal, time.monotonic() + HANDSHAKE_S)
             try:
                 self._admit(sock)
@@ -207,7 +207,7 @@ class Server:
             return self._describe_agent
         if kind == LEASE and self._agent:
             return self._lease
-        raise ProtocolError(f"a request of kind {kind}")
+        raise ProtocolError(f"got a request of kind {kind}")
 
     def _look(self, channel: Channel, body: bytes) -> int:
         keys, _, peek = unpack_keys(body, sized=False)
@@ -242,7 +242,7 @@ class Server:
         return 0
 
     def _lease(self, channel: Channel, body: bytes) -> int:
-        """Lends slots to be read through NIXL until the client returns them, which it must do within LEASE_S."""
+        """Lends slots to read through NIXL until the client returns them, which it must do within LEASE_S."""
         assert self._agent is not None
         keys, sizes, peek = unpack_keys(body, sized=True)
         channel.deadline = time.monotonic() + LEASE_S
@@ -261,7 +261,8 @@ class Server:
             self._store.release([slot for slot in lent if slot])
 
     def _verified(self, slot: Slot) -> bytes | None:
-        """A lent slot's MAC; None where it is damaged, if only since it was made. The record is then removed."""
+        """A lent slot's MAC; None if the slot is damaged, even if that happened after the MAC was made. Then the record
+        is removed."""
         view = self._store.view(slot)
         if _C.checksum(view.ctypes.data, view.nbytes) != slot.checksum:
             self._store.discard(slot)
@@ -273,7 +274,7 @@ class Server:
 
 
 def _check_connections(connections: int) -> None:
-    """ValueError for more than the process can have, each of which takes a thread and two descriptors."""
+    """ValueError for more connections than the process can have; each takes a thread and two descriptors."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     most = MOST_CONNECTIONS
     if descriptors != resource.RLIM_INFINITY:

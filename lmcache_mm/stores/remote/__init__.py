@@ -1,1 +1,1 @@
-"""Stores on servers that others run: Valkey, S3, Mooncake."""
+"""Stores on external servers: Valkey, S3, Mooncake."""

@@ -1,4 +1,4 @@
-"""A remote store's connections, each with a thread of its own, and the calls that they share."""
+"""A remote store's connections, each with its own thread, and the calls that they share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lmcache_mm.lane import Lane
 
 
 class Engine(Protocol):
-    """A client's connection to a server that keeps bytes under names. Any exception means that the server cannot be
-    used now. An engine that several lanes share is called by several threads at once."""
+    """A client's connection to a server that keeps bytes under names. Any exception means that the server is unusable
+    now. If several lanes share an engine, several threads call it at once."""
 
     def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
-        """Of at most `names_at_once` names, as in `heads` and `delete`."""
+        """Which records exist. Gets at most `names_at_once` names, as do `heads` and `delete`."""
         ...
 
     @property
@@ -28,30 +28,30 @@ class Engine(Protocol):
         ...
 
     def read(self, name: str, into: memoryview) -> int | None:
-        """Fills `into` from its beginning; how long the record is, or any larger number than `into` has bytes if it
-        does not fit; None: there is none."""
+        """Fills `into` from its beginning. Returns the record's length, or any number larger than `into` if the record
+        does not fit; None if there is none."""
         ...
 
     def heads(self, names: Sequence[str], size: int) -> list[bytes | None]:
-        """The first `size` bytes of each record; None: there is none."""
+        """The first `size` bytes of each record; None if there is none."""
         ...
 
     def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
-        """False: there is no room for it. Without `replace`, a record that is there may stay. ttl_s: after which it may
-        be gone; 0: never."""
+        """Returns False if there is no room. Without `replace`, an existing record may stay. ttl_s: the record may
+        expire after that; 0: never."""
         ...
 
     def delete(self, names: Sequence[str]) -> None: ...
 
     def names(self, prefix: str) -> Iterator[list[str]]:
-        """All that begin with it, some at a time; those that are deleted or added meanwhile may be among them."""
+        """All names with this prefix, some at a time, perhaps with names that are added or deleted meanwhile."""
         ...
 
     def close(self) -> None: ...
 
 
 class Call:
-    """What a caller waits for: `items` pieces of work that the lanes share, and what came of each."""
+    """A call that a caller waits for: `items` pieces of work that the lanes share, and their results."""
 
     def __init__(self, work: Callable[[Hand, Call, int], Any], items: int, patience_s: float) -> None:
         self.work = work
@@ -62,10 +62,10 @@ class Call:
         self._left = items
         self._patience_s = patience_s
         self._deadline = time.monotonic() + patience_s
-        self._changed = threading.Condition()  # guards all of it, and the caller's buffers
+        self._changed = threading.Condition()  # guards all fields and the caller's buffers
 
     def take(self) -> int | None:
-        """An item that nobody else does, if there is one."""
+        """Takes an item that is still to be done; None if there is none."""
         with self._changed:
             if self.over or self._next == len(self.results):
                 return None
@@ -73,14 +73,14 @@ class Call:
             return self._next - 1
 
     def touch(self, move: Callable[[], Any]) -> bool:
-        """Lets `move` read or write a buffer of the caller's; False, without doing so, if the caller has gone."""
+        """Lets `move` read or write a buffer of the caller's; returns False without calling it if the call is over."""
         with self._changed:
             if not self.over:
                 move()
             return not self.over
 
     def extend(self) -> None:
-        """There is progress: the caller waits for as long again."""
+        """Reports progress: restarts the caller's wait."""
         with self._changed:
             self._deadline = time.monotonic() + self._patience_s
 
@@ -97,11 +97,12 @@ class Call:
 
     @property
     def moved(self) -> bool:
-        """Whether anything was done."""
+        """Whether any item was done."""
         return self._left < len(self.results)
 
     def wait(self) -> bool:
-        """Whether all is done; what is not by the deadline will leave the caller's buffers alone."""
+        """Waits and returns whether all items are done. Items not done by the deadline never touch the caller's buffers
+        after it."""
         with self._changed:
             while not self.over and self._left and (rest_s := self._deadline - time.monotonic()) > 0:
                 self._changed.wait(rest_s)
@@ -110,7 +111,7 @@ class Call:
 
 
 class Hand:
-    """A lane with its connection and memory of its own, where records arrive and leave from."""
+    """A lane with its own connection and its own memory, through which all its records pass."""
 
     def __init__(self, name: str, connect: Callable[[], Engine]) -> None:
         self.lane = Lane(name)
@@ -128,8 +129,8 @@ class Hand:
     def memory(self, size: int) -> np.ndarray:
         if size > len(self._memory):
             memory = mmap.mmap(-1, 1 << (size - 1).bit_length(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            # It is passed over several times, and what a network card writes to must not become a child's. Kernels
-            # may have neither.
+            # Huge pages, since each record is read several times; not for children, since a network card may write
+            # here. The kernel may support neither.
             for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
                 with suppress(OSError):
                     memory.madvise(advice)

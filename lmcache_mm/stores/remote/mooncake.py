@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from mooncake.store import MooncakeDistributedStore
 
-LOCAL_BYTES = 64 << 20  # of the client's own buffers
-MOST_SAID_BYTES = 1 << 30  # by the master's HTTP server: the names of some ten million records
-# Of mooncake-store/include/types.h: no handle, parameters (a buffer that is too small); being written, not found, and
-# read for longer than its lease, after which it may have been another's memory.
+LOCAL_BYTES = 64 << 20  # for the client's own buffers
+MOST_SAID_BYTES = 1 << 30  # per answer of the master's HTTP server: the names of some ten million records
+# From mooncake-store/include/types.h: no handle; invalid parameters (the buffer is too small); and three for a miss:
+# being written, not found, and read past its lease, when the memory may already belong to another record.
 NO_SPACE, BUFFER_TOO_SMALL, NOT_THERE = -200, -600, (-703, -704, -707)
 
 _left: list[MooncakeDistributedStore] = []
@@ -29,12 +29,12 @@ def connecting(
     device: str = "",
     metadata: str = "P2PHANDSHAKE",
 ) -> Callable[[], MooncakeEngine]:
-    """What makes a connection, one for all lanes. admin: the master's HTTP server. capacity: bytes that this process
-    lends. hostname: under which other hosts reach it."""
+    """Returns a function that makes a connection, one for all lanes. admin: the master's HTTP server. capacity: bytes
+    that this process lends. hostname: the name by which other hosts reach it."""
     engines: list[MooncakeEngine] = []
     lock = threading.Lock()
-    # The client holds the interpreter's lock while it is set up and closed, so that nothing else runs: it tries once,
-    # with these limits, which hold for the process.
+    # The client holds the GIL during setup and close, so nothing else runs: let it try once, within these limits, which
+    # apply to the whole process.
     os.environ.setdefault("MC_STORE_CLIENT_SETUP_RETRIES", "1")
     for name in ("MC_RPC_TIMEOUT_MS", "MC_RPC_CONNECT_TIMEOUT_MS"):
         os.environ.setdefault(name, str(int(timeout_s * 1000)))
@@ -42,7 +42,7 @@ def connecting(
     def connect() -> MooncakeEngine:
         with lock:
             if not engines:
-                _ask(admin, "/health", timeout_s)  # for the same reason
+                _ask(admin, "/health", timeout_s)  # so that setup does not block on a dead master
                 store = MooncakeDistributedStore()
                 address = f"{master[0]}:{master[1]}"
                 code = store.setup(hostname, metadata, capacity, LOCAL_BYTES, protocol, device, address)
@@ -55,7 +55,7 @@ def connecting(
 
 
 def _ask(admin: tuple[str, int], path: str, timeout_s: float) -> str:
-    """The master's answer."""
+    """Returns the master's answer."""
     connection = http.client.HTTPConnection(*admin, timeout=timeout_s)
     try:
         connection.request("GET", path)
@@ -64,7 +64,7 @@ def _ask(admin: tuple[str, int], path: str, timeout_s: float) -> str:
             raise ConnectionError(f"{path}: status {answer.status}")
         said = answer.read(MOST_SAID_BYTES + 1)
         if len(said) > MOST_SAID_BYTES:
-            raise ConnectionError(f"{path}: more than {MOST_SAID_BYTES} bytes")
+            raise ConnectionError(f"{path}: got more than {MOST_SAID_BYTES} bytes")
         return said.decode()
     finally:
         connection.close()
@@ -85,10 +85,10 @@ class MooncakeEngine:
         self._store, self._admin, self._timeout_s = store, admin, timeout_s
         self._lock = threading.Lock()
         self._of_thread = threading.local()
-        self._registered: dict[int, np.ndarray] = {}  # kept for as long as the client may use it
+        self._registered: dict[int, np.ndarray] = {}  # kept while the client may use it
 
     def _address(self, memory: memoryview) -> int:
-        """Of memory that the client may transfer to and from."""
+        """The memory's address, registered for the client's transfers."""
         array = np.frombuffer(memory, np.uint8)
         address = array.ctypes.data
         with self._lock:
@@ -101,7 +101,7 @@ class MooncakeEngine:
         return address
 
     def _head_memory(self, size: int) -> np.ndarray:
-        """Of this thread, for what the client may write to it as late as it likes."""
+        """This thread's own buffer, since the client may still write to it after a timeout."""
         known: np.ndarray | None = getattr(self._of_thread, "memory", None)
         if known is None or len(known) < size:
             known = self._of_thread.memory = np.empty(size, np.uint8)
@@ -138,7 +138,7 @@ class MooncakeEngine:
                 _checked("remove", code)
 
     def names(self, prefix: str) -> Iterator[list[str]]:
-        """The client cannot list; the master's HTTP server can."""
+        """The client cannot list names; the master's HTTP server can."""
         names = _ask(self._admin, "/get_all_keys", self._timeout_s).split()
         yield [name for name in names if name.startswith(prefix)]
 
@@ -146,6 +146,6 @@ class MooncakeEngine:
         try:
             _ask(self._admin, "/health", self._timeout_s)
         except (OSError, http.client.HTTPException):
-            _left.append(self._store)  # to the end of the process: closing it would wait for the master
+            _left.append(self._store)  # kept until the process ends: closing it would wait for the master
         else:
             self._store.close()

@@ -1,8 +1,8 @@
-"""Stores beyond this host: sealed records, a time budget for every call, and peace for a server that does not answer.
+"""Stores on other hosts: sealed records, a time budget for every call, and a pause for a server that fails.
 
-What differs between servers is behind `Engine`. Its client may hang in native code for as long as it likes. So it runs
-on lanes, threads of the store's own, and reads and writes memory of theirs only: between that and the caller's buffers
-a record is copied under the call's lock, and never after the call has returned.
+`Engine` hides the differences between servers. Its client may hang in native code for any time. So it runs on lanes,
+the store's own threads, and accesses only their memory. Records are copied between that memory and the caller's buffers
+under the call's lock, and never after the call has returned.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ if TYPE_CHECKING:
 
 VERSION = 1
 MAGIC = b"lmcache_mm"
-# What is written down of a record: magic, version, when it was stored (µs since 1970), how many bytes its payload has,
-# and whose it is. A keyed digest of that and the MAC come before the payload.
+# A record's header: magic, version, when it was stored (µs since 1970), its payload's bytes and its owner; then a keyed
+# digest of these and the MAC. The payload follows.
 FACTS = struct.Struct("<10sH4xQQ32s")
 HEADER = struct.Struct(f"<{FACTS.size}s32s{MAC_BYTES}s")  # 128
 HEADER_BYTES = HEADER.size
 MOST_UNSETTLED = 4096  # puts
-FORGOTTEN_KEPT_S = 86_400  # how long it is known that an owner was forgotten; no put takes as long
+FORGOTTEN_KEPT_S = 86_400  # how long a `forget` stays written down; no put takes as long
 
 logger = logging.getLogger("lmcache_mm")
 
 
 class _Head(NamedTuple):
-    """What a record says of itself, and its keyed digest vouches for."""
+    """A record's header, authenticated by its keyed digest."""
 
     stored_at: int
     payload_bytes: int
-    owner: bytes  # its keyed digest
-    signed: bytes  # what the MAC is of, besides the payload
+    owner: bytes  # the owner's keyed digest
+    signed: bytes  # what the MAC covers besides the payload
     mac: bytes
 
     @property
@@ -68,13 +68,13 @@ class _Head(NamedTuple):
 
 
 class _LeftAlone(ConnectionError):
-    """Nothing was asked."""
+    """The server was not asked, because it failed a short while ago."""
 
 
 class _Unsettled(NamedTuple):
-    """A put of which it is not known whether its owner was forgotten meanwhile."""
+    """A put whose owner may have been forgotten meanwhile; still to be checked."""
 
-    after: float  # by time.monotonic(), when to look
+    after: float  # by time.monotonic(), when to check
     owner: bytes
     moment: int
     keys: list[bytes]
@@ -83,14 +83,13 @@ class _Unsettled(NamedTuple):
 class RemoteStore:
     """See `Store`.
 
-    name: what it is called in messages. connect: makes a connection, on each lane; PermissionError for wrong
-    credentials and ValueError for what cannot be are raised by the constructor, after anything else it warns and counts
-    the store as down. seal: of the deployment. timeout_s: for how long a call waits. connections: how many requests are
-    on their way at a time. names_at_once: how many names one has at most. ttl_s: after which a record counts as gone;
-    0: never.
+    name: for messages. connect: makes a connection, on each lane. If it raises PermissionError (wrong credentials) or
+    ValueError (wrong configuration), so does the constructor; after any other error it warns and counts the store as
+    down. seal: the deployment's. timeout_s: how long a call waits. connections: the most requests at a time.
+    names_at_once: the most names per request. ttl_s: after that a record counts as gone; 0: never.
 
-    A call that is not answered in time, or fails, costs misses or dropped puts, and so do all calls in the next 10 s;
-    then one tries again. `forget` and `clear` alone raise RuntimeError if they could not do it.
+    A call that fails or is not answered in time gives misses or dropped puts, and so do all calls in the next 10 s;
+    then one call tries again. Only `forget` and `clear` raise RuntimeError if they fail.
     """
 
     local = read_only = False
@@ -108,14 +107,14 @@ class RemoteStore:
         self.name = name
         self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
         deployment = f"lmcache_mm-{VERSION}-{seal.digest(b'deployment')[:8].hex()}"
-        self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # names begin with
+        self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # prefixes of names
         self._pid = os.getpid()
         self._closed = False
         self._breaker = Breaker()
         self._unsettled: deque[_Unsettled] = deque(maxlen=MOST_UNSETTLED)
         names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
         self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
-        self._lock = threading.Lock()  # guards the counts and how busy the hands are
+        self._lock = threading.Lock()  # guards the counts and `busy` of the hands
         self._hands = [Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
         _, error = self._do(lambda hand, call, item: hand.engine, 1)
         if isinstance(error, (PermissionError, ValueError)):
@@ -134,15 +133,15 @@ class RemoteStore:
         work: Callable[[Hand, Call, int], Any],
         items: int,
         until: float | None = None,
-        looks_all_the_same: bool = False,
+        even_if_down: bool = False,
     ) -> tuple[list[Any], BaseException | None]:
-        """work(hand, call, item) for all items, by several hands: the results, None of those that were not done, and
-        why. until: of the monotonic clock, where several of these share a budget. looks_all_the_same: even if the store
-        is left alone."""
+        """Runs work(hand, call, item) for all items on several hands. Returns the results, None for items not done, and
+        the error if there was one. until: a deadline by the monotonic clock, for calls that share a budget.
+        even_if_down: also during the pause after a failure."""
         if not items:
             return [], None
-        if not looks_all_the_same and not self._breaker.admit():
-            return [None] * items, _LeftAlone("it failed a short while ago and is left alone")
+        if not even_if_down and not self._breaker.admit():
+            return [None] * items, _LeftAlone("failed a short while ago and is left alone")
         call = Call(work, items, self._timeout_s if until is None else until - time.monotonic())
         with self._lock:
             hands = sorted(self._hands, key=lambda hand: hand.busy)[:items]
@@ -154,16 +153,16 @@ class RemoteStore:
         error = call.error or (None if good else TimeoutError(f"no answer within {self._timeout_s:g} s"))
         if error is not None:
             self._count("timeouts" if call.error is None else "errors")
-        # One that is slow with much is not down: something has come.
+        # A server that is slow with a large call is not down if some items arrived.
         healthy = good or (call.error is None and call.moved)
-        if call.error is not None and is_lack(call.error):  # that is this host's
+        if call.error is not None and is_lack(call.error):  # this host ran out, not the server
             healthy = not self._breaker.open
         if self._breaker.tell(healthy) and not healthy:
             logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
         return list(call.results), error
 
     def _work(self, call: Call, hand: Hand, _: Work) -> None:
-        """One item, and then it is the next call's turn."""
+        """Does one item, then queues itself again behind other calls."""
         item = call.take()
         if item is not None:
             try:
@@ -183,7 +182,7 @@ class RemoteStore:
     def _in_parts(
         self, of: Callable[[Engine, list[str]], Any], names: Sequence[str], otherwise: Any, until: float | None = None
     ) -> list[Any]:
-        """of(engine, some of the names) for all; what it returned for each name, or `otherwise`."""
+        """Calls of(engine, names) for parts of the names. Returns its result per name, or `otherwise`."""
         parts = self._parts(names)
         results, _ = self._do(lambda hand, call, item: of(hand.engine, parts[item]), len(parts), until)
         pairs = zip(parts, results, strict=True)
@@ -202,14 +201,14 @@ class RemoteStore:
     # --- Records
 
     def _fill(self, record: np.ndarray, name: str, stored_at: int, owner: bytes) -> None:
-        """Writes the header before a payload."""
+        """Writes the header in front of a payload."""
         facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.digest(owner))
         signed = _digest_in(name) + facts
         mac = self._seal.mac(signed, record[HEADER_BYTES:].data)
         record[:HEADER_BYTES] = bytes_of(HEADER.pack(facts, self._seal.digest(signed), mac))
 
     def _head(self, name: str, header: bytes) -> _Head | None:
-        """Of the record `name`; None for what is none of this version, or has been altered."""
+        """The parsed header of the record `name`; None for another version, or if it has been altered."""
         if len(header) < HEADER_BYTES or not _of_this_version(header):
             return None
         facts, digest, mac = HEADER.unpack_from(header)
@@ -220,10 +219,10 @@ class RemoteStore:
         return _Head(stored_at, payload_bytes, owner, signed, mac)
 
     def _read(self, hand: Hand, name: str, payload: np.ndarray, call: Call | None = None) -> _Head | None:
-        """Reads the record that has a payload as long as this; None if there is none, or if the call is over. One that
-        is damaged is removed, one of another length or version may be somebody's and stays.
+        """Reads a record whose payload has the length of `payload`; None if there is none, or if the call is over. A
+        damaged record is removed; one of another length or version may belong to somebody else and stays.
 
-        What is checked is what the caller gets: the hand's memory may be written to by a request that was given up."""
+        Verifies the caller's copy, since a request that was given up may still write to the hand's memory."""
         record = hand.memory(HEADER_BYTES + payload.nbytes)
         size = hand.engine.read(name, record.data)
         if size is None or size > len(record):
@@ -240,7 +239,7 @@ class RemoteStore:
                     return None
                 if self._seal.verify(head.signed, payload.data, head.mac):
                     return head
-                if call is not None and call.over:  # the buffer has become somebody else's
+                if call is not None and call.over:  # the caller has its buffer back
                     return None
         self._count("corrupt")
         hand.engine.delete([name])
@@ -316,7 +315,7 @@ class RemoteStore:
             name = self._name(key)
             record = hand.memory(HEADER_BYTES + arrays[key].nbytes)
             payload = record[HEADER_BYTES:]
-            # Not past the caches: it is read twice more, for the MAC and by the client.
+            # A copy that stays in the caches: it is read twice more, for the MAC and by the client.
             if not call.touch(lambda: np.copyto(payload, arrays[key])):
                 return False
             if given and given[key] != _C.checksum(payload.ctypes.data, payload.nbytes):
@@ -325,7 +324,7 @@ class RemoteStore:
             self._fill(record, name, stored_at, whose)
             ttl_s = max(1.0, self._ttl_s - age_s) if self._ttl_s else 0.0
             stored = hand.engine.write(name, record.data, ttl_s, False)
-            if call.over and owner and self._forgotten_at(hand, owner) >= moment:  # nobody else looks any more
+            if call.over and owner and self._forgotten_at(hand, owner) >= moment:  # the caller no longer checks this
                 hand.engine.delete([name])
             return stored
 
@@ -334,16 +333,16 @@ class RemoteStore:
         sent, error = self._do(send, len(lacking), until)
         self._count("puts", sent.count(True))
         self._count("dropped_puts", len(lacking) - sent.count(True))
-        # Whoever forgets writes that down and then looks for records. So either they find these, or it is found here.
+        # `forget` first writes itself down and then looks for records: it finds these, or this finds what it wrote.
         if owner and lacking and not isinstance(error, _LeftAlone):
-            forgotten = self._forgotten(owner, moment, looks_all_the_same=True)
+            forgotten = self._forgotten(owner, moment, even_if_down=True)
             if forgotten:
                 self.delete(lacking)
-            if forgotten is None or error is not None:  # not known, or some of it may arrive yet
+            if forgotten is None or error is not None:  # unknown, or some records may still arrive
                 self._unsettled.append(_Unsettled(time.monotonic() + PAUSE_S, owner, moment, lacking))
 
     def _settle(self) -> None:
-        """Looks after a put that could not."""
+        """Does the check for a put that could not do it."""
         try:
             put = self._unsettled.popleft()
         except IndexError:
@@ -374,14 +373,14 @@ class RemoteStore:
     # --- Owners
 
     def _forgets_of(self, owner: bytes) -> str:
-        """The name of the record without a payload that says when the owner was forgotten last."""
-        return self._forgets + self._seal.digest(b"forgotten:" + owner).hex()  # of fewer bytes than a record's key
+        """The name of the record, without payload, that says when the owner was last forgotten."""
+        return self._forgets + self._seal.digest(b"forgotten:" + owner).hex()  # shorter than a record's key
 
     def _forgotten(
-        self, owner: bytes, since: int, until: float | None = None, looks_all_the_same: bool = False
+        self, owner: bytes, since: int, until: float | None = None, even_if_down: bool = False
     ) -> bool | None:
-        """Whether all of the owner's was forgotten after the moment `since`; None if that cannot be known now."""
-        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, looks_all_the_same)
+        """Whether the owner was forgotten after the moment `since`; None if that is unknown now."""
+        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, even_if_down)
         return None if at is None else bool(at >= since)
 
     def _forgotten_at(self, hand: Hand, owner: bytes) -> int:
@@ -389,8 +388,8 @@ class RemoteStore:
         return 0 if head is None else head.stored_at
 
     def forget(self, owner: bytes) -> int:
-        """Removes all records of an owner, whoever put them; returns their number. Looks at every record's header.
-        Raises RuntimeError if it could not look at all of them."""
+        """Removes all records of an owner, from every host; returns their number. Reads every record's header. Raises
+        RuntimeError if it could not read all of them."""
         self._check()
         check_forgotten(owner)
         whose = self._seal.digest(owner)
@@ -400,13 +399,13 @@ class RemoteStore:
             record = hand.memory(HEADER_BYTES)
             self._fill(record, name, self.moment(), owner)
             if not hand.engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
-                raise RuntimeError("there is no room to write it down")
+                raise RuntimeError("there is no room to record it")
 
         return self._remove("forget", lambda head: head is not None and head.owner == whose, write_down)
 
     def clear(self) -> int:
-        """Removes everything that this deployment has on the server; returns how many records. Raises RuntimeError if
-        it could not."""
+        """Removes everything that this deployment has on the server; returns the number of records. Raises RuntimeError
+        if it fails."""
         self._check()
         return self._remove("clear", lambda head: True, lambda hand: None)
 
@@ -428,12 +427,12 @@ class RemoteStore:
         return int(removed)
 
     def _all_heads(self, engine: Engine, call: Call) -> Iterator[tuple[list[str], list[_Head | None]]]:
-        """Of every record of the deployment, some at a time."""
+        """Names and headers of all records of the deployment, some at a time."""
         seen: set[str] = set()
         for listed in engine.names(self._records):
             if call.over:
                 return
-            call.extend()  # there may be many names of others in between
+            call.extend()  # many names of others may come in between
             names = [name for name in listed if name not in seen]
             seen.update(names)
             for part in self._parts(names):
@@ -442,8 +441,7 @@ class RemoteStore:
                 yield [name for name, _ in there], [self._head(name, header) for name, header in there]
 
     def sizes(self) -> Mapping[str, int]:
-        """`records` and `used_bytes` of the deployment, by looking at every record. Raises RuntimeError if it could
-        not."""
+        """`records` and `used_bytes` of the deployment, from every record's header. Raises RuntimeError if it fails."""
         self._check()
 
         def look(hand: Hand, call: Call, item: int) -> dict[str, int]:
@@ -461,20 +459,20 @@ class RemoteStore:
         self._check()
 
     def stats(self) -> Mapping[str, int]:
-        """Counters, and `down`: whether it is left alone now. What is on the server is told by `sizes`."""
+        """Counters, and `down`: whether the store is left alone now. `sizes` says what is on the server."""
         self._check()
         with self._lock:
             return {**self._counts, "down": int(self._breaker.open)}
 
     def close(self) -> None:
-        """Returns within the time budget; a connection that hangs is left to itself."""
+        """Returns within the time budget; abandons connections that hang."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
         until = time.monotonic() + self._timeout_s
         for hand in self._hands:
-            hand.lane.close(0)  # all are told before one is waited for
-        ended: dict[int, tuple[Engine, bool]] = {}  # of each connection, which hands may share, whether nobody uses it
+            hand.lane.close(0)  # tell all of them before waiting for any
+        ended: dict[int, tuple[Engine, bool]] = {}  # connections, which hands may share, and whether they are unused
         for hand in self._hands:
             done = hand.lane.close(max(0.0, until - time.monotonic()))
             if (engine := hand.connected) is not None:
@@ -486,7 +484,7 @@ class RemoteStore:
                 _left.append(engine)
 
 
-_left: list[Engine] = []  # in use when their stores were closed: kept to the end of the process
+_left: list[Engine] = []  # still in use when their stores were closed: kept until the process ends
 
 
 def _of_this_version(header: bytes) -> bool:
@@ -495,5 +493,5 @@ def _of_this_version(header: bytes) -> bool:
 
 
 def _digest_in(name: str) -> bytes:
-    """The keyed digest that a record's name ends with; other bytes for a name that is none of ours."""
+    """The keyed digest at the end of a record's name; other bytes for a name that is not ours."""
     return name[-64:].encode()

@@ -1,4 +1,4 @@
-"""s3: records as objects in a bucket of S3 or of what speaks its language, by obstore."""
+"""s3: records as objects in a bucket of S3 or a server with its API, through obstore."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from obstore.store import S3Store
 LISTED_AT_ONCE = 1000
 
 
-_pid = 0  # of the process that used the client first: its threads are not there in a forked child
+_pid = 0  # the process that used the client first: a forked child lacks the client's threads
 
 
 def connecting(
     bucket: str, prefix: str, endpoint: str | None, region: str | None, timeout_s: float
 ) -> Callable[[], S3Engine]:
-    """What makes a connection, with credentials and what else AWS_* variables of the environment say. ValueError for an
-    endpoint that is none."""
+    """Returns a function that makes a connection, with the credentials and settings in AWS_* environment variables.
+    ValueError for an invalid endpoint."""
     global _pid  # noqa: PLW0603
     _pid = _pid or os.getpid()
     if os.getpid() != _pid:
         raise RuntimeError(
-            f"store: s3: the client was used in process {_pid} and does not survive a fork: start this one by spawn"
+            f"store: s3: the client was used in process {_pid} and does not survive a fork: start this process by spawn"
         )
     settings: dict[str, Any] = {"region": region} if region else {}
     if endpoint:
@@ -48,7 +48,7 @@ def connecting(
     store = S3Store(
         bucket,
         prefix=prefix or None,
-        unsigned_payload=True,  # records have a MAC of their own: no second pass over them
+        unsigned_payload=True,  # records have their own MAC: no second pass over them
         client_options={
             **{"timeout": timeout, "connect_timeout": timeout},
             "allow_http": bool(endpoint and endpoint.startswith("http://")),
@@ -101,7 +101,7 @@ class S3Engine:
         return self._of_all(look, names)
 
     def _of_all(self, look: Callable[[str], Any], names: Sequence[str]) -> list[Any]:
-        """All at a time."""
+        """Asks for all names concurrently."""
 
         async def gather() -> list[Any]:
             return await asyncio.gather(*(look(name) for name in names))
@@ -146,4 +146,4 @@ class S3Engine:
             yield [name for name in names if name.startswith(prefix)]
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is nothing to close."""

@@ -1,4 +1,4 @@
-"""valkey: records in a Valkey or Redis server or cluster, by the GLIDE client."""
+"""valkey: records in a Valkey or Redis server or cluster, through the GLIDE client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _open: weakref.WeakSet[Any] = weakref.WeakSet()  # clients of this process
 
 def _after_fork_in_child() -> None:
     for client in _open:
-        client._is_closed = True  # else each one connects again, by a hook of its own that comes after this one
+        client._is_closed = True  # else its own fork hook, which runs after this one, reconnects
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
@@ -30,8 +30,8 @@ os.register_at_fork(after_in_child=_after_fork_in_child)
 def connecting(
     host: str, port: int, timeout_s: float, tls: bool, ca: str | None, cluster: bool
 ) -> Callable[[], ValkeyEngine]:
-    """What makes a connection, with the credentials of the environment as they are now. Raises PermissionError or
-    OSError for a password file or CA file that cannot be read."""
+    """Returns a function that makes a connection, with the environment's current credentials. Raises PermissionError or
+    OSError for an unreadable password file or CA file."""
     file = os.environ.get(PASSWORD_FILE)
     password = read_private(PASSWORD_FILE, Path(file)).decode() if file else os.environ.get(PASSWORD)
     credentials = glide.ServerCredentials(password, os.environ.get(USERNAME)) if password else None
@@ -48,7 +48,7 @@ def connecting(
         request_timeout=milliseconds,
         advanced_config=getattr(glide, f"AdvancedGlide{names}ClientConfiguration")(**advanced),
     )
-    glide.Logger.set_logger_config(glide.LogLevel.OFF)  # it writes to the console; its errors are raised too
+    glide.Logger.set_logger_config(glide.LogLevel.OFF)  # it writes to the console; its errors are also raised
 
     def connect() -> Any:
         try:
@@ -75,8 +75,8 @@ class ValkeyEngine:
         self._client = connect()
 
     def _ask(self, command: str, *arguments: Any, **named: Any) -> Any:
-        """What the client's method returns. One that was not answered in time is closed, for it goes on to take what
-        arrives: all that a server that announces a huge answer ever sends, and none of it has a reader."""
+        """Returns what the client's method returns. A client that times out is closed: it would keep buffering what
+        arrives, without limit if the server announced a huge answer."""
         client = self._client = self._client or self._connect()
         try:
             return getattr(client, command)(*arguments, **named)
@@ -90,11 +90,11 @@ class ValkeyEngine:
     def exists(self, names: Sequence[str], peek: bool) -> list[bool]:
         batch = self._batch()
         for name in names:
-            batch.exists([name]) if peek else batch.touch([name])  # only the latter counts for eviction
+            batch.exists([name]) if peek else batch.touch([name])  # only `touch` counts for eviction
         return [count == 1 for count in self._ask("exec", batch, raise_on_error=True)]
 
     def read(self, name: str, into: memoryview) -> int | None:
-        # The client takes an answer whole before it looks at its length: what does not fit is not asked for.
+        # The client buffers a whole answer before it checks the length: do not ask for what does not fit.
         size = self._ask("strlen", name)
         if size > len(into):
             return int(size)
@@ -107,7 +107,7 @@ class ValkeyEngine:
             batch.getrange(name, 0, size - 1)
         heads = self._ask("exec", batch, raise_on_error=True)
         if any(len(head) > size for head in heads):
-            raise ConnectionError(f"more than the {size} bytes that were asked for")
+            raise ConnectionError(f"got more than the {size} bytes that were asked for")
         return [head or None for head in heads]
 
     def write(self, name: str, record: memoryview, ttl_s: float, replace: bool) -> bool:
@@ -125,7 +125,7 @@ class ValkeyEngine:
         self._ask("unlink", list(names))
 
     def names(self, prefix: str) -> Iterator[list[str]]:
-        # Names of ours hold nothing that a pattern would take for more than itself.
+        # Our names contain no special characters of patterns.
         if self._cluster:
             cluster_cursor = glide.ClusterScanCursor()
             while not cluster_cursor.is_finished():
