@@ -1,1 +1,1 @@
-"""What `lmcache-mm COMMAND` runs."""
+"""The commands of `lmcache-mm`."""

@@ -1,4 +1,4 @@
-"""python -m lmcache_mm calibrate: measures which way transfers of a GPU are fastest, and keeps the answer."""
+"""python -m lmcache_mm calibrate: measures the fastest way of a GPU's transfers, and saves the answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RING_BLOCKS = (4, 8, 16, 32, 64)
 RING_PAGE_BYTES = 32 << 10
 LAYERS, LAYER_BYTES = 28, 8 << 20  # about 8,192 tokens of Qwen2-VL-7B
 ROUNDS = 9
-GAIN = 0.02  # what another way has to gain on the ring to be taken, and what a ring of fewer blocks may lose
+GAIN = 0.02  # another way must beat the ring by this much, and a ring of fewer blocks may lose as much
 CHUNK_BYTES = 8 << 20
 BUFFERS, BUFFER_BYTES = 3, 16 << 20
 WIDTH = 4096  # of the matrices that compute beside loads multiplies
@@ -37,15 +37,15 @@ class Times(NamedTuple):
 
 
 class LayerTimes(NamedTuple):
-    """Medians, in seconds: a transfer by layers, and a fixed piece of compute beside it."""
+    """Medians, in seconds: a transfer by layers, and a fixed piece of compute concurrent with it."""
 
     transfer: float
     compute: float
 
 
 def rows_of(times: Mapping[tuple[int, int], Times]) -> tuple[tuple[int, int], ...]:
-    """(count, least fragment bytes) from the times of (count, fragment bytes): with so many fragments a batch pays from
-    this length on, as it does with all longer ones that were measured. What greater counts do not add is left out."""
+    """Rows (count, least fragment bytes) from the times by (count, fragment bytes): with that many fragments a batch
+    pays for this length and all longer ones measured. Leaves out rows that follow from smaller counts."""
     rows: list[tuple[int, int]] = []
     for count in sorted({count for count, _ in times}):
         pays = None
@@ -59,8 +59,8 @@ def rows_of(times: Mapping[tuple[int, int], Times]) -> tuple[tuple[int, int], ..
 
 
 def layer_blocks_of(ring: LayerTimes, kernels: Mapping[int, LayerTimes]) -> int:
-    """How many blocks of a kernel should do transfers by layers: the fastest that gains on the ring without costing
-    compute beside it more; 0: none, the ring does."""
+    """How many blocks of a kernel should do transfers by layers: the fastest number that beats the ring without slowing
+    concurrent compute more; 0: use the ring."""
     good = {
         times.transfer: blocks
         for blocks, times in kernels.items()
@@ -70,12 +70,12 @@ def layer_blocks_of(ring: LayerTimes, kernels: Mapping[int, LayerTimes]) -> int:
 
 
 def ring_blocks_of(times: Mapping[int, float]) -> int:
-    """The fewest blocks of the ring's kernels with which a transfer is about as fast as it gets."""
+    """The fewest blocks of the ring's kernels with which a transfer is about as fast as possible."""
     return min(blocks for blocks, seconds in times.items() if seconds <= min(times.values()) * (1 + GAIN))
 
 
 class Bench:
-    """Transfers of made-up pages of one GPU."""
+    """Transfers of synthetic pages of one GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -103,7 +103,7 @@ class Bench:
         return job.wait()
 
     def times(self, direction: str, count: int, size: int) -> Times:
-        """Of a transfer of `count` fragments, in shuffled order."""
+        """Times a transfer of `count` fragments, in shuffled order."""
         layout = self._layout(self._pages[: 2 * count * size], size)
         order = torch.randperm(2 * count)[:count]
         chunks = order.split(max(1, CHUNK_BYTES // size))
@@ -117,11 +117,11 @@ class Bench:
             return self._move(direction, layout, parts, [1], least)
 
         if run(0) != run(1):
-            raise RuntimeError(f"calibrate: {direction}: a batch copies something else than the ring")
+            raise RuntimeError(f"calibrate: {direction}: a batch copies different bytes than the ring")
         return Times(*medians([lambda: run(0), lambda: run(1)]))
 
     def layer_times(self, direction: str, blocks: int) -> LayerTimes:
-        """Of a transfer of LAYERS layers, one after the other, and of compute beside it. blocks: 0 for the ring."""
+        """Times a transfer of LAYERS layers, one after another, and concurrent compute. blocks: 0 for the ring."""
         size = 32 << 10
         count = LAYER_BYTES // size
         layout = self._layout(self._pages[: LAYERS * 2 * LAYER_BYTES], size, LAYERS)
@@ -136,7 +136,7 @@ class Bench:
             return self._move(direction, layout, [part], list(range(1, LAYERS + 1)), 0, blocks)
 
         if move() != move(0):
-            raise RuntimeError(f"calibrate: {direction}: {blocks} blocks copy something else than the ring")
+            raise RuntimeError(f"calibrate: {direction}: {blocks} blocks copy different bytes than the ring")
 
         def beside() -> None:
             with torch.cuda.stream(compute_stream):
@@ -157,7 +157,7 @@ class Bench:
 
 
 def medians(works: list[Callable[[], object]]) -> list[float]:
-    """In seconds, timed in turn, after one untimed round."""
+    """The works' medians in seconds, timed in turn, after one untimed round."""
     times: list[list[float]] = [[] for _ in works]
     for _ in range(ROUNDS + 1):
         for work, of_work in zip(works, times, strict=True):
@@ -169,7 +169,7 @@ def medians(works: list[Callable[[], object]]) -> list[float]:
 
 
 def measure(device: torch.device) -> Iterator[str | Paths]:
-    """Says what it found, line by line; the last is the choice."""
+    """Yields its findings, line by line, and then the choice."""
     bench = Bench(device)
     by_ring_blocks = {}
     count = MOST_BYTES // RING_PAGE_BYTES
@@ -205,13 +205,13 @@ def measure(device: torch.device) -> Iterator[str | Paths]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measures which way transfers between a GPU and the host are fastest, and keeps the answer."
+    parser.description = "Measures the fastest way of transfers between a GPU and the host, and saves the answer."
     parser.epilog = (
-        "Takes 1.2 GiB of the GPU's memory and 0.5 GiB of pinned memory, on a GPU that nothing else "
-        "uses. Processes that start afterwards go by it; without it they go by defaults."
+        "Needs 1.2 GiB of the GPU's memory and 0.5 GiB of pinned memory, and a GPU that nothing else "
+        "uses. Processes started later use the answer; without one they use defaults."
     )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU, by its number (default: 0)")
-    parser.add_argument("--dry-run", action="store_true", help="measure and print, keep nothing")
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, save nothing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,5 +228,5 @@ def run(args: argparse.Namespace) -> int:
             print(found)
             if not args.dry_run:
                 file = transfer_paths.save(found, torch.cuda.get_device_name(device))
-                print(f"kept in {file}")
+                print(f"saved in {file}")
     return 0

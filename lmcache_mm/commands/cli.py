@@ -28,12 +28,12 @@ from lmcache_mm.stores.remote.remote import RemoteStore
 if TYPE_CHECKING:
     from lmcache_mm.commands.metrics import Metrics
 
-# Of stats(): what a process counts, which is nothing yet for one that has just opened a store.
+# The counters in stats() are per process, so useless for a process that has just opened the store.
 COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "errors", "promoted", "waiting")
 
 
 def stat(args: argparse.Namespace) -> int:
-    """Prints a store's own figures, a line each."""
+    """Prints a store's figures, one per line."""
     with closing(open_store(args.url)) as store:
         if isinstance(store, PeerStore):
             raise ValueError(f"store: {args.url!r} is another host's: ask there")
@@ -57,7 +57,7 @@ def clear(args: argparse.Namespace) -> int:
         print(f"removed {directory}")
         return 0
     with closing(kind.open(directory, None)) as store:
-        print(f"{store.clear()} records removed; {directory} stays, for processes have it open")
+        print(f"{store.clear()} records removed; {directory} stays, since processes have it open")
     return 0
 
 
@@ -116,18 +116,18 @@ def _place(address: tuple[str, int]) -> str:
 
 
 def make_certificates(args: argparse.Namespace) -> int:
-    """Makes certificates for hosts, and a CA if there is none; prints where they are."""
+    """Makes certificates for hosts, and a CA if there is none; prints their paths."""
     try:
         from lmcache_mm.commands import certificates  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(f"certificates: needs the extra: pip install '.[peer]' ({error})") from None
     for place in certificates.make(args.directory, args.hosts, args.days):
-        print(f"{place}: to be copied to that host, and named by --tls and ?tls=")
+        print(f"{place}: copy it to that host, and name it in --tls and ?tls=")
     return 0
 
 
 def _on_store(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """The command, with one sentence and status 2 for a store that is none or cannot be opened."""
+    """The command; if the store is invalid or cannot be opened, prints one sentence and returns 2."""
 
     def checked(args: argparse.Namespace) -> int:
         try:
@@ -150,7 +150,7 @@ def _readable(size: float) -> str:
 
 
 def _name() -> str:
-    """Under which it was called."""
+    """The name under which the program was called."""
     return "lmcache-mm" if Path(sys.argv[0]).name == "lmcache-mm" else "python -m lmcache_mm"
 
 
@@ -171,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
         run=lambda _: doctor.run()
     )
-    calibrate_parser = commands.add_parser("calibrate", help="measure which way transfers of a GPU are fastest")
+    calibrate_parser = commands.add_parser("calibrate", help="measure the fastest way of a GPU's transfers")
     calibrate.add_arguments(calibrate_parser)
     calibrate_parser.set_defaults(run=calibrate.run)
     return parser
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = int(args.run(args))
         sys.stdout.flush()
-    except BrokenPipeError:  # whatever read the output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader stopped reading, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status
@@ -237,13 +237,13 @@ def _add_certificates(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "certificates",
         help="make the certificates that hosts need to lend stores to each other",
         description="Makes DIR/HOST for each host, with ca.pem, cert.pem and key.pem, for `serve --tls` and peer: "
-        "stores' ?tls=. The CA is made with the first; DIR/ca.key signs for hosts that come later, and stays here.",
+        "stores' ?tls=. The first run makes the CA; DIR/ca.key signs for later hosts, and stays here.",
     )
-    certificates_parser.add_argument("directory", metavar="DIR", type=Path, help="made if there is none")
+    certificates_parser.add_argument("directory", metavar="DIR", type=Path, help="created if missing")
     certificates_parser.add_argument(
         "hosts", metavar="HOST", nargs="+", help="a name or address as in peer://HOST:PORT"
     )
     certificates_parser.add_argument(
-        "--days", metavar="N", type=int, default=365, help="for how long they are valid, default %(default)s"
+        "--days", metavar="N", type=int, default=365, help="how long they are valid, default %(default)s"
     )
     certificates_parser.set_defaults(run=_on_store(make_certificates))

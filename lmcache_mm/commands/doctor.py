@@ -24,11 +24,11 @@ DRIVER = Path("/proc/driver/nvidia")
 class Finding(NamedTuple):
     topic: str
     text: str
-    mend: str = ""  # what to do; nothing where nothing is wrong
+    mend: str = ""  # what to do; empty if nothing is wrong
 
 
 def findings() -> Iterator[Finding]:
-    """One by one, as they are made."""
+    """Yields findings one by one."""
     yield Finding("build", f"CUDA {_C.cuda_version} for {_C.cuda_archs}" if _C.cuda_version else "CPU operations only")
     yield Finding("python", f"{platform.python_version()}, torch {torch.__version__}")
     yield Finding("cpu", f"{os.cpu_count()} cores, {', '.join(_C.simd_variants())}")
@@ -65,19 +65,19 @@ def _gpu() -> Iterator[Finding]:
             note = "" if known else ", by code compiled at its first use"
             yield Finding(f"gpu {index}", f"{where}: kernels run{note}")
             calibrated = transfer_paths.load(transfer_paths.file_of(properties.name))
-            text = "as measured here" if calibrated else "by defaults; python -m lmcache_mm calibrate measures"
+            text = "as measured here" if calibrated else "by defaults; measure with python -m lmcache_mm calibrate"
             yield Finding(f"gpu {index}", f"transfers go {text}: {calibrated or transfer_paths.Paths()}")
 
 
 def _try_gpu(device: torch.device) -> str:
-    """What goes wrong when a page is gathered there; nothing if nothing does."""
+    """Gathers a page on the device. Returns what went wrong, or an empty string."""
     try:
         pages = torch.arange(4 * 64, dtype=torch.uint8, device=device).view(4, 4, 16)
         layout = KVLayout.from_tensors([pages], page_tokens=4, page_dim=0, token_dim=1)
         right = torch.equal(ops.gather_pages(layout, [2, 0]), pages[[2, 0]].view(-1))
     except Exception as error:
         return str(error)
-    return "" if right else "it gathers something else than what is there"
+    return "" if right else "it gathers wrong bytes"
 
 
 def _limits() -> Iterator[Finding]:
@@ -132,7 +132,7 @@ def _size(size: float) -> str:
 
 
 def run() -> int:
-    """Prints a line for each finding; 1 if something is to be mended."""
+    """Prints a line for each finding; returns 1 if something must be fixed."""
     status = 0
     for finding in findings():
         print(f"{finding.topic:14} {finding.text}", flush=True)
