@@ -1,4 +1,4 @@
-"""The operations on their own, on NumPy arrays and, where there is a GPU, on CuPy's."""
+"""The operations by themselves, on NumPy arrays and, on a machine with a GPU, on CuPy arrays."""
 
 from __future__ import annotations
 

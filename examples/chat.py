@@ -28,7 +28,7 @@ def main() -> None:
             tokens = [model.forward(x[restored:], restored, block_ids)]
             while len(tokens) < ANSWER_TOKENS:
                 tokens.append(model.forward(model.embedding[tokens[-1:]], len(prompt) + len(tokens) - 1, block_ids))
-            # The last token's KV has not been computed: nobody has asked what comes after it.
+            # The last token's KV has not been computed, since no token was generated after it.
             turn = lmc.Prompt([*prompt.token_ids.tolist(), *tokens[:-1]], items, turns=turns)
             cache.store(turn, block_ids).result()
             print(f"{len(prompt)} tokens, {restored} restored, {len(tokens)} generated")

@@ -1,6 +1,6 @@
 """Questions about photographs, answered with KV from a store and checked token by token."""
 
-# ruff: noqa: PLC0415  What is imported inside functions is optional and takes seconds to import: only `run` needs it.
+# ruff: noqa: PLC0415  Imports inside functions are optional packages that take seconds to import.
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ the content of the picture into the name. Explain in your own words why a name o
 that stands before the chunk, and what would go wrong if it did not."""
 
 DESCRIPTION = f"""\
-Answers questions about photographs with Qwen2-VL in an inference loop of its own with a paged KV cache, and reuses KV
-by keys made from what the images show. Without options it needs no download and no GPU: a tiny Qwen2-VL with random
-weights looks at three photographs that scikit-image ships.
+Answers questions about photographs with Qwen2-VL in its own inference loop with a paged KV cache, and reuses KV by keys
+made from the images' content. Without options it needs no download and no GPU: it runs a tiny Qwen2-VL with random
+weights on three photographs that scikit-image ships.
 
-One row each: the first image; the same again; the same text about the second image; the first image with another
-question after it; the first image with other text before it; a text-only prompt; the same again; and the same text
-about every further image. Then the same rows with keys from raw token ids, under which images of equal size look
-alike: they show the wrong answers that keys from content prevent.
+The table has one row for each of these: the first image; the same again; the same text about the second image; the
+first image with another question after it; the first image with other text before it; a text-only prompt; the same
+again; and the same text about every further image. A second table has the same rows with keys from raw token ids, which
+cannot tell images of equal size apart: it shows the wrong answers that keys from content prevent.
 
   KV hits   tokens whose KV was restored from the store. Measured: the request's pages are filled with NaN before, and
             tokens without a NaN in any layer are counted after. The last token is always computed, for its logits.
   encoder   images whose vision encoder output came from the same store, wherever in a prompt the image was before, and
-            how much less time that took than the encoder. Images that KV covers need neither.
-  TTFT      time to first token of a tokenised prompt: hashing the image, looking up, restoring, computing the rest.
+            the time saved against running the encoder. Images that KV covers need neither.
+  TTFT      time to first token of a tokenized prompt: hashing the image, looking up, restoring, computing the rest.
   equal     the answer is, token for token, the one computed without any cache, and the restored KV is the prompt's own
-            (with raw token ids only the answer counts). On the CPU in float32 the answer without a cache is that of
-            transformers' own generate(). Elsewhere kernels round differently for different sizes: there it is computed
-            from the same token on as the row's, with the prompt's own KV left in place before it, and the restored KV
-            must be that KV bit for bit.
+            (with raw token ids only the answer counts). On the CPU in float32 the answer without a cache comes from
+            transformers' generate(). Elsewhere kernels round differently for different sizes: there the loop computes
+            it from the same token on as the row's answer, after the prompt's own KV, and the restored KV must equal
+            that KV bit for bit.
 
 Chunks have {CHUNK_TOKENS} tokens, pages {PAGE_TOKENS}."""
 
@@ -84,9 +84,10 @@ examples:
 
 @dataclass(frozen=True)
 class Row:
-    """What one question showed, named as in the JSON. hit_rate = kv_hits / total_tokens; times in seconds.
+    """The results of one question, named as in the JSON. hit_rate = kv_hits / total_tokens; times in seconds.
 
-    encoder_saved_s: what encoding took for the images of encoder_hits, in the answer without cache, less their loading.
+    encoder_saved_s: for the images in encoder_hits, the encoding time in the answer without cache minus their loading
+    time.
     """
 
     query: str
@@ -100,7 +101,7 @@ class Row:
 
 
 class _Misuse(Exception):
-    """What the user asked for cannot be done; the text says what was expected and what was found."""
+    """The user's request cannot be done; the text says what was expected and what was found."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     model = parser.add_mutually_exclusive_group()
-    text = "Qwen2-VL checkpoint: a directory or a hub id (default: a tiny one, made on the spot)"
+    text = "Qwen2-VL checkpoint: a directory or a hub id (default: a tiny one, built on the fly)"
     model.add_argument("--model", metavar="DIR_OR_ID", help=text)
     text = "a model of this shape with random weights, made on the device: qwen2-vl-2b, qwen2-vl-7b, "
     text += "tiny, or the config.json (file, directory or hub id) of a Qwen2-VL checkpoint"
@@ -120,12 +121,12 @@ def _parser() -> argparse.ArgumentParser:
     text = "two images or more, in any format that Pillow reads (default: three photographs from scikit-image)"
     add("--image", nargs="+", metavar="FILE", help=text)
     text = "every image is cropped and scaled to a square of this side, within the limits of the model's processor, "
-    text += "since raw token ids only confuse images of one size (default: %(default)s, which makes 1024 tokens)"
+    text += "since raw token ids only confuse images of equal size (default: %(default)s, which gives 1024 tokens)"
     add("--image-size", type=_at_least(28), default=896, metavar="PIXELS", help=text)
-    text = "length at which answers end at the latest (default: %(default)s)"
+    text = "the most tokens per answer (default: %(default)s)"
     add("--max-new-tokens", type=_at_least(1), default=16, metavar="N", help=text)
     text = "keep KV in this store, such as shm:///demo?capacity=1GiB, and use what an earlier run left there; the rows "
-    text += "with raw token ids never do (default: a store of this run's own)"
+    text += "with raw token ids never do (default: a new store for this run)"
     add("--store", metavar="URL", help=text)
     add("--json", type=Path, metavar="FILE", help="write the rows to this file")
     return parser
@@ -194,7 +195,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 class _Demo:
-    """The model, its loop and the questions; asks them all, with either kind of keys and a store of their own."""
+    """The model, its loop and the questions; asks them all, with either kind of keys, each with its own store."""
 
     def __init__(
         self,
@@ -225,7 +226,7 @@ class _Demo:
         ]
         self.warm_up_request = self._request(PIL.Image.new("RGB", first.size, "grey"), QUESTION)
         longest = max(len(request.token_ids) for _, request in self.queries) + self.max_new_tokens
-        # One request needs pages at a time; out of four times as many they come well scattered.
+        # One request needs pages at a time; four times as many make them well scattered.
         self.loop = PagedQwen2VL(self.model, num_pages=4 * -(-longest // PAGE_TOKENS), page_tokens=PAGE_TOKENS)
         self.namespace = lmc.Namespace(model=self.model_name, weights=self.weights, dtype=self.loop.dtype)
         self._generated: dict[Request, list[int]] = {}
@@ -241,26 +242,26 @@ class _Demo:
         return Request(dict(inputs), config.image_token_id, config.vision_config.spatial_merge_size)
 
     def headline(self) -> str:
-        """What answers, where, and in which sizes."""
+        """Names the model, the device and the sizes."""
         device, dtype = self.loop.device, str(self.loop.dtype).removeprefix("torch.")
         where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         image_tokens = self.queries[0][1].images[0].length
         return (
             f"{self.model_name}, {len(self.loop.kv_caches)} layers, {dtype}, on {where}; "
-            f"{image_tokens} tokens an image, {CHUNK_TOKENS} a chunk, {PAGE_TOKENS} a page"
+            f"{image_tokens} tokens per image, {CHUNK_TOKENS} per chunk, {PAGE_TOKENS} per page"
         )
 
     def warm_up(self) -> None:
-        """Asks about a grey image twice, so that lazy initialisation is over, with a store that no row sees."""
+        """Asks about a gray image twice, to get lazy initialization done, with a store that no row sees."""
         with self._open_cache([self.warm_up_request], None) as cache:
             for _ in range(2):
                 self._ask("warm-up", self.warm_up_request, cache, True)
 
     def ask_all(self, by_content: bool, advance: Callable[[str], None]) -> tuple[list[Row], list[str]]:
-        """All rows, with the user's store if keys are from content and else with one that is empty at first, and a
-        sentence for each wrong answer."""
+        """All rows, with the user's store if keys are from content and else with a new one, and a sentence for each
+        wrong answer."""
         rows, mistakes = [], []
-        # What raw token ids name is wrong in any store that others use.
+        # Records under keys from raw token ids are wrong for everybody else: keep them out of shared stores.
         store = self.store if by_content else None
         with self._open_cache([request for _, request in self.queries], store) as cache:
             for query, request in self.queries:
@@ -279,7 +280,7 @@ class _Demo:
 
     def _open_cache(self, requests: list[Request], store: str | None) -> lmc.KVCache:
         kv_caches = self.loop.kv_caches
-        # Room for all records: of each prompt the whole chunks, and those that end with its image and with itself.
+        # Room for all records: each prompt's whole chunks, and those that end at its image's end and at its own.
         chunks = sum(-(-len(request.token_ids) // CHUNK_TOKENS) + 2 for request in requests)
         chunk_bytes = CHUNK_TOKENS // PAGE_TOKENS * sum(pages[0].nbytes for pages in kv_caches)
         hidden: int = self.model.config.text_config.hidden_size
@@ -295,7 +296,7 @@ class _Demo:
     def _ask(
         self, query: str, request: Request, cache: lmc.KVCache, by_content: bool
     ) -> tuple[Row, list[int], list[int]]:
-        """Answers one question with `cache`: its row, the answer, and the answer without any cache."""
+        """Answers one question with `cache`. Returns its row, the answer, and the answer without any cache."""
         loop, n = self.loop, len(request.token_ids)
         block_ids = loop.allocate(n + self.max_new_tokens)
         prompt_block_ids = block_ids[: -(-n // PAGE_TOKENS)]
@@ -325,14 +326,14 @@ class _Demo:
         expected, own_kv, encoding_s = self._answer_without_cache(request, restored)
         saved_s = sum(encoding_s[name] - took_s for name, took_s in encoder.loading_s.items())
         equal = answer == expected
-        if by_content:  # raw token ids restore the KV of another image: there only the answer is of interest
+        if by_content:  # raw token ids restore another image's KV: there only the answer matters
             equal = equal and written == restored and self._same_kv(restored_kv, own_kv)
         hits = min(written, n - 1)
         row = Row(query, n, hits, hits / n, len(encoder.loading_s), saved_s, ttft_s, equal)
         return row, answer, expected
 
     def _answer_without_cache(self, request: Request, split: int) -> tuple[list[int], torch.Tensor, dict[str, float]]:
-        """The answer that no store had a part in, the prompt's own KV of the tokens [0, split), and how many seconds
+        """The answer computed without any store, the prompt's own KV of the tokens [0, split), and the seconds that
         each image took to encode."""
         loop, n = self.loop, len(request.token_ids)
         block_ids = loop.allocate(n + self.max_new_tokens)
@@ -352,8 +353,8 @@ class _Demo:
         return expected, own_kv, encoder.encoding_s
 
     def _same_kv(self, restored: torch.Tensor, own: torch.Tensor) -> bool:
-        # Swapped pages or slots may leave an answer as it is (attention does not ask for the order of its keys), so
-        # the answer alone would not show them.
+        # Swapped pages or slots may not change the answer, since attention ignores the order of its keys: comparing
+        # answers is not enough.
         if self.exact:
             return torch.allclose(restored, own, rtol=1e-3, atol=1e-3)
         return torch.equal(restored.view(torch.uint8), own.view(torch.uint8))
@@ -365,7 +366,7 @@ class _Demo:
 
 
 class _Encoder:
-    """The loop's vision encoder, behind a cache if there is one, with the seconds that it took by images' names."""
+    """The loop's vision encoder, behind a cache if there is one; keeps the seconds that each image took."""
 
     def __init__(self, loop: PagedQwen2VL, cache: lmc.EncoderCache | None) -> None:
         self._loop, self._cache = loop, cache
@@ -387,17 +388,17 @@ class _Encoder:
         return features
 
     def save_new(self) -> None:
-        """When the answer is there."""
+        """Stores the new outputs, after the answer."""
         if self._cache is not None:
             for name, features in self._new.items():
                 self._cache.save(name, features)
 
 
 def _identifier(image: Image) -> str:
-    """Digest of an image's processed data and their form: what the vision encoder is given, and so what decides KV.
+    """A digest of an image's processed data, shape and dtype: the vision encoder's input, which decides the KV.
 
-    A digest of the file would say too much (two files may hold one picture) and too little (not how the processor
-    scaled it).
+    A digest of the file would be wrong: two files may hold the same picture, and the file does not say how the
+    processor scales it.
     """
     digest = blake3()
     for tensor in (image.pixel_values, image.grid):
@@ -442,7 +443,7 @@ def _read_photographs(args: argparse.Namespace) -> list[tuple[str, Photograph]]:
 
 
 def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, str]:
-    """Model on `device`, its processor, its name, and what tells its weights from others of that name."""
+    """The model on `device`, its processor, its name, and a fingerprint of its weights."""
     import transformers
 
     import tiny_qwen2_vl
@@ -464,7 +465,7 @@ def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
             model_class: Any = transformers.Qwen2VLForConditionalGeneration
             model, loaded = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
             processor = transformers.AutoProcessor.from_pretrained(source)
-        except Exception as error:  # the readers of the various files raise errors of their own
+        except Exception as error:  # the readers of the various files raise all kinds of errors
             raise _Misuse(f"--model: cannot load {source}: {_first_line(error)}") from error
         if loaded["missing_keys"]:
             raise _Misuse(f"--model: {source} lacks weights, such as {min(loaded['missing_keys'])}")
@@ -480,7 +481,7 @@ def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
 
 
 def _read_config(option: str, source: str) -> Any:
-    """The Qwen2VLConfig that a built-in shape, config.json, directory or hub id stands for."""
+    """The Qwen2VLConfig of a built-in shape, config.json, directory or hub id."""
     import transformers
 
     import tiny_qwen2_vl

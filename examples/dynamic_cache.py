@@ -1,4 +1,4 @@
-"""transformers' DynamicCache, which is dense: KV goes to the store and back through a few pages of our own."""
+"""transformers' DynamicCache, which is dense: its KV goes to the store and back through a few pages of this file's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class DenseReuse:
         self.block_ids = list(range(PAGES))
 
     def past(self, prompt: lmc.Prompt) -> DynamicCache:
-        """With the KV of all tokens that the store has, but the last of the prompt."""
+        """A DynamicCache with the KV of all tokens that the store has, except the prompt's last."""
         hit = min(self.cache.match(prompt), len(prompt) - 1)
         restored = self.cache.retrieve(prompt, self.block_ids, hit).result()
         past = DynamicCache()
@@ -41,7 +41,7 @@ class DenseReuse:
         return past
 
     def keep(self, prompt: lmc.Prompt, past: DynamicCache) -> None:
-        """Stores what the store lacks of the prompt's KV."""
+        """Stores the part of the prompt's KV that the store lacks."""
         layers: Any = past.layers
         for pages, layer in zip(self.pages, layers, strict=True):
             dense = torch.stack([layer.keys[0], layer.values[0]])[:, :, : len(prompt)]

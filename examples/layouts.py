@@ -1,4 +1,4 @@
-"""Paged caches as engines lay them out: what `KVLayout.from_tensors` is told, and a round trip of each."""
+"""Paged caches as engines lay them out: the arguments of `KVLayout.from_tensors`, and a round trip of each layout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PAGES, TOKENS, HEADS, DIM, LAYERS = 32, 16, 4, 64, 3
 
 
 def layouts() -> dict[str, tuple[list[torch.Tensor], lmc.KVLayout]]:
-    """By name: one tensor per layer, and the layout over them."""
+    """By name: one tensor per layer, and their layout."""
 
     def caches(*shape: int) -> list[torch.Tensor]:
         return [torch.randn(shape).to(torch.bfloat16) for _ in range(LAYERS)]
@@ -35,7 +35,7 @@ def main() -> None:
             for tensor in tensors:
                 tensor.zero_()
             restored = cache.retrieve(prompt, block_ids).result()
-        full = block_ids[: restored // TOKENS]  # of the last page, slots that no token has are zeros now
+        full = block_ids[: restored // TOKENS]  # the last page's unused slots are zeros now
         there = lmc.ops.gather_pages(layout, full)
         for tensor, old in zip(tensors, before, strict=True):
             tensor.copy_(old)

@@ -1,4 +1,4 @@
-"""An inference loop of one's own: a small attention model with a paged KV cache, and reuse across questions."""
+"""Your own inference loop: a small attention model with a paged KV cache, and reuse across questions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ VOCABULARY, WIDTH, LAYERS, PAGE_TOKENS, PAGES = 128, 32, 2, 16, 64
 
 
 class Model:
-    """Attention and nothing else, with random weights. kv: one tensor per layer, [page, 2, token, width]."""
+    """Only attention, with random weights. kv: one tensor per layer, [page, 2, token, width]."""
 
     def __init__(self, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -32,7 +32,7 @@ class Model:
 
 
 def answer(model: Model, prompt: lmc.Prompt, image: torch.Tensor, cache: lmc.KVCache | None) -> tuple[list[int], int]:
-    """Eight tokens, and how many tokens of the prompt were not computed. image: the rows that its item stands for."""
+    """Eight tokens, and how many prompt tokens were restored. image: the embeddings of the prompt's item."""
     block_ids = torch.randperm(PAGES)[: -(-(len(prompt) + 8) // PAGE_TOKENS)].tolist()
     x = model.embedding[torch.tensor(prompt.token_ids)]
     for item in prompt.items:

@@ -1,4 +1,4 @@
-"""A custom inference loop around transformers' Qwen2-VL: paged KV cache, prefill from any token on, greedy decoding."""
+"""A custom inference loop for transformers' Qwen2-VL: paged KV cache, prefill from any token on, greedy decoding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class _PagedLayer(CacheLayerMixin):
-    """One layer's view of one sequence: reads and writes the pages named by a block table, and owns no KV itself."""
+    """One layer's view of one sequence: reads and writes the pages in a block table, and owns no KV."""
 
     def __init__(self, pages: torch.Tensor, block_table: torch.Tensor, length: int) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class _PagedLayer(CacheLayerMixin):
 
 @dataclass(frozen=True)
 class Image:
-    """One image of a request: its processed data, and the placeholder tokens [offset, offset + length) it stands for.
+    """One image of a request: its processed data, and its placeholder tokens [offset, offset + length).
 
-    pixel_values: patches as the processor makes them [patches, values of a patch]; grid: [1, 3] int64 (t, h, w).
+    pixel_values: patches from the processor [patches, values per patch]; grid: [1, 3] int64 (t, h, w).
     """
 
     offset: int
@@ -68,7 +68,7 @@ class Image:
 
 
 class Request:
-    """A processed prompt: what Qwen2VLProcessor returned for one text (`inputs`), and the images found in it."""
+    """A processed prompt: what Qwen2VLProcessor returned for one text (`inputs`), and its images."""
 
     def __init__(self, inputs: dict[str, torch.Tensor], image_token_id: int, merge_size: int) -> None:
         self.inputs = inputs
@@ -84,11 +84,11 @@ class Request:
 
 
 class PagedQwen2VL:
-    """Greedy decoding with any Qwen2VLForConditionalGeneration over KV pages that the caller can reach.
+    """Greedy decoding with any Qwen2VLForConditionalGeneration over KV pages that the caller can access.
 
-    `kv_caches` holds one tensor a layer: [num_pages, 2 (K, V), page_tokens, kv_heads, head_dim] on the model's device
-    in its dtype. A request's pages are drawn at random, so that nothing works by virtue of neighbouring pages. The loop
-    knows nothing of lmcache_mm: what has KV already is said by `start`, and is then read and not computed.
+    `kv_caches` holds one tensor per layer: [num_pages, 2 (K, V), page_tokens, kv_heads, head_dim] on the model's device
+    in its dtype. A request's pages are drawn at random, so that nothing works only because pages are adjacent. The loop
+    knows nothing of lmcache_mm: `start` says how many tokens have KV already, which is then read, not computed.
     """
 
     def __init__(
@@ -120,15 +120,15 @@ class PagedQwen2VL:
         self._free += block_ids
 
     def poison(self, block_ids: list[int]) -> None:
-        """Fills these pages with NaN: reading KV that nobody wrote then shows in the answer."""
+        """Fills these pages with NaN: then reading unwritten KV shows in the answer."""
         for pages in self.kv_caches:
             pages[block_ids] = float("nan")
 
     def count_written(self, block_ids: list[int], tokens: int) -> int:
         """How many of a poisoned sequence's first tokens have been written since, in every layer, K and V.
 
-        A token counts if none of its KV is NaN and it is not zero throughout, which is what the slots behind the tokens
-        of a partly filled page are restored as.
+        A token counts if none of its KV is NaN and not all of it is zero: restoring a partly filled page zeroes its
+        unused slots.
         """
         kv = self.read_kv(block_ids, tokens).transpose(0, 2).flatten(1)
         return int((~kv.isnan().any(1) & kv.any(1)).sum())
@@ -139,13 +139,13 @@ class PagedQwen2VL:
         return torch.stack(layers)
 
     def synchronize(self) -> None:
-        """Waits until the device has done all that was asked of it, so that a clock read next tells the truth."""
+        """Waits for the device to finish, so that a time taken next is right."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
     def encode(self, image: Image) -> torch.Tensor:
-        """What the vision encoder makes of an image: [image.length, hidden]."""
+        """The vision encoder's output for an image: [image.length, hidden]."""
         features: torch.Tensor = self.model.model.get_image_features(
             image.pixel_values.to(self.device), image.grid.to(self.device)
         ).pooler_output[0]
@@ -162,13 +162,13 @@ class PagedQwen2VL:
     ) -> Iterator[int]:
         """Yields the greedy answer, token by token, up to and including an end token.
 
-        block_ids: pages of the sequence from token 0 on, enough for prompt and answer. start: tokens [0, start) have
-        their KV in these pages already; 0 ≤ start < prompt tokens, since the last one's logits are needed. encode: what
-        is asked for the outputs of the vision encoder, instead of this class's own `encode`.
+        block_ids: the sequence's pages from token 0 on, enough for prompt and answer. start: tokens [0, start) have
+        their KV in these pages already; 0 ≤ start < prompt tokens, since the last one's logits are needed. encode:
+        replaces this class's own `encode`.
 
-        The prefill makes a stop where the last image ends. So the KV of an image does not depend on how long the
-        question after it is (kernels are chosen by size and round differently), and a caller that reuses it up to there
-        computes on exactly as the request that stored it.
+        The prefill is split at the last image's end. So an image's KV does not depend on the length of the question
+        after it (kernels are chosen by size and round differently), and a caller that reuses KV up to there continues
+        exactly like the request that stored it.
         """
         token_ids = request.token_ids
         if not 0 <= start < len(token_ids):
@@ -180,7 +180,7 @@ class PagedQwen2VL:
         for begin, end in zip([0, *stops], [*stops, len(token_ids) - start], strict=True):
             logits = self._forward(embeddings[begin:end], positions[:, start + begin : start + end], cache)
 
-        # After the prompt all three of a token's positions (time, height, width) count on from the greatest so far.
+        # After the prompt, a token's three positions (time, height, width) all continue from the greatest so far.
         next_position = positions.max() + 1
         for step in range(max_new_tokens):
             token = int(logits.argmax())

@@ -49,7 +49,7 @@ CHAT_TEMPLATE = """\
 {% endif -%}
 """
 
-# What is not named here is transformers' default for Qwen2-VL, as in the published checkpoints of these sizes.
+# Everything else is transformers' default for Qwen2-VL, as in the published checkpoints of these sizes.
 _TEXT: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
              "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 320},
@@ -68,7 +68,7 @@ def shape(name: str) -> Qwen2VLConfig:
     """The configuration of a built-in shape, one of `BUILT_IN_SHAPES`; KeyError for another name."""
     text = _TEXT[name]
     sixteenth = text["hidden_size"] // text["num_attention_heads"] // 16
-    # A head's rotary pairs are shared out 2 : 3 : 3 between time, height and width.
+    # A head's rotary pairs are split 2 : 3 : 3 between time, height and width.
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2 * sixteenth, 3 * sixteenth, 3 * sixteenth]}
     rest = {"rope_parameters": rope, "rms_norm_eps": 1e-6, "bos_token_id": None, "eos_token_id": None}
     vision = _TINY_VISION if name == "tiny" else {}
@@ -76,7 +76,7 @@ def shape(name: str) -> Qwen2VLConfig:
 
 
 def build_processor(config: Qwen2VLConfig) -> Qwen2VLProcessor:
-    """A processor for `config`, and the special token ids of `config` set to those of its tokenizer.
+    """Makes a processor for `config`, and sets the special token ids of `config` to those of its tokenizer.
 
     The tokenizer has a token for each byte and one for each of Qwen2-VL's special tokens: it needs no vocabulary file.
     Images are resized to between 56² and 896² pixels.
@@ -114,9 +114,9 @@ def build_model(
 ) -> Qwen2VLForConditionalGeneration:
     """A model of the shape `config` with random weights, made on `device` in `dtype`; the embeddings are untied.
 
-    With the usual initialisation every image gets the same answer, and comparing answers would prove nothing. Here
-    each matrix keeps the variance of what goes through it, attention is selective (q, k) and outweighs the residual
-    stream (v, o): answers follow the image. Untied, because with tied embeddings they only repeat the last token.
+    With the usual initialization every image gets the same answer, and comparing answers would prove nothing. Here
+    each matrix preserves variance, attention is selective (q, k) and outweighs the residual stream (v, o): answers
+    depend on the image. With tied embeddings answers would only repeat the last token.
     """
     text: Any = config.text_config
     config.tie_word_embeddings = text.tie_word_embeddings = False
@@ -137,7 +137,7 @@ def build_model(
 
 
 def write_checkpoint(directory: Path, seed: int = 1) -> None:
-    """Writes the tiny model (float32, 4 layers) with its processor into `directory`, which is made if need be."""
+    """Writes the tiny model (float32, 4 layers) with its processor into `directory`, which it creates if missing."""
     config = shape("tiny")
     processor = build_processor(config)
     build_model(config, torch.device("cpu"), torch.float32, seed).save_pretrained(directory)

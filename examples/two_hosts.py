@@ -29,7 +29,7 @@ def main() -> None:
     with cache:
         pages.normal_()
         cache.store(PROMPT, list(range(22))).result()
-        # Beyond loopback, `lmcache-mm certificates` makes what --tls and ?tls= name.
+        # Beyond loopback, use --tls and ?tls= with a directory made by `lmcache-mm certificates`.
         serve = [sys.executable, "-m", "lmcache_mm", "serve", "--store", lent, "--listen", "127.0.0.1:0"]
         with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
             try:
