@@ -8,20 +8,20 @@
 
 namespace lmc {
 
-// What is contiguous both in device memory, a page or a buffer, and in a payload.
+// A piece that is contiguous both in device memory (a page or a buffer) and in a payload.
 struct Fragment {
   u8* device;
   u8* payload;
   u64 bytes;
 };
 
-// Enqueues the copies on `stream`, not the default one: to the payloads, or from them. In one call if they are pinned
-// and the driver has it, else one by one. They are in the order of the stream, and in none among themselves. Payloads
-// that are copied from may be read before the stream has come so far.
+// Enqueues the copies on `stream`, which must not be the default one: to the payloads, or from them; in one call if the
+// payloads are pinned and the driver supports it, else one by one. The copies follow the stream's order, but have none
+// among themselves. Payloads may be read before earlier work on the stream is done.
 inline void copy_fragments(const char* op, const std::vector<Fragment>& fragments, bool to_payloads, bool is_pinned,
                            cudaStream_t stream) {
 #if defined(LMC_HOST_CUDA) || CUDART_VERSION >= 12080
-  // Later drivers keep the signature of CUDA 12.8 under that version.
+  // Later drivers keep this signature for version 12.8.
   const auto copy_batch = driver_function<PFN_cuMemcpyBatchAsync_v12080>(op, "cuMemcpyBatchAsync", 12080);
   if (is_pinned && copy_batch && !fragments.empty()) {
     std::vector<CUdeviceptr> to, from;
@@ -34,7 +34,7 @@ inline void copy_fragments(const char* op, const std::vector<Fragment>& fragment
       sizes.push_back(fragment.bytes);
     }
     CUmemcpyAttributes attributes{};
-    // Of device memory any other order may be before what the stream holds.
+    // Any other order may read device memory before earlier work on the stream has written it.
     attributes.srcAccessOrder = to_payloads ? CU_MEMCPY_SRC_ACCESS_ORDER_STREAM : CU_MEMCPY_SRC_ACCESS_ORDER_ANY;
     attributes.flags = CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE;
     std::size_t first = 0, failed = 0;

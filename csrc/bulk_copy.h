@@ -12,12 +12,12 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
 }
 #endif
 
-// A barrier in shared memory. Its phases complete one after the other, each when `arrivals` threads have arrived and
-// the copies that were begun in it are there.
+// A barrier in shared memory. Its phases complete one after another, each when `arrivals` threads have arrived and the
+// copies begun in the phase are complete.
 struct BulkBarrier {
   unsigned long long state;
 
-  // By one thread, before a block-wide barrier and any other use.
+  // Called by one thread, before a block-wide barrier and any other use.
   __device__ void init(u32 arrivals) {
 #ifdef __CUDA_ARCH__
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(arrivals));
@@ -27,7 +27,7 @@ struct BulkBarrier {
 #endif
   }
 
-  // By a thread that arrives later: begins a copy, to shared memory from global or mapped host memory.
+  // Called by a thread that arrives later: begins a copy to shared memory from global or mapped host memory.
   __device__ void load(void* to, const void* from, u32 bytes) {
 #ifdef __CUDA_ARCH__
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)), "r"(bytes)
@@ -49,8 +49,8 @@ struct BulkBarrier {
 #endif
   }
 
-  // Returns when phase number `phase`, counted from 0, is complete, with what came before it visible. All phases before
-  // it are complete, and the one after it is not.
+  // Returns when phase number `phase`, counted from 0, is complete; everything before it is then visible. All earlier
+  // phases must be complete, and the one after it must not be.
   __device__ void wait(u32 phase) {
 #ifdef __CUDA_ARCH__
     u32 complete = 0;
@@ -68,7 +68,7 @@ struct BulkBarrier {
   }
 };
 
-// Between what a thread has stored to shared memory and a copy out of it, begun by whoever learns of it.
+// Separates a thread's stores to shared memory from a later copy out of it, which another thread may begin.
 __device__ inline void fence_for_bulk_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -77,7 +77,7 @@ __device__ inline void fence_for_bulk_copies() {
 #endif
 }
 
-// Begins a copy from shared memory, to global or mapped host memory.
+// Begins a copy from shared memory to global or mapped host memory.
 __device__ inline void bulk_store(void* to, const void* from, u32 bytes) {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
@@ -97,7 +97,7 @@ __device__ inline void commit_bulk_stores() {
 #endif
 }
 
-// Waits until shared memory is read by all of this thread's groups but the last kPending.
+// Waits until all of this thread's groups except the last kPending have read shared memory.
 template <u32 kPending>
 __device__ void wait_for_bulk_reads() {
 #ifdef __CUDA_ARCH__
@@ -107,7 +107,7 @@ __device__ void wait_for_bulk_reads() {
 #endif
 }
 
-// Waits until all of this thread's groups are written.
+// Waits until all of this thread's groups have been written.
 __device__ inline void wait_for_bulk_stores() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -1,9 +1,9 @@
 // Gather and scatter of paged KV on the GPU: all planes of many chunks in one launch.
 //
-// A payload is cut into lanes of 16 bytes and each lane is found in the cache by itself, whatever the runs' length, so
-// that short runs keep as many bytes in flight as long ones. A thread loads four lanes before it stores any: with four
-// blocks on an SM that is 64 KiB in flight. Where an address or length is no multiple of 16, a kernel for any layout
-// takes units of 4 bytes or of one.
+// A payload is cut into lanes of 16 bytes, and each lane is located in the cache by itself, whatever the runs' length,
+// so that short runs keep as many bytes in flight as long ones. A thread loads four lanes before it stores any: with
+// four blocks on an SM that is 64 KiB in flight. If an address or length is not a multiple of 16, a kernel for any
+// layout copies units of 4 bytes or of one.
 #include "bulk_copy.h"
 #include "error.h"
 #include "ops.h"
@@ -15,8 +15,8 @@ namespace {
 constexpr u32 kThreads = 256;
 constexpr u32 kWarp = 32, kWarps = kThreads / kWarp;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
-// 32-bit indices go with units of 16 bytes, up to payloads of 16 GiB: the case that has to be fast. 64-bit ones are for
-// all else. How many lanes a thread holds at once:
+// 32-bit indices go with units of 16 bytes and payloads up to 16 GiB: the case that has to be fast. 64-bit indices are
+// for everything else. How many lanes a thread holds at once:
 template <typename Index>
 constexpr u32 kLanes = sizeof(Index) == 4 ? 4 : 1;
 template <typename Index>
@@ -34,20 +34,20 @@ struct ChunkWork {
   u64 tiles_end;   // of this chunk and all before it
 };
 
-// What a kernel is told.
+// A kernel's parameters.
 template <typename Index>
 struct Copy {
   PagedLayout<Index> layout;       // planes: in the table
   const ChunkWork<Index>* chunks;  // in the table
   u64 tiles;
-  unsigned long long* sums;  // null: none are made
+  unsigned long long* sums;  // null: no checksums
   bool partial_sums;
-  bool token_mode, gather;  // for the kernel that does not have them in its name
+  bool token_mode, gather;  // for the kernel that handles both
   bool ids_in_table;
   const u8* table;
 
   Copy() = default;
-  // In a kernel: as the parameters say, with addresses.
+  // In a kernel: the parameters, with offsets resolved to addresses.
   __device__ explicit Copy(const WithTable<Copy>& parameters) : Copy(parameters.head) {
     table = parameters.table();
     layout.planes = in_table(table, layout.planes);
@@ -66,8 +66,8 @@ __device__ void add_lane(LaneSums& sums, u64 index, const uint4& lane) {
   sums.add(index, lane.x | static_cast<u64>(lane.y) << 32, lane.z | static_cast<u64>(lane.w) << 32);
 }
 
-// Tells the compiler that a pointer out of a table is one to global memory, and not null: the load or store then needs
-// no test of it.
+// Tells the compiler that a pointer from a table points to global memory and is not null: the load or store then needs
+// no test.
 template <typename T>
 __device__ T* in_global_memory(T* pointer) {
   __builtin_assume(__isGlobal(pointer));
@@ -82,8 +82,8 @@ __device__ u8* cache_unit(const PagedLayout<Index>& layout, const Chunk& chunk, 
     return token_span(layout, chunk, count, y).cache;
 }
 
-// Hands over what a warp has summed of chunk `c`. Blocks take contiguous ranges of tiles, so that no other pair of
-// block and chunk that meet has the same `block + chunk`.
+// Writes a warp's part of the sum of chunk `c`. Blocks take contiguous ranges of tiles, so `block + chunk` differs for
+// all pairs of a block and a chunk that it works on.
 template <typename Index>
 __device__ void put_sum(const Copy<Index>& copy, u32 c, u64 sum, u64 length_term) {
   for (u32 step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -95,8 +95,8 @@ __device__ void put_sum(const Copy<Index>& copy, u32 c, u64 sum, u64 length_term
     atomicAdd(copy.sums + c, sum + (warp == 0 ? length_term : 0));
 }
 
-// Calls visit(chunk, c, first, sums) for each tile of this block, in chunk number `c`: `first` is the tile's first lane
-// in its chunk's payload, and what visits add to `sums` goes to the chunk's checksum.
+// Calls visit(chunk, c, first, sums) for each tile of this block, which lies in chunk number `c`: `first` is the tile's
+// first lane in the chunk's payload, and what visits add to `sums` goes into the chunk's checksum.
 template <typename Index, typename Visit>
 __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
   u64 tile = first_tile(blockIdx.x, copy.tiles, gridDim.x), chunk_begin = 0;
@@ -157,8 +157,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<u32>)
   copy_tiles<kMode, false>(Copy<u32>(parameters));
 }
 
-// Any layout, in units of 4 bytes or of one, in either direction and mode. Hardly any cache needs it, so that it is one
-// small kernel: a thread copies the units of a lane one after the other.
+// Any layout, in units of 4 bytes or of one, in either direction and mode. Hardly any cache needs it, so it is one
+// small kernel: a thread copies the units of a lane one after another.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<u64>)
     copy_units_kernel(const __grid_constant__ Parameters<u64> parameters) {
   const Copy<u64> copy(parameters);
@@ -186,15 +186,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<u64>)
   });
 }
 
-// --- Copies between pages and host memory by the bulk copy engine, which keeps a ring of tiles in shared memory under
-// way: so a few blocks fill the bus, while loads by their threads would not. Warp kWarps moves tiles, into the ring
-// and, some tiles later, out of it; the others sum them up.
+// --- Copies between pages and host memory by the bulk copy engine, through a ring of tiles in shared memory: so a few
+// blocks fill the bus, which loads by their threads would not. Warp kWarps moves tiles into the ring and, some tiles
+// later, out of it; the other warps compute checksums.
 
-constexpr u32 kStages = 6;  // 96 KiB: what a block may have on every GPU that has the engine
-constexpr u32 kAhead = 4;   // how many tiles are on their way into the ring, when as many others are on their way out
+constexpr u32 kStages = 6;  // 96 KiB: available to a block on every GPU that has the engine
+constexpr u32 kAhead = 4;   // tiles on their way into the ring; the other stages' tiles are on their way out
 constexpr u32 kBulkThreads = kThreads + kWarp;
 constexpr u64 kLeastBulkRun = 128;  // bytes; shorter runs are left to threads
-static_assert(kAhead < kStages, "a tile leaves its stage before the next comes");
+static_assert(kAhead < kStages, "a tile leaves its stage before the next one arrives");
 
 struct TileRing {
   uint4 tiles[kStages][kTileLanes<u32>];
@@ -204,8 +204,8 @@ struct TileRing {
   } places[kStages];  // of the tile in a stage
 };
 
-// Calls visit(cache, at, lanes) for each contiguous piece of a tile's cache, `at` lanes behind the tile's first; cache
-// is null for what is not there. The lanes of a warp share the runs among them. Pages are of whole runs, and so runs
+// Calls visit(cache, at, lanes) for each contiguous piece of a tile's cache, `at` lanes after the tile's first; cache
+// is null where there is no page. The lanes of a warp share the runs among them. Pages consist of whole runs, so runs
 // begin at multiples of their length in a payload too.
 template <typename Visit>
 __device__ void visit_pieces(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 first, const Visit& visit) {
@@ -330,7 +330,7 @@ struct Call {
   bool host_ids;
   const Launch& where;
 
-  // The widest unit that divides every address, stride and length the call can meet.
+  // The widest unit that divides every address, stride and length of the call.
   u32 unit() const {
     u64 all = cache.page_stride | cache.run_stride | cache.run_bytes;
     for (const u8* plane : cache.planes) all |= reinterpret_cast<u64>(plane);
@@ -345,8 +345,8 @@ struct Call {
   }
 };
 
-// Whether the bulk copy engine can copy, and is worth while: the code for this device, which may be older than the
-// device, has it.
+// Whether the bulk copy engine can do this call and pays. The code chosen for this device may be older than the device,
+// and then does not use the engine.
 bool takes_bulk_copies(const Call& call) {
   if (!call.where.payloads_on_host || call.mode != Mode::kPage || call.cache.run_bytes < kLeastBulkRun) return false;
   cudaFuncAttributes code{};
@@ -354,7 +354,7 @@ bool takes_bulk_copies(const Call& call) {
   return code.ptxVersion >= 90;
 }
 
-// Those of a call's chunks that one kernel copies.
+// The chunks of a call that one kernel copies.
 template <typename Index>
 struct Part {
   Parameters<Index> parameters{};
@@ -372,7 +372,7 @@ struct Part {
   }
 };
 
-// From chunk `first` on until the parameters are full: at least this one.
+// The chunks from `first` on that fit into the parameters, at least one.
 template <typename Index>
 Part<Index> part_from(const Call& call, u32 unit, std::size_t first) {
   Part<Index> part{};
@@ -425,7 +425,7 @@ void launch_part(const Call& call, const Part<u32>& part) {
                                  bulk ? ring_bytes : 0, static_cast<cudaStream_t>(call.where.stream), part.parameters));
 }
 
-// checksums: device memory, one a chunk, or null.
+// checksums: device memory, one per chunk, or null.
 template <typename Index>
 PartialSums run(const Call& call, u32 unit, u64* checksums) {
   const char* op = call.op;

@@ -14,20 +14,20 @@ namespace {
 
 constexpr u32 kLeafIds = blake3::kLeafBytes / 8;
 constexpr u32 kBlockIds = blake3::kBlockBytes / 8;
-constexpr u32 kGroupLeaves = 32;  // of one block of hash_leaves: as many as a warp has lanes
+constexpr u32 kGroupLeaves = 32;  // per block of hash_leaves: one for each lane of a warp
 constexpr u32 kGroupIds = kGroupLeaves * kLeafIds;
 constexpr u32 kGroupLevels = 6;  // the leaves, and five levels above them
-constexpr u32 kMakers = 3;       // warps of a block that make content ids, beside the one that chains
+constexpr u32 kMakers = 3;       // warps of a block that make content ids, besides the one that chains
 constexpr u32 kLeafThreads = (1 + kMakers) * kGroupLeaves;
 constexpr u32 kSteps = (blake3::kLeafBlocks + kMakers - 1) / kMakers;
 constexpr u32 kFoldThreads = 128;
 constexpr u32 kOverwriteThreads = 256;
-constexpr u64 kMaxIds = u64{1} << 21;  // what fold_keys can rebuild in 32 KiB of shared memory
-constexpr u32 kNone = ~u32{0};         // of positions, which are below kMaxIds
+constexpr u64 kMaxIds = u64{1} << 21;  // the most that fold_keys can rebuild in 32 KiB of shared memory
+constexpr u32 kNone = ~u32{0};         // no position, since positions are below kMaxIds
 constexpr u32 kMaxGroups = kMaxIds / kGroupIds;
 constexpr u32 kAllLanes = 0xFFFFFFFF;
 
-// How many i of [0, count) come before the first that is not `before`: none behind that is.
+// How many i in [0, count) satisfy `before`, which holds for the first ones only.
 template <typename Before>
 __device__ u32 count_before(u32 count, const Before& before) {
   u32 low = 0;
@@ -69,7 +69,7 @@ struct ItemsView {
   }
 };
 
-// values[k] becomes values[(k + by) % 8], by < 8: without an index that only a local array could serve.
+// values[k] becomes values[(k + by) % 8], by < 8, without dynamic indices, which would force it into local memory.
 __device__ void rotate_left(u64 values[kBlockIds], u32 by) {
   LMC_UNROLL
   for (u32 step = 4; step > 0; step /= 2) {
@@ -81,8 +81,8 @@ __device__ void rotate_left(u64 values[kBlockIds], u32 by) {
   }
 }
 
-// ids[k] = the content id of position first + k; ids[k] = 0 from position `end` on. Returns which are covered, a bit a
-// position. *bad: the first position here with an id outside [0, 2^32), untouched if there is none.
+// ids[k] = the content id of position first + k; ids[k] = 0 from position `end` on. Returns which are covered, one bit
+// per position. *bad: the first position here with an id outside [0, 2^32), untouched if there is none.
 __device__ u32 content_ids(TokenIds token_ids, const ItemsView& items, u64 first, u64 end, u64 ids[kBlockIds],
                            u32* bad) {
   LMC_UNROLL
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kOverwriteThreads)
       token_ids[first + k] = static_cast<i64>(ids[k]);
 }
 
-// Cuts in ascending order: as many as have one step, then those of the table.
+// Cuts in ascending order: first those that are equally spaced, then those in the table.
 struct Cuts {
   u64 first, step;
   u32 regular, count;
@@ -157,22 +157,22 @@ struct Cuts {
   __device__ u64 operator[](u32 c) const { return c < regular ? first + c * step : others[c - regular]; }
 };
 
-// What the two launches share: items and cuts in their table, all else in device memory. Node i of level d is the
+// Shared by the two launches: items and cuts in their table, all else in device memory. Node i of level d is the
 // chaining value of leaves [i 2^d, (i + 1) 2^d); the levels of hash_leaves are one after another in `nodes`.
 struct Prefixes {
   TokenIds token_ids;
-  u64 end;  // the last cut: ids behind it are not read
+  u64 end;  // the last cut: ids after it are not read
   ItemsView items;
   Cuts cuts;
   u32 num_groups;
   u32 root[blake3::kKeyWords];
   u32* nodes;      // [level][node][8]
   u32* last_leaf;  // [cut][8]: the chaining value of a prefix's last leaf
-  u32* first_bad;  // of each warp that makes ids: the first position with an id outside [0, 2^32), or kNone
+  u32* first_bad;  // per warp that makes ids: the first position with an id outside [0, 2^32), or kNone
   u8* keys;
 
   Prefixes() = default;
-  // In a kernel: as the parameters say, with addresses.
+  // In a kernel: the parameters, with offsets resolved to addresses.
   __device__ explicit Prefixes(const WithTable<Prefixes>& parameters) : Prefixes(parameters.head) {
     items = ItemsView(items, parameters.table());
     cuts.others = in_table(parameters.table(), cuts.others);
@@ -196,7 +196,7 @@ __device__ u32 least_of_warp(u32 value) {
 }
 
 struct LeafShared {
-  // One word of padding a leaf: the lanes of a warp, a leaf each, then access different banks.
+  // One word of padding per leaf: the lanes of a warp, one leaf each, then access different banks.
   u32 ids[kGroupLeaves][kLeafIds * 2 + 1];
   u32 running[blake3::kLeafBlocks - 1][blake3::kKeyWords][kGroupLeaves];  // [b]: the chain after block b
 };
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
 #pragma unroll 1
   for (u32 step = 0; step <= kSteps; ++step) {
     LMC_UNROLL
-    for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = 0;  // no registers for it while ids are made
+    for (u32 w = 0; w < blake3::kKeyWords; ++w) cv[w] = 0;  // so that it needs no registers while ids are made
     const u32 made = step * kMakers + maker;
     if (maker < kMakers && made < blake3::kLeafBlocks) {
       u64 ids[kBlockIds];
@@ -298,7 +298,7 @@ __global__ void __launch_bounds__(kLeafThreads) hash_leaves(const __grid_constan
 
 struct FoldShared {
   u32 first_bad[kFoldThreads / kGroupLeaves];
-  u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // a level above the groups' after another, from the groups' own on
+  u32 nodes[2 * kMaxGroups][blake3::kKeyWords];  // one level after another, from the groups' own level on
 };
 
 __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant__ WithTable<Prefixes> parameters) {
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   } else {
     LMC_UNROLL
     for (u32 w = 0; w < blake3::kKeyWords; ++w) x[w] = prefixes.last_leaf[c * blake3::kKeyWords + w];
-    // Below kGroupLevels the subtrees are in `nodes`, above in shared memory, where level l begins behind those before.
+    // Below kGroupLevels the subtrees are in `nodes`, above in shared memory, where level l follows the lower ones.
     const u64 leaves = (end - 1) / kLeafIds;
     u32 level_begin = 0, level_nodes = static_cast<u32>(prefixes.end / kGroupIds);
 #pragma unroll 1
@@ -371,7 +371,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_keys(const __grid_constant_
   for (u32 w = 0; w < blake3::kKeyWords; ++w) key[w] = good ? x[w] : 0;
 }
 
-// --- Host: what goes where in the workspace.
+// --- Host: the layout of the workspace.
 
 u64 aligned(u64 bytes) { return (bytes + 255) / 256 * 256; }
 

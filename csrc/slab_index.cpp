@@ -23,16 +23,16 @@ enum SlabIndex::Sum : u32 {
   kRecords,
   kWaiting,  // entries that are pending or rest
   kOwners,
-  kHand,  // the record that SIEVE looks at next; kNone: whichever comes next
+  kHand,  // the record that SIEVE looks at next; kNone: the queue's first
   kQueue,
   kQueueLast,
   kPending,
   kPendingLast,
   kResting,
   kRestingLast,
-  kForgets,   // how many there have been
-  kFloor,     // sequence of the last forgotten owner that is not remembered any more
-  kSeenTime,  // the last change, by the store's clock and by the wall's: doubles
+  kForgets,   // the number of `forget` calls so far
+  kFloor,     // sequence of the last forgotten owner that is no longer listed
+  kSeenTime,  // time of the last change, by the store's clock and by the wall clock: doubles
   kSeenWall,
   kSums
 };
@@ -40,9 +40,9 @@ enum SlabIndex::Sum : u32 {
 constexpr u32 kContentWords = 17;
 constexpr u32 kFixedWords = sizeof(SlabFixed) / 8;
 constexpr u32 kSumsRoom = 32;
-constexpr u32 kMostProbes = 1024;    // at half load far beyond any cluster
-constexpr u32 kMostSteps = 1 << 20;  // of the hand, in one search
-constexpr u32 kMostEvicted = 8;      // times what is needed; what does not fit then would not be worth it
+constexpr u32 kMostProbes = 1024;    // far beyond any cluster at half load
+constexpr u32 kMostSteps = 1 << 20;  // of the hand, per search
+constexpr u32 kMostEvicted = 8;      // times the granules needed; evicting more for one payload does not pay
 constexpr u32 kTagShift = 23;        // a slot of a hash table: 9 bits of the hash, then the granule + 1
 constexpr char kMagic[8] = {'l', 'm', 'c', 'm', 'm', 0, '\r', '\n'};
 
@@ -50,32 +50,32 @@ struct SlabEntry {
   std::atomic<u64> content[kContentWords];
   std::atomic<u64> check;  // of content and place
   // Derived.
-  std::atomic<u32> next, previous;  // in the list of its state; of a free extent: of those of its length
+  std::atomic<u32> next, previous;  // in the list of its state, or of free extents of its length
   std::atomic<u32> run;             // granules of the free extent that begins or ends here
   std::atomic<u32> owner_next, owner_previous;
-  std::atomic<u32> owner_last;   // of an owner's first entry
-  std::atomic<u64> owner_bytes;  // likewise
+  std::atomic<u32> owner_last;   // only in an owner's first entry
+  std::atomic<u64> owner_bytes;  // only in an owner's first entry
 };
 static_assert(sizeof(SlabEntry) == 176, "the index is a file format");
 
 struct SlabHeader {
   std::atomic<u64> fixed[kFixedWords + 1];  // and their checksum
-  std::atomic<u64> epoch;                   // another one after everything was made anew
-  std::atomic<u64> dirty;                   // while there is a change
+  std::atomic<u64> epoch;                   // changes with every rebuild
+  std::atomic<u64> dirty;                   // nonzero during a change
   std::atomic<u64> moves;                   // odd while slots of a hash table move
-  std::atomic<u64> rows_taken;              // a bit each
+  std::atomic<u64> rows_taken;              // one bit per row
   std::atomic<double> held_since;
   std::atomic<u64> sums[kSumsRoom];
-  std::atomic<u64> sums_check;              // while there is no change
-  std::atomic<u64> spare[kFixedWords + 1];  // as `fixed`: of the two one is whole at every moment
-  std::atomic<u64> old_place;               // 1 + granule of the entry that is being overwritten, 0 for none
-  std::atomic<u64> old[kContentWords + 1];  // its content and check of before
+  std::atomic<u64> sums_check;              // valid between changes
+  std::atomic<u64> spare[kFixedWords + 1];  // a copy of `fixed`: one of the two is always whole
+  std::atomic<u64> old_place;               // 1 + granule of the entry being overwritten, 0 for none
+  std::atomic<u64> old[kContentWords + 1];  // its old content and check
 };
 static_assert(sizeof(SlabHeader) <= kHeaderBytes, "the header is a page");
 
 namespace {
 
-// Every store to memory that processes share, but for pins and generations.
+// All stores to memory that processes share, except pins and generations.
 template <class T>
 void put(std::atomic<T>& at, T value) {
   slab_hook();
@@ -87,7 +87,7 @@ T see(const std::atomic<T>& at) {
   return at.load(std::memory_order_acquire);
 }
 
-// One step of a hash: a bijection of `hash` and of `word`, so that a change of one word always shows.
+// One step of a hash: a bijection in `hash` and in `word`, so that a change of one word always shows.
 u64 stir(u64 hash, u64 word) {
   hash = (hash ^ word) * 0x9E3779B97F4A7C15;
   return hash ^ (hash >> 29);
@@ -108,7 +108,7 @@ double double_of(u64 bits) {
 u64 check_of(const u64 (&words)[kContentWords], u64 seed, u32 start) {
   u64 hash = stir(seed, start + u64{1});
   for (const u64 word : words) hash = stir(hash, word);
-  return hash | 1;  // never that of an entry that was erased
+  return hash | 1;  // never 0, the check of an erased entry
 }
 
 u64 forgotten_check(const SlabOwner& owner, u64 sequence, u64 seed) {
@@ -200,7 +200,7 @@ double SlabFileLock::seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-// Holds the lock, against other threads and other processes.
+// Holds the lock against other threads and other processes.
 class SlabIndex::Held {
  public:
   Held(SlabIndex& index, const SlabTerms& terms) : index_(index) {
@@ -282,7 +282,7 @@ void SlabIndex::open(const std::array<u64, 2>& boot_id, bool keep, const SlabTer
     const std::optional<SlabFixed> fixed = adopt();
     const bool restarted = fixed && fixed->boot_id != boot_id;
     boot_id_ = boot_id;
-    // After a restart the store's clock goes on from where it was seen last, by what the wall's clock says has gone by.
+    // After a restart the store's clock continues from its last change, advanced by the wall clock's difference.
     const double gone = std::max(0.0, terms.wall - double_of(get(kSeenWall)));
     const double base = double_of(get(kSeenTime)) + gone - terms.now;
     const bool sums_hold = see(header_->dirty) != 0 || sums_check() == see(header_->sums_check);
@@ -295,7 +295,7 @@ void SlabIndex::open(const std::array<u64, 2>& boot_id, bool keep, const SlabTer
       restarted_ = true;
     }
   }
-  table_.clear_rows(u64{1} << row_, shape_.granules);  // of whoever had the row before
+  table_.clear_rows(u64{1} << row_, shape_.granules);  // left by the row's last process
   change(terms, [&] {
     bury_pending(u64{1} << row_);
     opened_ = true;
@@ -304,7 +304,7 @@ void SlabIndex::open(const std::array<u64, 2>& boot_id, bool keep, const SlabTer
   });
 }
 
-// Takes seed and clock from the header; nothing if it is damaged, or that of another store.
+// Takes seed and clock from the header; nothing if it is damaged, or belongs to another store.
 std::optional<SlabFixed> SlabIndex::adopt() {
   u64 header[sizeof(SlabHeader) / 8] = {};
   for (u32 i = 0; i <= kFixedWords; ++i) {
@@ -338,7 +338,7 @@ void SlabIndex::write_fixed() {
     for (u32 i = 0; i <= kFixedWords; ++i) put((*copy)[i], words[i]);
 }
 
-// An empty store, once it is made anew: no entry of before is valid.
+// Makes the store empty after the next rebuild: no old entry is valid under the new seed.
 void SlabIndex::format() {
   put(header_->dirty, u64{1});
   seed_ = lock_.random();
@@ -347,7 +347,7 @@ void SlabIndex::format() {
   set(kSequence, 0);
 }
 
-// Every process that has the store open takes notice of an index that was made anew, and has its pins in it.
+// After a rebuild, every process that has the store open reads the header again and restores its pins.
 void SlabIndex::follow() {
   const u64 epoch = see(header_->epoch);
   if (epoch == epoch_.load(std::memory_order_relaxed)) return;
@@ -395,7 +395,7 @@ std::invoke_result_t<Work&> SlabIndex::change(const SlabTerms& terms, Work work)
       return result;
     } catch (const Damage&) {
       if (attempt == 2) throw SlabBroken("the index is damaged again and again");
-    }  // the mark stays: the next attempt begins with an index made anew
+    }  // the mark stays: the next attempt begins with a rebuild
   }
 }
 
@@ -415,7 +415,7 @@ void SlabIndex::begin(const SlabTerms& terms) {
   set(kSeenWall, bits_of(terms.wall));
 }
 
-// What lies on lost pages is seen by this process alone, so it changes nothing any more, and leaves its mark.
+// Only this process would see its writes to lost pages, so it makes no more changes, and leaves its mark.
 void SlabIndex::expect_all() {
   if (lock_.lost()) throw SlabBroken("a part of its file is lost: close the store and open it again");
 }
@@ -426,11 +426,11 @@ void SlabIndex::end() {
   put(header_->dirty, u64{0});
 }
 
-// Makes everything that is derived anew from the entries, and drops those that are not valid. Who is stopped by death
-// here leaves the mark, and the next one begins again.
+// Rebuilds all derived data from the entries, and drops invalid ones. A process that dies here leaves the mark, and the
+// next one begins again.
 void SlabIndex::rebuild(const SlabTerms& terms) {
   put(header_->dirty, u64{1});
-  put(header_->moves, see(header_->moves) | 1);  // readers look no longer than that for what they miss
+  put(header_->moves, see(header_->moves) | 1);  // odd: a reader that misses tries again, three times in all
   const u64 alive = restarted_ ? 0 : lock_.alive() | (opened_ ? u64{1} << row_ : 0);
   now_ = terms.now + clock_base_;
   table_.clear_rows(~alive, shape_.granules);
@@ -443,7 +443,7 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
   std::vector<Live> live;
   u64 sequence = 0;
   double seen = now_;
-  u32 covered = 0;  // by those that stay
+  u32 covered = 0;  // by the entries that stay
   for (u32 start = 0; start < shape_.granules; ++start) {
     SlabEntry& entry = entries_[start];
     if (see(entry.run) != 0) put(entry.run, 0u);
@@ -455,7 +455,7 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
         valid = content.state == SlabState::kRecord;
         if (valid) table_.set_generation(start, content.generation);
       } else if (content.state == SlabState::kRecord && table_.generation(start) != content.generation) {
-        // Its end had begun; whoever has it pinned goes on reading it.
+        // Its removal had begun; processes that have it pinned may still read it.
         valid = table_.pinned(start);
         content.state = SlabState::kResting;
         content.owner = {};
@@ -467,11 +467,11 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
         content.time = now_ + kRestSeconds;
         store(start, content);
       } else if (content.state == SlabState::kResting && content.time > now_ + kRestSeconds) {
-        content.time = now_ + kRestSeconds;  // a power cut took the store's clock back
+        content.time = now_ + kRestSeconds;  // a power cut set the store's clock back
         store(start, content);
       }
     }
-    if (valid && start < covered) {  // of two that overlap the newer one stays
+    if (valid && start < covered) {  // if two overlap, the newer one stays
       if (content.sequence > live.back().sequence) {
         erase(live.back().start);
         live.pop_back();
@@ -496,15 +496,15 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
     if (granules % 64 == 0) put(bin_bits_[granules / 64], u64{0});
   }
 
-  // Sequences that were handed out are below a clock of microseconds; what is under way compares them.
+  // Puts in progress hold sequences and compare them with this one. Microseconds since 1970 exceed all earlier ones.
   const u64 before = get(kSequence), clock = static_cast<u64>(std::max(terms.wall, 0.0) * 1e6);
   sequence = std::max(sequence, clock);
   if (before < sequence + (u64{1} << 40)) sequence = std::max(sequence, before + 1);
-  set(kSequence, sequence);  // at once, and never 0: it may not go back if this process dies here
+  set(kSequence, sequence);  // at once and never to 0, so that it cannot go back if this process dies here
   for (u32 sum = kSequence + 1; sum < kSums; ++sum)
     if (sum != kSeenTime && sum != kSeenWall) set(static_cast<Sum>(sum), 0);
   for (const Sum sum : {kHand, kQueue, kQueueLast, kPending, kPendingLast, kResting, kRestingLast}) set(sum, kNone);
-  set(kFloor, sequence);  // what is under way of owners is not known to be wanted any more
+  set(kFloor, sequence);  // any owner may have been forgotten since puts in progress began
   set(kSeenTime, bits_of(seen));
   set(kSeenWall, bits_of(terms.wall));
 
@@ -526,16 +526,16 @@ void SlabIndex::rebuild(const SlabTerms& terms) {
   }
   set(kHand, get(kQueue));
 
-  // Room: whatever lies between the entries, up to the ends of segments.
+  // Free extents: the gaps between entries, split at the ends of segments.
   u32 at = 0;
   const auto free_up_to = [&](u32 limit) {
     while (at < limit) {
       const u32 until = std::min(limit, (at / shape_.segment_granules + 1) * shape_.segment_granules);
       bin_append(at, until - at);
-      for (; at < until; ++at) table_.retire(at);  // what was there is not found again by its generation
+      for (; at < until; ++at) table_.retire(at);  // the old generation must not match again
     }
   };
-  // `drop` has freed what two records of one key left; it is found again here.
+  // Start over with empty bins: `drop` above may have freed the older of two records of one key.
   for (u32 granules = 1; granules <= most_extent_; ++granules)
     for (u32 start = see(bins_[granules]); start != kNone; start = see(bins_[granules])) bin_remove(start, granules);
   std::sort(live.begin(), live.end(), [](const Live& a, const Live& b) { return a.start < b.start; });
@@ -609,7 +609,7 @@ void SlabIndex::store(u32 start, const SlabContent& content) {
   words[15] = bits_of(content.time);
   words[16] = content.sequence;
   SlabEntry& entry = entries_[start];
-  if (see(entry.check)) {  // its slot may be pinned, or written to by a device: it has to stay taken, whoever dies here
+  if (see(entry.check)) {  // its slot may be pinned, or written to by a device: it stays taken if a process dies here
     for (u32 i = 0; i < kContentWords; ++i) put(header_->old[i], see(entry.content[i]));
     put(header_->old[kContentWords], see(entry.check));
     put(header_->old_place, u64{start} + 1);
@@ -620,7 +620,7 @@ void SlabIndex::store(u32 start, const SlabContent& content) {
   put(header_->old_place, u64{0});
 }
 
-// Takes back what a dead writer left half done in `store`.
+// Undoes a `store` that a dead writer left half done.
 void SlabIndex::restore_old() {
   const u64 place = see(header_->old_place);
   if (place == 0) return;
@@ -671,7 +671,7 @@ void SlabIndex::hash_remove(std::atomic<u32>* slots, u64 hash, u32 start, const 
     expect(see(slots[gap]) != 0 && probe < std::min(slots_, kMostProbes));
     gap = gap + 1 == slots_ ? 0 : gap + 1;
   }
-  // What comes behind moves up, as far as its own place allows.
+  // Later slots move up, as far as their own hashes allow.
   put(header_->moves, see(header_->moves) + 1);
   u32 place = gap;
   for (probe = 0;; ++probe) {
@@ -710,12 +710,12 @@ std::optional<SlabFound> SlabIndex::find(const SlabKey& key, double now, double 
       }
       place = place + 1 == slots_ ? 0 : place + 1;
     }
-    if (moves % 2 == 0 && see(header_->moves) == moves) break;  // else it may have moved past us
+    if (moves % 2 == 0 && see(header_->moves) == moves) break;  // else the record may have moved past us
   }
   return std::nullopt;
 }
 
-// As find, for whoever has the lock.
+// As find, for the holder of the lock.
 std::optional<SlabFound> SlabIndex::there(const SlabKey& key) {
   const u64 hash = key_hash(key);
   u32 place = hash_place(hash);
@@ -735,7 +735,7 @@ std::optional<SlabFound> SlabIndex::there(const SlabKey& key) {
   throw Damage{};
 }
 
-// The record of a key, if it is still good; else there is none any more.
+// The record of a key; drops it and returns none if it has expired or has been evicted.
 std::optional<SlabFound> SlabIndex::current(const SlabKey& key) {
   const std::optional<SlabFound> found = there(key);
   if (!found || (table_.generation(found->start) == found->generation && !expired(*found))) return found;
@@ -898,7 +898,7 @@ void SlabIndex::bin_remove(u32 start, u32 granules) {
   add(kFree, -i64{granules});
 }
 
-// Joined with free neighbours of its segment.
+// Frees an extent, joined with free neighbors in its segment.
 void SlabIndex::free_extent(u32 start, u32 granules) {
   const u32 end = start + granules, segment = shape_.segment_granules;
   if (end % segment && end < shape_.granules) {
@@ -919,7 +919,7 @@ void SlabIndex::free_extent(u32 start, u32 granules) {
   bin_append(start, granules);
 }
 
-// The smallest extent that suffices; kNone if there is none.
+// Takes from the smallest extent that suffices; kNone if there is none.
 u32 SlabIndex::take_extent(u32 granules) {
   for (u32 word = granules / 64; word <= most_extent_ / 64; ++word) {
     u64 bits = see(bin_bits_[word]);
@@ -937,7 +937,7 @@ u32 SlabIndex::take_extent(u32 granules) {
 
 // --- Ends
 
-// The place is free when that time has come and nobody has it pinned.
+// The place becomes free after `until`, once nobody has it pinned.
 void SlabIndex::rest(u32 start, SlabContent content, double until) {
   content.state = SlabState::kResting;
   content.owner = {};
@@ -964,7 +964,7 @@ void SlabIndex::reap() {
   }
 }
 
-// The key is gone at once, the slot as soon as nobody has it pinned.
+// Removes the key at once, and the slot as soon as nobody has it pinned.
 void SlabIndex::drop(u32 start, const SlabContent& content) {
   if (table_.generation(start) == content.generation) table_.retire(start);
   hash_remove(keys_, key_hash(content.key), start, [this](u32 other) { return key_hash(need(other).key); });
@@ -980,7 +980,7 @@ void SlabIndex::drop(u32 start, const SlabContent& content) {
   }
 }
 
-// False if it is pinned.
+// Returns false if it is pinned.
 bool SlabIndex::evict(u32 start, const SlabContent& content) {
   if (table_.generation(start) == content.generation && !table_.evict(start)) return false;
   drop(start, content);
@@ -988,9 +988,9 @@ bool SlabIndex::evict(u32 start, const SlabContent& content) {
   return true;
 }
 
-// Evicts one record; how many granules it had, 0 if there is none that can go.
+// Evicts one record. Returns how many granules it had, 0 if none can be evicted.
 //
-// SIEVE: from the hand on towards newer records, the first that nobody asked for since the hand was there last.
+// SIEVE: from the hand on towards newer records, the first that was not used since the hand's last visit.
 // Source: Zhang et al., "SIEVE is Simpler than LRU", NSDI 2024.
 u32 SlabIndex::evict_next() {
   u64 steps = std::min<u64>(2 * get(kRecords) + 1, kMostSteps);
@@ -1012,7 +1012,7 @@ u32 SlabIndex::evict_next() {
   return 0;
 }
 
-// Evicts an owner's oldest records until that many more bytes are within its quota.
+// Evicts an owner's oldest records until `bytes` more are within its quota.
 bool SlabIndex::make_room_of(const SlabOwner& owner, u64 bytes) {
   if (bytes > quota_) return false;
   u32 start = owner_first(owner);
@@ -1027,7 +1027,7 @@ bool SlabIndex::make_room_of(const SlabOwner& owner, u64 bytes) {
   return true;
 }
 
-// --- What stores ask for
+// --- Operations of stores
 
 SlabIndex::Reserved SlabIndex::reserve(const std::vector<SlabKey>& keys, const std::vector<u64>& sizes,
                                        const SlabOwner& owner, const std::vector<SlabPlace>& given_back,
@@ -1082,7 +1082,7 @@ std::optional<SlabPlace> SlabIndex::reserve_one(const SlabKey& key, u64 bytes, c
 u64 SlabIndex::publish(const std::vector<SlabPut>& puts, const SlabTerms& terms) {
   return change(terms, [&] {
     u64 published = 0;
-    // Records come as prefixes, shortest first, and a chunk is of no use without those before it: it goes first.
+    // Records come as prefixes, shortest first. A chunk is useless without those before it, so it is evicted first.
     for (auto one = puts.rbegin(); one != puts.rend(); ++one) published += publish_one(*one);
     return published;
   });
@@ -1096,7 +1096,7 @@ bool SlabIndex::publish_one(const SlabPut& put) {
   if (!valid || content.generation != put.place.generation || table_.generation(start) != content.generation ||
       !same_key(content.key, put.key) || content.row != row_)
     return false;
-  if (content.state == SlabState::kRecord) return true;  // done, before damage was found
+  if (content.state == SlabState::kRecord) return true;  // done by an attempt that then found damage
   if (content.state != SlabState::kPending) return false;
   if (current(put.key) || forgotten_since(content.owner, put.as_of)) {
     abandon_one(put.place);
@@ -1104,7 +1104,7 @@ bool SlabIndex::publish_one(const SlabPut& put) {
   }
   list_remove(kPending, start);
   add(kWaiting, -1);
-  table_.take_visited(start);  // of what was there before
+  table_.take_visited(start);  // left by the slot's last record
   content.state = SlabState::kRecord;
   content.checksum = put.checksum;
   content.time = now_ - std::max(put.age, 0.0);
@@ -1189,7 +1189,7 @@ u64 SlabIndex::forget(const SlabOwner& owner, const SlabTerms& terms) {
   });
 }
 
-// Whether the owner was forgotten after that moment, or may have been.
+// Whether the owner was, or may have been, forgotten after that moment.
 bool SlabIndex::forgotten_since(const SlabOwner& owner, u64 moment) const {
   if (owner == SlabOwner{}) return false;
   if (moment < get(kFloor) || moment > get(kSequence)) return true;

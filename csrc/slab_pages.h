@@ -1,5 +1,5 @@
-// Pages of a mapped file that are gone, because somebody cut it short or its disk fails, would end the process by
-// SIGBUS when they are touched. Here they become zeros of this process's own, and it is told that they are lost.
+// If somebody truncates a mapped file or its disk fails, touching the lost pages would kill the process by SIGBUS. This
+// replaces them with private zero pages, and reports the loss.
 #pragma once
 
 #include <signal.h>
@@ -13,7 +13,7 @@
 
 namespace lmc {
 
-// Guards a mapping for as long as it lives; beyond 256 mappings it does nothing.
+// Guards a mapping during its own lifetime; beyond 256 mappings it does nothing.
 class SlabPages {
  public:
   SlabPages(void* address, std::size_t bytes) {
@@ -66,10 +66,10 @@ class SlabPages {
     else if (before_.sa_handler != SIG_DFL && before_.sa_handler != SIG_IGN)
       before_.sa_handler(number);
     else
-      sigaction(SIGBUS, &before_, nullptr);  // and the access, made again, ends the process
+      sigaction(SIGBUS, &before_, nullptr);  // the access is repeated and ends the process
   }
 
-  static inline std::array<Range, 256> ranges_;  // zeros at first, as all that is static
+  static inline std::array<Range, 256> ranges_;  // zero-initialized, being static
   static inline struct sigaction before_;
   Range* range_ = nullptr;
 };
