@@ -1,4 +1,4 @@
-"""What others do for the same job, written from descriptions: peers that the benchmarks run in the same process."""
+"""Rivals' methods for the same job, written from descriptions; the benchmarks run them in the same process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lmcache_mm import Item
 
 def sha256_chain_keys(token_ids: np.ndarray, items: Sequence[Item], chunk_tokens: int = 256) -> list[bytes]:
     """The scheme of LMCache 0.5.6 in Python: seed = SHA-256(identifier), value block c = SHA-256(seed || c as 8 bytes
-    big-endian), eight 32-bit values a block, kept below 2**31, written over the item's positions; then one chained
-    SHA-256 over every `chunk_tokens` ids. Its keys are its own."""
+    big-endian), eight 32-bit values per block, kept below 2**31, written over the item's positions; then one chained
+    SHA-256 over every `chunk_tokens` ids. Its keys differ from ours."""
     ids = token_ids.tolist()
     for item in items:
         seed = hashlib.sha256(item.identifier.encode()).digest()
@@ -35,7 +35,7 @@ def sha256_chain_keys(token_ids: np.ndarray, items: Sequence[Item], chunk_tokens
 
 def blake3_numpy_keys(token_ids: np.ndarray, items: Sequence[Item], root: bytes, cuts: Sequence[int]) -> np.ndarray:
     """Our keys from the blake3 package and numpy: uint8 [len(cuts), 32]. Items must not overlap. The package hashes
-    incrementally, so that a prefix costs no more than what it adds to the one before."""
+    incrementally, so that a prefix costs only what it adds to the one before."""
     ids = token_ids.astype(np.uint64)
     links = []
     for item in items:

@@ -1,5 +1,5 @@
-"""KVCache over stores of this host, the shape of Qwen2-VL-2B: what match, retrieve and store cost beside copying the
-same bytes with the same threads."""
+"""KVCache over stores of this host, in the shape of Qwen2-VL-2B: the cost of match, retrieve and store, against copying
+the same bytes with the same threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def filled(request):
     namespace = lmc.Namespace(model="m", dtype=torch.bfloat16)
     with lmc.KVCache(layout, f"{url}?capacity=1GiB", namespace) as cache:
         if request.param == "shm":
-            cache.backend._mapped.wait()  # the pages of the slab: once a process
+            cache.backend._mapped.wait()  # maps the slab's pages, once per process
         block_ids = torch.randperm(pages)
         cache.store(prompt, block_ids).result()
         before = [t.clone() for t in kv]
@@ -78,6 +78,6 @@ def test_store(against, filled, pool):
         new = lmc.Prompt(prompt.token_ids, prompt.items, salt=str(next(salts)))
         assert cache.store(new, block_ids).result() >= TOKENS
 
-    for _ in range(10):  # until it is full, and evicts
+    for _ in range(10):  # until it is full and evicts
         store_new()
     against(store_new, memcpy_of(size, pool), 30, bytes=size, store=store)

@@ -1,4 +1,4 @@
-"""Gather and scatter on the CPU beside a large memcpy of the same bytes with the same threads."""
+"""Gather and scatter on the CPU, against a large memcpy of the same bytes with the same threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ THREADS = sorted({1, min(8, len(os.sched_getaffinity(0)))})
 
 
 class Case:
-    """Half of the pages of a cache, shuffled, and their payload."""
+    """Half of a cache's pages, shuffled, and their payload."""
 
     def __init__(self, page_bytes: int) -> None:
         pages = PAYLOAD_BYTES // page_bytes
@@ -33,7 +33,7 @@ class Case:
 
 
 def memcpy(to: torch.Tensor, source: torch.Tensor, threads: int, pool: ThreadPoolExecutor) -> None:
-    """glibc's memcpy of a share of the bytes in each thread (ctypes lets go of the GIL)."""
+    """glibc's memcpy of a share of the bytes in each thread (ctypes releases the GIL)."""
     share = len(to) // threads
     addresses = [(to.data_ptr() + i * share, source.data_ptr() + i * share, share) for i in range(threads)]
     if threads == 1:

@@ -1,4 +1,4 @@
-"""EncoderCache over stores of this host: loading what a vision encoder put out, beside encoding the image again."""
+"""EncoderCache over stores of this host: loading a vision encoder's output, against encoding the image again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIDE = 896  # pixels, 1,024 embeddings
 
 
 class Tower:
-    """The demo's vision encoder (tiny, float32), or one whose outputs have the width of Qwen2-VL-2B's, in bfloat16."""
+    """The demo's vision encoder (tiny, float32), or one whose outputs are as wide as Qwen2-VL-2B's, in bfloat16."""
 
     def __init__(self, wide: bool) -> None:
         config = tiny_qwen2_vl.shape("tiny")

@@ -1,4 +1,4 @@
-"""Gathering and scattering within the device's memory, which a device's own copy of as many bytes bounds."""
+"""Gathering and scattering within the device's memory, against the device's own copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_copies_in_memory(benchmark, direction, run_bytes):
             rows.index_fill_(0, ids, 0xA5)
         do(work)
         assert torch.equal(payload, want) if direction == "gather" else torch.equal(cache, whole), (
-            "it copies other bytes"
+            "it copies wrong bytes"
         )
 
     ops.gather_pages(layout, [ids], [other], checksums=sums)
@@ -63,7 +63,7 @@ def test_copies_in_memory(benchmark, direction, run_bytes):
 
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 def test_a_chunk_of_all_layers(benchmark, direction):
-    """256 tokens of Qwen2-VL-7B: one launch for all layers, beside torch's for each: what launches cost."""
+    """256 tokens of Qwen2-VL-7B: one launch for all layers, against torch's one per layer: the cost of launches."""
     pages = pages_of("Qwen2-VL-7B", CHUNK_TOKENS)
     (ids,), (on_device,), layers = pages.chunks, pages.on_device, pages.by_layer
     parts = pages.want.view(torch.int16).view(*layers.shape[:2], len(ids), *layers.shape[3:])
@@ -81,7 +81,7 @@ def test_a_chunk_of_all_layers(benchmark, direction):
             return pages.check_load(work)
         pages.scratch.fill_(0xA5)
         do(work)
-        assert torch.equal(pages.scratch, pages.want), "it gathers something else"
+        assert torch.equal(pages.scratch, pages.want), "it gathers wrong bytes"
 
     ours: dict[str, Work] = {
         "gather": lambda: ops.gather_pages(pages.layout, ids, pages.scratch),

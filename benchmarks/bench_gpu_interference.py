@@ -1,7 +1,7 @@
-"""What decoding loses while transfers are under way, in the process that transfers, as an engine's worker does, and in
-another one, whose kernels take turns with the transfers' kernels instead of running beside them.
+"""How much transfers slow decoding down: in the process that transfers, as in an engine's worker, and in another
+process, whose kernels take turns with the transfers' kernels instead of running concurrently.
 
-A step of decoding reads its weights once, so that memory bounds it, and is a CUDA graph, so that the host does not.
+A decoding step reads its weights once, so that memory bounds it, and is a CUDA graph, so that the host does not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from bench_gpu_transfers import Pages, one_copy, rivals_of, transfers
 from device import DEVICE, ON_GPU, SIZES, SIZES_NAME, Work, do, finish, synchronize, warm_up
 
 MODEL = "Qwen2-VL-7B"
-ROWS = 32  # sequences that are decoded at once
-AHEAD = 8  # steps that are enqueued before the first of them ends
+ROWS = 32  # sequences decoded at once
+AHEAD = 8  # steps enqueued before the first of them ends
 
 
 class Decoding:
@@ -38,7 +38,7 @@ class Decoding:
         if ON_GPU:
             self._stream = torch.cuda.Stream()
             with torch.cuda.stream(self._stream):
-                self._compute()  # its libraries make their workspaces
+                self._compute()  # lets its libraries make their workspaces
             synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
@@ -52,8 +52,8 @@ class Decoding:
         return x
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Seconds of each step, on a GPU between events on its stream; and how many began late, for the host had not
-        enqueued them in time: these say nothing about the device."""
+        """The seconds of each step, on a GPU between events on its stream; and how many began late because the host had
+        not enqueued them in time: those say nothing about the device."""
         if not ON_GPU:
             ends = [time.perf_counter()]
             for _ in range(count):
@@ -80,13 +80,13 @@ def decoding() -> Decoding:
 
 
 def decode(count: int) -> dict[str, Any]:
-    """On a thread, or in a process of its own, which has a decoding of its own."""
+    """Runs on a thread, or in another process, which has its own Decoding."""
     return decoding().steps(count) | {"bytes_of_step": decoding().bytes}
 
 
 @cache
 def kinds_of_transfers() -> tuple[dict[str, tuple[Work, int]], dict[str, str]]:
-    """All kinds, with the bytes of one; and those that are missing."""
+    """All kinds of transfers, with the bytes of one transfer; and the missing kinds."""
     pages, others = Pages(MODEL, SIZES.prompt), Pages(MODEL, SIZES.prompt)
     kinds: dict[str, tuple[Work, int]] = {}
     missing = {}
@@ -109,7 +109,7 @@ BLOCKS = [f"{d}: {n} blocks" for d in ("store", "load") for n in (2, 4, 8, 16)] 
 RIVALS = ["Triton", "bulk copies by 8 blocks", "LMCache straight"] if ON_GPU else []
 OURS = [f"{direction}: {way}" for direction in ("store", "load", "both") for way in (BUS, *WAYS)]
 KINDS = ["nothing", *OURS, *BLOCKS, *(f"{d}: {r}" for r in RIVALS for d in ("store", "load")), "nothing again"]
-# What an engine beside which another process transfers sees of the ways that differ most.
+# For an engine while another process transfers: the ways that differ most.
 KINDS_ELSEWHERE = ["nothing", *(f"both: {way}" for way in (BUS, *WAYS)), *BLOCKS[1::4], "nothing again"]
 
 
@@ -122,7 +122,7 @@ def measure(benchmark: Any, executor: Executor, where: str, kind: str) -> None:
         pytest.skip(f"{kind}: {missing[kind]}")
     work, size = (None, 0) if kind in ("nothing", "nothing again") else kinds[kind]
     if work:
-        do(work)  # so that the first step has company
+        do(work)  # so that the first step runs beside transfers
     moved, longest_s = 0, 0.0
     begun = time.perf_counter()
     steps = executor.submit(decode, SIZES.steps)
@@ -130,7 +130,7 @@ def measure(benchmark: Any, executor: Executor, where: str, kind: str) -> None:
         one = time.perf_counter()
         finish(work())
         if ON_GPU:
-            torch.cuda.current_stream().synchronize()  # and not the device, where decoding goes on
+            torch.cuda.current_stream().synchronize()  # not the whole device, where decoding continues
         longest_s = max(longest_s, time.perf_counter() - one)
         moved += size
     found = steps.result()
@@ -165,7 +165,7 @@ def elsewhere() -> Iterator[Executor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interference(benchmark, here, kind):
-    """nothing again: what differs without a cause."""
+    """The kind "nothing again" shows the noise."""
     measure(benchmark, here, "this process", kind)
 
 

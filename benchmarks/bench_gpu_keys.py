@@ -1,4 +1,4 @@
-"""Prefix keys on the GPU; without one, on the CPU."""
+"""Prefix keys on the GPU, or on the CPU if there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmcache_mm import ops
 
 @pytest.mark.parametrize("tokens", SIZES.keys)
 def test_prefix_keys_in_memory(benchmark, tokens):
-    """Ids and keys in the device's memory; beside it the CPU's operation, which needs no ids on the device."""
+    """Ids and keys in the device's memory, against the CPU's operation, which needs no ids on the device."""
     rng = np.random.default_rng(0)
     ids = torch.from_numpy(rng.integers(0, 150_000, tokens))
     items = [lmc.Item(f"{i:064x}", i * tokens // 4 + 64, tokens // 5) for i in range(4)]

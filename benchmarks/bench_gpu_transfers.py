@@ -1,5 +1,5 @@
-"""Transfers between pages and host memory, pinned where there is a GPU, by shapes of real models: every way that they
-can go, beside what the bus does in the same run, and what others do. Without a GPU the same on the CPU, on less."""
+"""Transfers between pages and host memory (pinned if there is a GPU) in shapes of real models: every way that they can
+go, against the bus itself and against rivals, in the same run. Without a GPU: the same on the CPU, with less data."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lmcache_mm.copies import HostCopies, Ring, current_event
 from rivals import PageCopies, Rivals, lmcache_calls
 
 PAGE_TOKENS, CHUNK_TOKENS = 16, 256
-NOTHING = 0x5A5A  # what pages hold before a load
-Way = tuple[int, int] | None  # from which length of fragments on in a batch, by how many blocks; None: as it goes
+NOTHING = 0x5A5A  # the pages' content before a load
+Way = tuple[int, int] | None  # least length of fragments for a batch, blocks of kernels; None: the default
 
 
 class Model(NamedTuple):
     layers: int
-    planes: int  # K and V apart, or one for both
-    heads: int  # of one rank
+    planes: int  # separate for K and V, or one for both
+    heads: int  # per rank
     size: int
-    joined: bool = False  # all layers of a page beside each other, as one allocation may have them
+    joined: bool = False  # all layers of a page are adjacent, in one allocation
 
 
 MODELS = {
@@ -63,7 +63,7 @@ class Pages:
         self.bytes = self.layout.payload_bytes(pages)
         self.want, self.scratch = (torch.empty(self.bytes, dtype=torch.uint8, device=DEVICE) for _ in range(2))
         self.gather(self.want)
-        self.host = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=ON_GPU).fill_(1)  # each page is touched
+        self.host = torch.empty(self.bytes, dtype=torch.uint8, pin_memory=ON_GPU).fill_(1)  # touches each page
         self.host.copy_(self.want)
         self._copies = {
             direction: Ring(self.layout, self.chunk_bytes, direction == "load") if ON_GPU else HostCopies(self.layout)
@@ -71,7 +71,7 @@ class Pages:
         }
 
     def payloads(self, of_all: torch.Tensor) -> list[torch.Tensor]:
-        """Of each chunk its part of so many bytes."""
+        """Splits a buffer into one payload per chunk."""
         return list(of_all.split(self.chunk_bytes))
 
     def _as_pages(self, payload: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ class Pages:
         return payload.view(torch.int16).view(shape)
 
     def gather(self, to: torch.Tensor, host: torch.Tensor | None = None) -> None:
-        """As torch does it, chunk by chunk; and on to the host."""
+        """Gathers by torch, chunk by chunk; if given, copies to the host."""
         rows = self.payloads(to)
         for i, ids in enumerate(self.on_device):
             torch.index_select(self.kv, self._dim, ids, out=self._as_pages(rows[i], ids))
@@ -95,14 +95,14 @@ class Pages:
             self.kv.index_copy_(self._dim, ids, self._as_pages(rows[i], ids))
 
     def check_store(self, store: Work) -> None:
-        """That it fills the host's memory with what torch gathers, bit by bit."""
+        """Checks that it fills the host's memory with exactly what torch gathers."""
         self.host.copy_(self.scratch.fill_(0xA5))
         do(store)
         self.scratch.copy_(self.host)
-        assert torch.equal(self.scratch, self.want), "it stores something else"
+        assert torch.equal(self.scratch, self.want), "it stores wrong bytes"
 
     def check_load(self, load: Work) -> None:
-        """That it fills the pages again, bit by bit, and no other."""
+        """Checks that it fills the pages exactly, and no others."""
         self.kv.fill_(NOTHING)
         self.host.copy_(self.want)
         try:
@@ -114,7 +114,7 @@ class Pages:
         self.kv.fill_(NOTHING)
         do(load)
         self.gather(self.scratch)
-        assert torch.equal(self.scratch, self.want), "it loads something else"
+        assert torch.equal(self.scratch, self.want), "it loads wrong bytes"
         assert bool((self.kv.index_select(self._dim, self._others) == NOTHING).all()), "it writes other pages"
 
     def check(self, direction: str, work: Work) -> None:
@@ -146,12 +146,12 @@ class Pages:
 
 @cache
 def pages_of(model: str, tokens: int) -> Pages:
-    pages_of.cache_clear()  # memory for one
+    pages_of.cache_clear()  # memory suffices for one
     return Pages(model, tokens)
 
 
 def ways(blocks: tuple[int, ...] = ()) -> dict[str, Way]:
-    """How a transfer can go. blocks: of kernels that do it alone."""
+    """The ways of a transfer. blocks: numbers of blocks for kernels that do it alone."""
     if not ON_GPU:
         return {"ours": None}
     kernels: dict[str, Way] = {f"{n} blocks": (0, n) for n in blocks}
@@ -163,7 +163,7 @@ def transfers(pages: Pages, direction: str, blocks: tuple[int, ...] = ()) -> dic
 
 
 def one_copy(pages: Pages, direction: str) -> dict[str, Work]:
-    """All bytes at once: the bus itself."""
+    """One copy of all bytes: the bus itself."""
     pair = (pages.host, pages.want) if direction == "store" else (pages.scratch, pages.host)
     return {"one DMA" if ON_GPU else "memcpy": lambda: pair[0].copy_(pair[1], non_blocking=True)}
 
@@ -182,7 +182,7 @@ def rivals_of(pages: Pages, direction: str, model: str) -> Rivals:
 
     def lmcache(buffered: bool) -> Work:
         if MODELS[model].joined or MODELS[model].planes != 2:
-            raise RuntimeError("called for K and V apart only")
+            raise RuntimeError("supports only separate K and V")
         transfer, payloads = lmcache_calls(list(pages.by_layer), list(pages.chunks), PAGE_TOKENS, pages.host, direction)
         for payload, ids in zip(payloads, pages.on_device, strict=True):
             want = pages.by_layer[:, :, ids].transpose(0, 1).reshape(payload.shape)
@@ -190,7 +190,7 @@ def rivals_of(pages: Pages, direction: str, model: str) -> Rivals:
                 payload.copy_(want)
                 continue
             transfer(buffered)
-            assert torch.equal(payload.to(DEVICE), want), "it stores something else"
+            assert torch.equal(payload.to(DEVICE), want), "it stores wrong bytes"
         return lambda: transfer(buffered)
 
     for name, buffered in (("LMCache straight", False), ("LMCache by a buffer", True)):
@@ -263,7 +263,7 @@ def test_stores_and_loads_at_once(benchmark, model):
 @DIRECTIONS
 @pytest.mark.parametrize("model", ["Qwen2-VL-7B", "Qwen2-VL-2B"])
 def test_transfers_by_layers(benchmark, direction, model):
-    """One layer's part of all payloads after the other."""
+    """Transfers one layer's part of all payloads after another."""
     pages = pages_of(model, SIZES.prompt)
     ours: dict[str, Work] = {
         name: lambda way=way: pages.start(direction, way, by_layer=True)
@@ -278,7 +278,7 @@ def test_transfers_by_layers(benchmark, direction, model):
 
 
 def test_a_retrieve_and_the_copies_in_it(benchmark):
-    """What keys, index, threads and Python add to the copies of one retrieve from shm:."""
+    """The cost of keys, index, threads and Python in one retrieve from shm:, besides its copies."""
     pages = pages_of("Qwen2-VL-2B", SIZES.prompt)
     prompt, ids = lmc.Prompt(list(range(SIZES.prompt))), torch.cat(pages.chunks)
     url = f"shm:///bench-gpu-{os.getpid()}"
@@ -294,9 +294,9 @@ def test_a_retrieve_and_the_copies_in_it(benchmark):
     assert cli.main(["clear", url]) == 0
 
 
-@pytest.mark.skipif(not ON_GPU, reason="there is nothing like it on a CPU")
+@pytest.mark.skipif(not ON_GPU, reason="a CPU has no counterpart")
 def test_time_to_pin(benchmark):
-    """And to unpin; pages that were touched before."""
+    """Pins and unpins memory whose pages were touched before."""
     memory = np.ones(SIZES.pin_bytes, dtype=np.uint8)
 
     def pin() -> None:

@@ -11,7 +11,7 @@ from baselines import blake3_numpy_keys, sha256_chain_keys
 from lmcache_mm import _C, reference
 
 ROOT = bytes(range(32))
-GOLDEN_SHA256_CHAIN = "cc696faaa700edc8"  # of the last key of the 16,384-token prompt: that peer's output is its own
+GOLDEN_SHA256_CHAIN = "cc696faaa700edc8"  # that peer's own last key of the 16,384-token prompt
 
 
 def prompt(tokens: int, covered: int) -> tuple[np.ndarray, list[lmc.Item]]:

@@ -1,4 +1,4 @@
-"""Stores of other hosts, over loopback: records of 7 MiB beside the same bytes over bare sockets and bare NIXL."""
+"""Stores of other hosts, over loopback: records of 7 MiB, against the same bytes over bare sockets and bare NIXL."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(lent: tuple[Any, str]) -> Iterator[Callable[..., int]]:
-    """serve(arguments) is the port of a process that lends the store."""
+    """serve(arguments) starts a process that lends the store, and returns its port."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> int:
@@ -80,7 +80,7 @@ def serve(lent: tuple[Any, str]) -> Iterator[Callable[..., int]]:
 
 
 def send_for_ever(listener: socket.socket, share: int, tls: Path | None) -> None:
-    """Sends `share` records over each connection whenever it is asked to."""
+    """Sends `share` records over each connection on every request."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if tls:
         context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
@@ -136,7 +136,7 @@ def stack() -> Iterator[Any]:
 
 
 def check(store: Any, buffers: list[np.ndarray]) -> Callable[[], None]:
-    """What reads all records, which has been seen to read the right ones."""
+    """Returns a function that reads all records, after checking that it reads the right ones."""
     keys = [key(i) for i in range(RECORDS)]
     assert all(store.get_into(keys, buffers))
     assert all(np.array_equal(buffer, payload(i)) for i, buffer in enumerate(buffers))

@@ -1,4 +1,4 @@
-"""Stores beyond one host beside their bare clients, on servers of this machine; and what sealing costs of it."""
+"""Stores on other hosts against their bare clients, with servers on this machine; and the cost of sealing."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
 
 @pytest.fixture(params=["valkey", "s3", "mooncake"])
 def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """(scheme, the store, one engine of the bare client for each connection)"""
+    """(scheme, the store, one engine of the bare client per connection)"""
     for name, value in {**servers.AWS, "LMCACHE_MM_SECRET": uuid.uuid4().hex}.items():
         monkeypatch.setenv(name, value)
     scheme, url = request.param, server(request.param).url
@@ -63,7 +63,7 @@ def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.Monk
 
 
 def by_all(engines: list[Any], call: Callable[[Any, int], Any]) -> list[Any]:
-    """call(engine, i) for all records, each engine with a thread of its own."""
+    """Calls call(engine, i) for all records, with one thread per engine."""
 
     def work(number: int) -> list[Any]:
         return [call(engines[number], i) for i in range(number, RECORDS, len(engines))]
@@ -73,7 +73,7 @@ def by_all(engines: list[Any], call: Callable[[Any, int], Any]) -> list[Any]:
 
 
 def beside(against: Any, scheme: str, direction: str, ours: Callable[[], None], bare: Callable[[], None]) -> None:
-    """Times ours beside the bare client, and ours without MACs."""
+    """Times ours, the bare client, and ours without MACs."""
 
     def without_macs() -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def beside(against: Any, scheme: str, direction: str, ours: Callable[[], None], 
 
 @pytest.fixture(scope="module")
 def payloads() -> list[np.ndarray]:
-    """What a prompt has: as many different ones as records, behind room for a header each."""
+    """A prompt's payloads: as many different ones as records, each after room for a header."""
     return [np.random.default_rng(i).integers(0, 256, HEADER_BYTES + RECORD_BYTES, np.uint8) for i in range(RECORDS)]
 
 
@@ -118,7 +118,7 @@ def test_put(against, remote, payloads):
     keys = [key(i) for i in range(RECORDS)]
     names = [f"bare-{i}" for i in range(RECORDS)]
 
-    # Each removes its own of the round before first: there need not be room for all rounds.
+    # Each first removes its records of the round before, so that the server needs no room for all rounds.
     def put() -> None:
         store.delete(keys)
         puts = store.stats()["puts"]

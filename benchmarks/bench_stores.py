@@ -1,4 +1,4 @@
-"""Stores that processes share: looking up beside a writer, a disk's own speed, and several processes at once."""
+"""Stores that processes share: lookups with a concurrent writer, a disk's own speed, and several readers at once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def key(i: int) -> bytes:
 
 def aligned(size: int) -> np.ndarray:
     array = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-    array[:] = 1  # its pages are there
+    array[:] = 1  # touches its pages
     return array
 
 
@@ -61,7 +61,7 @@ def test_match_of_128_keys(benchmark, shm, writer):
         process.start()
         until = time.monotonic() + 2
         while time.monotonic() < until:
-            shm.contains(keys)  # what is asked for stays
+            shm.contains(keys)  # keeps these records from eviction
     times = []
 
     def match() -> None:
@@ -79,7 +79,7 @@ def test_match_of_128_keys(benchmark, shm, writer):
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A file: store and a plain file with O_DIRECT beside it, both of them written over once."""
+    """A file: store and a plain file with O_DIRECT, both overwritten once."""
     folder = Path(os.environ.get("LMCACHE_MM_BENCH_DIR", tmp_path_factory.mktemp("disk")))
     capacity = RECORDS * RECORD_BYTES
     store = open_store(f"file://{folder}/store?capacity={capacity}")
@@ -96,7 +96,7 @@ def disk(tmp_path_factory):
 
 
 def plain_io(call: Any, fd: int, buffers: list[np.ndarray], pool: ThreadPoolExecutor) -> None:
-    """preadv or pwritev of all records, in the store's pieces, on as many threads."""
+    """preadv or pwritev of all records, with the store's piece size and number of threads."""
     jobs = []
     for i, buffer in enumerate(buffers):
         for begin in range(0, RECORD_BYTES, file.PIECE_BYTES):

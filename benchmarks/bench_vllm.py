@@ -1,4 +1,4 @@
-"""What the connector adds to the steps of the real vLLM: time inside its calls, in scheduler and worker."""
+"""The connector's cost in steps of the real vLLM: time inside its calls, in scheduler and worker."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class Engine:
         setattr(owner, name, timed)
 
     def ask(self, answer_tokens: int) -> None:
-        """A request with a prompt that nobody has asked before."""
+        """Adds a request with a new prompt."""
         self._requests += 1
         prompt = {"prompt_token_ids": self._random.integers(0, 250, PROMPT_TOKENS).tolist()}
         sampling = self._sampling(temperature=0, max_tokens=answer_tokens, ignore_eos=True)
@@ -105,7 +105,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_time_inside_connector_calls(benchmark, engine, kind):
-    """prefill: a step computes a new prompt of 2,048 tokens and stores it; decode: a token of each of 8 requests."""
+    """prefill: a step computes and stores a new prompt of 2,048 tokens; decode: one token for each of 8 requests."""
     spent: list[float] = []
     took: list[float] = []
     if kind == "decode":
@@ -119,7 +119,7 @@ def test_time_inside_connector_calls(benchmark, engine, kind):
             while engine.llm.has_unfinished_requests():
                 engine.llm.step()
             engine.ask(answer_tokens=1)
-            time.sleep(0.02)  # its identity is known by then, as it is where requests wait for others
+            time.sleep(0.02)  # so that its identity is known, as it is when requests have to wait
 
     def step() -> None:
         before, begin = engine.spent_s, time.perf_counter()

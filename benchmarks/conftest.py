@@ -1,7 +1,7 @@
-"""Shared by the benchmarks: peers are timed in turn with what they are compared to, in the same run.
+"""Shared by the benchmarks: peers are timed in turn with ours, in the same run.
 
-LMCACHE_MM_BENCH_LINES names a file to which each case is appended when it ends, as one line of JSON, beside what
-pytest-benchmark keeps of those that all ended well. The first line of a process, and its last, say on which machine."""
+LMCACHE_MM_BENCH_LINES names a file to which each case is appended when it ends, as one line of JSON, whether it
+succeeds or fails. The first and last lines of a process describe the machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from device import ON_GPU, SIZES_NAME, machine, warm_up
 from lmcache_mm import _C
 
 LINES = os.environ.get("LMCACHE_MM_BENCH_LINES")
-# By what they tell, for those whose time on a GPU may end.
+# The most informative first, since time on a GPU may run out.
 FILES = ("bench_gpu_transfers.py", "bench_gpu_keys.py", "bench_gpu_copies.py", "bench_gpu_interference.py")
 
 
@@ -33,9 +33,9 @@ FILES = ("bench_gpu_transfers.py", "bench_gpu_keys.py", "bench_gpu_copies.py", "
 def against(benchmark: Any) -> Callable[..., None]:
     """against(ours, {name: peer, ...}, rounds, warm, **facts) times `ours`, and before each round each peer once.
 
-    warm: each timed call, ours and the peers', directly follows an untimed one of its own, so that none is charged with
-    the cache misses that another caused; for what is short. Medians of the peers go to extra_info["peers_s"], `facts`
-    beside them. What is compared must have been checked equal before.
+    warm, for short calls: each timed call, ours and the peers', directly follows an untimed call of the same, so that
+    none pays for cache misses that another caused. The peers' medians go to extra_info["peers_s"], and `facts` beside
+    them. The caller must have checked before that all results are equal.
     """
 
     def compare(
@@ -73,12 +73,12 @@ def warm() -> Iterator[None]:
     warm_up()
     write_line({"machine": about() | {"sizes": SIZES_NAME}})
     yield
-    write_line({"machine": about() | {"sizes": SIZES_NAME}})  # whose clocks may have changed
+    write_line({"machine": about() | {"sizes": SIZES_NAME}})  # again, since clocks may have changed
 
 
 @pytest.fixture(autouse=True)
 def on_own_stream() -> Iterator[None]:
-    """As engines run, and not on the default stream, which takes no batches of copies."""
+    """Runs on its own stream, as engines do; the default stream accepts no batches of copies."""
     with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else nullcontext():
         yield
 
@@ -103,7 +103,7 @@ def write_line(line: dict[str, Any]) -> None:
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     cpu = machine_info.get("cpu", {})
-    machine_info["node"] = ""  # the host's name is nobody's business
+    machine_info["node"] = ""  # keep the host's name private
     machine_info["lmcache_mm"] = about() | {"cpu": cpu.get("brand_raw", platform.processor())}
 
 

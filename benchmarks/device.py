@@ -1,10 +1,10 @@
-"""What the benchmarks of a device share: their sizes, its clocks, and what it says of itself.
+"""Shared by the benchmarks of a device: sizes, clocks, and the machine's description.
 
-Of every call three times are taken, and kept apart:
-  device_s  what the device works for one call: on a GPU by events, with so much enqueued that it waits for no launch.
-  call_s    how long the call keeps the host, the device being idle.
-  total_s   from the call until the host knows that all is done, the device being idle before.
-On a CPU a call is its work, and total_s is all there is.
+Three times are measured for every call:
+  device_s  the device's time for one call: on a GPU by events, with enough enqueued that it never waits for a launch.
+  call_s    how long the call occupies the host while the device is idle.
+  total_s   from the call until the host knows that all is done, with the device idle before.
+On a CPU the call does the work itself, so only total_s exists.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 
 
 class Sizes(NamedTuple):
-    rounds: int  # at most, of each contestant
-    case_s: float  # of all contestants' rounds, of which each has 3 at least
-    warm_s: float  # of compute, before anything is timed: clocks rise with work
-    cold_bytes: int  # read to fill the L2 cache with something else; several times its size
-    batch_bytes: int  # moved by calls that are timed as one
-    payload_bytes: int  # of a copy within memory
+    rounds: int  # the most per contestant
+    case_s: float  # for the rounds of all contestants, at least 3 each
+    warm_s: float  # of compute before anything is timed, to raise the clocks
+    cold_bytes: int  # read to replace the L2 cache's contents; several times its size
+    batch_bytes: int  # moved by the calls that are timed as one
+    payload_bytes: int  # per copy within memory
     run_bytes: tuple[int, ...]
-    prompt: int  # tokens, of most transfers
+    prompt: int  # tokens in most transfers
     other_prompts: tuple[int, ...]
     most_layers: int
     keys: tuple[int, ...]  # tokens
     pin_bytes: int
     steps: int  # of decoding, beside each kind of transfer
-    matrices: int  # of a step
-    width: int  # of each, squared
+    matrices: int  # per step
+    width: int  # of each square matrix
 
 
 GPU = Sizes(
@@ -61,7 +61,7 @@ TINY = Sizes(
 SIZES_NAME = "tiny" if os.environ.get("LMCACHE_MM_BENCH_TINY") == "1" else "gpu" if ON_GPU else "cpu"
 SIZES = {"tiny": TINY, "gpu": GPU, "cpu": CPU}[SIZES_NAME]
 LEAST_ROUNDS = 3
-SPIN_HZ = 2e9  # of the clock by which a spin is counted; a slower one makes it longer
+SPIN_HZ = 2e9  # the assumed rate of the clock that counts spins; a slower clock makes them longer
 
 Work = Callable[[], Any]  # one call; what it returns may have a `wait` or be a Job, or a list of such
 
@@ -85,12 +85,12 @@ def do(work: Work) -> None:
 
 
 class Clock:
-    """how, on a GPU: "cold": each call has events of its own and finds another's data in the L2 cache; for what takes
-    microseconds. "stream": events around `times` calls, whose data the L2 cache cannot hold. Both behind a spin on the
-    stream, which ends after the last call was enqueued, so that nothing waits for the host. "transfers": as "stream"
-    without a spin, since they have streams of their own, which begin what needs no pages at once; the first call's way
-    to the device, and the host's last waking, some 100 us, are in it, and are little beside batch_bytes. "host": what
-    the device does not do at all."""
+    """How to time on a GPU. "cold", for calls that take microseconds: each call has its own events, and the L2 cache
+    holds other data. "stream": events around `times` calls, whose data exceed the L2 cache. Both enqueue a spin first,
+    which ends after the last call is enqueued, so that nothing waits for the host. "transfers": as "stream" but without
+    a spin, since transfers have their own streams, which at once begin copies that need no pages; this includes the
+    first call's launch and the host's last wakeup, some 100 us, little against batch_bytes. "host": for calls that do
+    nothing on the device."""
 
     def __init__(self, how: str) -> None:
         self._how = how
@@ -109,7 +109,7 @@ class Clock:
         return called - begun, time.perf_counter() - begun
 
     def of_device(self, work: Work, times: int, call_s: float) -> list[float]:
-        """device_s, of one call or on average of all."""
+        """device_s, for each call or as the average of all."""
         spun = torch.cuda.Event()
         synchronize()
         if self._how != "transfers":
@@ -138,7 +138,7 @@ class Clock:
         return [begin.elapsed_time(end) / 1e3 / calls for begin, end in around]
 
     def _cool(self) -> None:
-        """Reads and does not write: what is measured next would have to write it back."""
+        """Only reads: written lines would have to be written back during the next measurement."""
         if self._how != "stream":
             self._cold.sum()
 
@@ -156,14 +156,14 @@ def compare(
     missing: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> None:
-    """Times all of `ours`, of which the first is ours as it is used, and all rivals, in turn; all were compared before.
-    facts["bytes"]: moved by one call. missing: of rivals that are not there, why."""
+    """Times all of `ours` and all rivals in turn, after the caller has checked their results. The first of `ours` is
+    the way that users get. facts["bytes"]: moved by one call. missing: why a rival is missing, by name."""
     clock = Clock(how)
     works = {**rivals, **ours}
     found: dict[str, dict[str, list[float]]] = {name: {"device_s": [], "call_s": [], "total_s": []} for name in works}
     spent = dict.fromkeys(works, 0.0)
     timed = "device_s" if ON_GPU and how != "host" else "total_s"
-    # The bus is slower than memory by so much at least.
+    # The bus is slower than memory by at least this factor.
     batch_bytes = SIZES.batch_bytes // (4 if how == "transfers" else 1)
     most = 8 if how == "cold" else max(1, -(-batch_bytes // facts["bytes"]))
     for i in range(SIZES.rounds + 1):
@@ -173,10 +173,10 @@ def compare(
                 continue
             begun = time.monotonic()
             call_s, total_s = clock.of_call(work)
-            # What is slow, because the host is, is not repeated for seconds.
+            # A call that is slow because of the host is not repeated for seconds.
             calls = max(1, min(most, int(0.15 / total_s)))
             device_s = clock.of_device(work, calls, call_s) if timed == "device_s" else []
-            if i == 0:  # memory is allocated, code is loaded
+            if i == 0:  # warm-up: memory is allocated, code is loaded
                 clock.ahead = True
                 continue
             spent[name] += time.monotonic() - begun
@@ -185,7 +185,7 @@ def compare(
             times["total_s"].append(total_s)
     medians = {name: statistics.median(times[timed]) for name, times in found.items()}
     first, *others = ours
-    benchmark.pedantic(lambda: None, rounds=1)  # its own clock is the host's
+    benchmark.pedantic(lambda: None, rounds=1)  # pytest-benchmark's own clock is the host's
     benchmark.extra_info.update(
         facts,
         device="gpu" if ON_GPU else "cpu",
@@ -215,17 +215,17 @@ SMI += ["clocks.sm", "clocks.mem", "clocks.max.sm", "clocks_event_reasons.active
 
 
 def state() -> dict[str, Any]:
-    """Of the GPU, now; what may differ between two of one name."""
+    """The GPU's current state: what may differ between two GPUs of one name."""
     command = ["nvidia-smi", f"--query-gpu={','.join(SMI)}", "--format=csv,noheader", "--id=0"]
     try:
         told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
         return dict(zip(SMI, told.strip().split(", "), strict=True))
     except Exception as error:
-        return {"not told": repr(error)}
+        return {"unknown": repr(error)}
 
 
 def copy_engines() -> int | str:
-    """How many copies can be under way at once: fewer than two, and loads wait for stores."""
+    """How many copies can run at once; with fewer than two, loads wait for stores."""
     value = ctypes.c_int()
     try:
         error = ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), 40, 0)
@@ -243,6 +243,6 @@ def machine() -> dict[str, Any]:
         "l2_bytes": device.L2_cache_size,
         "multiprocessors": device.multi_processor_count,
         "copy_engines": copy_engines(),
-        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),  # pinned memory is on one
+        "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))),  # pinned memory is on one of them
         "state": state(),
     }

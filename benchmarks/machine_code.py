@@ -1,6 +1,6 @@
-"""What the compiled kernels look like: registers, spills and bytes in flight, read from the module's machine code.
+"""Registers, spills and bytes in flight of the compiled kernels, read from the module's machine code.
 
-python benchmarks/machine_code.py prints the table. These are expectations: nothing here ran.
+python benchmarks/machine_code.py prints the table. These are expectations: nothing was run.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ REGISTERS_OF_SM = 65536
 THREADS_OF_SM = {80: 2048, 90: 2048, 100: 2048, 120: 1536}
 SHARED_BYTES_OF_SM = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
 
-# Threads of a block, dynamic shared memory and the bytes a thread asks for before it waits: facts of csrc/*.cu that
-# machine code does not show. Nought bytes: all that shared memory is under way.
+# Threads per block, dynamic shared memory, and the bytes that a thread requests before it waits: facts of csrc/*.cu
+# that machine code does not show. Zero bytes: all of the shared memory is in flight.
 LAUNCHES = {
     "hash_leaves": (128, 48256, 64),
     "fold_keys": (128, 32800, 32),
@@ -50,12 +50,12 @@ class Kernel:
         registers = -(-self.registers // 8) * 8
         limits = [REGISTERS_OF_SM // (registers * threads), THREADS_OF_SM[self.arch] // threads]
         if shared:
-            limits.append(SHARED_BYTES_OF_SM[self.arch] // (shared + 1024))  # 1 KiB a block is the system's
+            limits.append(SHARED_BYTES_OF_SM[self.arch] // (shared + 1024))  # the system reserves 1 KiB per block
         return min(limits)
 
     @property
     def bytes_in_flight(self) -> int:
-        """Of one multiprocessor, with all its blocks and every thread waiting."""
+        """Bytes in flight per multiprocessor, with all its blocks and every thread waiting."""
         threads, shared, in_flight = LAUNCHES[self.function]
         return self.blocks_of_sm * (threads * in_flight or shared)
 

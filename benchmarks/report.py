@@ -1,8 +1,8 @@
 """Makes the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
 
-RESULTS: what make bench keeps; LINES: what the benchmarks appended on a GPU, by default benchmarks/results/gpu.jsonl if
-there is one. Prints Markdown; --write puts it between the markers there, and draws the pictures in docs. Every
-figure there comes from here.
+RESULTS: a file kept by make bench; LINES: the lines that the benchmarks appended on a GPU, by default
+benchmarks/results/gpu.jsonl if it exists. Prints Markdown; --write puts it between the markers in docs/benchmarks.md
+and draws the pictures in docs. Every figure there comes from here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
-    """Markdown; all columns but the first are right-aligned."""
+    """A Markdown table; all columns except the first are right-aligned."""
     rule = ["---"] + ["--:"] * (len(headings) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)) + "\n"
 
@@ -164,11 +164,11 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
 
 
 def transfers(cases: list[dict[str, Any]], device: str) -> str:
-    """What bench_gpu_*.py measured, on a GPU or on the CPU."""
+    """The results of bench_gpu_*.py, on a GPU or on the CPU."""
     rows = []
     for facts in cases:
         if "device_s" not in facts or (device == "cpu" and ("run_bytes" in facts or facts["gpu"] == "keys")):
-            continue  # the latter have tables of their own
+            continue  # those have their own tables
         took, what = facts["device_s"], facts["gpu"]
         if what == "keys":
             what = f"keys of {facts['tokens']:,} tokens, {facts['cuts']:,} cuts"
@@ -235,16 +235,16 @@ def on_gpu(lines: list[dict[str, Any]]) -> str:
     missing = {f"{name} ({why})" for line in lines for name, why in line.get("missing", {}).items()}
     failed = [line["name"] for line in lines if line.get("outcome") == "failed"]
     notes = [
-        f"Medians on {place_of_gpu(lines)}. `ours` is what the device needs for it; a call's times are the host's.",
+        f"Medians on {place_of_gpu(lines)}. `ours` is the device's time; a call's times are the host's.",
         *(f"{kind}: not measured yet." for kind in absent),
-        *(f"Not there: {one}." for one in sorted(missing)),
+        *(f"Missing: {one}." for one in sorted(missing)),
         *(f"Failed: {name}." for name in failed),
     ]
     return "\n\n".join(notes) + "\n\n" + transfers(cases, "gpu")
 
 
 def draw_gpu(lines: list[dict[str, Any]]) -> None:
-    """Transfers by each way, and what they cost a step of decoding."""
+    """Transfers by each way, and how much they slow a decoding step."""
     figure, (left, right) = new_figure(f"Medians on {place_of_gpu(lines).partition(' (')[0]}")
     cases = measured_on_gpu(lines)
     bars: dict[str, float] = {}
@@ -272,7 +272,7 @@ def new_figure(title: str) -> Any:
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"  # the same figures make the same file
+    matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"  # the same figures give the same file
     from matplotlib import pyplot  # noqa: PLC0415
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -281,7 +281,7 @@ def new_figure(title: str) -> Any:
 
 
 def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
-    """Keys by the prompt's length, and copies within memory by the page's, as shares of memcpy's speed."""
+    """Keys by prompt length, and copies within memory by page length, as shares of memcpy's speed."""
     figure, (left, right) = new_figure(f"Medians on {place}")
     lines: dict[str, list[tuple[int, float]]] = {}
     for one in benchmarks:
@@ -345,7 +345,7 @@ def main() -> int:
     except (OSError, ValueError, KeyError) as error:
         parser.error(f"{args.results}: not a result of make bench: {error!r}")
     if args.write and any(line["machine"]["sizes"] != "gpu" for line in gpu_lines if "machine" in line):
-        parser.error(f"{file}: not written, for it was measured with other sizes than a GPU's")
+        parser.error(f"{file}: not written, since it was measured with other sizes than a GPU's")
     if args.write:
         before, rest = PAGE.read_text().split(BEGIN)
         results = json.loads(args.results.read_text())

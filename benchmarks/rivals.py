@@ -1,5 +1,5 @@
-"""What others do for copies of pages: contestants that run in the same process, on the same bytes, and are compared
-first. Each one that is missing is named, with the reason."""
+"""Rival ways to copy pages. They run in the same process on the same bytes, and their results are checked first. The
+report names missing rivals, with the reason."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Rivals:
     missing: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, make: Callable[[], Work], check: Callable[[Work], None]) -> None:
-        """check: raises if the work copies something else."""
+        """check: raises if the work copies wrong bytes."""
         try:
             work = make()
             check(work)
@@ -53,7 +53,7 @@ class PageCopies:
     bytes: int
 
     def add_to(self, rivals: Rivals, check: Callable[[Work], None], to_host: bool | None) -> None:
-        """All ways without and with kernels; to_host=None: within the device's memory, by kernels."""
+        """All ways, with and without kernels; to_host=None: within the device's memory, by kernels."""
         if not ON_GPU:
             return
         kept = (self.to, self.source)
@@ -69,7 +69,7 @@ class PageCopies:
 
 
 def _call(function: str, tables: tuple[Any, Any], size: int, option: int) -> Work:
-    """A call of rivals.cu on the current stream, over tables that live as long as the work."""
+    """Returns a call of rivals.cu on the current stream; its tables live as long as the returned work."""
     call = getattr(_library(), function)
     call.restype = ctypes.c_char_p
 
@@ -84,12 +84,12 @@ def _call(function: str, tables: tuple[Any, Any], size: int, option: int) -> Wor
 
 @cache
 def _library() -> ctypes.CDLL:
-    """rivals.cu, built once for this GPU. LMCACHE_MM_BENCH_RIVALS: built already."""
+    """rivals.cu, built once for this GPU. LMCACHE_MM_BENCH_RIVALS: the path of an existing build."""
     if built := os.environ.get("LMCACHE_MM_BENCH_RIVALS"):
         return ctypes.CDLL(built)
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if not nvcc:
-        raise RuntimeError("no nvcc to build rivals.cu with")
+        raise RuntimeError("no nvcc to build rivals.cu")
     headers = [*(ROOT / "csrc").glob("*.h"), ROOT / "benchmarks" / "rivals.cu"]
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(headers))).hexdigest()[:16]
@@ -111,7 +111,7 @@ if triton:
 
     @triton.jit
     def copy_pages_kernel(to, source, words, BLOCK: tl.constexpr):
-        """A program a page, in steps of BLOCK words of 8 bytes."""
+        """One program per page, in steps of BLOCK words of 8 bytes."""
         page = tl.program_id(0)
         to_page = tl.multiple_of(tl.load(to + page).to(tl.pointer_type(tl.int64)), 16)
         from_page = tl.multiple_of(tl.load(source + page).to(tl.pointer_type(tl.int64)), 16)
@@ -131,8 +131,9 @@ def _by_triton(to: torch.Tensor, source: torch.Tensor, size: int) -> Work:
 def lmcache_calls(
     kv: list[torch.Tensor], chunks: list[torch.Tensor], page_tokens: int, host: torch.Tensor, direction: str
 ) -> tuple[Callable[[bool], None], list[torch.Tensor]]:
-    """LMCache's kernel from its own package: each chunk between pages and pinned memory, straight or by a buffer of the
-    device. kv: of each layer [2, pages, page_tokens, heads, size]. And the payloads, [2, layers, tokens, heads * size].
+    """LMCache's kernel from its own package: copies each chunk between pages and pinned memory, directly or through a
+    buffer on the device. kv: per layer [2, pages, page_tokens, heads, size]. Payloads: [2, layers, tokens, heads *
+    size].
     """
     from lmcache.cuda_ops import multi_layer_kv_transfer  # noqa: PLC0415
     from lmcache.lmcache_native import EngineKVFormat, TransferDirection  # noqa: PLC0415

@@ -1,18 +1,17 @@
-"""What KV reuse saves in a deployment: a trace of questions about pictures, run through models of the stores.
+"""Estimates what KV reuse saves in a deployment: runs a trace of questions about pictures through models of the stores.
 
   python benchmarks/simulate.py                      the plans for 10, 1,000 and 100,000 hosts
   python benchmarks/simulate.py --hosts 40 --tier shm:64GiB:8GB/s:0.0005 --tier valkey:1TiB:2GB/s:0.001:shared
   python benchmarks/simulate.py --plot plan.svg      hit rate and time saved, drawn
 
-A tier is NAME:CAPACITY:BANDWIDTH:SECONDS[:shared], the fastest first: CAPACITY of one host, or of all together if it is
-shared; BANDWIDTH as one host gets it; SECONDS before a load begins. Each request asks one question about one picture on
-some host. Pictures are drawn by Zipf's law, all prompts begin with the same system prompt, and hits are of whole
-records, as in KVCache: chunks from the first on, then the picture's tail. What a tier has is put into those before it.
+A tier is NAME:CAPACITY:BANDWIDTH:SECONDS[:shared], the fastest first: CAPACITY per host, or in total if it is shared;
+BANDWIDTH per host; SECONDS before a load begins. Each request asks one question about one picture on some host.
+Pictures are drawn by Zipf's law, all prompts begin with the same system prompt, and hits are whole records, as in
+KVCache: chunks from the first on, then the picture's tail. A hit in one tier is copied to the tiers before it.
 
-Only some hosts are simulated; what all of them asked in the days before is in the shared tiers, as far as it fits.
-Under one law of popularity a full cache's hit rate does not depend on how many ask, only on what fits; how many ask
-decides the bandwidth that is needed, which is printed. Figures of hardware are what you say they are: nothing here is
-measured.
+Only some hosts are simulated. The shared tiers hold what all hosts asked in the days before, as far as it fits. For a
+given law of popularity, a full cache's hit rate depends only on what fits, not on the number of requests; that number
+decides the bandwidth needed, which is printed. You supply the figures of hardware: nothing here is measured.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from report import speed, table
 
 CHUNK_TOKENS = 256
 GIB = 1 << 30
-PREFILL_S = 18 / 16_178  # a token; LMCache's report of its multimodal path, 2025: 18 s for 16,178 tokens
+PREFILL_S = 18 / 16_178  # per token; LMCache's report of its multimodal path, 2025: 18 s for 16,178 tokens
 TOKEN_BYTES = 28 << 10  # Qwen2-VL-2B
 
 
 class Sieve:
-    """Which records are in so many bytes, by SIEVE as shm: and file: evict. Zhang et al., NSDI 2024."""
+    """The records in a cache of `capacity` bytes under SIEVE, as in shm: and file:. Zhang et al., NSDI 2024."""
 
     def __init__(self, capacity: float) -> None:
         self.capacity, self.used, self.evictions = capacity, 0, 0
         self._sizes: dict[Hashable, int] = {}
         self._visited: set[Hashable] = set()
-        self._order: list[Hashable] = []  # oldest first, with those that are gone
+        self._order: list[Hashable] = []  # oldest first, including evicted ones
         self._hand = 0
 
     def settled(self) -> bool:
-        """Whether eviction has gone round a few times."""
+        """Whether the eviction hand has gone around a few times."""
         return self.evictions > 3 * len(self._sizes)
 
     def __contains__(self, key: Hashable) -> bool:
@@ -56,7 +55,7 @@ class Sieve:
         return True
 
     def put(self, key: Hashable, size: int) -> None:
-        """A key that is there keeps its record; one that is larger than all of it is left out."""
+        """Keeps an existing key's record; skips a record larger than the cache."""
         if key in self._sizes or size > self.capacity:
             return
         while self.used + size > self.capacity:
@@ -84,7 +83,7 @@ class Sieve:
 
 
 class Endless:
-    """Which records there are where none is ever evicted, `asked` requests having been made before."""
+    """The records in a cache that never evicts, after `asked` earlier requests."""
 
     def __init__(self, load: Load, asked: float, rng: np.random.Generator, token_bytes: int) -> None:
         self._load, self._asked, self._rng = load, asked, rng
@@ -92,7 +91,7 @@ class Endless:
         middle = ((edges[1:] + edges[:-1]) // 2 - 1).astype(np.float64)
         there = -np.expm1(-asked * share_of(load, middle))
         self.used = float((there * np.diff(edges)).sum()) * np.mean(load.picture_tokens) * token_bytes
-        self._known: dict[int, bool] = {}  # of pictures, whether they were asked about before
+        self._known: dict[int, bool] = {}  # by picture, whether anybody asked about it before
         self._since: set[Hashable] = set()
 
     def __contains__(self, key: tuple[int, int]) -> bool:
@@ -110,23 +109,23 @@ class Endless:
 class Tier:
     name: str
     capacity: float  # bytes
-    bandwidth: float  # bytes/s, of one host
+    bandwidth: float  # bytes/s per host
     latency: float  # s, before a load begins
     shared: bool = False
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is asked."""
+    """The requests."""
 
     pictures: int = 100_000
     zipf: float = 0.9
     system_tokens: int = 512
-    picture_tokens: tuple[int, ...] = (1024, 4096, 16_384)  # each as often
+    picture_tokens: tuple[int, ...] = (1024, 4096, 16_384)  # equally frequent
     question_tokens: int = 64
-    requests: int = 20_000  # of all simulated hosts, as many again before they are counted
+    requests: int = 20_000  # of all simulated hosts; as many more warm the caches first
     requests_per_host_s: float = 0.2
-    days: float = 1.0  # for which all hosts have asked before
+    days: float = 1.0  # of earlier requests by all hosts
 
 
 class Request(NamedTuple):
@@ -136,17 +135,17 @@ class Request(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    hit_rate: float  # of all tokens
+    hit_rate: float  # share of all tokens
     of_tiers: list[float]
-    saved_s: float  # a request, loads deducted
-    prefill_s: float  # a request, were nothing kept
-    shared_bytes: float  # that shared tiers hold
-    shared_bytes_per_s: float  # that all hosts read from shared tiers
+    saved_s: float  # per request, loads deducted
+    prefill_s: float  # per request, without a cache
+    shared_bytes: float  # held by shared tiers
+    shared_bytes_per_s: float  # read from shared tiers by all hosts
 
 
 def records_of(load: Load, picture: int) -> tuple[list[tuple[Hashable, int]], int]:
-    """A prompt's records and tokens: chunks, then what is left up to the picture's end. The question is always new, so
-    that its records are never asked for again. Those that hold no picture are of all prompts."""
+    """A prompt's records and tokens: chunks, then the rest up to the picture's end. The question is always new, so
+    nobody asks for its records again. All prompts share the records that contain no picture."""
     end = load.system_tokens + load.picture_tokens[picture % len(load.picture_tokens)]
     cuts = [*range(CHUNK_TOKENS, end + 1, CHUNK_TOKENS), *([end] if end % CHUNK_TOKENS else [])]
     records = []
@@ -158,14 +157,14 @@ def records_of(load: Load, picture: int) -> tuple[list[tuple[Hashable, int]], in
 
 
 def pictures(load: Load, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Ranks in [0, load.pictures), by Zipf's law with its continuous distribution, so that any number costs nothing."""
+    """Ranks in [0, load.pictures), from Zipf's law in its continuous form, at the same cost for any number of them."""
     u, s, n = rng.random(count), load.zipf, load.pictures
     ranks = np.exp(u * math.log(n + 1)) if s == 1 else (u * ((n + 1) ** (1 - s) - 1) + 1) ** (1 / (1 - s))
     return np.minimum(ranks.astype(np.int64) - 1, n - 1)
 
 
 def share_of(load: Load, picture: Any) -> Any:
-    """How many of all requests are about the picture of this rank, or each of these."""
+    """The share of requests about the picture of this rank, or of each rank in an array."""
     s, n = load.zipf, load.pictures
     if s == 1:
         return np.log((picture + 2) / (picture + 1)) / math.log(n + 1)
@@ -173,7 +172,7 @@ def share_of(load: Load, picture: Any) -> Any:
 
 
 def fill(tiers: Sequence[Sieve], load: Load, asked: float, token_bytes: int, rng: np.random.Generator) -> None:
-    """Puts what was asked about in the last `asked` requests, as far back as there is room."""
+    """Puts the records of the last `asked` requests, as far back as there is room."""
     while asked > 0 and not all(tier.settled() for tier in tiers):
         count = int(min(asked, 1 << 20))
         asked -= count
@@ -194,7 +193,7 @@ def trace(load: Load, hosts: int, count: int, rng: np.random.Generator) -> Itera
 
 
 def ask(request: Request, tiers: Sequence[Sieve | Endless], token_bytes: int) -> list[int]:
-    """How many tokens each tier gives, the fastest first; what they lack is put into all."""
+    """How many tokens each tier delivers, the fastest first; missing records are put into all tiers."""
     given = [0] * len(tiers)
     missing = False
     for key, tokens in request.records:
@@ -216,7 +215,7 @@ def simulate(
     prefill_s: float = PREFILL_S,
     seed: int = 0,
 ) -> Outcome:
-    """Of `sample` of the hosts."""
+    """Simulates `sample` of the hosts."""
     rng = np.random.default_rng(seed)
     simulated = min(hosts, sample)
     asked = hosts * load.requests_per_host_s * load.days * 86_400
@@ -254,7 +253,7 @@ def simulate(
     )
 
 
-# What to expect of hardware, for planning: DDR5 and an NVMe disk of one host, 25 and 100 Gbit/s networks.
+# Assumed hardware, for planning: DDR5 and an NVMe disk in each host, 25 and 100 Gbit/s networks.
 SHM = Tier("shm", 64 * GIB, 20e9, 100e-6)
 FILE = Tier("file", 1024 * GIB, 3e9, 1e-3)
 PLANS = {
@@ -311,7 +310,7 @@ def row(hosts: int, name: str, outcome: Outcome, tiers: Sequence[Tier]) -> list[
     ]
 
 
-HEADINGS = ["hosts", "stores", "tokens hit", "by tier", "prefill saved a request", "shared tiers hold", "give"]
+HEADINGS = ["hosts", "stores", "tokens hit", "by tier", "prefill saved per request", "shared tiers hold", "deliver"]
 
 
 def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
@@ -326,10 +325,10 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     )
     names = [name for name, _ in outcomes]
     left.barh(names, [outcome.hit_rate for _, outcome in outcomes])
-    left.set(xlabel="share of tokens that are hit", xlim=(0, 1))
+    left.set(xlabel="share of tokens restored", xlim=(0, 1))
     right.barh(names, [outcome.prefill_s for _, outcome in outcomes], color="lightgrey", label="prefill without stores")
     right.barh(names, [outcome.saved_s for _, outcome in outcomes], label="saved, loads deducted")
-    right.set(xlabel="seconds a request")
+    right.set(xlabel="seconds per request")
     right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     left.invert_yaxis()
     figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
@@ -337,18 +336,18 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hosts", type=int, help="instead of the plans")
+    parser.add_argument("--hosts", type=int, help="simulate this many hosts instead of the plans")
     parser.add_argument(
-        "--tier", type=to_tier, action="append", default=[], metavar="TIER", help="of --hosts, in order"
+        "--tier", type=to_tier, action="append", default=[], metavar="TIER", help="a tier for --hosts; in order"
     )
-    parser.add_argument("--pictures", type=int, help=f"how many there are (default: {PICTURES_OF_HOST:,} a host)")
+    parser.add_argument("--pictures", type=int, help=f"number of pictures (default: {PICTURES_OF_HOST:,} per host)")
     parser.add_argument("--zipf", type=float, default=Load.zipf, help="the law's exponent (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=Load.requests, help="that are counted (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=Load.requests_per_host_s, help="requests/s of a host")
-    parser.add_argument("--days", type=float, default=Load.days, help="for which shared tiers were filled before")
-    parser.add_argument("--token-bytes", type=int, default=TOKEN_BYTES, help="KV of one token (default: Qwen2-VL-2B)")
-    parser.add_argument("--prefill", type=float, default=PREFILL_S, help="seconds a token (default: %(default).2g)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draws it, as .png or .svg")
+    parser.add_argument("--requests", type=int, default=Load.requests, help="requests to count (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=Load.requests_per_host_s, help="requests/s per host")
+    parser.add_argument("--days", type=float, default=Load.days, help="days of earlier requests in the shared tiers")
+    parser.add_argument("--token-bytes", type=int, default=TOKEN_BYTES, help="bytes per token (default: Qwen2-VL-2B)")
+    parser.add_argument("--prefill", type=float, default=PREFILL_S, help="seconds per token (default: %(default).2g)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results to this .png or .svg")
     args = parser.parse_args(arguments)
     if bool(args.hosts) != bool(args.tier) or (args.hosts or 1) < 1 or args.zipf <= 0 or args.requests < 1:
         parser.error("expected --hosts with at least one --tier, or neither; numbers are positive")

@@ -44,7 +44,7 @@ def test_a_rival_that_copies_something_else_is_left_out_and_named(pages, directi
     rivals.add("right again", lambda: ours, check)
     # A store of one copy has the payloads made already.
     assert list(rivals.works) == ["right", *(["one copy"] if direction == "store" else []), "right again"]
-    assert all("something else" in why or "other pages" in why for why in rivals.missing.values())
+    assert all("wrong bytes" in why or "other pages" in why for why in rivals.missing.values())
 
 
 def test_a_rival_that_cannot_be_made_is_named_with_the_reason():

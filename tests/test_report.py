@@ -76,7 +76,7 @@ def test_lines_of_a_gpu_become_tables():
     assert "\n| keys of 1,024 tokens, 4 cuts | 10 µs | 20 µs | 20 µs |  | the CPU 80 µs |\n" in text
     assert "| gather, runs of 256 bytes | 4000.0 GB/s |" in text
     assert "\n| load: ring | 1.1 ms (+10.0%) | 2.2 ms (+10.0%) | 50.0 GB/s |\n" in text
-    assert "Not there: Triton (none here)." in text
+    assert "Missing: Triton (none here)." in text
     assert "Failed: synthetic failure." in text
     assert "not measured yet" not in text
     partly = report.on_gpu(LINES[:2])
