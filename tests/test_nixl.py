@@ -342,7 +342,7 @@ def test_closing_leaves_no_process_and_no_memory(lent, server):
 
 
 def test_a_network_must_be_called_trusted(url, capsys):
-    with pytest.raises(ValueError, match="add trusted_network=1 if all of them are trusted, or use peer:"):
+    with pytest.raises(ValueError, match="add trusted_network=1 if you trust all those hosts, or use peer:"):
         open_store("nixl://127.0.0.1:7700")
     assert cli.main(["serve", "--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--nixl"]) == 2
     assert "add --trusted-network if all are trusted" in capsys.readouterr().err

@@ -282,7 +282,7 @@ def test_certificates_are_private_and_one_command_makes_them(tmp_path, capsys):
     place = tmp_path / "tls"
     assert cli.main(["certificates", str(place), "one.example", "10.0.0.7"]) == 0
     assert cli.main(["certificates", str(place), "::1"]) == 0
-    assert f"{place}/one.example: to be copied" in capsys.readouterr().out
+    assert f"{place}/one.example: copy it to that host" in capsys.readouterr().out
     files = [path for path in place.rglob("*") if path.is_file()]
     assert len(files) == 2 + 3 * 3
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
@@ -322,7 +322,7 @@ def test_a_ca_that_is_none_signs_nothing(tmp_path):
     for broken, content, text in (
         ("ca.key", (tmp_path / "b" / "ca.key").read_bytes(), r"ca\.key is not the key of .*ca\.pem"),
         ("ca.key", b"", r"ca\.key is not a key made by this command"),
-        ("ca.pem", b"", r"ca\.pem is none"),
+        ("ca.pem", b"", r"ca\.pem is not a certificate"),
         ("ca.key", None, r"ca\.pem has no ca\.key beside it"),
     ):
         place = tmp_path / "a" / broken
