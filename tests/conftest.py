@@ -1,4 +1,4 @@
-"""Shared by the tests: paged caches in every layout that engines use, inside memory that is watched."""
+"""Shared by the tests: paged caches in every layout that engines use, in memory that is checked for stray writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def period_251(size: int) -> torch.Tensor:
 class PagedCache:
     """A layout over `memory`; `expected(block_ids)` is its payload by plain indexing of the tensors."""
 
-    memory: torch.Tensor  # uint8, 1-D: every plane, and margins and gaps that nobody may touch
+    memory: torch.Tensor  # uint8, 1-D: all planes, with margins and gaps that must stay untouched
     layout: KVLayout
     expected: Callable[[list[int]], torch.Tensor]
 
@@ -36,7 +36,7 @@ def _bytes(t: torch.Tensor) -> torch.Tensor:
 
 
 def token_major() -> PagedCache:
-    """K and V packed in a page: [page, 2, token, head, dim], float32."""
+    """K and V in one page: [page, 2, token, head, dim], float32."""
     memory = period_251(64 + 3 * 20000)
     kv = [_tensors(memory, 64 + i * 20000, torch.float32, PAGES, 2, TOKENS, 3, 8) for i in range(3)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=2)
@@ -52,7 +52,7 @@ def planes_apart() -> PagedCache:
 
 
 def head_major() -> PagedCache:
-    """[page, head, token, content], float16: a token's bytes are not together."""
+    """[page, head, token, content], float16: a token's bytes are not contiguous."""
     memory = period_251(48 + 2 * 20000)
     kv = [_tensors(memory, 48 + i * 20000, torch.float16, PAGES, 3, TOKENS, 16) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=2)
@@ -60,7 +60,7 @@ def head_major() -> PagedCache:
 
 
 def permuted_view() -> PagedCache:
-    """Logically [2, page, token, head, dim], in memory [page, head, token, 2, dim]: taken in memory order."""
+    """Logically [2, page, token, head, dim], in memory [page, head, token, 2, dim]: the memory order counts."""
     memory = period_251(64 + 2 * 20000)
     base = [_tensors(memory, 64 + i * 20000, torch.float16, PAGES, 3, TOKENS, 2, 8) for i in range(2)]
     kv = [b.permute(3, 0, 2, 1, 4) for b in base]
@@ -87,7 +87,7 @@ def deep_strides() -> PagedCache:
 
 
 def blocks_outermost() -> PagedCache:
-    """[page, layer, token, content] in one allocation: neighbouring layers join to one plane of longer pages."""
+    """[page, layer, token, content] in one allocation: adjacent layers join to one plane of longer pages."""
     memory = period_251(64 + 20000)
     base = _tensors(memory, 64, torch.int8, PAGES, 4, TOKENS, 24)
     kv = {f"layer.{i}": base[:, i] for i in range(4)}
@@ -96,7 +96,7 @@ def blocks_outermost() -> PagedCache:
 
 
 def mla() -> PagedCache:
-    """[page, token, latent], one plane a layer, 1-byte type, odd row."""
+    """[page, token, latent], one plane per layer, 1-byte type, odd row."""
     memory = period_251(5 + 2 * 2000)
     kv = [_tensors(memory, 5 + i * 2000, torch.uint8, PAGES, TOKENS, 57) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=1)
@@ -104,7 +104,7 @@ def mla() -> PagedCache:
 
 
 def opaque() -> PagedCache:
-    """Pages that nothing may look into."""
+    """Pages with unknown contents: only copied whole."""
     memory = period_251(64 + 2 * 8000)
     kv = [_tensors(memory, 64 + i * 8000, torch.int8, PAGES, 1001) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, opaque=True)
@@ -128,5 +128,5 @@ def dense(request: pytest.FixtureRequest) -> PagedCache:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first: a fork of the process that has run all others takes seconds."""
+    """Runs tests that fork first: forking the process after all other tests takes seconds."""
     items.sort(key=lambda item: item.path.name not in ("test_slab.py", "test_slab_state.py", "test_tiered.py"))

@@ -1,6 +1,6 @@
-"""Servers on free ports of this host's loopback, for the tests of stores beyond one host.
+"""Servers on free ports of this host's loopback, for the tests of stores on other hosts.
 
-Their packages are imported where a server is started: who shares tests with a GPU's machine needs none of them."""
+Their packages are imported only where a server is started: a machine with a GPU may lack them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ START_S = 30
 
 
 def free_port():
-    # Not from the ports that outgoing connections get, so that it stays free while a server is restarted.
+    # Outside the range of outgoing connections' ports, so that it stays free while a server is restarted.
     for port in range(20_000 + os.getpid() * 16 % 10_000, 32_000):
         if port not in _given:
             with socket.socket() as probe, suppress(OSError):
@@ -38,7 +38,7 @@ _given: set[int] = set()
 
 
 class Server:
-    """A process that listens on `port`; url: of a store on it, more options may follow."""
+    """A process that listens on `port`; url: of a store on it, to which options may be appended."""
 
     def __init__(self, command, port, folder, url):
         self.command, self.port, self.folder, self.url = [str(part) for part in command], port, folder, url
@@ -152,12 +152,12 @@ def seaweed(folder):
     client = S3Store(
         BUCKET, endpoint=f"http://127.0.0.1:{server.port}", region="us-east-1", client_options=options, **keys
     )
-    obstore.put(client, "ready", bytes(1 << 16))  # makes the bucket and its volumes, and tries until they are there
+    obstore.put(client, "ready", bytes(1 << 16))  # makes the bucket and its volumes, and retries until they exist
     return server
 
 
 def need_mooncake():
-    """Skips the test where the client is not there or lacks a library of the system's, but not where it must be."""
+    """Skips the test if the client or a system library that it needs is missing, unless it is required here."""
     try:
         import mooncake.store  # noqa: F401, PLC0415
     except ImportError as error:
@@ -184,14 +184,14 @@ def mooncake(folder):
 
 @contextmanager
 def mute():
-    """A port that takes connections and never answers."""
+    """A port that accepts connections and never answers."""
     with closing(socket.create_server(("127.0.0.1", 0))) as listener:
         listener.listen(64)
         yield listener.getsockname()[1]
 
 
 class LyingValkey:
-    """Says that every record has `size` bytes, and answers what asks for one with `claim` and then all of `parts`."""
+    """Says that every record has `size` bytes, and answers requests for one with `claim` and then all of `parts`."""
 
     def __init__(self, size, claim, parts):
         self._answers = {
@@ -230,7 +230,7 @@ class LyingValkey:
 
 
 class TlsProxy:
-    """TLS in front of a server without it."""
+    """TLS in front of a server without TLS."""
 
     def __init__(self, port, context: ssl.SSLContext):
         self._to, self._context = port, context

@@ -1,13 +1,13 @@
-"""The crash test of the stores: processes that work on one are killed, stopped and set going again, thousands of times.
+"""The crash test of the stores: processes that use one are killed, stopped and resumed, thousands of times.
 
     python tests/soak.py --kills 10000 --stops 10000 --schedules 1000000 --json soak.json
 
-First the index of slabs under the simulator (tests/slab_simulation.cpp), then real processes on shm:, file:, tiered:,
-valkey: and peer:, in phases of some hundred signals, some of which find a worker while it changes an index. After each
-phase everybody is dead, and what was accepted and flushed has to be there, with its payload, and all room accounted
-for. In a tight phase records are evicted all the time; in a roomy one never, so that there a record that is missing is
-lost. --seed: of the choices made here; what processes do at the same time is the system's. Prints a table; ends with 1
-if anything was wrong, lost, or over its budget.
+First the index of slabs runs under the simulator (tests/slab_simulation.cpp), then real processes use shm:, file:,
+tiered:, valkey: and peer:, in phases of some hundred signals, some of which hit a worker while it changes an index.
+After each phase all processes are dead; records that were accepted and flushed must exist with the right payload, and
+all room must be accounted for. In a tight phase records are evicted all the time; in a roomy phase never, so that a
+missing record is a lost one. --seed: of the choices made here; the system schedules the processes. Prints a table;
+exits with 1 if anything was wrong, lost, or over its budget.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from lmcache_mm.stores.local.slab import SlabStore
 KEYS, KEPT = 60, 40  # the first KEPT are never deleted in a roomy phase
 LARGEST = 90_000
 WORKERS = 4
-TIGHT, ROOMY = "2MiB", "192MiB"  # what dead processes had reserved rests for 10 s
+TIGHT, ROOMY = "2MiB", "192MiB"  # slots that dead processes had reserved rest for 10 s
 PHASE = 400  # signals
-PACE_S = 0.008  # a worker's longest rest between two calls
+PACE_S = 0.008  # a worker's longest pause between two calls
 SIGNAL_S = 0.06  # the longest time between two signals
-AIM_S = 0.1  # for which a worker that changes an index is looked for
+AIM_S = 0.1  # how long to look for a worker that changes an index
 REMOTE_S = 1.0  # timeout of remote stores
-PAUSE_S = 0.5  # for which they are left alone, instead of ten seconds
+PAUSE_S = 0.5  # how long they are left alone after a failure, instead of ten seconds
 REST_S = 10.0
-SLACK_S = 0.5  # the work itself, on a machine that is busy
+SLACK_S = 0.5  # for the work itself, on a busy machine
 CALLS = ("open", "get", "contains", "put", "delete", "forget", "flush", "slots", "close")
 COUNTS = ("opened", "hits", "wrong", "refused", "raised")
 STORES = ("shm", "file", "tiered", "valkey", "peer")
-# Seconds: what docs/reliability.md promises. None: it waits for what others have to do.
+# Seconds, as promised in docs/reliability.md. None: it waits for the work of others.
 SLAB_BUDGETS = {"get": 0.25, "contains": 0.0, "put": 0.75, "slots": 0.75, "delete": 5.0, "forget": 5.0, "close": 0.25}
 BUDGETS: dict[str, dict[str, float]] = {
     "shm": SLAB_BUDGETS | {"open": 65.0},
     "file": SLAB_BUDGETS | {"open": 65.0},
     "tiered": {"open": 130.0, "get": 1.5, "contains": 0.0, "put": 0.75, "slots": 1.5, "delete": 11.0, "forget": 11.0},
     "valkey": {"open": 1.0, "get": 1.0, "contains": 1.0, "put": 3.0, "delete": 1.0, "close": 1.0},
-    "peer": SLAB_BUDGETS | {"open": 65.0, "get": 1.0, "contains": 1.0, "close": 1.0},  # the lender's host writes, too
+    "peer": SLAB_BUDGETS | {"open": 65.0, "get": 1.0, "contains": 1.0, "close": 1.0},  # the lender's host also writes
 }
 
 
@@ -75,7 +75,7 @@ def size(i: int) -> int:
 
 
 def payload(i: int) -> np.ndarray:
-    """What is stored under key(i), always: whatever else comes back is wrong."""
+    """The only payload ever stored under key(i): anything else is wrong."""
     return ((np.arange(size(i)) * (2 * i + 1) + i) % 251).astype(np.uint8)
 
 
@@ -83,26 +83,26 @@ PAYLOADS = [payload(i) for i in range(KEYS)]
 
 
 def shared(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """Memory of all processes that are forked, which outlives those that write to it."""
+    """Memory shared with forked processes, which outlives its writers."""
     nbytes = int(np.prod(shape)) * 8
     return np.frombuffer(mmap.mmap(-1, max(nbytes, 4096)), dtype=kind)[: nbytes // 8].reshape(shape)
 
 
 def run_delay_ns(pid: int | str = "self") -> int:
-    """For how long the first thread of a process was ready to run and did not."""
+    """How long the first thread of a process was ready to run but did not."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
 
 
 class Seat:
-    """What one worker tells, and one after it goes on telling when it is dead."""
+    """Shared records of a worker, which its successor continues after its death."""
 
     def __init__(self) -> None:
         self.counts = shared((len(COUNTS),), np.int64)
         self.longest = shared((len(CALLS),), np.float64)
-        # Of the call under way: which, since when (0: none), for how long the process had been stopped by then, and for
-        # how long it had waited for a processor.
+        # Of the current call: which, since when (0: none), and how long the process had by then been stopped and had
+        # waited for a processor.
         self.now = shared((4,), np.int64)
-        self.stopped_ns = shared((1,), np.int64)  # in all, told by the parent
+        self.stopped_ns = shared((1,), np.int64)  # in total, written by the parent
         self.pid = 0
         self.stopped_at = 0
 
@@ -114,7 +114,7 @@ class Seat:
         self.now[1] = time.monotonic_ns()
 
     def end(self, pid: int | str = "self") -> None:
-        """The wait of the call under way, without the time in which its process was stopped or had no processor."""
+        """Ends the current call: its wait, minus the time in which its process was stopped or had no processor."""
         call, begun, stopped, delay = map(int, self.now)
         if not begun:
             return
@@ -124,7 +124,7 @@ class Seat:
 
 
 class Worker:
-    """One process on a store. It ends by being killed."""
+    """One process that uses a store until it is killed."""
 
     def __init__(self, url: str, seat: Seat, kept: np.ndarray, roomy: bool) -> None:
         self.url, self.seat, self.kept, self.never_deleted = url, seat, kept, KEPT if roomy else 0
@@ -134,7 +134,7 @@ class Worker:
         self.seat.begin(name)
         try:
             return work(*arguments, **named)
-        except (RuntimeError, TimeoutError):  # another process is stopped while it changes the index, say
+        except (RuntimeError, TimeoutError):  # such as when another process is stopped while it changes the index
             if name not in ("open", "delete", "forget"):
                 raise
             self.seat.count("refused")
@@ -151,7 +151,7 @@ class Worker:
             for _ in range(500):
                 time.sleep(random.random() * PACE_S)
                 self.step()
-            if isinstance(self.store, TieredStore):  # whose end waits for what is to be written
+            if isinstance(self.store, TieredStore):  # its end waits for pending writes
                 self.store.close()
             else:
                 self.call("close", self.store.close)
@@ -192,7 +192,7 @@ class Worker:
         self.seat.count("wrong", sum(found and not np.array_equal(PAYLOADS[i], buffer) for i, found, buffer in read))
 
     def use_slots(self, ids: list[int]) -> None:
-        """Lent for a while, and others reserved, which are never published should the end come here."""
+        """Lends some slots for a while, and reserves others, which stay unpublished if the worker is killed here."""
         keys, sizes = [key(i) for i in ids], [size(i) for i in ids]
         lent = [slot for slot in self.store.lend(keys, sizes) if slot]
         ids = [i for i in ids if i >= self.never_deleted]
@@ -218,7 +218,7 @@ def scheme(url: str) -> str:
 
 
 class Helper:
-    """A process that workers need: a server."""
+    """A server process that workers need."""
 
     def __init__(self, start: Callable[[], int], end: Callable[[int], None] = lambda pid: None) -> None:
         self._start, self._end = start, end
@@ -230,13 +230,13 @@ class Helper:
 
 
 class Setting:
-    """What a phase is about: where the store is, who serves it, and what has to hold when all are dead."""
+    """The setting of a phase: where the store is, who serves it, and what must hold when all are dead."""
 
     def __init__(self, name: str, roomy: bool, folder: Path) -> None:
         self.roomy, self.folder = roomy, folder
         self.helpers: list[Helper] = []
         self.locks: list[int] = []  # of the slabs
-        self.kept = shared((KEYS + 1,), np.int64)  # by key: in which life of the server it was; that comes last
+        self.kept = shared((KEYS + 1,), np.int64)  # by key: the server's life that stored it; last: the current life
         self.kept[-1] = 1
         room = ROOMY if roomy else TIGHT
         self.shm = f"shm:///soak-{uuid.uuid4().hex}?capacity={room}"
@@ -270,10 +270,10 @@ class Setting:
     def _restart_valkey(self, pid: int) -> None:
         self.server.process.wait()
         self.server.start()
-        self.kept[-1] += 1  # it had all in memory
+        self.kept[-1] += 1  # it kept everything in memory
 
     def problems(self) -> tuple[int, list[str]]:
-        """How many records are lost, and what else is wrong, when all are dead."""
+        """The number of lost records and a list of other problems, when all are dead."""
         with closing(open_store(self.own)) as store:
             lost = 0
             for i in np.flatnonzero(self.kept[:-1] == self.kept[-1]).tolist():
@@ -296,12 +296,12 @@ class Setting:
 
 
 def room_lost(store: SlabStore) -> str:
-    """What is wrong with a slab that nobody else has open; empties it."""
+    """Empties a slab that nobody else has open; returns what is wrong with it."""
     store._look_for_dead()
     if what := store._index.check(store._terms(1)):
         return what
     clock, later = slab.boot_clock, slab.boot_clock() + REST_S + 1
-    slab.boot_clock = lambda: later  # what the dead had reserved rests no more
+    slab.boot_clock = lambda: later  # slots reserved by dead processes are free by then
     try:
         store.put([key(KEYS)], [bytes(1)])
         store.put([key(KEYS + 1)], [bytes(1)])
@@ -318,7 +318,7 @@ def room_lost(store: SlabStore) -> str:
 
 
 class Phase:
-    """Some hundred signals."""
+    """A phase of some hundred signals."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -334,7 +334,7 @@ class Phase:
             try:
                 random.seed(worker_seed)
                 Worker(self.setting.urls[place], seat, self.setting.kept, self.setting.roomy).run()
-            except BaseException as error:  # none ends by itself
+            except BaseException as error:  # no worker may end by itself
                 print(f"raised: {error!r}", file=sys.stderr, flush=True)
                 seat.count("raised")
             finally:
@@ -380,7 +380,7 @@ class Phase:
             self.end(seat)
 
     def stop_in_a_change(self) -> Seat | None:
-        """Stops a worker while it changes an index, where chance would seldom find one; None if none could be."""
+        """Stops a worker while it changes an index, which chance would rarely do; None if it finds none."""
         until = time.monotonic() + AIM_S
         while self.setting.locks and time.monotonic() < until:
             seat = random.choice(self.seats)
@@ -411,7 +411,7 @@ class Phase:
     def end(self, seat: Seat) -> None:
         if not seat.stopped_at:
             with suppress(OSError):
-                seat.end(seat.pid)  # what it was waiting for counts
+                seat.end(seat.pid)  # its unfinished wait counts
         os.kill(seat.pid, signal.SIGKILL)
         os.waitpid(seat.pid, 0)
 
@@ -520,7 +520,7 @@ def main() -> int:
     os.environ["LMCACHE_MM_SECRET"] = "a secret of the crash test"
     os.environ.pop("LMCACHE_MM_SECRET_FILE", None)
     breaker.PAUSE_S = PAUSE_S
-    logging.getLogger("lmcache_mm").setLevel(logging.ERROR)  # servers that are down are what this is about
+    logging.getLogger("lmcache_mm").setLevel(logging.ERROR)  # servers are down on purpose
     begun = time.monotonic()
 
     def say(text: str) -> None:
@@ -531,7 +531,7 @@ def main() -> int:
         arguments.json.parent.mkdir(exist_ok=True)
     names = arguments.stores.split(",")
     if "valkey" in names:
-        import_module("lmcache_mm.stores.remote.valkey")  # once, and not in each worker
+        import_module("lmcache_mm.stores.remote.valkey")  # once, not in each worker
     rows = []
     for i, name in enumerate(names):
         share = [n * (i + 1) // len(names) - n * i // len(names) for n in (arguments.kills, arguments.stops)]

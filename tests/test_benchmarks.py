@@ -1,4 +1,4 @@
-"""What the benchmarks of a device compare before they time it."""
+"""The checks that the benchmarks of a device make before they time."""
 
 import sys
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_a_rival_that_copies_something_else_is_left_out_and_named(pages, directi
     if direction == "load":
         rivals.add("another page", lambda: lambda: wrong(in_other_page), check)
     rivals.add("right again", lambda: ours, check)
-    # A store of one copy has the payloads made already.
+    # A store by one copy starts from finished payloads.
     assert list(rivals.works) == ["right", *(["one copy"] if direction == "store" else []), "right again"]
     assert all("wrong bytes" in why or "other pages" in why for why in rivals.missing.values())
 

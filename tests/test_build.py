@@ -1,4 +1,4 @@
-"""What the build promises: nothing but the C++ runtime needed at load time, clear errors where there is no GPU."""
+"""The build's promises: it needs only the C++ runtime at load time, and gives clear errors without a GPU."""
 
 import ast
 import ctypes
@@ -21,7 +21,7 @@ CUDA_BUILD = bool(_C.cuda_version)
 
 
 class ArrayInCudaMemory:
-    """What CuPy's arrays show of themselves; the address is nobody's."""
+    """Has the interface of a CuPy array, with an invalid address."""
 
     __cuda_array_interface__ = {  # noqa: RUF012
         "shape": (4,),
@@ -63,7 +63,7 @@ def test_the_stub_of_the_module_agrees_with_it(tmp_path):
 
 
 def test_the_parameters_in_the_stub_are_those_of_the_module():
-    """pybind11 shows no signature that stubtest could read: its docstrings do."""
+    """Read from docstrings, since pybind11 gives stubtest no signatures."""
     told: dict[str, list[str]] = {}
     for node in ast.parse((ROOT / "lmcache_mm" / "_C.pyi").read_text()).body:
         functions = [node] if isinstance(node, ast.FunctionDef) else []
@@ -142,7 +142,7 @@ def test_a_build_that_cannot_be_is_refused_with_the_reason(environment, text):
 
 
 def test_a_build_goes_on_where_the_one_before_had_a_ninja_that_is_gone(tmp_path):
-    """As pip's, which comes and goes with every `pip install .`. Nothing is compiled but what CMake tries."""
+    """Such as pip's, which exists only during one `pip install .`. Compiles only CMake's own checks."""
     clone, ninja = tmp_path / "clone", shutil.which("ninja")
     for part in ("csrc", "lmcache_mm"):
         shutil.copytree(ROOT / part, clone / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -1,4 +1,4 @@
-"""KVCache over stores of this host: what is hit, what is restored, and that nothing is restored wrongly."""
+"""KVCache over stores of this host: what hits, what is restored, and that nothing is restored wrongly."""
 
 import asyncio
 import threading
@@ -21,7 +21,7 @@ NAMESPACE = lmc.Namespace(model="m", dtype="float32")
 
 @dataclass
 class Engine:
-    """A cache of pages whose KV says which prompt and position it was computed for."""
+    """A cache of pages whose KV encodes the prompt and position that it was computed for."""
 
     pages: int = 64
     store: object = "mem://?capacity=4MiB"
@@ -49,7 +49,7 @@ class Engine:
             self.kv[:, block_ids[p // PAGE], p % PAGE] = value + p / 1024
 
     def restored(self, n, block_ids, value):
-        """How many tokens from the first on hold what `compute` wrote."""
+        """How many tokens, from the first on, hold what `compute` wrote."""
         for p in range(n):
             if not (self.kv[:, block_ids[p // PAGE], p % PAGE] == value + p / 1024).all():
                 return p
@@ -146,7 +146,7 @@ def test_two_namespaces_share_a_store_but_no_records():
     stored(one, prompt())
     assert two.cache.match(prompt()) == 0
     one.cache.close()
-    assert len(store.contains([bytes(36)])) == 1  # an open store that was handed in stays open
+    assert len(store.contains([bytes(36)])) == 1  # a store that was passed in open stays open
 
 
 def test_after_close_there_is_one_clear_error(engine):
@@ -161,7 +161,7 @@ def test_after_close_there_is_one_clear_error(engine):
 @pytest.mark.parametrize("hit", [0, 1, 15, 16, 17, 63, 64, 69, 70, 71, 79, 80, 81, 82, 83])
 @pytest.mark.parametrize("opaque", [False, True])
 def test_any_part_of_the_hit_may_be_retrieved(hit, opaque):
-    """Of pages that are given for these tokens, and no others."""
+    """With pages for just these tokens."""
     p = prompt()
     engine = Engine(opaque=opaque, opaque_tails=True)
     stored(engine, p)
@@ -185,7 +185,7 @@ def test_more_than_was_stored_of_an_opaque_page_restores_what_was():
 
 @pytest.mark.parametrize("opaque", [False, True])
 def test_a_prompt_that_grows_hits_the_ends_of_its_turns(opaque, tmp_path):
-    """Also where another process stored them, and a turn was changed."""
+    """Even if another process stored them, and if a turn was changed."""
     engine = Engine(opaque=opaque)
     ids: list[int] = []
     turns: list[int] = []
@@ -335,7 +335,7 @@ def test_what_is_forgotten_while_it_is_stored_does_not_come_back(engine, by_laye
     stored(engine, ours)
     forgotten = threading.Event()
     if not by_layer:
-        engine.cache._transfer._stores.submit(lambda _: forgotten.wait(10))  # a store that is slow
+        engine.cache._transfer._stores.submit(lambda _: forgotten.wait(10))  # a slow store
     ids = engine.block_ids(len(ours), seed=1)
     engine.compute(len(ours), ids, 1.0)
     jobs = [engine.cache.store(p, ids, by_layer=by_layer) for p in (ours, theirs)]
@@ -359,7 +359,7 @@ def test_what_lies_in_a_slower_tier_is_restored_from_it_and_forgotten_in_both(tm
     store._tiers[0].clear()
     assert engine.cache.match(p) == len(p)
     assert retrieved(engine, p) == len(p)
-    assert store.stats()["promoted"] == len(keys_of(engine, p)) - 1  # the tail at the image is within a whole chunk
+    assert store.stats()["promoted"] == len(keys_of(engine, p)) - 1  # a whole chunk contains the tail at the image
     assert retrieved(engine, p) == len(p)
     assert engine.cache.forget("s") == len(keys_of(engine, p))
     assert [tier.stats()["records"] for tier in store._tiers] == [0, 0]
@@ -398,7 +398,7 @@ def test_what_is_restored_is_always_what_the_same_prompt_computed(scheme, capaci
 
 
 def check_restored(data, store):
-    """Random prompts that share prefixes and images, in a store that evicts; each KV value names its prefix."""
+    """Random prompts that share prefixes and images, in a store that evicts; each KV value identifies its prefix."""
     engine = Engine(store=store, pages=40)
     values: dict[tuple, float] = {}
 

@@ -1,4 +1,4 @@
-"""Gather and scatter on every layout, against reference.py and against plain indexing; untouched bytes too."""
+"""Gather and scatter on every layout, against reference.py and against plain indexing; other bytes stay untouched."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_scattered_pages_equal_the_reference_and_nothing_else_changes(paged, blo
 
 
 def shift(layout: lmc.KVLayout, by: int) -> lmc.KVLayout:
-    """The same layout at other addresses."""
+    """The same layout, moved to other addresses."""
     fields = ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes", "device")
     return lmc.KVLayout(
         planes=tuple(plane + by for plane in layout.planes), **{name: getattr(layout, name) for name in fields}
@@ -219,7 +219,7 @@ def test_fingerprints_of_equal_sizes_with_dimensions_in_another_order_differ():
 
 
 def test_offsets_beyond_32_bits_reach_the_right_bytes():
-    memory = torch.empty(5 << 30, dtype=torch.uint8)  # only the pages that are touched take memory
+    memory = torch.empty(5 << 30, dtype=torch.uint8)  # only touched pages take memory
     tensor = memory.view(5, 1 << 30)[:, :64].view(5, 4, 16)
     layout = lmc.KVLayout.from_tensors([tensor], page_tokens=4, page_dim=0, token_dim=1)
     payload = period_251(128)

@@ -17,7 +17,7 @@ from test_host_cuda import CXX, REPO, SANITIZERS, copy_cases, identity_cases, mu
 AARCH64_CXX = os.environ.get("AARCH64_CXX", "aarch64-linux-gnu-g++")
 AARCH64_EMULATOR = os.environ.get("AARCH64_EMULATOR", "qemu-aarch64")
 VARIANTS = {"portable": (4, []), "avx2": (8, ["-mavx2"]), "avx512": (16, ["-mavx512f", "-mavx512vl", "-mavx512bw"])}
-SMALL_IS_LARGE = ("-DLMC_THREAD_BYTES=64", "-DLMC_STREAM_BYTES=1")  # threads and streaming stores in every case
+SMALL_IS_LARGE = ("-DLMC_THREAD_BYTES=64", "-DLMC_STREAM_BYTES=1")  # uses threads and streaming stores in every case
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def drive(cases: Path, command: Sequence[object], threads: int) -> None:
         assert " 0 failures" in done.stdout
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variants are those of x86-64")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variants are for x86-64")
 @pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no {CXX}")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_the_cpu_operations_equal_the_reference_under_sanitizers(sanitizer: str, cases: Path, tmp_path: Path):

@@ -1,6 +1,6 @@
-"""The demo as a whole, what it does with wrong usage, and its inference loop against transformers' own generate()."""
+"""The whole demo, its answers to wrong usage, and its inference loop against transformers' generate()."""
 
-# ruff: noqa: E402  the imports follow the check that what they need is installed
+# ruff: noqa: E402  the imports follow the check for installed packages
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def run_demo(*options):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
-    """Exit status, report and output of one run without options but --json."""
+    """Exit status, report and output of one run with only the option --json."""
     file = tmp_path_factory.mktemp("demo") / "rows.json"
     with contextlib.redirect_stdout(io.StringIO()) as output:
         status = run_demo("--json", file)
@@ -101,7 +101,7 @@ def test_other_text_before_the_first_image_hits_nothing(rows):
 
 
 def test_the_first_image_is_not_encoded_again_behind_other_text(rows, raw_id_rows):
-    """What KV covers needs no encoder, and all other rows show an image or a text for the first time."""
+    """Images that KV covers need no encoder, and all other rows show an image or a text for the first time."""
     assert [row["encoder_hits"] for row in rows] == [row == TEXT_BEFORE for row in range(8)]
     assert rows[TEXT_BEFORE]["equal"]
     assert all((row["encoder_saved_s"] != 0) == row["encoder_hits"] for row in rows)
@@ -160,7 +160,7 @@ def test_a_second_process_starts_warm_from_the_store_of_the_first(tmp_path):
 
 
 def test_a_second_host_starts_warm_from_the_store_of_the_first(tmp_path, monkeypatch):
-    """Two hosts: processes with stores of their own, of which the second reads the first's over the network."""
+    """Two hosts: processes with separate stores, where the second reads the first's over the network."""
     monkeypatch.setenv("LMCACHE_MM_SECRET", "a secret of two hosts")
     one, other = (f"shm:///test-{uuid.uuid4().hex}?capacity=64MiB" for _ in range(2))
     sizes = ["--image-size", "196", "--max-new-tokens", "2", "--json", tmp_path / "rows.json"]
@@ -290,7 +290,7 @@ class Fixture:
 
     @contextlib.contextmanager
     def encoded_patches(self):
-        """The number of patches of each image that the vision encoder is given meanwhile."""
+        """Records the number of patches of each image that the vision encoder gets meanwhile."""
         seen = []
         hook = self.model.model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
         yield seen
@@ -335,7 +335,7 @@ def test_prefill_can_start_at_any_token_whose_predecessors_have_kv(tiny):
             second.end,
         }
         for start in sorted(starts | {n - 1}):
-            # What the tokens from start on left behind must not be needed.
+            # Old KV of the tokens from start on must not be needed.
             tiny.loop.poison(block_ids)
             for pages, kv in zip(tiny.loop.kv_caches, own, strict=True):
                 for token in range(start):
@@ -388,7 +388,7 @@ def test_a_tokens_kv_counts_as_written_if_no_layer_holds_nan_or_only_zeros(tiny)
     loop.poison(block_ids)
     for pages in loop.kv_caches:
         pages[block_ids[:2]] = 1
-        pages[block_ids[1], :, 3:] = 0  # as a partly filled page is restored
+        pages[block_ids[1], :, 3:] = 0  # like a partly filled page after a restore
     assert loop.count_written(block_ids, 48) == 19
     loop.kv_caches[2][block_ids[0], 1, 4, 0, 7] = float("nan")
     assert loop.count_written(block_ids, 48) == 18

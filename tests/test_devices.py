@@ -1,4 +1,4 @@
-"""The same operations on every device that this machine has: on the CPU always, on a GPU where there is one."""
+"""The same operations on every device of this machine: always on the CPU, and on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 class OnDevice:
-    """A cache of conftest's in memory of a device."""
+    """One of conftest's caches in a device's memory."""
 
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         self.host = cache
@@ -102,7 +102,7 @@ def test_tokens_and_tails_are_gathered_and_scattered_bit_by_bit(device: torch.de
 
 
 def test_copies_of_a_gigabyte_of_short_runs_equal_plain_indexing(device: torch.device):
-    """As large as a prompt's; on the CPU and in a rehearsal less, for time."""
+    """As large as a prompt's; smaller on the CPU and in a rehearsal, to save time."""
     pages = (256 if REHEARSAL else 65_536) if device.type == "cuda" else 1024
     kv = torch.randint(0, 256, (4, pages, 16, 256), dtype=torch.uint8, device=device)
     layout = lmc.KVLayout.from_tensors(list(kv), page_tokens=16, page_dim=0, token_dim=1)
@@ -115,8 +115,8 @@ def test_copies_of_a_gigabyte_of_short_runs_equal_plain_indexing(device: torch.d
 
 
 class Loop:
-    """An inference loop on a device: KV that says for which prompt and position it was computed, on a stream of its
-    own where there are streams."""
+    """An inference loop on a device, whose KV encodes the prompt and position that it was computed for; it has its own
+    stream if the device has streams."""
 
     def __init__(self, device: torch.device, store: object) -> None:
         self.kv = torch.full((3, 64, 4, 6), float("nan"), device=device)
@@ -149,7 +149,7 @@ def loop(request: pytest.FixtureRequest, device: torch.device, tmp_path) -> Iter
 
 
 def test_a_loop_stores_and_retrieves_without_waiting_for_its_own_work(loop: Loop):
-    """Pages are read behind what has been computed, and written behind what still reads them."""
+    """Pages are read after they have been computed, and written after earlier work has read them."""
     prompt = lmc.Prompt([1] * 20 + [9] * 30 + [5] * 13, [lmc.Item("a", 20, 30)])
     first, second = torch.randperm(64)[:16], torch.randperm(64)[:16]
     with loop.on_stream:
@@ -236,7 +236,7 @@ def test_no_thread_waits_for_a_transfer_but_the_one_that_lets_it_go():
         before = passed[0]
         begun = time.perf_counter()
         while copies:
-            del copies[-1]  # the last, which ends behind all others
+            del copies[-1]  # the last, which ends after all others
         waited_s = time.perf_counter() - begun
         assert passed[0] - before > waited_s / 1e-2
     finally:
@@ -267,7 +267,7 @@ def test_a_transfer_refuses_to_be_part_of_a_graph_and_breaks_nobody_elses():
 
 
 def test_an_early_store_holds_what_was_computed_when_its_pages_were_asked_for(loop: Loop):
-    """As vLLM's connector stores: what comes afterwards on the same stream may overwrite the pages at once."""
+    """As in vLLM's connector: later work on the same stream may overwrite the pages at once."""
     with loop.on_stream:
         ids = torch.randperm(64)[:12]
         prompt = lmc.Prompt([7] * 48)
@@ -299,7 +299,7 @@ def test_a_damaged_payload_is_not_restored(device: torch.device, tmp_path):
 
 @NO_GPU
 def test_operations_on_a_gpu_wait_for_nobody_and_keep_the_stream(tmp_path):
-    """They are behind what the stream holds, a long product, and return before it is done."""
+    """They are enqueued after a long product on the stream, and return before it is done."""
     device = torch.device("cuda", 0)
     cache = OnDevice(token_major(), device)
     stream = torch.cuda.Stream(device)

@@ -39,7 +39,7 @@ def mem():
 
 
 def same(a, b):
-    """Bit by bit, and of the same kind, dtypes and shapes."""
+    """Whether both are equal bit by bit, and in kind, dtypes and shapes."""
     if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
         return False
     pairs = [(a, b)] if isinstance(a, torch.Tensor) else list(zip(a, b, strict=True))
@@ -51,7 +51,7 @@ def bits(tensor):
 
 
 def keys_of(identifier, output, modality="image", **request):
-    """Those of the description and of the payload, by the reference."""
+    """The keys of the description and of the payload, by the reference."""
     tensors = [output] if isinstance(output, torch.Tensor) else output
     key = reference.encoder_key(NAMESPACE.root(**request), lmc.Item(identifier, 0, 0, modality))
     description = reference.encoder_description(tensors, not isinstance(output, torch.Tensor))
@@ -59,7 +59,7 @@ def keys_of(identifier, output, modality="image", **request):
 
 
 def damage(store, key, size):
-    """Its payload is another than its checksum says, as on a medium that fails."""
+    """Makes the payload differ from its checksum, as on a failing disk."""
     payload = bytearray(size)
     assert store.get_into([key], [payload]) == [True]
     right = ops.checksum(np.frombuffer(payload, np.uint8))
@@ -86,7 +86,7 @@ def test_what_was_asked_is_counted(cache):
     assert cache.stats() == {"queried_items": 0, "hit_items": 0, "hit_rate": 0, "stored_items": 0}
     assert cache.load("one") is None
     assert cache.save("one", OUTPUT)
-    assert not cache.save("one", OUTPUT)  # it is there
+    assert not cache.save("one", OUTPUT)  # it exists
     assert cache.contains("one")
     assert cache.load("one") is not None
     assert cache.load_into("one", torch.empty_like(OUTPUT))
@@ -211,7 +211,7 @@ def test_other_items_tenants_adapters_and_models_are_misses(cache):
 
 
 def test_keys_of_outputs_are_none_of_kv_even_under_one_root():
-    """Those of KV are 36 bytes long; the 32 of a prefix are made in another mode of BLAKE3."""
+    """Keys of KV are 36 bytes long; the 32 bytes of a prefix come from another mode of BLAKE3."""
     root = NAMESPACE.root()
     item = lmc.Item("a", 0, 1)
     prefixes = ops.prefix_keys([9], [item], root, [0, 1])
@@ -277,7 +277,7 @@ def test_a_description_that_nobody_wrote_is_a_miss(start):
 
 
 def described_by_nobody(start, size):
-    """An item whose description are these bytes, and whose payload, if it is to have one, has so many."""
+    """Stores an item with these bytes as its description, and if given a size, with a payload of that size."""
     description = start.ljust(encoder_cache.DESCRIPTION_BYTES, b"\0")
     with lmc.EncoderCache(NAMESPACE, "mem://?capacity=256KiB") as cache:
         cache.backend.put(keys_of("a", OUTPUT)[:1], [description])
@@ -288,7 +288,7 @@ def described_by_nobody(start, size):
         key = encoder_cache.payload_key(keys_of("a", OUTPUT)[0], description)
         cache.backend.put([key], [bytes(size)])
         loaded = cache.load("a")
-    # What is a description of an output with this payload is one: it says the same when it is made anew.
+    # A valid description of an output with this payload round-trips.
     assert loaded is None or encoder_cache.describe(loaded) == description
 
 

@@ -1,4 +1,4 @@
-"""Every script in examples/ runs as it is; tests/test_demo.py has the demo."""
+"""Every script in examples/ runs unchanged; tests/test_demo.py has the demo."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NOT_RUN = {"demo", "paged_qwen2_vl", "tiny_qwen2_vl"}  # by tests/test_demo.py, or imported there
+NOT_RUN = {"demo", "paged_qwen2_vl", "tiny_qwen2_vl"}  # run or imported by tests/test_demo.py
 SAID = {
     "own_loop": "hash of a cat, question 5: 349 of 350 tokens restored, the answer is the same",
     "chat": "162 tokens, 149 restored, 8 generated",

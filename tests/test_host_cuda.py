@@ -28,9 +28,7 @@ HOST_CUDA = REPO / "tests" / "host_cuda"
 VECTORS = json.loads((REPO / "tests" / "vectors.json").read_text())
 ROOT = bytes(range(32))
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the stand-in switches coroutines on x86-64 only"
-)
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulated device supports x86-64 only")
 
 
 # --- Cases, and the file of them that driver.cpp reads
@@ -50,7 +48,7 @@ class Case:
     op: str
     fields: dict[str, bytes]
     regions: list[Region] = field(default_factory=list)
-    small: bool = False  # fit for TSan, which is slow
+    small: bool = False  # small enough for TSan, which is slow
 
 
 def text(value: str) -> bytes:
@@ -85,7 +83,7 @@ def packed_items(items: Sequence[Item]) -> bytes:
 
 
 def overwrite_case(name: str, ids: Sequence[int], items: Sequence[Item], small: bool = False) -> Case:
-    """Ids that are no token ids stay as they are; reference.py has no word on them, each position being its own."""
+    """Ids that are no token ids stay unchanged; reference.py does not cover them, since positions are independent."""
     good = [i if 0 <= i < 1 << 32 else 0 for i in ids]
     after = reference.apply_mm_hashes_to_token_ids(torch.tensor(good, dtype=torch.int64), items)
     before = torch.tensor(ids, dtype=torch.int64)
@@ -116,7 +114,7 @@ def some_ids(count: int, seed: int = 0) -> list[int]:
 
 
 def scattered_items(number: int, count: int) -> list[Item]:
-    """Items of all lengths at all offsets, many of them over one another."""
+    """Items of all lengths at all offsets, many of them overlapping."""
     rng = np.random.default_rng(number)
     modalities = ["image", "video", "audio"]
     return [
@@ -135,7 +133,7 @@ def identity_cases() -> Iterator[Case]:
         yield overwrite_case(f"{count} ids", ids, items, small=count < 200)
         cuts = [edge for edge in EDGES if edge <= count]
         yield keys_case(f"{count} ids", ids, items, cuts, small=count in (1, 129, 4097))
-    for number in (0, 1, 5, 300):  # 300: more than kernel parameters hold
+    for number in (0, 1, 5, 300):  # 300 exceed the kernel's parameters
         count = 1500
         ids, items = some_ids(count, number), scattered_items(number, count)
         yield overwrite_case(f"{number} items", ids, items)
@@ -170,7 +168,7 @@ def identity_cases() -> Iterator[Case]:
 
 
 def clip(cache: PagedCache) -> tuple[bytes, list[int]]:
-    """The cache's bytes from its first plane to its last page, nothing around them, and the planes' offsets."""
+    """The cache's bytes from its first plane to its last page, without margins, and the planes' offsets."""
     layout = cache.layout
     extent = (layout.num_pages - 1) * layout.page_stride + (layout.runs - 1) * layout.run_stride + layout.run_bytes
     first = min(layout.planes)
@@ -182,8 +180,8 @@ ON_DEVICE, ON_HOST, NONE = range(3)  # where payloads are
 
 
 class Chunks(NamedTuple):
-    """Chunks of one call. missing: tokens that the last page of each chunk lacks (page mode). offset: of the first
-    payload in a longer one; that of the n-th is n times as much."""
+    """Chunks of one call. missing: tokens that the last page of each chunk lacks (page mode). offset: the offset of the
+    n-th payload (from 1) in a longer one is n times this."""
 
     ids: list[list[int]]
     wide: bool = True
@@ -239,7 +237,7 @@ def copy_case(
         offset = chunks.offset * (i + 1)
         before_it = torch.zeros(offset, dtype=torch.uint8)
         whole, part = (reference.checksum(t) for t in (torch.cat([before_it, payload]), before_it))
-        sums.append((whole - part + (1 << 63)) % (1 << 64) - (1 << 63))  # what the part adds
+        sums.append((whole - part + (1 << 63)) % (1 << 64) - (1 << 63))  # the part's contribution
         packed = as_bytes(torch.tensor(ids, dtype=torch.int64 if chunks.wide else torch.int32))
         table += [1 + 2 * i, chunks.wide, len(ids), tokens, 2 + 2 * i, offset]
         regions.append(Region(f"ids of chunk {i}", packed, packed, chunks.host_ids))
@@ -274,7 +272,7 @@ def copy_case(
 
 
 def thin_rows() -> PagedCache:
-    """Pages of whole 16 bytes, tokens of 8: how wide a copy may be depends on whether it looks inside of a page."""
+    """Pages of multiples of 16 bytes, tokens of 8: the width of a copy depends on whether it splits pages."""
     memory = period_251(64 + 2 * 1000)
     kv = [memory[64 + i * 1008 :][: PAGES * 64].view(torch.float16).view(PAGES, 2, TOKENS, 4) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=2)
@@ -282,7 +280,7 @@ def thin_rows() -> PagedCache:
 
 
 def many_tiles() -> PagedCache:
-    """Pages of so many bytes that a few of them fill the stages of a ring in shared memory more than once."""
+    """Pages so large that a few of them fill the stages of a ring in shared memory more than once."""
     memory = period_251(64 + 2 * PAGES * 32000)
     kv = [memory[64 + i * PAGES * 32000 :][: PAGES * 32000].view(PAGES, TOKENS, 8000) for i in range(2)]
     layout = KVLayout.from_tensors(kv, page_tokens=TOKENS, page_dim=0, token_dim=1)
@@ -412,7 +410,7 @@ def copy_cases() -> Iterator[Case]:
         for partial_sums in (False, True):
             chunks = Chunks(ids, wide=False, host_ids=True)
             case = copy_case(f"300 chunks, {partial_sums=}", mla(), gather, True, chunks, partial_sums=partial_sums)
-            case.fields["places_no_table"] = b""  # but several kernels
+            case.fields["places_no_table"] = b""  # it takes several kernels instead
             yield case
         ids = [[*(i for i in range(slots) if i != 5), *[-1] * 1200], [-1, 5, -1]]
         yield copy_case(
@@ -435,12 +433,12 @@ def blake3_cases() -> Iterator[Case]:
 CXX = os.environ.get("CXX", "g++")
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
 ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-# Each driver with the files of csrc/ that it runs.
+# Each driver, with its files of csrc/.
 DRIVERS = {"driver.cpp": ["prefix_keys.cu", "page_copy.cu"], "transfer_driver.cpp": ["page_copy.cu", "transfer.cu"]}
 
 
 def run(command: Sequence[object], timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Both outputs are in stdout."""
+    """Runs a command; stdout has both outputs."""
     return subprocess.run(
         [str(word) for word in command],
         check=False,
@@ -458,7 +456,7 @@ def must_run(command: Sequence[object]) -> None:
 
 
 class Builds:
-    """Programs that are built when they are first asked for."""
+    """Programs, each built at its first use."""
 
     def __init__(self, folder: Path, cases: Path, small_cases: Path) -> None:
         self.folder = folder
@@ -473,7 +471,7 @@ class Builds:
             if sanitizer:
                 flags += ["-O1", f"-fsanitize={SANITIZERS[sanitizer]}", "-fno-sanitize-recover=all"]
             else:
-                flags += ["-O2"]  # the runtime: what it does itself is not to be watched
+                flags += ["-O2"]  # the emulated runtime itself is not sanitized
             must_run([CXX, *flags, "-x", "c++", "-c", source, "-o", out])
             self._done.add(out)
         return out
@@ -558,7 +556,7 @@ def test_transfers_move_every_byte_in_any_order_of_events(builds: Builds, saniti
     assert f"{schedules} schedules, 0 failures" in done.stdout
 
 
-@pytest.mark.parametrize("seed", range(12))  # in a process each: the stand-in remembers every event there was
+@pytest.mark.parametrize("seed", range(12))  # one process each: the emulated device remembers all events
 def test_every_cuda_error_of_a_transfer_leaves_nothing_under_way(builds: Builds, seed: int):
     done = run([builds.driver("asan", "transfer_driver.cpp"), "--api-failures", "--seed", seed])
     assert done.returncode == 0, done.stdout[-8000:]
@@ -572,7 +570,7 @@ def test_the_driver_builds_for_a_gpu(tmp_path: Path, driver: str):
     must_run([nvcc, "-std=c++17", "-x", "cu", f"-I{REPO / 'csrc'}", "-c", HOST_CUDA / driver, "-o", tmp_path / "o"])
 
 
-# --- The stand-in itself
+# --- The emulated device itself
 
 
 RIGHT = [
@@ -596,7 +594,7 @@ RIGHT = [
 ]
 WRONG_RESULT = r"^$"
 RACE, OVERRUN, POISONED = "ThreadSanitizer: data race", "heap-buffer-overflow", "use-after-poison"
-# What a run under one of six seeds says; the last column: whether all of them do.
+# What a run reports under one of six seeds; the last column: whether it does under all of them.
 WRONG = [
     ("block_sum without its barrier", "asan", WRONG_RESULT, True),
     ("block_sum without its barrier", "tsan", RACE, True),
@@ -654,7 +652,7 @@ def test_the_stand_in_tells_what_is_wrong(builds: Builds, scenario: str, sanitiz
     assert all(told) if always else any(told), "\n".join(f"{done.returncode} {done.stdout}" for done in runs)
 
 
-# --- Mutations: what is taken away, one at a time, and has to be missed
+# --- Mutations: each takes one safeguard away, and some test must fail
 
 
 @dataclass
@@ -662,11 +660,11 @@ class Mutation:
     """In `file` of csrc/, `original` becomes `replacement`: an expression, or a statement where it ends with ;"""
 
     file: str
-    what: str  # what is taken away
+    what: str  # the safeguard
     original: str
     replacement: str
-    within: str = ""  # text that is in the file once and contains `original`, where that is there more often
-    args: tuple[str, ...] = ()  # of the driver
+    within: str = ""  # text that occurs once and contains `original`, if that occurs more often
+    args: tuple[str, ...] = ()  # the driver's
 
     driver: str = ""
 
@@ -690,10 +688,9 @@ def call(text: str) -> str:
     return f"LMC_CUDA_CHECK(op, {text});"
 
 
-# Not among them, for nothing but time depends on it: looking at items.reach before an item, `first >= count` in
-# overwrite, leaving out nodes of leaves that are not full, returning at once where there are no items, or no
-# chunks to gather. Nor what only payloads of 16 GiB or caches of 2**31 pages could tell, nor what destructors do when
-# CUDA fails in them.
+# Not among them, since they only save time: the check of items.reach before an item, `first >= count` in overwrite,
+# leaving out nodes of partial leaves, and returning early if there are no items or no chunks to gather. Nor guards that
+# only payloads of 16 GiB or caches of 2**31 pages would test, nor what destructors do when CUDA fails in them.
 MUTATIONS = [
     # Barriers, shuffles, atomic accesses
     Mutation(KEYS, "a step before the next", "__syncthreads();", "", STEP_ENDS),
@@ -879,7 +876,7 @@ MUTATIONS = [
     Mutation(COPY, "the begin of a tile in a run", "r * run.d < first ? first : r * run.d", "r * run.d"),
     Mutation(COPY, "the end of a tile in a run", "at_most(end, (r + 1) * run.d)", "(r + 1) * run.d"),
     Mutation(COPY, "the end of a piece", "at_most(span.units, stop - y)", "stop - y"),
-    # Transfers: of threads and devices
+    # Transfers: threads and devices
     *(
         Mutation(TRANSFER, f"the device {of}", device, "0", f"guard({op}, {device});\n  {then}")
         for of, op, device, then in [
@@ -907,7 +904,7 @@ MUTATIONS = [
             ("takes pinned memory", "pinned_mutex", "      for (Pinned"),
         ]
     ),
-    # Of order
+    # Transfers: order
     Mutation(TRANSFER, "what the caller's stream holds", CALLERS_EVENT, "cudaSuccess"),
     Mutation(
         TRANSFER,
@@ -966,7 +963,7 @@ MUTATIONS = [
     ),
     Mutation(TRANSFER, "a job that was not begun whole", "j.plane != j.ends.back()", "false"),
     Mutation(TRANSFER, "that it is over when it was waited for", "j.end();", "", "j.end();\n  if (j.plane"),
-    # Of errors
+    # Transfers: errors
     *(
         Mutation(
             TRANSFER, f"{what} under way at an error", f"quietly(cudaStreamSynchronize({what}));", "", args=FAILURES
@@ -976,7 +973,7 @@ MUTATIONS = [
     Mutation(TRANSFER, "jobs that outlive their ring", "state_->synchronize();", ""),
     Mutation(TRANSFER, "that a failed job is over", "j.end();", "", "j.end();\n    throw;", FAILURES),
     Mutation(TRANSFER, "that a failed job has no checksums", "j.plane = 0;", "", args=FAILURES),
-    # Of steps
+    # Transfers: steps
     Mutation(TRANSFER, "the end of a buffer by chunks", "bytes + bytes_of(step.last, plane, *end) <= budget", "true"),
     Mutation(TRANSFER, "the end of a buffer by layers", "if (bytes > budget) break;", ""),
     Mutation(TRANSFER, "the first layer by itself", "plane > 0", "true", "chunk == 0 && plane > 0"),
@@ -1013,11 +1010,11 @@ def find(mutation: Mutation, text: str) -> tuple[int, int]:
 
 
 def write_mutants(csrc: Path) -> None:
-    """A copy of csrc/ with all mutations in it, the n-th being live where LMC_MUTANT is n: one build for all."""
+    """Writes a copy of csrc/ with all mutations in it, where LMC_MUTANT=n activates the n-th: one build for all."""
     shutil.copytree(REPO / "csrc", csrc)
     for file in {mutation.file for mutation in MUTATIONS}:
         text = (csrc / file).read_text()
-        inserts: list[tuple[int, bool, int, int, str]] = []  # where, whether it opens, order of nesting, text
+        inserts: list[tuple[int, bool, int, int, str]] = []  # position, whether it opens, nesting order, text
         for number, mutation in enumerate(MUTATIONS, 1):
             if mutation.file != file:
                 continue
@@ -1051,13 +1048,13 @@ def test_every_barrier_shuffle_atomic_access_and_event_has_a_mutation():
     assert not missed
 
 
-# `make mutations` tries them all, which takes ten minutes; a run of all tests one of twelve.
+# `make mutations` tries all of them, in ten minutes; `make test` tries one in twelve.
 CHOSEN = range(1, len(MUTATIONS) + 1, 1 if "TEST_MUTATIONS" in os.environ else 12)
 
 
 @pytest.fixture(scope="module")
 def verdicts(builds: Builds) -> dict[int, str | None]:
-    """For each mutation what misses the thing that it takes away, None if nothing does; 0: the same of none."""
+    """For each mutation, the failure that shows it, None if nothing fails; 0: the same without a mutation."""
     programs = {(name, sanitizer): builds.mutants(sanitizer, name) for name in DRIVERS for sanitizer in SANITIZERS}
 
     def verdict(driver: str, number: int) -> str | None:

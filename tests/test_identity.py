@@ -77,7 +77,7 @@ def test_prefix_keys_of_the_golden_prompt_are_the_golden_ones(dtype):
 @pytest.mark.parametrize("case", VECTORS["namespaces"], ids=lambda c: c["root"][:8])
 def test_namespace_roots_are_the_golden_ones(case):
     namespace = lmc.Namespace(**case["fields"])
-    if "" in case["request"].values():  # a root of the format that no request has
+    if "" in case["request"].values():  # a root that the format has but no request can
         with pytest.raises(ValueError, match="expected a name"):
             namespace.root(**case["request"])
         fields = {**namespace._fields, **{name: value.encode() for name, value in case["request"].items()}}
@@ -334,7 +334,7 @@ def test_a_namespace_does_not_show_its_secret():
     assert "hunter2" not in repr(lmc.Namespace(secret="hunter2", model="m"))
 
 
-# --- bad input: a named error, and nothing touched
+# --- bad input: an error that names it, and nothing is written
 
 
 @pytest.mark.parametrize(

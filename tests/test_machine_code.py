@@ -11,7 +11,7 @@ import machine_code
 from lmcache_mm import _C
 
 ARCHS = [arch for arch in (80, 90, 100, 120) if str(arch) in _C.cuda_archs.split(",")]
-pytestmark = pytest.mark.skipif(not ARCHS, reason="built without kernels for any of these")
+pytestmark = pytest.mark.skipif(not ARCHS, reason="built without kernels for these architectures")
 
 
 @pytest.fixture(scope="module", params=ARCHS, ids=lambda arch: f"sm_{arch}")

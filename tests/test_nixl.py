@@ -1,4 +1,4 @@
-"""nixl: another host's slab, read one-sided: what it promises, in good weather and in bad."""
+"""nixl: another host's slab, read one-sided: its promises, with and without failures."""
 
 import os
 import secrets
@@ -32,7 +32,7 @@ secret, url = test_peer.secret, test_peer.url
 
 @pytest.fixture(autouse=True, scope="module")
 def tcp():
-    """As between hosts: else UCX would read the other process's memory without it."""
+    """Forces TCP, as between hosts: else UCX would read the other process's memory directly."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UCX_TLS", "tcp")
         yield
@@ -42,7 +42,7 @@ def tcp():
 
 @pytest.fixture(scope="module")
 def lent_slab():
-    """(a store of this host, the process that lends it), which take seconds to start."""
+    """(a store of this host, the process that lends it). Shared by tests, since it takes seconds to start."""
     url = f"shm:///test-{uuid.uuid4().hex}"
     with (
         closing(open_store(f"{url}?capacity=32MiB")) as store,
@@ -65,7 +65,7 @@ def agent(lent_slab):
 
 @pytest.fixture
 def own(url):
-    """(URL, store) that a process of its own serves."""
+    """(URL, store), served by a separate process."""
     with closing(open_store(f"{url}?capacity=4MiB")) as store:
         yield url, store
 
@@ -81,7 +81,7 @@ idle_readers = []
 
 @contextmanager
 def opened(port, options="timeout=20", fresh=False):
-    """A store; unless it is to be fresh, with the process of the last one, for starting takes half a second."""
+    """A store; unless `fresh`, it reuses the last one's process, since starting takes half a second."""
     with closing(open_store(f"nixl://127.0.0.1:{port}?trusted_network=1&{options}")) as store:
         if not fresh:
             store._readers.extend(idle_readers)
@@ -123,7 +123,7 @@ def test_payloads_of_any_size_come_in_batches(lent, server, monkeypatch):
     buffers = [memory[end - size - 1 : end - 1] for end, size in zip(ends, sizes, strict=True)]
     with opened(server.address[1], fresh=True) as reader:
         assert get(reader, 0, 1) == large(0, 1)  # more room is needed later
-        for _ in range(2):  # once with the connection that is there
+        for _ in range(2):  # the first time with the existing connection
             memory[:] = 0
             assert all(reader.get_into([key(i) for i in range(len(sizes))], buffers))
             assert all(bytes(buffer) == large(i, sizes[i]) for i, buffer in enumerate(buffers))
@@ -132,7 +132,7 @@ def test_payloads_of_any_size_come_in_batches(lent, server, monkeypatch):
 
 
 def listening(pid):
-    """(address, port), as /proc writes them, of the process's sockets that listen."""
+    """(address, port), as in /proc, of the process's listening sockets."""
     own = set()
     for link in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
@@ -153,14 +153,14 @@ def environment(pid):
 
 
 def mapped(pid):
-    """(begin, end, rights, path) of what the process has mapped."""
+    """(begin, end, rights, path) of the process's mappings."""
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         place, rights, _, _, _, *path = line.split(maxsplit=5)
         yield *(int(at, 16) for at in place.split("-")), rights, path[0] if path else ""
 
 
 def read_again(reader, size=LARGE):
-    """Without the pause."""
+    """Reads again, skipping the pause."""
 
     def reads():
         reader._breaker.tell(True)
@@ -184,7 +184,7 @@ def test_the_process_that_lends_has_the_slab_read_only_and_listens_on_one_interf
 
 
 def test_the_processes_are_given_no_secret(agent, reader):
-    """Who reaches their ports can read their memory."""
+    """A host that can reach their ports can read their memory."""
     get(reader, 1)
     assert "LMCACHE_MM_SECRET" in os.environ
     for pid in (agent._process.pid, reader._readers[-1]._process.pid):
@@ -272,7 +272,7 @@ def test_a_process_that_is_killed_in_a_call_is_a_miss_at_once(lent, server):
         assert get(reader, 1, LARGE) is None
         assert time.monotonic() < begin + PATIENCE_S
         assert reader.stats()["errors"] == 1
-        until(lambda: any(not one.ended for one in reader._readers), "no other one is started")  # though nobody asks
+        until(lambda: any(not one.ended for one in reader._readers), "no other one is started")  # without another call
         reader._breaker.tell(True)
         assert get(reader, 1, LARGE) == large(1)
 
@@ -539,7 +539,7 @@ def test_a_peer_that_lies_about_slots_is_a_miss(lent, agent, lie):
         assert (stats["errors"], stats["corrupt"]) == (1, lie in ("another slot", "the payload of another key"))
 
 
-# What a process that somebody has taken over may do instead of reading: `staging` is a descriptor of the memory.
+# What a compromised process may do instead of reading: `staging` is a descriptor of the memory.
 ANSWERS = {
     "it ends at once": "",
     "it is not ready": "say(b'done')",

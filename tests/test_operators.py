@@ -1,4 +1,4 @@
-"""Operations inside torch.compile: whole graphs that do what the same calls do outside, in the order of the program."""
+"""Operations inside torch.compile: whole graphs with the same effects as the same calls outside, in program order."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def layers(pages: int = 7, apart: bool = True) -> tuple[list[torch.Tensor], lmc.
 
 
 def step(layout, kv, token_ids, blocks, slots, payload, sums):
-    """A step of an inference loop: names a prompt, loads pages, computes into them, and stores."""
+    """A step of an inference loop: makes a prompt's keys, loads pages, computes into them, and stores."""
     keys = ops.prefix_keys(token_ids, ITEMS, ROOT, [4, 16])
     content = ops.apply_mm_hashes_to_token_ids(token_ids.clone(), ["a", "b"], [(3, 5), ITEMS[1]], ["image", "audio"])
     intact = ops.scatter_pages(layout, blocks, payload, checksums=sums)
@@ -59,7 +59,7 @@ def test_a_compiled_step_does_what_it_does_outside(apart: bool):
 
 
 def columns() -> PagedCache:
-    """Of a storage that no contiguous tensor of the caller's covers."""
+    """In a storage that none of the caller's contiguous tensors covers."""
     tensor = torch.empty_strided((PAGES, TOKENS, 24), (TOKENS * 24, 1, TOKENS))
     memory = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
     memory.copy_(period_251(len(memory)))
@@ -99,14 +99,14 @@ def test_inductor_copies_no_cache(apart: bool, monkeypatch: pytest.MonkeyPatch):
         got, (code,) = run_and_get_code(compiled(work, "inductor"), torch.tensor([2, 4]), torch.tensor([0, 1]), payload)
     assert torch.equal(got, payload)
     assert seen == [[tensor.data_ptr() for tensor in layout.memory]] * 3
-    assert "kernel(" not in code  # nothing but calls of operators
+    assert "kernel(" not in code  # only calls of operators
     assert ".copy_(" not in code
 
 
 def test_one_graph_serves_caches_of_one_form_and_no_other():
     counter = CompileCounterWithBackend("aot_eager")
     run = compiled(ops.gather_pages, counter)
-    for pages, graphs in ((7, 1), (7, 1), (9, 2), (7, 2)):  # a layout is freed before the one after the next is made
+    for pages, graphs in ((7, 1), (7, 1), (9, 2), (7, 2)):  # a layout is freed before the next but one is made
         kv, layout = layers(pages)
         kv[1].mul_(pages)
         assert torch.equal(run(layout, torch.tensor([2, pages - 1])), ops.gather_pages(layout, [2, pages - 1]))
@@ -123,7 +123,7 @@ def test_what_is_wrong_outside_is_wrong_inside():
         replace(layout, memory=layout.memory[1:]),
         replace(layout, num_pages=8),
     ):
-        with pytest.raises(torch._dynamo.exc.Unsupported):  # nothing tells the compiler what these planes belong to
+        with pytest.raises(torch._dynamo.exc.Unsupported):  # the compiler cannot know whose planes these are
             run(elsewhere, torch.tensor([1]))
     with pytest.raises(RuntimeError, match="given one other strides"):
         operators._layout([kv[0].transpose(0, 1)], layout.description)

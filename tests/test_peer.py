@@ -1,4 +1,4 @@
-"""peer: another host's store over the network: what it promises, in good weather and in bad."""
+"""peer: another host's store over the network: its promises, with and without failures."""
 
 import ipaddress
 import os
@@ -35,7 +35,7 @@ from test_stores import OWNER, get, key, payload
 SECRET = b"a secret of the tests"
 SEAL = Seal(SECRET)
 LARGE = 1 << 20
-PATIENCE_S = 30  # no assertion is about time: a machine that is this slow is stuck
+PATIENCE_S = 30  # no assertion depends on time: after this long something is stuck
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def secret(monkeypatch):
 
 @pytest.fixture
 def url():
-    """Of a shm: store that does not exist yet."""
+    """The URL of a shm: store that does not exist yet."""
     url = f"shm:///test-{uuid.uuid4().hex}"
     yield url
     directory = slab_directory(url)[1]
@@ -92,7 +92,7 @@ def reader(server):
 
 
 def large(i, size=LARGE):
-    """payload(i, size), fast."""
+    """payload(i, size), made faster."""
     return np.resize(np.roll(np.arange(251, dtype=np.uint8), -i), size).tobytes()
 
 
@@ -111,7 +111,7 @@ def connected(port, seal=SEAL):
 
 
 class Written:
-    """The other host's store where it is written to, and the peer's where it is read."""
+    """A store that writes to the other host's store and reads through the peer's."""
 
     def __init__(self, lent, reader):
         self.put = lent.put
@@ -167,7 +167,7 @@ def test_a_damaged_record_is_a_miss_and_is_removed_where_it_lies(lent, reader):
 
 
 def test_a_record_damaged_after_it_was_read_once_is_a_miss_and_the_peer_is_not_left_alone(lent, reader):
-    """A MAC that is kept says nothing about the bytes of now."""
+    """A cached MAC says nothing about the current bytes."""
     lent.put([key(1), key(2)], [payload(1), payload(2)])
     assert get(reader, 1) == payload(1)
     (slot,) = lent.lend([key(1)], [100])
@@ -198,7 +198,7 @@ def test_no_job_begins_after_its_call_has_ended():
     ended = threading.Thread(target=call.end)
     ended.start()
     ended.join(0.1)
-    assert ended.is_alive()  # it waits for what has begun
+    assert ended.is_alive()  # it waits for calls that have begun
     go_on.set()
     ended.join(10)
     assert not ended.is_alive()
@@ -264,12 +264,12 @@ def test_promoted_records_keep_their_age_and_a_peer_is_not_written_to(lent, serv
         slab.remove(slab_directory(local)[1])
 
 
-# --- Who may speak
+# --- Who may connect
 
 
 @pytest.fixture(scope="module")
 def tls(tmp_path_factory):
-    """A directory of certificates: good ones, those of another CA, and one that is out of date."""
+    """A directory of certificates: good ones, some of another CA, and an expired one."""
     folder = tmp_path_factory.mktemp("certificates")
     for name, hosts in (("ours", ["127.0.0.1", "localhost"]), ("theirs", ["127.0.0.1"])):
         certificates.make(folder / name, hosts, 30)
@@ -337,7 +337,7 @@ def test_a_ca_that_is_none_signs_nothing(tmp_path):
 
 
 def test_making_certificates_that_was_interrupted_can_be_done_again(tmp_path, monkeypatch):
-    """After any number of files."""
+    """Interrupted after any number of files."""
     write = certificates._write
     for done in range(5):
         left = [None] * done
@@ -375,7 +375,7 @@ def test_hosts_with_certificates_of_one_ca_read_each_other(lent, tls, host):
         ("ours/127.0.0.1", "theirs/127.0.0.1", "certificate verify failed"),
         ("theirs/127.0.0.1", "ours/127.0.0.1", "certificate verify failed"),
         ("expired/127.0.0.1", "ours/127.0.0.1", "certificate has expired"),
-        ("ours/127.0.0.1", "expired/127.0.0.1", ""),  # told by the server, in an alert
+        ("ours/127.0.0.1", "expired/127.0.0.1", ""),  # the server says so in an alert
         ("ours/localhost", "ours/127.0.0.1", "IP address mismatch"),
         ("ours/127.0.0.1", None, ""),
         (None, "ours/127.0.0.1", ""),
@@ -389,7 +389,7 @@ def test_other_certificates_are_misses_and_said(lent, tls, caplog, servers, clie
     ):
         assert reader.contains([key(1)]) == [False]
         assert get(reader, 1) is None
-        assert reader.stats()["errors"] == 1  # once: it is left alone now
+        assert reader.stats()["errors"] == 1  # once: then it is left alone
     assert f"{reader._name} failed and is left alone for 10 s" in caplog.text
     assert why in caplog.text
 
@@ -464,7 +464,7 @@ def test_without_a_secret_nothing_is_opened_or_served(url, monkeypatch, capsys):
 
 
 def half_open(port):
-    """(socket, what the server said): a client that has said hello."""
+    """(socket, the server's answer) of a client that has said hello."""
     sock = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
     hello = channel._HELLO.pack(channel._MAGIC, channel.VERSION, bytes(32))
     sock.sendall(hello)
@@ -486,7 +486,7 @@ def test_who_sends_the_servers_proof_back_or_one_of_another_connection_is_discon
     assert ends(sock)
     other, _ = half_open(server.address[1])
     theirs = channel._HELLO.pack(channel._MAGIC, channel.VERSION, bytes(32))
-    recorded = channel._proof(SEAL.connection_key(theirs + said[:-32]), b"client")  # the first connection's right one
+    recorded = channel._proof(SEAL.connection_key(theirs + said[:-32]), b"client")  # correct for the first connection
     other.sendall(recorded)
     assert ends(other)
     sock.close()
@@ -540,7 +540,7 @@ def test_another_version_is_named_on_both_sides(server, caplog):
 
 @contextmanager
 def answering(script, handshake=True):
-    """The port of a peer that runs `script` over each connection, knowing the secret where there is a handshake."""
+    """The port of a peer that runs `script` on each connection, after a handshake with the secret unless disabled."""
     listener = socket.create_server(("127.0.0.1", 0))
     ended = threading.Event()
 
@@ -655,7 +655,7 @@ def test_a_peer_that_lies_is_a_miss_and_is_disconnected(lie):
         lie(ch)
         with suppress(OSError):
             ch.receive()
-        dropped.set()  # the client sends nothing more: it has closed the connection
+        dropped.set()  # the client has closed the connection
 
     with answering(script) as port, opened(port) as reader:
         buffers = [bytearray(100), bytearray(100)]
@@ -719,7 +719,7 @@ def test_an_age_that_is_none_is_no_answer(age):
     with answering(script) as port, opened(port) as reader:
         assert reader.contains([key(1), key(2)]) == [False, False]
         assert reader.stats()["errors"] == 1
-        assert reader.ages([key(1)]) == [float("inf")]  # left alone: not known, and not new
+        assert reader.ages([key(1)]) == [float("inf")]  # left alone: the age is unknown, and the record not new
 
 
 def test_a_record_whose_age_the_lender_does_not_know_counts_as_missing(lent, reader, monkeypatch):
@@ -778,7 +778,7 @@ def test_a_buffer_is_not_written_to_after_a_call_that_took_too_long():
     with answering(script) as port, opened(port, "timeout=0.5") as reader:
         buffer = np.zeros(8 * LARGE, np.uint8)
         assert reader.get_into([key(1)], [buffer]) == [False]
-        assert buffer[0] == 7  # it was being written to
+        assert buffer[0] == 7  # it had been partly written
         buffer[:] = 5
         go.set()
     assert (buffer == 5).all()
@@ -814,7 +814,7 @@ def test_a_server_that_was_restarted_between_calls_is_not_missed(lent):
 
 @pytest.mark.parametrize("names", [["127.0.0.2", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]])
 def test_every_address_of_a_name_is_tried(lent, server, monkeypatch, names):
-    """Nothing listens on 127.0.0.2."""
+    """127.0.0.2 has no listener."""
     lent.put([key(1)], [payload(1)])
     resolve = socket.getaddrinfo
 
@@ -825,7 +825,7 @@ def test_every_address_of_a_name_is_tried(lent, server, monkeypatch, names):
     monkeypatch.setattr(socket, "getaddrinfo", two)
     with opened(server.address[1], host="localhost") as reader:
         assert get(reader, 1) == payload(1)
-        assert reader._idle[0].deadline > time.monotonic() + 10  # the whole call's, not one address's
+        assert reader._idle[0].deadline > time.monotonic() + 10  # the whole call's deadline, not one address's
 
 
 def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch, caplog):
@@ -835,14 +835,14 @@ def test_names_that_are_resolved_for_ever_cost_the_timeout(monkeypatch, caplog):
         assert reader.contains([key(1)]) == [False]
         assert reader.stats()["errors"] == 1
         (resolving,) = [thread for thread in threading.enumerate() if thread.name == "lmcache_mm peer names"]
-        assert resolving.daemon  # the end of the process does not wait for it
+        assert resolving.daemon  # process exit does not wait for it
         assert "localhost was not resolved in time" in caplog.text
         stuck.set()
 
 
 @pytest.mark.parametrize("answers, errors", [(1, 0), (2, 1)])
 def test_a_connection_closed_just_before_it_is_asked_is_no_failure(monkeypatch, answers, errors):
-    """Closed after an answer, or in the midst of the next one: then it is one."""
+    """Unlike one closed in the middle of an answer."""
     connections = []
 
     def script(ch):
@@ -857,7 +857,7 @@ def test_a_connection_closed_just_before_it_is_asked_is_no_failure(monkeypatch, 
     with answering(script) as port, opened(port) as reader:
         assert get(reader, 1) == payload(1)
         until(lambda: answers > 1 or reader._idle[0].ended, "it is not closed")
-        monkeypatch.setattr(channel.Channel, "ended", False)  # looked at too early
+        monkeypatch.setattr(channel.Channel, "ended", False)  # as if checked too early
         assert reader.get_into([key(1)], [bytearray(100)]) == [True]
         assert (reader.stats()["errors"], len(connections)) == (errors, 3 - answers)
 
@@ -967,7 +967,7 @@ def test_a_server_that_is_killed_in_mid_transfer_costs_misses_until_it_is_back(l
 
 
 def pinned(port, records):
-    """A connection whose client has asked for records and reads one frame of the answer only."""
+    """A connection whose client has requested records and reads only one frame of the answer."""
     ch = connected(port)
     ch.send(channel.GET, channel.pack_keys([key(i) for i in range(records)], [2 * LARGE] * records))
     ch.expect(channel.RECORD)
@@ -975,7 +975,7 @@ def pinned(port, records):
 
 
 def can_be_replaced(store):
-    """Whether all room of the store can be had, which pinned slots forbid."""
+    """Whether all of the store's room can be taken, which pinned slots prevent."""
     slots = store.reserve([key(1000 + i) for i in range(16)], [2 * LARGE] * 16)
     store.abandon([slot for slot in slots if slot])
     return all(slots)
@@ -1091,12 +1091,12 @@ def test_the_most_keys_fit_into_a_frame_and_one_more_is_refused():
 
 @pytest.fixture
 def fuzzed(lent, server):
-    """Its port; nothing that was sent there may have hurt others, or be left."""
+    """A server's port; after the test, other clients must work, and nothing may be left."""
     lent.put([key(1)], [payload(1)])
     with opened(server.address[1]) as reader:
         assert get(reader, 1) == payload(1)
         yield server.address[1]
-        assert get(reader, 1) == payload(1)  # over the connection that it had
+        assert get(reader, 1) == payload(1)  # over its old connection
         assert reader.stats()["errors"] == 0
     until(lambda: not server._open, "connections are left")
     lent.put([key(2)], [bytes(lent.capacity)])
@@ -1178,7 +1178,7 @@ def test_who_says_nothing_is_disconnected(lent, monkeypatch):
 
 
 def asks(ch):
-    """The age of one record, asked over a connection."""
+    """Asks for the age of one record over a connection."""
     ch.send(channel.LOOK, channel.pack_keys([key(1)]))
     return struct.unpack("<d", ch.expect(channel.AGES)[1])[0]
 
@@ -1202,7 +1202,7 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
         assert asks(second) >= 0
         third = pinned(port, 16)
         assert ends(second._sock)
-        fourth = connected(port)  # it waits, for all are busy
+        fourth = connected(port)  # it waits, since all are busy
         until(lambda: len(server._open) == 3 and not server._handshakes, "it does not wait")
         busy.close()
         assert asks(fourth) >= 0
@@ -1263,9 +1263,9 @@ print(store.get_into([(1).to_bytes(36, "little")], [buffer]), buffer == bytes((1
 
 @contextmanager
 def network_namespace():
-    """A network of its own, seen through a pair of interfaces: (command that runs another one there, address here,
-    address there). It lives as long as a process in it, which ends with this one, so that nothing is left of it even if
-    this process is killed."""
+    """A separate network, connected by a pair of interfaces: (prefix of commands to run there, address here, address
+    there). It exists as long as a process in it, which ends with this process, so that it disappears even if this
+    process is killed."""
     if os.geteuid() or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
         pytest.skip("network namespaces take root and the commands ip, unshare and nsenter")
     held = subprocess.Popen(["unshare", "--net", "cat"], stdin=subprocess.PIPE)
@@ -1321,7 +1321,7 @@ def test_nothing_is_left_of_a_network_namespace_whose_test_is_killed():
         return set(os.listdir("/sys/class/net"))
 
     before = interfaces()
-    with network_namespace():  # beside one of another run
+    with network_namespace():  # at the same time as another run's
         done = subprocess.run(
             [sys.executable, "-c", NAMESPACE, str(Path(__file__).parent)], capture_output=True, text=True, check=False
         )

@@ -20,7 +20,7 @@ WITHOUT_VLLM = [example for example in EXAMPLES if "vllm" not in example[1]]  # 
 
 @pytest.mark.parametrize("code", [code for _, code in WITHOUT_VLLM], ids=[name for name, _ in WITHOUT_VLLM])
 def test_an_example_runs_and_prints_what_it_says(code, tmp_path):
-    """A comment behind print(...) is what it prints."""
+    """The comment after print(...) is what it prints."""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == re.findall(r"print\(.*\)  # (.*)", code)
 

@@ -1,4 +1,4 @@
-"""What a run on a GPU executes, on a GPU that the host stands in for: see tests/rehearsal."""
+"""Everything that runs on a GPU, run on an emulated one: see tests/rehearsal."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 REHEARSAL = REPO / "tests" / "rehearsal"
-# What gpu_check may import: what there is on a machine with a GPU, and the two wheels that are carried there.
+# What gpu_check may import: packages on a machine with a GPU, and the two wheels that are carried there.
 GPU_MACHINE = (
     "torch numpy cupy-cuda13x pytest pytest-benchmark hypothesis transformers triton pybind11 cmake ninja blake3 "
     "lmcache-mm"
 )
 
-pytestmark = pytest.mark.skipif(
-    platform.machine() != "x86_64", reason="the stand-in switches coroutines on x86-64 only"
-)
+pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulated device supports x86-64 only")
 
 
 def rehearse(*command: object, **environment: str) -> str:
-    """What the program says, which must end well."""
+    """Runs a program, which must succeed; returns its output."""
     done = subprocess.run(
         [sys.executable, str(REHEARSAL), *map(str, command)],
         check=False,
@@ -48,7 +46,7 @@ def test_torch_on_the_stand_in_is_as_on_cuda():
 
 
 def test_operations_and_transfers_on_cuda_whose_streams_run_in_a_random_order():
-    """As late as is legal they run in gpu_check, below, and so do those that need work to be under way still."""
+    """gpu_check, below, runs them as late as is legal, and runs the tests that need unfinished work."""
     chosen = "not cpu and not waits and not wait_for"
     said = rehearse("-m", "pytest", "-q", "tests/test_devices.py", "-k", chosen, HOST_CUDA_SEED="1")
     assert "skipped" not in said
@@ -56,7 +54,7 @@ def test_operations_and_transfers_on_cuda_whose_streams_run_in_a_random_order():
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM (tests/vllm/requirements*.txt)")
 def test_the_worker_of_vllm_stores_and_loads_caches_on_cuda():
-    """In all orders of dimensions, with one and two kernel blocks a block, and while the engine sleeps."""
+    """In all orders of dimensions, with one and two kernel blocks per block, and while the engine sleeps."""
     some = "(bit_by_bit and (GQA-LBHNC-1 or fp8-LBNHC-1 or indexer-BLHNC-1 or windows-BLNHC-2)) or sleeps"
     said = rehearse("-m", "pytest", "-q", "tests/vllm/test_layouts.py", "-k", some)
     assert "skipped" not in said
@@ -82,7 +80,7 @@ def steps_of(out: Path) -> dict[str, str]:
 
 
 def test_gpu_check_runs_whole_with_what_the_machine_of_a_gpu_has(tmp_path: Path):
-    """All tests and benchmarks for a GPU, doctor, calibrate, and the drivers under what is called like sanitizers.
+    """All tests and benchmarks for a GPU, doctor, calibrate, and the drivers under a stand-in for compute-sanitizer.
     Every contestant of a benchmark copies the right bytes."""
     done = gpu_check(tmp_path, "--limit", 3000, LMCACHE_MM_REHEARSAL_PACKAGES=GPU_MACHINE)
     assert done.returncode == 0, done.stdout
@@ -167,7 +165,7 @@ def test_gpu_check_says_what_it_would_run_and_what_it_is_given_wrong(tmp_path: P
         0,
         "build\ndriver built\ntransfer_driver built\ndriver under synccheck\ntransfer_driver under synccheck\n",
     )
-    # By the shell's script, which makes an environment for it.
+    # By the shell script, which makes its environment.
     command = [REPO / "scripts" / "gpu_check.sh", tmp_path, "--list", "--only", "doctor"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     assert (

@@ -1,4 +1,4 @@
-"""Stores beyond one host in bad weather: servers that die, hang or lie, wrong credentials, owners to be forgotten."""
+"""Stores on other hosts under failures: servers that die, hang or lie, wrong credentials, forgotten owners."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lmcache_mm.stores.remote import hands, remote
 from lmcache_mm.stores.remote.remote import HEADER_BYTES, RemoteStore
 from test_stores import OTHER_OWNER, OWNER, REMOTE, get, key, new_store, payload, remote_url, server, stats_of
 
-SLOW_S = 20.0  # how much more than a budget a call may take on a machine that is busy with other things
+SLOW_S = 20.0  # how far a call may exceed its budget on a busy machine
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def own_server(tmp_path, environment):
 
 
 def engine_of(store):
-    """The bare client, on the side."""
+    """The bare client, next to the store."""
     return store._hands[0]._connect()
 
 
@@ -96,7 +96,7 @@ def test_a_record_with_one_bit_changed_anywhere_is_a_miss_and_removed(store, pla
     write_record(store, 1, record)
     assert get(store, 1) is None
     assert (store.stats()["corrupt"], store.stats()["misses"]) == (1, 1) or place == 10
-    assert store.contains([key(1)]) == [place == 10]  # of another version: it may be somebody's
+    assert store.contains([key(1)]) == [place == 10]  # of another version: it may belong to somebody
 
 
 def test_two_records_that_are_exchanged_are_misses(store):
@@ -175,7 +175,7 @@ def test_deployments_with_different_secrets_share_nothing_on_one_server(scheme, 
     assert other.contains([key(1)]) == [False]
     assert get(other, 1) is None
     assert other.forget(OWNER) == other.clear() == other.sizes()["records"] == 0
-    # Not even a record that is brought under the other's name.
+    # Not even a record that is copied to the other's name.
     write_record(other, 1, read_record(one, 1))
     assert other.contains([key(1)]) == [True]
     assert get(other, 1) is None
@@ -212,7 +212,7 @@ def test_processes_share_the_memory_that_one_lends_to_mooncake(environment):
     servers.need_mooncake()
     store = open_store(remote_url("mooncake"))
     store.put([key(1)], [payload(1)])
-    url = server("mooncake").url  # without capacity: it lends none, and leaves without a trace
+    url = server("mooncake").url  # without capacity: it lends no memory, and leaves nothing behind
     subprocess.run([sys.executable, "-c", WRITER, url], check=True, timeout=120)
     assert get(store, 7, 20) == b"from another process"
     assert store.forget(OWNER) == 1
@@ -304,7 +304,7 @@ def test_ages_go_on_and_old_records_are_gone(scheme, environment, monkeypatch):
     assert store.contains([key(1), key(2)]) == [True, True]
     now = time.time()
     monkeypatch.setattr(remote.time, "time", lambda: now + 150)
-    if scheme == "s3":  # the other one does it by itself
+    if scheme == "s3":  # the other server does it by itself
         assert store.contains([key(1), key(2)]) == [False, False]
     assert get(store, 1) is None
     store.close()
@@ -400,7 +400,7 @@ def test_a_cluster_that_loses_a_node_costs_misses_until_it_is_back(tmp_path, env
             later(monkeypatch, 11)
         cluster.nodes[1].start()
         until = time.perf_counter() + SLOW_S
-        while not all(store.contains(keys)):  # it has come back empty
+        while not all(store.contains(keys)):  # it has restarted empty
             assert time.perf_counter() < until
             later(monkeypatch, 11)
             store.put(keys, [payload(i) for i in range(50)], OWNER)
@@ -412,7 +412,7 @@ def test_a_cluster_that_loses_a_node_costs_misses_until_it_is_back(tmp_path, env
 
 
 def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypatch):
-    """The client comes back long after its time with what was asked for."""
+    """The client returns the data long after the deadline."""
     answer, asked = threading.Event(), threading.Event()
     released = []
 
@@ -446,14 +446,14 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
         time.sleep(0.01)
     assert buffer == bytes(100)
     later(monkeypatch, 11)
-    assert store.get_into([key(1)], [buffer]) == [True]  # and what is in time arrives
+    assert store.get_into([key(1)], [buffer]) == [True]  # and data in time arrives
     assert buffer == b"x" * 100
     store.close()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload(store, monkeypatch, when):
-    """It lands in the connection's memory before or after the payload is copied from there."""
+    """It arrives in the connection's memory before or after the payload is copied from there."""
     store.put([key(1)], [payload(1)])
     touch = hands.Call.touch
 
@@ -517,7 +517,7 @@ ANY_RECORD = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(ANY_RECORD)
 def test_whatever_a_server_holds_under_a_name_is_a_miss_unless_it_was_put(content):
-    """`content`: bytes; or a range of a real record and what is there instead."""
+    """`content`: bytes; or a range of a real record and its replacement."""
     kept = {}
     store = RemoteStore("kept", lambda: Kept(kept), Seal(b"a secret of a deployment"), 30, 1, 100)
     store.put([key(1)], [payload(1)], OWNER)
@@ -564,7 +564,7 @@ def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten
 
 
 class Shared:
-    """A client that all connections are; asking takes a while."""
+    """A client that all connections share; its calls take a while."""
 
     def __init__(self, asking_s):
         self.asking_s, self.asked_at_once, self.most_at_once, self.closed = asking_s, 0, 0, []
@@ -617,7 +617,7 @@ def test_a_client_is_closed_once_and_behind_what_it_does():
     store = RemoteStore("hangs", lambda: hangs, Seal(b"a secret of a deployment"), 0.2, 2, 1)
     store.contains([key(1)])
     store.close()
-    assert hangs.closed == []  # in use: it is left to itself
+    assert hangs.closed == []  # still in use: it is abandoned
 
 
 def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
@@ -718,7 +718,7 @@ def test_a_server_that_says_more_than_it_was_asked_for_is_left_alone(far, monkey
     ids=["huge", "less"],
 )
 def test_a_server_that_lies_about_a_length_is_cut_off_at_the_budget(environment, claim, parts):
-    """The client would go on to take what comes, for as long as it comes, and keep it."""
+    """The client would keep receiving and storing data without end."""
     with closing(servers.LyingValkey(HEADER_BYTES + 100, claim, parts)) as server:
         store = opened(server.port)
         assert within(get, store, 1) is None

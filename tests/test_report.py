@@ -1,4 +1,4 @@
-"""benchmarks/report.py: the tables of docs/benchmarks.md come from the results that it names."""
+"""benchmarks/report.py: the tables in docs/benchmarks.md come from the results named there."""
 
 import json
 import re

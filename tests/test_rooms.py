@@ -18,7 +18,7 @@ MODULES = {
 
 
 def imported(module: str, path: Path) -> set[str]:
-    """By any statement, also inside functions and for type checkers only."""
+    """The modules that it imports, also inside functions and for type checkers only."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -26,7 +26,7 @@ def imported(module: str, path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = {f"{node.module}.{name.name}" for name in node.names}
             found |= {name if name in MODULES else node.module for name in names}
-    return (found & MODULES.keys()) - {module, "lmcache_mm"}  # whose __init__ imports the API for users
+    return (found & MODULES.keys()) - {module, "lmcache_mm"}  # lmcache_mm/__init__.py imports the API for users
 
 
 def test_no_modules_import_each_other_in_a_circle():

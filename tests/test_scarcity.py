@@ -1,4 +1,4 @@
-"""What a thread or memory that cannot be had costs: a miss or a dropped put, never an exception, a hang or an abort."""
+"""A lack of threads or memory costs a miss or a dropped put, never an exception, a hang or an abort."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from test_stores import OWNER, key, payload
 
 CXX = os.environ.get("CXX", "c++")
 
-# Preloaded: of the thread that arms it, the n-th start of a thread or allocation in C++ fails.
+# Preloaded: makes the n-th start of a thread or C++ allocation fail in the thread that arms it.
 FAIL_NTH = r"""
 #include <dlfcn.h>
 #include <pthread.h>
@@ -163,7 +163,7 @@ def test_any_thread_or_allocation_in_c_plus_plus_may_fail(tmp_path: Path):
 
 
 class Scarce:
-    """Lets the n-th start of a thread or larger piece of memory fail, as each of them fails by itself."""
+    """Makes the n-th start of a thread or larger allocation fail, with its real error."""
 
     def __init__(self, monkeypatch):
         self.failed, self._left = False, 0
@@ -195,7 +195,7 @@ class Scarce:
 
 
 def used(store, by_layers=(False, True)):
-    """What a store and the caches above it do; what of it was found."""
+    """Uses a store and the caches above it. Returns what was found."""
     found = []
     store.put([key(1), key(2)], [payload(1, 300_000), payload(2)], OWNER)
     store.flush()
@@ -243,7 +243,7 @@ class Opened:
 
     def __call__(self):
         if self.kind == "remote":
-            kept = {}  # the server, of all connections
+            kept = {}  # the server's records, shared by all connections
             return RemoteStore("kept", lambda: Kept(kept), Seal(b"a secret of a deployment"), 20, 2, 100)
         shm = f"shm:///{self.folder.name}?capacity=4MiB"
         urls = {"mem": "mem://?capacity=4MiB", "shm": shm, "file": f"file://{self.folder}/s?capacity=4MiB"}

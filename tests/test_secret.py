@@ -1,4 +1,4 @@
-"""The deployment's secret and what is sealed with it."""
+"""The deployment's secret and its seal."""
 
 import sys
 

@@ -19,7 +19,7 @@ TOKEN_BYTES = 64  # a record of 256 tokens is a granule of the slab
 
 @pytest.mark.parametrize("capacity", [1 << 20, 4 << 20])
 def test_a_simulated_tier_hits_what_a_real_slab_hits(capacity):
-    """Record by record: the same trace, the same eviction."""
+    """Record by record: the same trace gives the same evictions."""
     name = f"shm:///test-{uuid.uuid4().hex}"
     store = open_store(f"{name}?capacity={capacity}")
     tier = Sieve(capacity)
@@ -28,7 +28,7 @@ def test_a_simulated_tier_hits_what_a_real_slab_hits(capacity):
     for request in simulate.trace(LOAD, 1, 400, np.random.default_rng(0)):
         for record, tokens in request.records:
             if tokens < 256:
-                continue  # tails share granules, which the simulation does not know
+                continue  # tails share granules, which the simulation ignores
             key = repr(record).encode().ljust(36)
             asked += 1
             simulated += record in tier

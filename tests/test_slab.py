@@ -1,4 +1,4 @@
-"""shm: and file: stores among processes, and in bad weather."""
+"""shm: and file: stores among processes, and under failures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from test_stores import OTHER_OWNER, OWNER, get, key, payload
 
 MIB = 1 << 20
 KINDS = [ShmStore, FileStore]
-REST_S = 10  # of what a dead process had reserved
+REST_S = 10  # how long a dead process's reserved slots rest
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.scheme)
@@ -40,7 +40,7 @@ def kind(request):
 
 @pytest.fixture
 def directory(tmp_path):
-    """Of a store; what is open of it at the end is closed."""
+    """A store's directory; closes what is still open there at the end."""
     yield tmp_path / "store"
     for store in list(slab._open.values()):
         while store._opened:
@@ -53,7 +53,7 @@ def store(kind, directory):
 
 
 def python(code, *arguments):
-    """Runs code in another process; its output."""
+    """Runs code in another process; returns its output."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], check=False, capture_output=True, text=True, timeout=60
     )
@@ -85,7 +85,7 @@ def in_another_process(store, code):
 
 
 def no_room_is_lost(store):
-    """Nothing is left in the store, and nothing is missing."""
+    """Asserts that the store is empty and all its room is free."""
     assert store._index.check(store._terms(1)) == ""
     store.clear()
     stats = store.stats()
@@ -267,7 +267,7 @@ def test_abandoned_slots_are_free_again(store):
     store.abandon([slot for slot in store.reserve([key(1), key(2)], [300_000, 5]) if slot])
     assert no_room_is_lost(store)
     store.publish(store.reserve([key(3)], [10]), [0])
-    assert get(store, 3, 10) is None  # another checksum
+    assert get(store, 3, 10) is None  # its checksum is wrong
 
 
 def test_slots_never_cross_the_end_of_a_segment(kind, directory, monkeypatch):
@@ -287,7 +287,7 @@ def test_slots_never_cross_the_end_of_a_segment(kind, directory, monkeypatch):
 
 
 def test_waste_is_at_most_a_tenth_on_a_mix_of_chunks_and_tails(directory):
-    """Qwen2-VL-2B: 7 MiB a chunk of 256 tokens, tails of whole pages of 16."""
+    """Qwen2-VL-2B: 7 MiB per chunk of 256 tokens, tails of whole pages of 16."""
     page = 28 * 2 * 16 * 2 * 128 * 2
     store = FileStore.open(directory, 1200 * MIB)
     random.seed(2)
@@ -304,7 +304,7 @@ def test_waste_is_at_most_a_tenth_on_a_mix_of_chunks_and_tails(directory):
 
 
 def test_the_slab_is_registered_once_in_pieces_of_a_segment(directory, monkeypatch):
-    """With a stand-in for the driver: what a GPU makes of it has not been seen."""
+    """With a stand-in for the driver; not tried on a GPU."""
     calls = []
 
     def registered(device, address, size, piece):
@@ -340,7 +340,7 @@ def test_a_quota_evicts_the_owners_own_oldest_records(kind, directory):
     many = [key(i) for i in range(20, 25)]
     store.put(many, [payload(7, 100_000)] * 5, owner=OWNER)  # in one call
     assert sum(store.contains(many)) <= 2
-    store.put([key(6)], [payload(6, 300_000)])  # nobody's
+    store.put([key(6)], [payload(6, 300_000)])  # without an owner
     assert store.contains([key(6)]) == [True]
     assert no_room_is_lost(store)
 
@@ -417,7 +417,7 @@ for i in range(20):
 
 
 def test_two_threads_do_not_bury_a_row_that_a_new_process_took(store, monkeypatch):
-    """The second one finds that the first is at it."""
+    """The second one sees that the first is doing it."""
     calls = []
     dead = (store._row + 1) % 64
 
@@ -515,7 +515,7 @@ def test_a_flipped_bit_is_a_miss_and_counted(store):
 
 @pytest.fixture
 def restart_the_machine(monkeypatch):
-    """To the store it looks as if: the boot id is another one."""
+    """Changes the boot id that the store sees."""
 
     def restart():
         boot = os.urandom(16)
@@ -528,7 +528,7 @@ def test_a_restart_of_the_machine_keeps_records_and_ends_what_was_under_way(dire
     store = FileStore.open(directory, MIB, ttl_s=100)
     fill(store, first=0, count=5)
     store.reserve([key(50)], [100_000])
-    table = (directory / "table").read_bytes()  # as of a power cut
+    table = (directory / "table").read_bytes()  # as after a power cut
     lent = store.lend([key(1)], [100_000])
     fill(store, first=10, count=8)
     overwritten = [not there for there in store.contains([key(i) for i in range(5)])]
@@ -589,7 +589,7 @@ def test_records_age_over_a_restart(directory, monkeypatch, restart_the_machine)
         store = FileStore.open(directory, MIB, ttl_s=100)
         assert store.contains([key(1)]) == [age is not None]
         if age:
-            assert store.ages([key(1)]) == pytest.approx([age], abs=1e-3)  # as old as it was, whatever was set back
+            assert store.ages([key(1)]) == pytest.approx([age], abs=1e-3)  # unchanged, whichever clock went back
         store.close()
 
 
@@ -604,7 +604,7 @@ def test_shared_memory_does_not_outlive_a_restart(directory, restart_the_machine
 
 
 def version_3(table):
-    """The header of a later version: that the first 64 bytes have this check is promised."""
+    """Writes a later version's header: every version promises this check of the first 64 bytes."""
     words = bytearray(table.read_bytes()[:64])
     words[8] = 3
     check = 0x6C6D636D6D203200
@@ -725,7 +725,7 @@ def test_no_room_for_the_index_is_an_error_and_no_signal(small_tmpfs, spare):
         ShmStore.open(small_tmpfs / "store", capacity)
     store = ShmStore.open(small_tmpfs / "store", 2 * MIB)
     store.close()
-    os.truncate(small_tmpfs / "store" / "table", 4096)  # and what is left of it afterwards is taken
+    os.truncate(small_tmpfs / "store" / "table", 4096)  # then what is left of it is reused
     with open(small_tmpfs / "rest", "wb", buffering=0) as rest, contextlib.suppress(OSError):
         while True:
             rest.write(bytes(4096))
@@ -774,7 +774,7 @@ def test_failing_disks_are_misses_and_dropped_puts(name, directory, monkeypatch)
 
 @pytest.fixture(scope="session")
 def simulation(tmp_path_factory):
-    """tests/slab_simulation.cpp, built when it is asked for: with another slab_index.cpp, or other flags."""
+    """Builds tests/slab_simulation.cpp on request: with another slab_index.cpp, or other flags."""
     if shutil.which(CXX) is None:
         pytest.skip(f"no {CXX}")
     folder = tmp_path_factory.mktemp("simulation")
@@ -811,7 +811,7 @@ def test_clients_stopped_and_killed_at_any_store_leave_the_index_whole(simulatio
 
 
 def test_damage_of_any_bytes_beneath_clients_is_no_crash_and_no_wrong_payload(simulation):
-    flags = ["-g", "-fsanitize=undefined", "-fno-sanitize-recover=all"]  # and the file lies between forbidden pages
+    flags = ["-g", "-fsanitize=undefined", "-fno-sanitize-recover=all"]  # the file also lies between inaccessible pages
     done = run([simulation(REPO / "csrc" / "slab_index.cpp", *flags), "damage", 1, 500, STEPS])
     assert done.returncode == 0, done.stdout
 
@@ -848,7 +848,7 @@ def test_the_simulation_finds_what_is_taken_away(simulation, name, tmp_path):
 
 
 class Other:
-    """Another process, that stops or kills itself at its n-th store to what is shared."""
+    """Another process, which stops or kills itself at its n-th store to shared memory."""
 
     def __init__(self, program, store, number, stores):
         files = [store.directory / "table", store.directory / "lock"]
@@ -856,7 +856,7 @@ class Other:
         self.process = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True)
 
     def wait(self):
-        """Until it has stopped or ended."""
+        """Waits until it has stopped or ended."""
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
 
@@ -868,7 +868,7 @@ def test_nobody_waits_for_a_process_that_is_stopped_in_a_change(kind, store, sim
     began = time.monotonic()
     for i in range(10):
         store.put([key(100 + i)], [payload(1)])
-    assert time.monotonic() - began < 5 * slab.PUT_WAIT_S  # one of them has waited
+    assert time.monotonic() - began < 5 * slab.PUT_WAIT_S  # only one call has waited
     assert store.stats()["dropped_puts"] == 10
     assert get(store, 1, 100_000) == payload(1, 100_000)
     assert store.contains([key(0), key(100)]) == [True, False]
@@ -878,7 +878,7 @@ def test_nobody_waits_for_a_process_that_is_stopped_in_a_change(kind, store, sim
         with pytest.raises(RuntimeError, match=who):
             call()
         assert time.monotonic() - began < 2
-    child = os.fork()  # and a fork and an open there
+    child = os.fork()  # also after a fork and an open in the child
     if child == 0:
         try:
             kind.open(store.directory, None)
@@ -951,7 +951,7 @@ def test_a_stopped_reader_is_in_nobodys_way(kind, store):
 
 
 def damages():
-    """(name, changes the bytes of a table)"""
+    """(name, function that changes the bytes of a table)"""
     rng = random.Random(7)
 
     def anything(content):
@@ -978,7 +978,7 @@ def damages():
 @pytest.mark.parametrize("opened", [True, False], ids=["open", "closed"])
 @pytest.mark.parametrize("damage", damages(), ids=lambda damage: damage.__name__)
 def test_whatever_bytes_the_index_has_the_store_goes_on_and_serves_nothing_wrong(kind, directory, damage, opened):
-    """In a child, so that a crash is seen, and beside another process that has it open."""
+    """In a child, to detect a crash, and while another process has it open."""
     payloads = [bytes([i + 1]) * 30_000 for i in range(60)]
 
     def serves(store):
@@ -1100,7 +1100,7 @@ def test_a_pin_ends_once(kind, store):
     release = store.hold([key(1)])
     release()
     release()
-    assert pinned(store, 1)  # by the one that was lent
+    assert pinned(store, 1)  # by the lent slot
     again = store.hold([key(1)])
     child = os.fork()
     if child == 0:

@@ -25,7 +25,7 @@ OWNERS = st.sampled_from([b"", b"a" * 16, b"b" * 16])
 
 
 class SlabMachine(RuleBasedStateMachine):
-    """`stored`: of each key the payload and owner that a hit must give; the store may have evicted it."""
+    """`stored`: for each key, the payload and owner that a hit must give; the store may have evicted it."""
 
     kind = ShmStore
 
@@ -37,7 +37,7 @@ class SlabMachine(RuleBasedStateMachine):
         self.lent: list = []
         self.reserved: list = []
         self.version = 0
-        self.forgotten: dict[int, object] = {}  # reserved slots that are refused when they are published
+        self.forgotten: dict[int, object] = {}  # reserved slots whose publishing must be refused
 
     def there(self, i: int) -> bool:
         return self.store.contains([key(i)])[0]
@@ -121,7 +121,7 @@ class SlabMachine(RuleBasedStateMachine):
 
     @rule()
     def open_again(self) -> None:
-        """What the process holds ends with its last close."""
+        """The last close gives back everything that the process holds."""
         self.store.close()
         self.lent, self.reserved = [], []
         self.store = self.kind.open(self.folder / "store", None)
@@ -134,7 +134,7 @@ class SlabMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_granule_is_in_one_record_or_pending_or_free(self) -> None:
-        """Lists, hash tables and sums are complete, too."""
+        """Lists, hash tables and sums are complete too."""
         assert self.store._index.check(self.store._terms(1)) == ""
 
     def teardown(self) -> None:

@@ -1,4 +1,4 @@
-"""The crash test of all stores (tests/soak.py), for some seconds, and that it notices what it is there to notice."""
+"""The crash test of all stores (tests/soak.py), for some seconds, and that it detects faults."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What every store promises, and what mem:// does when it is full."""
+"""The promises of every store, and mem:// when it is full."""
 
 import atexit
 import functools
@@ -35,7 +35,7 @@ OWNER, OTHER_OWNER = b"tenant-seven....", b"tenant-eight...."
 
 @functools.cache
 def server(scheme):
-    """A server of the tests' own, from when it is first asked for until they end."""
+    """The tests' own server, started at its first use and stopped at their end."""
     folder = tempfile.TemporaryDirectory()
     atexit.register(folder.cleanup)
     start = {
@@ -68,7 +68,7 @@ def one_client(connecting):
 
 
 def new_store(scheme, folder, capacity="1MiB", options=""):
-    """(an open store of its own, a function that closes and removes it); remote: of a deployment of its own."""
+    """(a new open store, a function that closes and removes it); a remote one has its own deployment."""
     places = {
         "mem": lambda: f"mem://?capacity={capacity}{options}",
         "shm": lambda: f"shm:///test-{uuid.uuid4().hex}?capacity={capacity}{options}",
@@ -110,7 +110,7 @@ def store(request, tmp_path):
 
 @pytest.fixture(params=[*LOCAL, *REMOTE, "cluster"])
 def single(request, tmp_path):
-    """Any store that is not of tiers."""
+    """Any store except tiered:."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
@@ -118,7 +118,7 @@ def single(request, tmp_path):
 
 @pytest.fixture(params=LOCAL)
 def local(request, tmp_path):
-    """One that has a capacity."""
+    """Any store with a capacity."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
@@ -126,7 +126,7 @@ def local(request, tmp_path):
 
 @pytest.fixture(params=["mem", "shm", "file", "mem,mem", "valkey"])
 def checked(request, tmp_path):
-    """One that checks what it is given by `checked_records`."""
+    """Any store that checks its arguments by `checked_records`."""
     store, remove = new_store(request.param, tmp_path)
     yield store
     remove()
@@ -385,8 +385,8 @@ def test_who_was_forgotten_is_known_of_the_last_owners_alone_and_counts_as_forgo
         moments.append(mem.moment())
     assert len(mem._forgotten) == 3
     assert moments == sorted(set(moments))
-    mem.put([key(1)], [payload(1)], bytes([1]) * 16, as_of=moments[0])  # forgotten since, and not known any more
-    mem.put([key(2)], [payload(2)], OWNER, as_of=moments[6])  # never forgotten, but nobody knows
+    mem.put([key(1)], [payload(1)], bytes([1]) * 16, as_of=moments[0])  # forgotten since, but no longer listed
+    mem.put([key(2)], [payload(2)], OWNER, as_of=moments[6])  # never forgotten, but the list is too short to tell
     mem.put([key(3)], [payload(3)], bytes([1]) * 16, as_of=moments[7])
     mem.put([key(4)], [payload(4)], bytes([10]) * 16, as_of=moments[9])
     mem.put([key(5)], [payload(5)], bytes([10]) * 16, as_of=moments[10])
@@ -510,7 +510,7 @@ def test_any_url_opens_a_store_or_raises_what_is_documented(data):
     joined = data.draw(st.sampled_from([names, f"tiered:{','.join(names)}", names[0], data.draw(st.text(max_size=20))]))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("LMCACHE_MM_SECRET", "a secret of a deployment")
-        for module in ("valkey", "s3", "mooncake"):  # what they connect to is others' business
+        for module in ("valkey", "s3", "mooncake"):  # other tests cover their connections
             patched.setattr(f"lmcache_mm.stores.remote.{module}.connecting", lambda *_, **__: lambda: None)
         patched.setattr(slab.SlabStore, "open", classmethod(lambda *_, **__: MemStore(1 << 20)))
         try:

@@ -1,4 +1,4 @@
-"""tiered: stores: written downwards, promoted upwards, one tier down."""
+"""tiered: stores: writes to slower tiers, promotion to faster ones, a tier that is down."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_copies_that_wait_are_bounded(store, tiers, monkeypatch):
     monkeypatch.setattr(tiered, "MOST_COPIED_BYTES", 5 << 20)
     tiers[1].open.clear()
     for i in range(4):
-        store.put([key(i)], [payload(i, 2 << 20)])  # too large for the first
+        store.put([key(i)], [payload(i, 2 << 20)])  # too large for the first tier
     assert store.stats()["dropped_puts"] == 2
     tiers[1].open.set()
     store.flush()
@@ -204,7 +204,7 @@ def test_slots_promoted_while_they_are_forgotten_do_not_come_back(tmp_path, monk
     assert store.lend([key(1)], [100], OWNER) == [None]
     assert store.contains([key(1)]) == [False]
     monkeypatch.undo()
-    slots = store.reserve([key(2)], [100], OWNER)  # and what is under way when its owner is forgotten
+    slots = store.reserve([key(2)], [100], OWNER)  # also for a put in progress when its owner is forgotten
     store.forget(OWNER)
     store.publish(slots, [0])
     assert store.contains([key(2)]) == [False]
@@ -216,7 +216,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
     store, remove = new_store("shm,file", tmp_path)
     file = store._tiers[1]
     moments = store._moments()
-    file.forget(OWNER)  # by whomever
+    file.forget(OWNER)  # by anybody
     store._write_later([tiered.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
     store.flush()
     assert file.contains([key(1)]) == [False]
@@ -394,7 +394,8 @@ def test_tiers_are_not_carried_over_a_fork(store):
 
 
 def promoting(store, tiers, meanwhile):
-    """A hit in the second tier, with `meanwhile` between its being read there and its being put into the first."""
+    """Makes a hit in the second tier, and calls `meanwhile` after reading it there and before putting it into the
+    first."""
     tiers[1].put([key(1), key(2)], [payload(1), payload(2)])
     ages = tiers[1].ages
 
@@ -428,7 +429,7 @@ def test_slots_deleted_while_they_are_promoted_do_not_come_back(tmp_path, monkey
     monkeypatch.setattr(low, "get_into", read_and_delete)
     assert store.lend([key(1)], [100]) == [None]
     assert store.contains([key(1)]) == [False]
-    store.put([key(1)], [payload(1)])  # its place is free
+    store.put([key(1)], [payload(1)])  # its place is free again
     assert get(store, 1) == payload(1)
     remove()
 
@@ -463,7 +464,7 @@ def test_gets_and_deletes_of_many_threads_leave_nothing_that_was_deleted_last(st
 def test_what_was_forgotten_after_the_moment_of_a_put_does_not_come_back_in_any_tier(store, tiers):
     moment = store.moment()
     assert store.moment() == moment
-    tiers[1].forget(OWNER)  # by another process, say
+    tiers[1].forget(OWNER)  # as another process might
     assert store.moment() > moment
     store.put([key(1), key(2)], [payload(1), payload(2)], OWNER, as_of=moment)
     store.put([key(3)], [payload(3)], as_of=moment)
@@ -489,7 +490,7 @@ def test_a_moment_too_long_ago_counts_as_before_all_that_was_forgotten(store, ti
 
 
 def at_exit(code):
-    """What a process says whose interpreter ends behind `code`, and how many seconds that takes."""
+    """The output of a process that runs `code` and exits, and how many seconds that takes."""
     begin = "import sys, time; from lmcache_mm.stores import *; from lmcache_mm.stores.tiered import TieredStore\n"
     end = "\nprint(time.monotonic(), flush=True)"
     command = [sys.executable, "-c", begin + code + end]

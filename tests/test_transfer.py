@@ -1,4 +1,4 @@
-"""Jobs: given up when a store hangs, loads layer by layer, and pages that are left alone from a moment on."""
+"""Jobs: giving up when a store hangs, loads layer by layer, and when pages are no longer touched."""
 
 import gc
 import threading
@@ -42,7 +42,7 @@ class Gate:
 
 
 def layers(count=3, row=5, seed=0):
-    """One tensor a layer, of odd sizes, so that layers of a payload begin anywhere."""
+    """One tensor per layer, of odd sizes, so that layers of a payload begin anywhere."""
     generator = torch.Generator().manual_seed(seed)
     shape = (count, PAGES, PAGE_TOKENS, row)
     return torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
@@ -50,7 +50,7 @@ def layers(count=3, row=5, seed=0):
 
 @pytest.fixture(params=[4, 5], ids=["whole lanes", "odd"])
 def row(request):
-    """Bytes of a token in a layer: of 4, a layer's part of a payload begins at a lane of its checksum."""
+    """Bytes per token in a layer; with 4, a layer's part of a payload begins at a lane of its checksum."""
     return request.param
 
 
@@ -75,7 +75,7 @@ def store(request, tmp_path):
 
 @pytest.fixture
 def make(store):
-    """Transfers over the store, of which some methods hang until the gate opens."""
+    """Transfers over the store, some of whose methods hang until the gate opens."""
     made = []
 
     def transfer(kv, *shut, largest=1 << 16):
@@ -107,7 +107,7 @@ def test_a_load_by_layers_fills_them_in_order_and_is_verified(make, row):
 
 
 def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
-    """Else nothing would overlap."""
+    """Otherwise nothing would overlap."""
     kv = layers()
     chunks = chunks_of([3, 1, 7])
     _, transfer = make(kv)
@@ -197,7 +197,7 @@ def test_a_store_by_layers_reads_each_when_it_is_said_to_be_written(make, store,
     for i, layer in enumerate(kv):
         layer.copy_(want[i])
         assert job.layer_written(f"layer{i}", 10)
-        if hasattr(store, "lend") or i == 2:  # else all are read with the last
+        if hasattr(store, "lend") or i == 2:  # otherwise all are read with the last
             layer.zero_()
     assert job.pages_free(10)
     kv.zero_()
@@ -239,14 +239,14 @@ def test_a_store_by_layers_that_is_given_up_in_between_leaves_nothing_behind(mak
 def test_closing_gives_up_a_store_by_layers_that_nobody_finishes(make, store):
     _, transfer = make(layers())
     assert transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True).layer_written("layer0", 10)
-    gc.collect()  # the job is nobody's any more
+    gc.collect()  # nobody references the job any more
     assert transfer.close(10)
     assert store.stats()["records"] == 0
     assert store.stats().get("pending", 0) == 0
 
 
 class Late(HostCopies):
-    """Copies as a GPU makes them: some time after they were begun, in order."""
+    """Copies that finish some time after they begin, in order, as on a GPU."""
 
     def __init__(self, layout, fails_at=None):
         super().__init__(layout)
@@ -324,7 +324,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
 
 
 def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
-    """And one that is not waits for none of them."""
+    """A store that is not by layers waits for none of them."""
     kv = layers(row=row)
     want = layers(row=row, seed=1)
     first, second, third = chunks_of([3, 1, 7], [0, 11], [5])
@@ -344,7 +344,7 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
 
 
 def test_early_work_that_may_begin_behind_work_that_hangs_is_no_progress():
-    """Else an engine that goes on storing would never notice that its store hangs."""
+    """Otherwise an engine that keeps storing would never notice that its store hangs."""
     lane, gate = Lane("test"), threading.Event()
     lane.submit(lambda _: gate.wait(10))
     behind = lane.submit(lambda work: work.touch_pages(lambda _: True), early=True)
@@ -443,7 +443,7 @@ def test_layers_that_share_pages_or_bytes_are_ready_with_them():
 
 
 def hangs(store, direction):
-    """The method that hangs before pages are touched."""
+    """The store's method that hangs before pages are touched."""
     in_place = hasattr(store, "lend")
     return {"load": "lend" if in_place else "get_into", "store": "reserve" if in_place else "contains"}[direction]
 
@@ -496,7 +496,7 @@ def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, stor
     job = transfer.store(chunks, b"")
     assert job.pages_free(10)
     assert not job.done()
-    kv.zero_()  # the pages are somebody else's by now
+    kv.zero_()  # the pages have a new owner by now
     gate.open.set()
     assert job.result(10) == 12
     assert transfer.load(chunks, b"").result() == 1
@@ -504,7 +504,7 @@ def test_a_store_that_hangs_after_the_pages_were_read_holds_nobody_up(make, stor
 
 
 def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, monkeypatch):
-    """By the thread that waits; several steps, one after the other."""
+    """The waiting thread reads them, in several steps, one after another."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
@@ -534,7 +534,7 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
 
 
 def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_written(make, monkeypatch):
-    """In several steps; the caller goes on at once, and waits only before it writes the pages again."""
+    """In several steps; the caller continues at once, and waits only before it writes the pages again."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
@@ -569,7 +569,7 @@ def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_wr
 
 
 def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
-    """The pages that it has read are stored, and it touches none of the others."""
+    """It stores the pages that it has read, and touches no others."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     gather = HostCopies._copy
@@ -588,7 +588,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
     job = transfer.store(chunks, b"", early=True)
     job.written()
     assert not job.leave_pages(time.monotonic() + 0.05)
-    kv.zero_()  # by whoever has the pages now
+    kv.zero_()  # by the pages' new owner
     with pytest.raises(Abandoned):
         job.result(10)
     assert all(torch.equal(read, want) for read in reads)
@@ -626,7 +626,7 @@ def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
 
 
 def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
-    """Patience is with a store that does not move, however long the whole takes."""
+    """Only a store without progress uses up the patience, however long the whole takes."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     kv = layers()

@@ -1,4 +1,4 @@
-"""Which way transfers go: what follows from measurements, and how it is kept."""
+"""The ways of transfers: how they follow from measurements, and how they are saved."""
 
 import json
 import logging
@@ -73,7 +73,7 @@ def test_rows_say_from_which_length_on_a_batch_gains():
         (1024, 2048): Times(1.0, 0.9),
     }
     assert rows_of(times) == ((16, 2048), (1024, 1024))
-    times[16, 4096] = Times(1.0, 1.1)  # what is longer does not gain: nothing is concluded from what is shorter
+    times[16, 4096] = Times(1.0, 1.1)  # longer fragments do not gain, so gains of shorter ones do not count
     assert rows_of(times) == ((128, 2048), (1024, 1024))
     assert rows_of({}) == ()
 

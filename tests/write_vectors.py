@@ -1,7 +1,7 @@
 """Writes tests/vectors.json from reference.py: python tests/write_vectors.py
 
-Only a new version of the identity or payload format is a reason to run this again. The section "blake3" is kept as it
-is: those are vectors that BLAKE3's authors publish (test_vectors.json of the BLAKE3 repository, first 32 bytes).
+Run this again only for a new version of the identity or payload format. The section "blake3" stays unchanged: those are
+vectors that BLAKE3's authors publish (test_vectors.json of the BLAKE3 repository, first 32 bytes).
 """
 
 import json
@@ -20,7 +20,7 @@ def as_fields(items):
 
 
 def as_encoder_vector(item, output):
-    """Of a list of tensors; the description without the zeros at its end."""
+    """The vector for an output; its description without the zeros at its end."""
     key = reference.encoder_key(ROOT, item)
     tensors = [torch.zeros(shape, dtype=getattr(torch, dtype)) for dtype, shape in output]
     description = reference.encoder_description(tensors, is_list=True)
