@@ -1,10 +1,10 @@
 """Runs a program as on a machine with a GPU: python tests/rehearsal (-m MODULE | -c CODE | SCRIPT) [ARGUMENTS]
 
-The GPU is tests/host_cuda: lmcache_mm._C is built once more, its .cu files by the C++ compiler, and torch.cuda is
-replaced (torch_cuda.py). Kernels run thread by thread on the host: sizes have to be small, see SMALL, and who chooses
-them elsewhere looks for LMCACHE_MM_REHEARSAL in the environment. HOST_CUDA_SEED chooses when streams run.
-LMCACHE_MM_REHEARSAL_PACKAGES: names of packages; all but these and what they need are hidden.
-The build is kept in build/rehearsal; python tests/rehearsal alone makes it and prints where it is.
+The GPU is tests/host_cuda: lmcache_mm._C is built a second time, with its .cu files compiled by the C++ compiler, and
+torch.cuda is replaced (torch_cuda.py). Kernels run thread by thread on the host, so sizes must be small: see SMALL;
+other code that chooses sizes checks LMCACHE_MM_REHEARSAL in the environment. HOST_CUDA_SEED chooses when streams run.
+LMCACHE_MM_REHEARSAL_PACKAGES: names of packages; all others, except their dependencies, are hidden.
+The build is kept in build/rehearsal; python tests/rehearsal without arguments makes it and prints its path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPO = HERE.parent.parent
 BUILD = REPO / "build" / "rehearsal"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 KIB = 1 << 10
-# Constants of modules that are for a real GPU.
+# Constants of modules, replaced because they are meant for a real GPU.
 SMALL: dict[str, dict[str, Any]] = {
     "lmcache_mm.commands.calibrate": {
         "FRAGMENT_BYTES": (4 * KIB, 16 * KIB),
@@ -50,7 +50,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def build() -> None:
-    """What has changed since it was last built; one process at a time."""
+    """Builds what has changed since the last build; one process at a time."""
     pybind11 = importlib.import_module("pybind11").get_cmake_dir()
     BUILD.mkdir(parents=True, exist_ok=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # cmake and ninja come as packages
@@ -76,7 +76,7 @@ def must_run(path: str, *command: object) -> None:
 
 
 class Find:
-    """Finds the module that was built, gives modules their small constants, and hides packages."""
+    """Finds the built module, gives modules their small constants, and hides packages."""
 
     def __init__(self, hidden: set[str]) -> None:
         self._hidden = hidden
@@ -104,7 +104,7 @@ def then_set(run: Callable[[ModuleType], None], values: dict[str, Any]) -> Calla
 
 
 def hide_all_but(names: list[str]) -> set[str]:
-    """The modules of other packages than these and what they need; pytest's plugins among them are not found either."""
+    """The modules of all packages except these and their dependencies; hides pytest's plugins among them too."""
     requirements = importlib.import_module("packaging.requirements")
     canonical = importlib.import_module("packaging.utils").canonicalize_name
     kept: set[str] = set()
@@ -134,17 +134,17 @@ def main() -> None:
         print(BUILD)
         return
     os.environ["LMCACHE_MM_REHEARSAL"] = "1"
-    os.environ["LMCACHE_MM_REHEARSAL_PYTHON"] = sys.executable  # of `spawned`
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on the memory as it is
+    os.environ["LMCACHE_MM_REHEARSAL_PYTHON"] = sys.executable  # for `spawned`
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels run on host memory
     if (BUILD / "librivals.so").exists():
         os.environ["LMCACHE_MM_BENCH_RIVALS"] = str(BUILD / "librivals.so")
     names = os.environ.get("LMCACHE_MM_REHEARSAL_PACKAGES")
     sys.meta_path.insert(0, Find(hide_all_but(names.split()) if names else set()))  # type: ignore[arg-type]
     sys.path[0] = str(BUILD)
     sys.path.insert(0, str(HERE))
-    importlib.import_module("torch_device")  # before torch, which asks about CUDA when it is imported
+    importlib.import_module("torch_device")  # before torch, which looks for CUDA on import
     importlib.import_module("torch_cuda").install()
-    multiprocessing.spawn.set_executable(str(HERE / "spawned"))  # what is spawned rehearses too
+    multiprocessing.spawn.set_executable(str(HERE / "spawned"))  # spawned processes rehearse too
     del sys.path[:2]
     sys.path.append(str(HERE / "packages"))  # stand-ins for packages that need a GPU
     how, *rest = sys.argv[1:]

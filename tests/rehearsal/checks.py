@@ -1,4 +1,4 @@
-"""What torch on the stand-in has in common with torch on CUDA; tests/test_rehearsal.py runs it"""
+"""What torch on the emulated device has in common with torch on CUDA; run by tests/test_rehearsal.py."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_pinned_memory_is_known_and_nothing_else():
 
 
 def test_what_a_stream_was_given_waits_until_somebody_does():
-    """A copy out of pinned memory too, which is read when it runs."""
+    """Including a copy from pinned memory, which is read when the copy runs."""
     stream = torch.cuda.Stream()
     pinned, there = torch.ones(4, pin_memory=True), torch.zeros(4, device=CUDA)
     torch.cuda.synchronize()
@@ -116,7 +116,7 @@ def test_events_measure_in_the_order_of_the_stream():
 
 
 def test_memory_is_overwritten_once_the_streams_that_it_is_known_to_are_done():
-    """Which shows who has not told torch that another stream uses it."""
+    """This exposes callers that do not tell torch that another stream uses it."""
     kv = torch.ones(4, 4, 16, dtype=torch.uint8, device=CUDA)
     layout = KVLayout.from_tensors([kv], page_tokens=4, page_dim=0, token_dim=1)
     for told in (False, True):
@@ -126,14 +126,14 @@ def test_memory_is_overwritten_once_the_streams_that_it_is_known_to_are_done():
             ops.scatter_pages(layout, [0], other)
         if told:
             other.record_stream(stream)
-        del other  # of the default stream
+        del other  # known to the default stream only
         torch.cuda.default_stream().synchronize()
         stream.synchronize()
         assert (kv[0] == (1 if told else 0xDB)).all()
 
 
 def test_a_graph_runs_what_was_captured_as_often_as_it_is_replayed():
-    """Operators of torch and of ours."""
+    """With torch's operators and ours."""
     x, y = torch.ones(4, 4, device=CUDA), torch.zeros(4, 4, device=CUDA)
     kv = torch.arange(256, dtype=torch.uint8, device=CUDA).view(4, 4, 16)
     layout = KVLayout.from_tensors([kv], page_tokens=4, page_dim=0, token_dim=1)
@@ -157,7 +157,7 @@ def test_a_graph_runs_what_was_captured_as_often_as_it_is_replayed():
 
 
 def test_encoder_outputs_go_to_the_device_and_back():
-    """Behind what the stream holds, out of and into pinned memory, whatever strides they have."""
+    """After the stream's earlier work, from and to pinned memory, with any strides."""
     outputs = [torch.randn(5, 7, device=CUDA), torch.arange(12, dtype=torch.int16, device=CUDA).view(3, 4).t()]
     want = [one.cpu() for one in outputs]
     cache, stream = EncoderCache(Namespace(model="m"), "mem://?capacity=1MiB"), torch.cuda.Stream()

@@ -1,7 +1,7 @@
-"""torch.cuda over the stand-in for CUDA (tests/host_cuda), for a machine without a GPU.
+"""torch.cuda over the emulated CUDA (tests/host_cuda), for a machine without a GPU.
 
-Streams are the stand-in's, and so are events; torch's own work waits for what its stream holds and runs at once. What
-is not here raises NotImplementedError with its name.
+Streams and events are those of the emulation; torch's own work waits for its stream and then runs at once. Anything not
+implemented here raises NotImplementedError with its name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 import torch_device
 
-POOL = 32  # streams of a priority, as many as torch has; the next is the first again
+POOL = 32  # streams per priority, as many as torch has; then the first one is used again
 LEAST_PRIORITY, GREATEST_PRIORITY = 0, -5
 
 
@@ -52,7 +52,7 @@ class Event:
 
 
 class Stream:
-    """Either one of the pool, or the one of a handle."""
+    """A stream of the pool, or one given by a handle."""
 
     _pools: ClassVar[dict[int, Any]] = {}
     _lock = threading.Lock()
@@ -216,7 +216,7 @@ KNOWN: dict[str, Any] = {
     "default_stream": default_stream,
     "device": Device,
     "device_count": lambda: 1,
-    "empty_cache": lambda: None,  # freed memory is kept for as long as streams need it, and no longer
+    "empty_cache": lambda: None,  # freed memory is kept only while streams need it
     "get_device_capability": get_device_capability,
     "get_device_name": lambda device=None: get_device_properties(device).name,
     "get_device_properties": get_device_properties,
@@ -236,18 +236,18 @@ MODULES = ("amp", "graphs", "jiterator", "memory", "nccl", "nvtx", "profiler", "
 
 
 def install() -> None:
-    """Gives this process a GPU. Before anything has asked torch whether there is one."""
+    """Gives this process a GPU. Call it before anything asks torch whether there is one."""
     torch_device.install()
     for name in torch.cuda.__all__:
         real = getattr(torch.cuda, name)
         if name in KNOWN:
             setattr(torch.cuda, name, KNOWN[name])
         elif name not in MODULES and callable(real):
-            unknown = functools.wraps(real)(_unknown(name))  # torch's compiler looks at what is wrapped
+            unknown = functools.wraps(real)(_unknown(name))  # torch's compiler inspects what is wrapped
             setattr(torch.cuda, name, type(name, (), {"__init__": unknown}) if isinstance(real, type) else unknown)
     torch.cuda.streams.Stream, torch.cuda.streams.Event = Stream, Event
     torch.cuda._lazy_init = lambda: None
-    torch.cuda._sleep = lambda cycles: Event(enable_timing=True).record()  # something on the stream, of no duration
+    torch.cuda._sleep = lambda cycles: Event(enable_timing=True).record()  # enqueues something without duration
     torch.Tensor.record_stream = lambda tensor, stream: torch_device.record_stream(
         tensor.data_ptr(), stream.cuda_stream
     )

@@ -1,4 +1,4 @@
-"""KV cache groups of kinds that the CPU engine does not have, in vLLM's own specs; names that the tests need."""
+"""KV cache groups of kinds that the CPU engine lacks, in vLLM's own specs; names that the tests need."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def kv_cache_config_of(kind: str, layout: str) -> KVCacheConfig:
 
 
 def caches_of(kind: str, layout: str, kernel_blocks: int = 1) -> dict[str, torch.Tensor]:
-    """As a worker gets them; ValueError for what vLLM does not build."""
+    """Caches as a worker gets them; ValueError for combinations that vLLM does not build."""
     sizes = [BLOCK_TOKENS // kernel_blocks] * len(KINDS[kind])
     config = kv_cache_config_of(kind, layout)
     return allocate_kv_cache(config, DEVICE, KVCacheLayout[layout], sizes)

@@ -1,8 +1,8 @@
-"""Engines that encode, prefill and decode, each a server of vLLM, and a proxy before them.
+"""Engines that encode, prefill and decode, each a server of vLLM, and a proxy in front of them.
 
-The proxy speaks the protocol of vLLM's example for encode, prefill and decode apart
-(examples/disaggregated/disaggregated_encoder/disagg_epd_proxy.py): it takes what an engine answers as
-ec_transfer_params or kv_transfer_params and hands it to the next one as it is.
+The proxy speaks the protocol of vLLM's example for separate encode, prefill and decode
+(examples/disaggregated/disaggregated_encoder/disagg_epd_proxy.py): it passes the ec_transfer_params or
+kv_transfer_params in an engine's answer to the next engine unchanged.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ import numpy as np
 from PIL import Image
 
 START_S = 240
-TIMEOUT_S = 3  # of the connectors
+TIMEOUT_S = 3  # the connectors' timeout_s
 
 
 class Engine:
-    """A server, in processes of its own."""
+    """A server, in separate processes."""
 
     def __init__(self, model: Path, log: Path, configs: dict[str, dict[str, Any]]) -> None:
         """configs: --ec-transfer-config and --kv-transfer-config, as ec and kv."""
@@ -61,7 +61,7 @@ class Engine:
         return json.loads(self.fetch("/v1/chat/completions", body))
 
     def refuses(self, body: dict[str, Any]) -> bool:
-        """Whether it answers that it cannot serve a request. One whose engine has ended does not answer."""
+        """Whether it answers that it cannot serve a request. If its engine has ended, it does not answer."""
         try:
             self.chat(body)
         except urllib.error.HTTPError:
@@ -79,7 +79,7 @@ class Engine:
         return out
 
     def counted(self, name: str, at_least: float) -> float:
-        """A counter, when it has come so far: engines tell what they counted with a later step."""
+        """A counter, once it has reached `at_least`: engines report counts with a later step."""
         until = time.monotonic() + 20
         while (value := self.counts().get(name, 0.0)) < at_least and time.monotonic() < until:
             time.sleep(0.1)
@@ -88,7 +88,7 @@ class Engine:
 
 @contextmanager
 def started(python: list[Any], environment: dict[str, str], engines: dict[str, Engine]):
-    """python: what runs a script."""
+    """python: the command that runs a script."""
     servers = [[engine.arguments, str(engine.log)] for engine in engines.values()]
     command = [str(part) for part in (*python, Path(__file__), json.dumps(servers))]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
@@ -110,16 +110,16 @@ def started(python: list[Any], environment: dict[str, str], engines: dict[str, E
         try:
             process.wait(60)
         finally:
-            with suppress(ProcessLookupError):  # whatever is left of its session
+            with suppress(ProcessLookupError):  # what is left of its session
                 os.killpg(process.pid, signal.SIGKILL)
 
 
 def serve(servers: list[tuple[list[str], str]]) -> None:
-    """Each in a process of its own. They are forked, for on a small machine most of a start is importing vLLM."""
+    """Runs each server in a separate process. They are forked, since most of a start is importing vLLM."""
     for module in ("entrypoints.openai.api_server", "v1.engine.core", "v1.worker.cpu_worker"):
         importlib.import_module(f"vllm.{module}")
     fork = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda _=None: fork  # vLLM wants to spawn its engines
+    multiprocessing.get_context = lambda _=None: fork  # vLLM would spawn its engines
     processes = []
     for arguments, log in servers:
         processes.append(fork.Process(target=_serve, args=(arguments, log)))
@@ -183,7 +183,7 @@ def picture(seed: int) -> dict[str, Any]:
 
 
 def encode(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """First the request's pictures alone, under names that the proxy makes up. Gives the request for the next."""
+    """Sends the request's pictures alone, under names that the proxy makes up. Returns the next engine's request."""
     pictures = [part for part in request["messages"][0]["content"] if part["type"] != "text"]
     if not pictures:
         return request
@@ -192,12 +192,12 @@ def encode(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     told = answer.get("ec_transfer_params") or {}
     if len(pictures) > 1:
         indices = [i for reported in told.values() for i in reported["item_indices"]]
-        assert sorted(indices) == list(range(len(pictures)))  # else vLLM's proxy refuses the request
+        assert sorted(indices) == list(range(len(pictures)))  # otherwise vLLM's proxy refuses the request
     return {**request, "ec_transfer_params": told} if told else request
 
 
 def prefill(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Then the whole request for a single token. Gives the request for the next."""
+    """Sends the whole request for a single token. Returns the next engine's request."""
     params = {"do_remote_decode": True, "do_remote_prefill": False}
     params |= dict.fromkeys(("remote_engine_id", "remote_block_ids", "remote_host", "remote_port"))
     answer = engine.chat({**request, "kv_transfer_params": params, "stream": False, "max_tokens": 1})

@@ -1,4 +1,4 @@
-"""Stores that misbehave, put under an engine that runs in this process."""
+"""Misbehaving stores for an engine in this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 from lmcache_mm.encoder_cache import DESCRIPTION_BYTES
 from lmcache_mm.transfer import Transfer
 
-gate = threading.Event()  # what hangs goes on when it is set
+gate = threading.Event()  # hanging calls continue when it is set
 SLOTS = ("lend", "reserve", "view", "publish", "release", "discard", "abandon", "register")
 
 
 class _Store:
-    """A store, but for what a subclass does otherwise; a distant one, none whose slots can be used in place."""
+    """Wraps a store; subclasses change its behavior. Looks like a remote one: its slots cannot be used in place."""
 
     local = False
 
@@ -47,7 +47,7 @@ class FailsToStore(_Store):
 
 
 class Lies(_Store):
-    """Claims everything, has nothing."""
+    """Claims to have everything, and has nothing."""
 
     def contains(self, keys: Any, peek: bool = False) -> list[bool]:
         return [True] * len(keys)
@@ -57,7 +57,7 @@ class Lies(_Store):
 
 
 class Loses(_Store):
-    """Loses what it has between the match and the load."""
+    """Loses its records between the match and the load."""
 
     def get_into(self, keys: Any, *_: Any) -> list[bool]:
         self.store.delete(keys)
@@ -65,7 +65,7 @@ class Loses(_Store):
 
 
 class Corrupts(_Store):
-    """Every payload that the slab holds gets a flipped byte, and slots are read in place."""
+    """Flips a bit in every payload in the slab; slots are read in place."""
 
     def __init__(self, store: Any) -> None:
         super().__init__(store)
@@ -103,7 +103,7 @@ class HangsToStore(_Store):
 
 
 class Emptied(_Store):
-    """Loses everything at once when it has told what it has."""
+    """Loses everything as soon as it has said what it has."""
 
     def get_into(self, keys: Any, *arguments: Any) -> list[bool]:
         found = list(self.store.get_into(keys, *arguments))
@@ -117,7 +117,7 @@ IN_SCHEDULER_TOO = (Lies, FailsToTell, HangsToTell)
 
 @contextmanager
 def misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
-    """The engine's store misbehaves; stores that hang go on at the end."""
+    """Makes the engine's store misbehave; hanging calls continue at the end."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler
     worker = get_kv_transfer_group()._worker
     before = scheduler._store, worker._store, worker._transfers
@@ -137,7 +137,7 @@ def misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
 
 @contextmanager
 def encoder_misbehaving(llm: Any, kind: type[_Store]) -> Iterator[None]:
-    """The encoder connector's store misbehaves, as of `misbehaving`."""
+    """As `misbehaving`, for the encoder connector's store."""
     sides = [llm.llm_engine.engine_core.engine_core.scheduler.ec_connector._scheduler, get_ec_transfer()._worker]
     before = [side._store for side in sides]
     gate.clear()

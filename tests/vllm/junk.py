@@ -1,4 +1,4 @@
-"""What clients may write into requests: strategies of hypothesis."""
+"""Hypothesis strategies for anything that clients may write into requests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-TEXT = st.text(st.characters(codec=None), max_size=8)  # lone surrogates included, as JSON has them
+TEXT = st.text(st.characters(codec=None), max_size=8)  # including lone surrogates, which JSON allows
 ATOMS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just("lmcache_mm")
 JSON = st.recursive(
     ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
@@ -17,7 +17,7 @@ PARAMS = JSON | st.fixed_dictionaries({"lmcache_mm": WISHES}, optional={"do_remo
 
 
 class Data(dict[str, Any]):
-    """An item's processed data, as of vLLM: fields with data."""
+    """An item's processed data, as in vLLM: fields with data."""
 
 
 def _field(data: Any) -> Any:

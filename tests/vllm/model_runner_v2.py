@@ -1,7 +1,7 @@
 """model_runner_v2.py SCRIPT or -m MODULE, ARGUMENTS...: runs it with Model Runner V2 on the CPU.
 
-vLLM uses V2 wherever Triton works, which is on every GPU. Here Triton's kernels are interpreted. Processes that are
-forked inherit it.
+vLLM uses V2 wherever Triton works, which is on every GPU. Here Triton's kernels are interpreted. Forked processes
+inherit this.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _Properties:
 
 
 class _Driver:
-    """What vLLM and Triton ask of a device's driver when they start."""
+    """The parts of a device's driver that vLLM and Triton use when they start."""
 
     utils = _Properties()
 

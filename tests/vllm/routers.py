@@ -1,7 +1,7 @@
-"""A router's view of an engine: its events as they are published, and an index of them by llm-d's rules.
+"""A router's view of an engine: its published events, and an index of them by llm-d's rules.
 
 The rules are those of llm-d-kv-cache, pkg/kvevents/pool.go, event_dedup_filter.go and pkg/kvcache/kvblock (the index,
-its keys and what enters them), <https://github.com/llm-d/llm-d-kv-cache>, and for the block size those of Dynamo,
+its keys and their inputs), <https://github.com/llm-d/llm-d-kv-cache>; the rule for the block size is Dynamo's,
 lib/kv-router/src/zmq_wire/convert.rs, <https://github.com/ai-dynamo/dynamo>.
 """
 
@@ -18,7 +18,7 @@ import zmq
 
 @contextmanager
 def subscriber(address: str) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Gives a function that returns the events published since it was called last, as anybody decodes them."""
+    """Yields a function that returns the decoded events published since its last call."""
     context = zmq.Context()
     receiver = context.socket(zmq.SUB)
     receiver.connect(address)
@@ -43,7 +43,7 @@ class Picture(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What a router knows of a request."""
+    """A router's knowledge of a request."""
 
     token_ids: Sequence[int]
     pictures: Sequence[Picture] = ()
@@ -51,7 +51,7 @@ class Question(NamedTuple):
     adapter: str | None = None
 
     def of_blocks(self, size: int) -> Iterator[tuple[tuple[int, ...], tuple[str, ...]]]:
-        """Of each whole block: tokens, and what else tells it from others."""
+        """For each whole block: its tokens, and its extra keys."""
         for begin in range(0, len(self.token_ids) // size * size, size):
             names = [p.identifier for p in self.pictures if p.offset < begin + size and p.offset + p.length > begin]
             names = [*([self.adapter] if self.adapter else []), *names]
@@ -62,12 +62,12 @@ class Question(NamedTuple):
 
 
 class Index:
-    """Of one engine, which knows nothing but its events. block_size: the router's own."""
+    """A router's index of one engine, made only from its events. block_size: the router's own."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._refused: list[dict[str, Any]] = []
-        self._keys: dict[Any, int] = {}  # of blocks, by the engine's hashes
+        self._keys: dict[Any, int] = {}  # keys of blocks, by the engine's hashes
         self._there: Counter[tuple[int, str, int]] = Counter()  # by key, medium and group
         self._announced: Counter[tuple[Any, str, int]] = Counter()  # by hash, medium and group
 
@@ -121,13 +121,13 @@ class Index:
         return found
 
     def wrong(self) -> list[Any]:
-        """Events that were not understood, and blocks that were told more than once; but for vLLM's own."""
+        """Events that were not understood, and blocks that were announced twice; vLLM's own are left out."""
         twice = [announced for announced, count in self._announced.items() if count > 1 and announced[1] != "GPU"]
         return [event for event in self._refused if event["medium"] != "GPU"] + twice
 
 
 def by_block(events: Iterable[dict[str, Any]], medium: str) -> dict[tuple[int, Any], dict[str, Any]]:
-    """All that is told of each block of a medium, by group and hash."""
+    """Everything announced about each block of a medium, by group and hash."""
     blocks = {}
     for event in events:
         if event["type"] != "BlockStored" or event["medium"] != medium:

@@ -1,6 +1,6 @@
-"""Scenarios on the real vLLM: python scenarios.py NAME FOLDER prints what was seen, as JSON, in its last line.
+"""Scenarios on the real vLLM: python scenarios.py NAME FOLDER prints its findings as JSON, in the last line.
 
-FOLDER holds the models. A process runs engines one after the other; vLLM changes too much in a process for more.
+FOLDER holds the models. A process runs one scenario, with its engines one after another: vLLM leaves too much state.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def engine(
     encoder: str | None = None,
     **options: Any,
 ):
-    """store: with the connector on it; None: without any. multi: several, on these stores, inside MultiConnector.
-    encoder: with the encoder connector, on this store."""
+    """store: the connector's store; None: no connector. multi: one connector per store, inside MultiConnector.
+    encoder: the encoder connector's store."""
     settings: dict[str, Any] = {
         "model": str(FOLDER / model),
         "dtype": "float32",
@@ -126,7 +126,7 @@ def engine(
 
 
 def ask(llm: LLM, *prompts: Any, sampling: SamplingParams = GREEDY, adapter: Any = None) -> list[dict[str, Any]]:
-    """One after the other, each as {answer, prompt_tokens, cached, finish}."""
+    """Asks one after another; returns {answer, prompt_tokens, cached, finish} for each."""
     return [one for p in prompts for one in ask_at_once(llm, [p], sampling, adapter)]
 
 
@@ -225,7 +225,7 @@ def wishing(wish: Any) -> SamplingParams:
 
 
 def identity() -> dict[str, Any]:
-    """Clients that lie about their images, tenants, requests that want no cache."""
+    """Clients that lie about their images; tenants; requests that disable the cache."""
     about = "| what is it? "
     one, two = prompt(about, image(0)), prompt(about, image(1))
     with engine() as llm:
@@ -233,7 +233,7 @@ def identity() -> dict[str, Any]:
     seen: dict[str, Any] = {"expected": expected}
     with store() as url:
         with engine(url, extra={"opaque_tails": True}, mm_processor_cache_gb=0) as llm:
-            # Identifiers of vLLM are counters here, the same in every engine.
+            # vLLM's identifiers are counters here, the same in every engine.
             seen["counters, first"] = ask(llm, one)
         with engine(url, extra={"opaque_tails": True}, mm_processor_cache_gb=0) as llm:
             seen["counters, other image"] = ask(llm, two)
@@ -291,7 +291,7 @@ def trouble(load: str) -> dict[str, Any]:
             with faulty.misbehaving(llm, getattr(faulty, fault)):
                 got = ask(llm, one, two, words, one, two, words)
                 if fault == "HangsToStore":
-                    time.sleep(5)  # what comes behind a store that hangs is not stored
+                    time.sleep(5)  # nothing is stored while the store hangs
                     ask(llm, prompt("only words"))
                 seconds = time.monotonic() - begun
             after = counts(llm)
@@ -311,7 +311,7 @@ def fault_questions(fault: str) -> list[dict[str, Any]]:
 
 
 def pressure() -> dict[str, Any]:
-    """A KV cache that is too small; a request aborted in the middle of its load; generated tokens."""
+    """A KV cache that is too small; a request aborted during its load; generated tokens."""
     one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
     long = [prompt(f"{word} " * 12) for word in ("alpha", "beta", "gamma")]
     many = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
@@ -359,7 +359,7 @@ def fail_behind_the_forward_pass(model: torch.nn.Module) -> None:
 
 
 def weights() -> dict[str, Any]:
-    """Weights that change in place, as a trainer changes them, and resets where nothing has changed."""
+    """Weights that change in place, as in training, and resets without a change."""
     one = prompt("| what is it? ", image(0))
     with engine() as llm:
         seen: dict[str, Any] = {"expected": ask(llm, one)}
@@ -385,7 +385,7 @@ def weights() -> dict[str, Any]:
             llm.reset_prefix_cache()
             seen["another engine with that change"] = ask(llm, one)
         with engine(url, extra={"opaque_tails": True}) as llm:
-            # As if the worker's model could not be found.
+            # As if the worker's model were not found.
             get_kv_transfer_group()._worker._engine = None
             ask(llm, one)
             llm.reset_prefix_cache(reset_connector=True)
@@ -394,7 +394,7 @@ def weights() -> dict[str, Any]:
 
 
 def change_weights(model: torch.nn.Module) -> None:
-    """Twice is not at all."""
+    """Two calls cancel each other."""
     (name,) = [name for name, _ in model.named_parameters() if name.endswith("embed_tokens.weight")]
     model.get_parameter(name).data.neg_()
 
@@ -410,7 +410,7 @@ def pooling() -> dict[str, Any]:
                     (first,) = llm.embed([prompt("words " * 20)], use_tqdm=False)
                     stored, until = open_store(url), time.monotonic() + 60
                     while not stored.stats()["records"] and time.monotonic() < until:
-                        time.sleep(0.05)  # saves go on behind the answer
+                        time.sleep(0.05)  # saves continue after the answer
                     stored.close()
                     (again,) = llm.embed([prompt("words " * 20)], use_tqdm=False)
                     apart = np.abs(np.subtract(first.outputs.embedding, again.outputs.embedding)).max()
@@ -433,7 +433,7 @@ ODD = (
 
 
 def odd_requests() -> dict[str, Any]:
-    """What clients may write into requests, which vLLM hands on as it is."""
+    """Anything that clients may write into requests and vLLM passes on unchecked."""
     one, tiny = prompt("| what is it? ", image(0)), {"prompt_token_ids": [5]}
     with engine() as llm:
         seen: dict[str, Any] = {"expected": ask(llm, one, tiny)}
@@ -450,7 +450,7 @@ def odd_requests() -> dict[str, Any]:
                 sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
                 try:
                     ended = ask(llm, one, sampling=sampling)
-                except Exception as error:  # of vLLM's own front end
+                except Exception as error:  # from vLLM's own front end
                     ended = [{"error": f"{type(error).__name__}: {error}"}]
                 seen["ended"].append([extra, ended])
         seen["salts"] = []
@@ -474,7 +474,7 @@ def odd_requests() -> dict[str, Any]:
 
 
 def pausing() -> dict[str, Any]:
-    """Engines whose caches are reset under their requests, as a pause does that keeps requests and clears caches."""
+    """Engines whose caches are reset during requests, as by a pause that keeps requests and clears caches."""
     questions = [prompt("| what is it? ", image(0)), prompt("| and | and what is it? ", image(1), image(2, 336))]
     with engine() as llm:
         seen: dict[str, Any] = {"expected": ask_at_once(llm, questions)}
@@ -495,11 +495,10 @@ def pausing() -> dict[str, Any]:
 
 
 def ask_and_reset(llm: LLM, prompts: Sequence[Any], url: str, after_tokens: list[int]) -> dict[str, Any]:
-    """Answers of requests under which the caches are reset, and the store is emptied, each time when the first one has
-    so many tokens of its answer. Without any: once, tried first while the first one is loaded from a store that hangs
-    until then."""
+    """Answers of requests during which the caches are reset and the store is emptied, each time when the first answer
+    has one of these numbers of tokens. Without any: once, first tried while the first request's load hangs."""
     running, blocks = llm.llm_engine, free_blocks(llm)
-    streaming = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)  # vLLM has made GREEDY tell but the end
+    streaming = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)  # GREEDY reports only the end by now
     for i, one in enumerate(prompts):
         running.add_request(str(i), one, streaming)
     outputs: dict[str, RequestOutput] = {}
@@ -514,7 +513,7 @@ def ask_and_reset(llm: LLM, prompts: Sequence[Any], url: str, after_tokens: list
             try:
                 llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
                 left = left[1:]
-            except RuntimeError as error:  # once more after the next step
+            except RuntimeError as error:  # try again after the next step
                 errors.append(str(error))
             running.reset_encoder_cache()
             faulty.gate.set()
@@ -543,7 +542,7 @@ def sliding_windows() -> dict[str, Any]:
 
 
 def share() -> dict[str, Any]:
-    """Whatever engine this process has, on the store that the environment names."""
+    """Asks this process's engine, on the store that the environment names."""
     one, two = prompt("| what is it? ", image(0)), prompt("| what is it? ", image(1))
     options = json.loads(os.environ.get("TEST_OPTIONS", "{}"))
     with engine(os.environ["TEST_STORE"], extra={"opaque_tails": True}, **options) as llm:
@@ -557,7 +556,7 @@ def first_host() -> dict[str, Any]:
 
 
 def second_host() -> dict[str, Any]:
-    """This process's engines on the stores that the environment names, one after the other."""
+    """This process's engines on the stores that the environment names, one after another."""
     seen: dict[str, Any] = {}
     for name, url in json.loads(os.environ["TEST_STORES"]).items():
         with engine(url, extra={"opaque_tails": True}) as llm:
@@ -574,7 +573,7 @@ def far_questions() -> list[dict[str, Any]]:
 
 
 def evicting() -> dict[str, Any]:
-    """This process's engine, beside another's, on a store that holds little of what they ask for."""
+    """This process's engine, concurrent with another's, on a store too small for their prompts."""
     with engine() as llm:
         seen: dict[str, Any] = {"expected": ask_at_once(llm, list(QUESTIONS.values()))}
     with engine(os.environ["TEST_STORE"], extra={"opaque_tails": True}) as llm:
@@ -605,7 +604,7 @@ def inside_multi() -> dict[str, Any]:
 
 @contextmanager
 def questions(llm: LLM):
-    """Fills a list with what a router would know of each request."""
+    """Yields a list that collects a router's knowledge of each request."""
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     add, asked = scheduler.add_request, []
 
@@ -623,15 +622,15 @@ def questions(llm: LLM):
 
 
 def elsewhere(program: str, *arguments: str) -> None:
-    """A process of its own does something to a store."""
+    """Another process does something to a store."""
     begin = "import sys; from lmcache_mm.stores import open_store; store = open_store(sys.argv[1]); "
     subprocess.run([sys.executable, "-c", begin + program + "; store.close()", *arguments], check=True)
 
 
 @contextmanager
 def routed(url: str, **options: Any):
-    """An engine, what it was asked, a function that says how many tokens of some questions a router finds there, what
-    it has told, and the router's index."""
+    """An engine, its questions, a function that returns how many tokens of some questions a router finds there, the
+    engine's events, and the router's index."""
     address = f"ipc://{tempfile.mkdtemp()}/events"
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
     index, told = routers.Index(32), []
@@ -716,7 +715,7 @@ def routing_groups() -> dict[str, Any]:
 
 
 def write_adapter(seed: int) -> LoRARequest:
-    """Always of the same name, id and path."""
+    """Writes an adapter, always under the same name, id and path."""
     folder = FOLDER / "adapter"
     folder.mkdir(exist_ok=True)
     random = torch.Generator().manual_seed(seed)
@@ -733,7 +732,7 @@ def write_adapter(seed: int) -> LoRARequest:
 
 
 def adapters() -> dict[str, Any]:
-    """LoRA adapters, and prompts that are embeddings."""
+    """LoRA adapters, and prompts given as embeddings."""
     one = prompt("| what is it? ", image(0))
     embeddings = torch.randn(2, 70, 64, generator=torch.Generator().manual_seed(0)) / 2
     embedded = [{"prompt_embeds": e} for e in embeddings]
@@ -754,7 +753,7 @@ def adapters() -> dict[str, Any]:
         adapter = write_adapter(1)
         with engine(url, extra={"opaque_tails": True}, **options) as llm:
             ask(llm, one, adapter=adapter)
-            write_adapter(2)  # while vLLM keeps what it has loaded
+            write_adapter(2)  # while vLLM keeps the loaded one
             ask(llm, other, adapter=adapter)
         with engine(url, extra={"opaque_tails": True}, **options) as llm:
             seen["changed meanwhile"] = ask(llm, other, adapter=adapter)
@@ -769,7 +768,7 @@ def adapters() -> dict[str, Any]:
 
 @contextmanager
 def encoded(llm: LLM):
-    """Gives a list of the numbers of patches of the images and videos that the vision encoder is given meanwhile."""
+    """Yields a list that collects the numbers of patches of the images and videos that the vision encoder gets."""
     seen: list[int] = []
 
     def note(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -782,13 +781,13 @@ def encoded(llm: LLM):
 
 
 def asking(llm: LLM, *prompts: Any, **options: Any) -> dict[str, Any]:
-    """Their answers, and what was encoded for them."""
+    """The prompts' answers, and what was encoded for them."""
     with encoded(llm) as seen:
         return {"rows": ask(llm, *prompts, **options), "encoded": list(seen)}
 
 
 def forgetful(llm: LLM) -> None:
-    """vLLM's own cache holds one image from here on, of 36 embeddings, and none that nobody needs beside a new one."""
+    """Shrinks vLLM's own encoder cache to one image of 36 embeddings, so that a new image evicts any unneeded one."""
     manager = llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager
     assert manager.num_freeable_slots == manager.cache_size
     manager.cached.clear()
@@ -836,7 +835,7 @@ def encoder() -> dict[str, Any]:
 
 
 def encoder_identity() -> dict[str, Any]:
-    """Identifiers that clients choose, tenants, requests that want no cache, items that are not there."""
+    """Identifiers that clients choose; tenants; requests that disable the cache; missing items."""
     one, two, three = (prompt("| what is it? ", image(i)) for i in range(3))
     with engine() as llm:
         seen: dict[str, Any] = {"expected": asking(llm, one, two, three)}
@@ -845,7 +844,7 @@ def encoder_identity() -> dict[str, Any]:
         return {**about, "multi_modal_uuids": {"image": list(uuids)}}
 
     with store() as url, engine(encoder=url, mm_processor_cache_gb=0) as llm:
-        # Identifiers of vLLM are counters here, where clients do not choose them.
+        # vLLM's identifiers are counters here, unless clients choose them.
         forgetful(llm)
         seen["counters"] = asking(llm, one, two, one, two)
         seen["one uuid"] = asking(llm, named(one, "x"), three, named(two, "x"), three, named(one, "x"))
@@ -871,7 +870,7 @@ ENCODER_FAULTS = (
 
 
 def encoder_trouble() -> dict[str, Any]:
-    """Stores that fail, lie, lose, corrupt and hang, and one that is emptied when it has been read."""
+    """Stores that fail, lie, lose, corrupt and hang, and one that is emptied after it was read."""
     about = {fault: prompt(f"{fault}: | ?", image(i)) for i, fault in enumerate(ENCODER_FAULTS)}
     other = prompt("| what is it? ", image(100))
     with engine() as llm:
@@ -889,7 +888,7 @@ def encoder_trouble() -> dict[str, Any]:
                 seen[fault]["seconds"] = time.monotonic() - begun
                 until = time.monotonic() + 1
                 while fault == "HangsToStore" and time.monotonic() < until:
-                    time.sleep(0.1)  # what comes behind a store that hangs is not stored
+                    time.sleep(0.1)  # nothing is stored while the store hangs
                 seen[fault]["then"] = asking(llm, {**one, "prompt": one["prompt"] + "again"}, prompt("words"))
             after = counts(llm)
             seen[fault]["counts"] = {name: after[name] - before[name] for name in after}
@@ -897,7 +896,7 @@ def encoder_trouble() -> dict[str, Any]:
 
 
 def encoder_ranks() -> dict[str, Any]:
-    """Two workers in processes of their own."""
+    """Two workers in separate processes."""
     with store() as url, engine(encoder=url, tensor_parallel_size=2) as llm:
         forgetful(llm)
         other = prompt("| what is it? ", image(1))
@@ -905,7 +904,7 @@ def encoder_ranks() -> dict[str, Any]:
 
 
 def put(llm: LLM, name: str, part: Any, tokens: int, more: bool = True) -> None:
-    """Gives a session its next part; one that is not to go on any more ends."""
+    """Gives a session its next part; without `more` it is the last."""
     frontend = llm.llm_engine
     sampling = SamplingParams(
         temperature=0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA, skip_clone=True
@@ -914,12 +913,12 @@ def put(llm: LLM, name: str, part: Any, tokens: int, more: bool = True) -> None:
     one = frontend.input_processor.process_inputs(name, part, sampling, supported_tasks=tasks, resumable=more)
     one.external_req_id = name
     frontend.output_processor.add_request(one, None, None, 0)
-    # In one process the front end would go on writing to the engine's list.
+    # In one process, the front end would keep writing to the engine's list.
     frontend.engine_core.add_request(msgspec.structs.replace(one, prompt_token_ids=list(one.prompt_token_ids)))
 
 
 def steps(llm: LLM, got: dict[str, list[int]], until: Callable[[], bool]) -> None:
-    """Adds what sessions are answered."""
+    """Runs steps and adds the sessions' answers."""
     end = time.monotonic() + 120
     while not until():
         assert time.monotonic() < end, f"no more answers than {got}"
@@ -928,8 +927,7 @@ def steps(llm: LLM, got: dict[str, list[int]], until: Callable[[], bool]) -> Non
 
 
 def converse(llm: LLM, *sessions: Sequence[Any], tokens: int = 12, queued: bool = False) -> list[list[list[int]]]:
-    """What sessions are answered to each of their parts, all sessions at once. queued: no part waits for the answer to
-    the one before."""
+    """The answers to each part of the sessions, which run concurrently. queued: no part waits for the answer before."""
     names = [uuid.uuid4().hex for _ in sessions]
     got: dict[str, list[int]] = {name: [] for name in names}
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
@@ -948,7 +946,7 @@ def converse(llm: LLM, *sessions: Sequence[Any], tokens: int = 12, queued: bool 
 
 
 def as_one(llm: LLM | AsyncLLM, parts: Sequence[Any], answers: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The prompt that a session has had behind its last part."""
+    """The whole prompt of a session after its last part."""
     encode = llm.get_tokenizer().encode
     token_ids = list(encode(parts[0]["prompt"]))
     for part, answer in zip(parts[1:], answers, strict=False):
@@ -966,7 +964,7 @@ OTHER_PARTS = [*PARTS[:2], prompt("and now | what? ", image(2))]
 
 
 def sessions() -> dict[str, Any]:
-    """Sessions that go on, with images in their first and third parts."""
+    """Sessions of several parts, with images in the first and third."""
     with engine() as llm:
         (parts,), (others,) = converse(llm, PARTS), converse(llm, OTHER_PARTS)
         whole, other = as_one(llm, PARTS, parts), as_one(llm, OTHER_PARTS, others)
@@ -1063,13 +1061,13 @@ def sessions_in_trouble() -> dict[str, Any]:
 
 
 def asking_sessions(llm: LLM, *sessions: Sequence[Any]) -> dict[str, Any]:
-    """What they are answered, one after the other, and what was encoded for them."""
+    """The sessions' answers, one after another, and what was encoded for them."""
     with encoded(llm) as seen:
         return {"rows": [row for one in sessions for row in converse(llm, one)], "encoded": list(seen)}
 
 
 def sessions_served() -> dict[str, Any]:
-    """Through vLLM's own interface, whose engine is a process of its own."""
+    """Through vLLM's own interface, with the engine in a separate process."""
     sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
 
     async def parts():
@@ -1136,7 +1134,7 @@ def make_models() -> dict[str, Any]:
         tie_word_embeddings=False,
     )
     model = Gemma3ForCausalLM(config).float().eval()
-    with torch.no_grad():  # so that what is attended to decides the answer
+    with torch.no_grad():  # so that attention decides the answer
         for name, weight in model.named_parameters():
             if weight.ndim > 1:
                 gain = 3.0 if "o_proj" in name or "v_proj" in name else 1.0

@@ -1,6 +1,6 @@
-"""The connector in the real vLLM, on the CPU: every answer is compared with that of an engine without it.
+"""The connector in the real vLLM, on the CPU: every answer is compared with that of an engine without the connector.
 
-Pages are opaque there: without opaque_tails, hits end at whole pages.
+Pages are opaque on the CPU: without opaque_tails, hits end at whole pages.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ ENVIRONMENT = {
     "VLLM_TARGET_DEVICE": "cpu",
 }
 
-# vLLM's versions, and its model runners: V2 is what GPUs use. Its kernels are interpreted here, at half the speed.
+# vLLM's versions and model runners. GPUs use V2; here its kernels are interpreted, at half the speed.
 COMBINATIONS = ("0.32-V1", "0.33-V1", "0.32-V2", "0.33-V2")
 OVERLAY = HERE.parent.parent / ".venv" / "vllm-0.33"
-CHOSEN = os.environ.get("TEST_VLLM", "").split()  # what all runs on; `make test-vllm-all` takes one after the other
+CHOSEN = os.environ.get("TEST_VLLM", "").split()  # to run everything on; `make test-vllm-all` tries each
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -53,9 +53,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Each is a process of its own; the longest first. Those that tests need run two at a time. Without TEST_VLLM each runs
-# once or twice, on what is named here: on V2 where the order of loads, saves and resets within a step matters, for that
-# is what GPUs run, on V1 where it does not, for that takes half the time, and some of each kind on the older version.
+# Each runs in a separate process; the longest first. Those that tests need run two at a time. Without TEST_VLLM each
+# runs once or twice, on the combinations named here: on V2 if the order of loads, saves and resets within a step
+# matters, since GPUs run V2; otherwise on V1, which takes half the time; and some of each kind on the older version.
 SCENARIOS = {
     "answers": ("0.33-V2", "0.32-V1"),
     "trouble:async": ("0.33-V2",),
@@ -104,7 +104,7 @@ def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> d
         env=environment(combination, **more),
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    # What the schedulers' hooks catch is a mistake of theirs.
+    # An exception that the schedulers' hooks catch is a bug in them.
     caught = re.search(r"is no longer cached\n.{,4000}", done.stdout, re.DOTALL)
     assert caught is None, caught
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
@@ -112,13 +112,13 @@ def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> d
 
 @pytest.fixture(scope="module", params=CHOSEN or ("0.33-V1",))
 def combination(request: pytest.FixtureRequest) -> str:
-    """Of tests that have a process of their own."""
+    """The combination of a test with its own process."""
     return request.param
 
 
 @pytest.fixture
 def combination_of_spawned(combination: str) -> str:
-    """Of tests whose engine is in a process that vLLM spawns."""
+    """The combination of a test whose engine is in a process that vLLM spawns."""
     if combination.endswith("V2"):
         pytest.skip("the stand-in for Triton does not reach processes that vLLM spawns")
     return combination
@@ -126,7 +126,7 @@ def combination_of_spawned(combination: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With the models in it."""
+    """The folder with the models."""
     folder = tmp_path_factory.mktemp("vllm")
     run("make_models", folder)
     return folder
@@ -134,7 +134,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def under_way(request: pytest.FixtureRequest, folder: Path):
-    """By scenario and combination."""
+    """Running scenarios, by scenario and combination."""
     needed = {run for item in request.session.items for run in _parameters(item) if run in RUNS}
     with ThreadPoolExecutor(2) as pool:
         yield {one: pool.submit(run, one[0], folder, one[1]) for one in RUNS if one in needed}
@@ -145,7 +145,7 @@ def _parameters(item: pytest.Item) -> list[Any]:
     return [] if callspec is None else [value for value in callspec.params.values() if isinstance(value, tuple)]
 
 
-WITHIN_A_STEP = ("trouble:sync", "trouble:layers")  # scenarios of loads that V2 does not have
+WITHIN_A_STEP = ("trouble:sync", "trouble:layers")  # scenarios with loads that V2 does not support
 RUNS = [
     (name, combination)
     for name, on in SCENARIOS.items()
@@ -179,7 +179,7 @@ def cached(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def test_the_model_answers_about_what_it_is_shown(answers):
-    """Else equal answers would tell nothing."""
+    """Otherwise equal answers would prove nothing."""
     expected = answers["expected"]
     assert len({tuple(row["answer"]) for row in expected}) == 10
     assert all(row["cached"] == 0 for row in expected)
@@ -200,8 +200,8 @@ def test_every_answer_is_the_one_without_the_connector(answers, setting):
 
 @pytest.mark.parametrize("setting", ["opaque tails", "pages of 128"])
 def test_hits_are_exact_to_the_token_with_opaque_tails(answers, setting):
-    """In the order of the questions: same again, all; other image, video or order, nothing; another question, up to
-    the image's end."""
+    """In the order of the questions: the same again hits all; another image, video or order nothing; another question
+    hits up to the image's end."""
     assert cached(answers[setting]) == [0, 59, 0, 43, 0, 0, 0, 91, 0, 205, 0, 56, 0, 0, 98]
 
 
@@ -224,8 +224,8 @@ WITHIN_STEPS = {
 
 @pytest.mark.parametrize("load", WITHIN_STEPS)
 def test_loads_within_a_step_leave_a_token_that_it_computes(answers, load):
-    """They reach over whole images. Another engine was asked all questions before, and stored whole pages only; hits of
-    loads by layers end at whole pages too."""
+    """They cover whole images. Another engine answered all questions before, and stored only whole pages; hits of loads
+    by layers end at whole pages too."""
     rows = answers[load]
     if isinstance(rows, str):  # Model Runner V2
         assert f"LMCacheMMConnector: load={load} is not supported with Model Runner V2" in rows
@@ -259,7 +259,7 @@ def test_an_image_under_anothers_uuid_answers_nobody_elses_question(identity):
 
 
 def test_one_uuid_for_two_images_fools_its_own_client_only(identity):
-    """vLLM's processor cache goes by uuids: the second image is never looked at, connector or not."""
+    """vLLM's processor cache is keyed by uuids: it never looks at the second image, connector or not."""
     one, two = tokens(identity["expected"])
     assert tokens(identity["one uuid for two images"]) == [one, one]
     assert tokens(identity["honest clients meanwhile"]) == [one, two]
@@ -282,8 +282,8 @@ def test_wishes_that_are_none_are_none(identity):
 
 
 def test_what_vllm_took_for_another_image_is_not_stored(identity):
-    """A request that wants no cache fills vLLM's encoder cache under a uuid with its image; the next, under the same
-    uuid, gets that image's KV."""
+    """A request without caching puts its image into vLLM's encoder cache under a uuid; the next request with that uuid
+    gets that image's KV."""
     assert tokens(identity["behind a poisoned encoder cache"]) == tokens(identity["expected"])
 
 
@@ -320,14 +320,14 @@ COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stores"} | d
     ],
 )
 def test_a_store_that_misbehaves_costs_time_and_nothing_else(trouble, fault):
-    """Six requests under a store that hangs forever wait for it but once: five seconds, and one for a save."""
+    """Six requests on a store that hangs forever wait for it only once: five seconds, and one for a save."""
     found, expected = trouble[fault], tokens(trouble["expected"][fault])
     assert tokens(found["got"]) == expected * 2
     assert all(row["finish"] == "length" for row in found["got"])
     assert found["blocks"][0] == found["blocks"][1]
     assert found["counts"][COUNTED.get(fault, "failed_loads")] > 0
-    assert tokens(found["then"]) == expected  # nothing wrong was left in the store
-    assert cached(found["then"])[2] >= 64  # which is used again
+    assert tokens(found["then"]) == expected  # the store has no wrong records
+    assert cached(found["then"])[2] >= 64  # and it is used again
     assert found["seconds"] < 60
 
 
@@ -345,7 +345,7 @@ def test_a_request_aborted_in_the_middle_of_its_load_gives_its_pages_back(pressu
 
 
 def test_a_reset_that_changes_no_weights_keeps_what_is_stored(weights):
-    """As a pause or sleep does, or vLLM's own cache alone. What cannot be looked at counts as changed."""
+    """Such as a pause, a sleep, or a reset of vLLM's own cache. Weights that cannot be checked count as changed."""
     expected = tokens(weights["expected"])
     assert (tokens(weights["first"]), cached(weights["first"])) == (expected, [0])
     for reset in ("reset", "reset of vLLM alone"):
@@ -355,7 +355,7 @@ def test_a_reset_that_changes_no_weights_keeps_what_is_stored(weights):
 
 
 def test_weights_that_changed_in_place_are_never_answered_from_before(weights):
-    """Engines with the same change share, and one that is changed back has what it stored before."""
+    """Engines with the same change share records; changing back restores access to the old ones."""
     before, after = tokens(weights["expected"]), tokens(weights["expected changed"])
     assert before != after
     assert (tokens(weights["changed"]), cached(weights["changed"])) == (after, [0])
@@ -365,7 +365,7 @@ def test_weights_that_changed_in_place_are_never_answered_from_before(weights):
 
 
 def test_a_prompt_of_one_token_is_answered_again(odd_requests):
-    """vLLM asks again for a hit of all tokens less one if that is none: such a request would never end."""
+    """vLLM reduces a hit of all tokens by one and asks again if that is 0: such a request would never end."""
     assert tokens(odd_requests["one token"]) == tokens(odd_requests["expected"])[1:] * 3
     assert cached(odd_requests["one token"]) == [0, 0, 0]
 
@@ -383,7 +383,7 @@ def test_transfer_params_of_any_type_end_no_engine(odd_requests):
 
 
 def test_models_whose_pooling_needs_all_tokens_at_once_are_refused_at_start(pooling):
-    """Else the second request would end the engine."""
+    """Otherwise the second request would end the engine."""
     apart, hit = pooling["LAST"]
     assert apart < 1e-4
     assert hit >= 96
@@ -397,7 +397,7 @@ def test_salts_of_any_content_end_no_engine(odd_requests):
 
 @pytest.mark.parametrize("setting", ["whole prompts", "steps of 64 tokens", "prefix caching"])
 def test_requests_whose_caches_are_reset_under_them_encode_their_images_after_all(pausing, setting):
-    """All of their images came from the store at first."""
+    """At first all their images came from the store."""
     seen = pausing[setting]
     assert cached(seen["got"]) == [row["prompt_tokens"] for row in seen["got"]]
     assert seen["resets_left"] == 0
@@ -409,13 +409,13 @@ def test_a_reset_while_requests_are_loaded_is_refused_and_they_go_on(pausing):
     seen = pausing["loading"]
     assert seen["errors"]
     assert all("Failed to reset KV cache" in error for error in seen["errors"])
-    assert seen["resets_left"] == 0  # for once they are loaded it is done
+    assert seen["resets_left"] == 0  # they succeed once the images are loaded
     assert tokens(seen["got"]) == tokens(pausing["expected"])
     assert seen["blocks"][0] == seen["blocks"][1]
 
 
 def test_what_a_failed_step_did_not_compute_is_not_stored(pressure):
-    """The engine dies of it, the store outlives it."""
+    """The failure ends the engine, but not the store."""
     assert "as out of memory" in pressure["failed"]
     one, _ = tokens(pressure["expected"])
     assert (tokens(pressure["after a step that failed"]), cached(pressure["after a step that failed"])) == ([one], [0])
@@ -427,8 +427,8 @@ def test_generated_tokens_are_stored_on_request(pressure):
 
 
 def test_routers_find_a_picture_where_it_is_stored_and_no_other_picture_or_tenant(routing):
-    """Of four questions: the picture, the same under another salt, another picture, of which the words before it are
-    stored, and the first one under a salt of which nothing is."""
+    """Four questions: the picture; the same under another salt; another picture, whose preceding words are stored; and
+    the first one under a salt without records."""
     assert routing["stored"] == routing["stored anew"] == [192, 192, 32, 0]
     assert routing["wrong"] == []
 
@@ -438,13 +438,13 @@ def test_routers_are_told_of_what_another_engine_stored_once_it_is_found(routing
 
 
 def test_routers_are_told_what_other_processes_took_from_the_store(routing):
-    """A tenant is forgotten; everything is evicted by records of somebody else."""
+    """A tenant is forgotten; other records evict everything."""
     assert routing["forgotten"] == [192, 0, 32, 0]
     assert routing["evicted"] == [0, 0, 0, 0]
 
 
 def test_routers_forget_with_a_reset_and_are_told_again_of_what_is_found_after_it(routing):
-    """After one of the connector nothing of before is found any more."""
+    """After a reset of the connector, nothing older is found."""
     assert routing["vLLM's cache reset"] == routing["reset"] == [0, 0, 0, 0]
     assert routing["found again"] == [192, 0, 32, 0]
 
@@ -454,7 +454,7 @@ def test_blocks_are_told_as_vllms_own_pool_tells_them_in_the_same_engine(routing
 
 
 def test_blocks_of_all_groups_are_told(routing_groups):
-    """vLLM's pool leaves out blocks of windows that no hit can end with, and tells of others' tokens too."""
+    """vLLM's pool leaves out blocks of windows at which no hit can end, and includes other groups' tokens."""
     (whole,) = routing_groups["full_attention"]
     assert whole == {"window": None, "blocks": 8, "of vLLM": 8, "same": 8}
     windows = routing_groups["sliding_window"]
@@ -480,8 +480,8 @@ def test_every_part_of_a_session_is_answered_as_without_the_connector(sessions, 
 
 
 def test_what_a_session_has_stored_is_hit_by_requests_that_begin_as_it_did(sessions):
-    """As far as they do: a chunk that ends before the other image, and all with the same images, the ends of parts
-    too."""
+    """Up to where they differ: a chunk that ends before another image; with the same images everything, including the
+    ends of parts."""
     assert cached(sessions["two parts"]) == [129]
     assert cached(sessions["as one, other image"]) == [128]
     assert cached(sessions["as one"]) == [201]
@@ -497,14 +497,14 @@ def test_what_a_session_has_stored_is_hit_by_requests_that_begin_as_it_did(sessi
 
 
 def test_the_first_part_of_a_session_is_loaded(sessions):
-    """vLLM asks for no other: 59 tokens of each of two sessions, beside what the requests around them load."""
+    """vLLM asks only for the first: 59 tokens of each of two sessions, besides the other requests' loads."""
     assert sessions["counts"]["loaded_tokens"] == 129 + 128 + 201 + 59 + 59 + 201
 
 
 def test_sessions_that_are_preempted_are_loaded_and_answered_as_ever(sessions_in_trouble):
     assert sessions_in_trouble["preempted"] == sessions_in_trouble["expected"]
     assert sessions_in_trouble["preemptions"] > 0
-    # No first part has more tokens with its answer: one of them was loaded in a later part.
+    # A first part with its answer has fewer tokens: so one was loaded in a later part.
     assert sessions_in_trouble["loaded"] > 89 * sessions_in_trouble["preemptions"]
     assert sessions_in_trouble["blocks"][0] == sessions_in_trouble["blocks"][1]
 
@@ -558,11 +558,11 @@ def test_multi_connector_stores_in_all_and_loads_from_one(inside_multi):
         assert (tokens(inside_multi[name]), cached(inside_multi[name])) == ([one, two], [59, 59])
 
 
-PATCHES, VIDEO_PATCHES = 144, 128  # of the images and videos that are asked about
+PATCHES, VIDEO_PATCHES = 144, 128  # of the images and videos in the questions
 
 
 def test_an_image_is_encoded_once_whatever_the_text_around_it(encoder):
-    """By the first engine; the second has it from the store, for three prompts at once and in steps of 64 tokens."""
+    """By the first engine; the second loads it from the store, for three prompts at once and in steps of 64 tokens."""
     expected = tokens(encoder["expected"]["rows"])
     assert len({tuple(answer) for answer in expected}) == 6
     assert encoder["expected"]["encoded"] == [PATCHES] * 2 + [VIDEO_PATCHES] * 2
@@ -582,7 +582,7 @@ def test_a_video_seen_before_is_not_encoded(encoder):
 
 
 def test_what_was_encoded_loaded_and_stored_is_counted(encoder):
-    """Other prompts about what vLLM's own cache has ask for nothing. What was stored last is told with another step."""
+    """Prompts about images in vLLM's own cache ask for nothing. The last stores are reported with another step."""
     names = ("queried_items", "hit_items", "loaded_items", "failed_lookups", "failed_stores")
     assert [encoder["counts"][f"encoder_{name}"] for name in names] == [4, 2, 2, 0, 0]
     assert encoder["counts"]["encoder_stored_items"] >= 1
@@ -593,7 +593,7 @@ def test_an_image_that_vllm_has_forgotten_is_computed_or_loaded(encoder):
 
 
 def test_both_connectors_share_a_store_and_each_has_its_own_hits(encoder):
-    """The store knows both images, but no KV at first: nothing is ever encoded."""
+    """The store has both images, but no KV at first: nothing is ever encoded."""
     expected = tokens(encoder["expected"]["rows"])[:4]
     first, again = encoder["with KV"], encoder["with KV, again"]
     assert tokens(first["rows"]) == tokens(again["rows"]) == expected
@@ -603,13 +603,13 @@ def test_both_connectors_share_a_store_and_each_has_its_own_hits(encoder):
 
 
 def test_images_are_encoded_again_once_weights_have_changed(encoder):
-    """Of which the KV connector is told."""
+    """The KV connector learns of the change."""
     after = encoder["changed weights"]
     assert (tokens(after["rows"]), after["encoded"]) == (tokens(encoder["expected changed"]), [PATCHES])
 
 
 def answers_of(identity: dict[str, Any], images: str) -> list[list[int]]:
-    """By images' numbers."""
+    """Answers by the images' numbers."""
     expected = tokens(identity["expected"]["rows"])
     return [expected[int(i)] for i in images]
 
@@ -620,7 +620,7 @@ def test_images_are_known_by_their_data_where_identifiers_are_counters(encoder_i
 
 
 def test_an_image_under_anothers_uuid_is_loaded_for_nobody_else(encoder_identity):
-    """Two images in turn under one uuid, each pushed out of vLLM's own cache before the next; only a third is new."""
+    """Two images alternate under one uuid, each evicted from vLLM's own cache before the next; only a third is new."""
     seen = encoder_identity["one uuid"]
     assert (tokens(seen["rows"]), seen["encoded"]) == (answers_of(encoder_identity, "02120"), [PATCHES])
     honest = encoder_identity["honest"]
@@ -628,7 +628,7 @@ def test_an_image_under_anothers_uuid_is_loaded_for_nobody_else(encoder_identity
 
 
 def test_two_images_under_one_uuid_in_one_prompt_are_stored_as_what_was_encoded(encoder_identity):
-    """vLLM encodes the first one and takes it for both."""
+    """vLLM encodes the first one and uses it for both."""
     seen = encoder_identity["one uuid twice"]
     assert (tokens(seen["rows"])[1:], seen["encoded"]) == (answers_of(encoder_identity, "01"), [PATCHES] * 2)
 
@@ -645,7 +645,7 @@ def test_a_request_that_wants_no_cache_stores_and_loads_no_encoder_output(encode
 
 
 def test_a_request_that_describes_an_image_and_brings_none_ends_and_nothing_else_does(encoder_identity):
-    """vLLM takes such requests where there is a connector; encoding what is not there would end the engine."""
+    """vLLM accepts such requests if there is a connector; encoding a missing image would end the engine."""
     assert [row["finish"] for row in encoder_identity["no image"]["rows"]] == ["error"]
     after = encoder_identity["afterwards"]
     assert (tokens(after["rows"]), after["encoded"]) == (answers_of(encoder_identity, "0"), [])
@@ -664,8 +664,7 @@ ENCODER_COUNTED = {"FailsToStore": "failed_stores", "HangsToStore": "failed_stor
     ],
 )
 def test_an_encoder_store_that_misbehaves_costs_an_encoding_and_nothing_else(encoder_trouble, fault):
-    """An image that was stored and then pushed out of vLLM's own cache; what a store loses once it has been read is
-    missed by nobody."""
+    """The image was stored and then evicted from vLLM's own cache. A loss after the read has no effect."""
     found = encoder_trouble[fault]
     assert tokens(found["rows"]) == tokens(found["expected"])
     assert found["encoded"] == ([] if fault == "Emptied" else [PATCHES])
@@ -692,7 +691,8 @@ def shared_store():
 
 
 def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store, combination):
-    """The second with its scheduler, worker and front end apart, the third with two workers, whose KV is another."""
+    """The second has its scheduler, worker and front end in separate processes; the third has two workers and so
+    different KV."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=64MiB"}
     first = run("share", folder, combination, **shared)
     ranks = json.dumps({"tensor_parallel_size": 2})
@@ -710,7 +710,7 @@ def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store, c
 
 
 def test_what_needs_no_engine_holds_on_the_newest_vllm_too():
-    """This process has the vLLM that is installed."""
+    """This process has the installed vLLM."""
     files = [path for path in HERE.glob("test_*.py") if path.name not in ("test_connector.py", "test_disaggregated.py")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment("0.33-V1"), timeout=600)
@@ -723,9 +723,9 @@ FAR = ("valkey", "s3", "mooncake", "peer", "nixl")
 
 @pytest.fixture(scope="module")
 def two_hosts(folder: Path, combination: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an engine saw on stores beyond its host, and then, after its end, another one that shares nothing else."""
+    """The findings of an engine on other hosts' stores, then of a second engine that shares nothing else with it."""
     place = tmp_path_factory.mktemp("far")
-    urls = [f"shm:///test-{uuid.uuid4().hex}" for _ in range(3)]  # of the first host, and two of the second
+    urls = [f"shm:///test-{uuid.uuid4().hex}" for _ in range(3)]  # one of the first host, two of the second
     secret = {"LMCACHE_MM_SECRET": uuid.uuid4().hex, **servers.AWS, "UCX_TLS": "tcp"}
     with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
         for name, value in secret.items():
@@ -770,7 +770,7 @@ def test_a_second_host_starts_with_what_the_first_one_stored(two_hosts, far):
 
 
 def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store, combination):
-    """The store holds about eight records; both engines ask for the same prompts, six times each, in any order."""
+    """The store has room for about eight records; both engines ask the same prompts, six times each, in any order."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=512KiB"}
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda seed: run("evicting", folder, combination, **shared, TEST_SEED=seed), ("1", "2")))
@@ -782,7 +782,7 @@ def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store, combin
 
 
 def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(combination_of_spawned, folder, shared_store):
-    """Its server, for the command itself looks for a package named vllm."""
+    """Starts its server module, since the command itself looks for a package named vllm."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -845,7 +845,7 @@ def test_vllm_serve_answers_and_shows_what_was_hit_in_metrics(combination_of_spa
 
 
 def run_example(number: int, folder: Path, shared_store: str, tmp_path: Path, combination: str) -> str:
-    """What the documentation's example prints."""
+    """The output of the documentation's example."""
     code = re.findall(r"```python\n(.*?)```", (HERE.parent.parent / "docs" / "vllm.md").read_text(), re.DOTALL)[number]
     code = code.replace("shm:///vllm", shared_store).replace("tiny-qwen2-vl", str(folder / "vlm"))
     (tmp_path / "example.py").write_text(code)

@@ -1,4 +1,4 @@
-"""Encode, prefill and decode in engines apart: pictures go on through shared memory, KV through a server."""
+"""Encode, prefill and decode in separate engines: pictures pass through shared memory, KV through a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ODD += [{"lmcache_mm": one} for one in (*ODD, {"wait": "yes", "load": 0, "store"
 
 
 class Engines(dict[str, Engine]):
-    """alone: without a connector. The KV goes through `valkey`."""
+    """alone: without a connector. The KV passes through `valkey`."""
 
     valkey: servers.Server
 
@@ -69,7 +69,7 @@ def test_every_picture_is_encoded_once_and_every_prompt_computed_once_and_answer
     engines["prefill"].counted("encoder_loaded_items", before["prefill"].get("encoder_loaded_items", 0) + 3)
     engines["decode"].counted("loaded_tokens", before["decode"].get("loaded_tokens", 0) + tokens)
     assert grown(engines["prefill"], before["prefill"], "encoder_loaded_items") == 3
-    assert grown(engines["decode"], before["decode"], "loaded_tokens") == tokens  # of which the last is computed again
+    assert grown(engines["decode"], before["decode"], "loaded_tokens") == tokens  # the last of them is computed again
     for name, nothing in (
         ("prefill", ("queried_tokens", "loaded_tokens", "encoder_stored_items")),
         ("decode", ("stored_tokens",)),
@@ -133,7 +133,7 @@ def test_params_of_any_type_end_no_engine_and_make_none_wait(engines, name):
         for params in ("kv_transfer_params", "ec_transfer_params"):
             engine.refuses({**question("odd?", 40, max_tokens=1), params: odd})
             engine.refuses({**question("odd?", 40, max_tokens=1), "vllm_xargs": {params: odd}})
-    for odd in ("abc", 7, -1.5, ["abc", 7]):  # vLLM hands them on as they are; of kv_transfer_params it fails itself
+    for odd in ("abc", 7, -1.5, ["abc", 7]):  # vLLM passes them on unchecked; with kv_transfer_params it fails itself
         assert not engine.refuses({**question("odd?", 41, max_tokens=1), "vllm_xargs": {"ec_transfer_params": odd}})
     if name == "encode":
         assert "ec_transfer_params" in encode(engine, question("odd?", 42))
@@ -143,7 +143,7 @@ def test_params_of_any_type_end_no_engine_and_make_none_wait(engines, name):
 
 
 def test_a_store_that_fails_while_a_request_waits_for_it_has_the_request_computed(engines):
-    """The last test of these engines."""
+    """Must be the last test of these engines."""
     one = question("and now?", 50)
     expected = text(engines["alone"].chat(one))
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""What the encoder connector claims in the scheduler, and what it sends to workers, without an engine."""
+"""The encoder connector's claims in the scheduler, and its messages to workers, without an engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lmcache_mm.prompt import owner_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.vllm import identity
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -36,7 +36,7 @@ NAMESPACE = Namespace(model="m")
 
 
 class Data(dict[str, Any]):
-    """An item's processed data, as of vLLM: fields with data."""
+    """An item's processed data, as in vLLM: fields with data."""
 
 
 def item(content: int, identifier: str, offset: int = 0, embeds: int = 4, **fields: Any) -> Any:
@@ -72,7 +72,7 @@ def config(tower_lora: bool = False, role: str = "ec_both") -> Any:
 
 @pytest.fixture(scope="module")
 def encoder_scheduler() -> Any:
-    """Not at the top, where it would bring vLLM into every run of any test."""
+    """Imported here, since an import at the top would load vLLM in every test run."""
     return importlib.import_module("lmcache_mm.vllm.encoder.scheduler")
 
 
@@ -238,9 +238,9 @@ def test_an_engine_that_only_encodes_promises_what_it_stores_or_the_store_has_an
     assert scheduler.claims("a")
     scheduler.plan(both, 0)
     assert scheduler.promise(both) is None  # b is not encoded yet
-    assert not scheduler.plan_step(step(encode={"both": [1]})).loads  # vLLM gives such an engine nothing to load
+    assert not scheduler.plan_step(step(encode={"both": [1]})).loads  # vLLM does not let such an engine load
     assert scheduler.promise(both) == {"lmcache_mm": {"wait": True, "item_indices": [0, 1]}}
-    again = request("again", item(2, "b"))  # in the engine, and not in the store
+    again = request("again", item(2, "b"))  # in the engine, but not in the store
     ensure(scheduler, again)
     assert scheduler.promise(again) is None
     keep(store, item(2, "b"))
@@ -259,7 +259,7 @@ def test_an_engine_that_only_loads_stores_nothing(new_scheduler):
 
 
 def test_all_fields_are_known_that_vllm_declares_as_metadata():
-    """Of all its models: else an item without a picture could pass for one."""
+    """For all its models: otherwise an item without a picture could pass for one."""
     assert VLLM is not None
     assert VLLM.origin is not None
     overlay = Path(__file__).parent.parent.parent / ".venv" / "vllm-0.33" / "vllm"
@@ -319,7 +319,7 @@ def test_items_that_are_computed_or_in_vllms_own_cache_are_not_asked_for(schedul
 
 
 def test_a_load_waits_for_a_step_that_workers_look_at_or_until_vllm_forgets_the_item(scheduler, store):
-    """A request may be preempted in the step that was to load for it."""
+    """A request may be preempted in the step that should have loaded for it."""
     for i, name in ((1, "a"), (2, "b")):
         keep(store, item(i, name))
         one = request(name, item(i, name))
@@ -354,7 +354,7 @@ def test_a_request_without_what_is_to_be_encoded_is_reported_and_never_scheduled
     "how", ["in the engine", "resumable", "identification hangs", "adapter unknown", "behind a hit"]
 )
 def test_a_request_without_what_is_to_be_encoded_is_refused_whatever_else_is_known(new_scheduler, how):
-    """vLLM may have its output under that identifier now, and not when it is needed; then nobody could make it."""
+    """vLLM may have its output now but lose it before it is needed; then nobody could compute it."""
     scheduler = new_scheduler(tower_lora=how == "adapter unknown")
     lora = SimpleNamespace(lora_name="a", lora_path="none/such") if how == "adapter unknown" else None
     grid = {"image_grid_thw": SimpleNamespace(data=torch.tensor([1, 4, 4]))}
@@ -385,7 +385,7 @@ def test_after_a_reset_nothing_from_before_is_claimed(scheduler, store):
 def test_outputs_that_wait_are_bounded_and_shared(encoder_scheduler, scheduler, store, monkeypatch):
     keep(store, item(1, "a"))
     keep(store, item(2, "b"))
-    monkeypatch.setattr(encoder_scheduler, "MOST_HELD_BYTES", 60)  # of 48 each
+    monkeypatch.setattr(encoder_scheduler, "MOST_HELD_BYTES", 60)  # each takes 48
     for name in ("1", "2"):
         ensure(scheduler, request(name, item(1, "a")))
         assert scheduler.claims("a")
@@ -450,7 +450,7 @@ def test_an_item_of_a_later_part_that_vllm_had_and_encodes_all_the_same_is_not_s
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.fixed_dictionaries(junk.FIELDS))
 def test_no_exception_leaves_a_hook_whatever_a_request_holds(scheduler, fields):
-    """Its life in the encoder connector's scheduler."""
+    """Runs through a request's life in the encoder connector's scheduler."""
     one = request("junk", *fields["mm_features"])
     vars(one).update(fields)
     one.get_num_encoder_embeds = lambda i: fields["mm_features"][i].mm_position.length

@@ -1,5 +1,5 @@
-"""What routers are told, without an engine: vLLM's own requests and block pool beside events of a store in shared
-memory."""
+"""Events for routers, without an engine: a shared-memory store's events against those of vLLM's own requests and block
+pool."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmcache_mm.cache import Record, record_key
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -26,12 +26,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 PAGE, CHUNK = 16, 32
-PLACES = [(0, 0), (1, 0), (0, 1), (1, 1)]  # of one table: two groups, two ranks
+PLACES = [(0, 0), (1, 0), (0, 1), (1, 1)]  # in one table: two groups, two ranks
 
 
 @pytest.fixture(scope="module")
 def events() -> Any:
-    """Not at the top, where it would bring vLLM into every run of any test."""
+    """Imported here, since an import at the top would load vLLM in every test run."""
     return importlib.import_module("lmcache_mm.vllm.kv.events")
 
 
@@ -50,7 +50,7 @@ def store():
 
 
 class Told:
-    """Events of a store; those of vLLM's own pool for the same request."""
+    """A store's events, and those of vLLM's own pool for the same request."""
 
     def __init__(self, events: Any, store: Any, groups: Any = None, hash_tokens: int = PAGE, **options: Any) -> None:
         pools, ours = (
@@ -65,7 +65,7 @@ class Told:
         self.events.learn_places(options.get("places", PLACES))
 
     def taken(self) -> list[dict[str, Any]]:
-        """What there is to tell once it has looked."""
+        """The events after the next look at the store."""
         told = list(self.events.take())
         until = time.monotonic() + 10
         while self.events._looking is not None and time.monotonic() < until:
@@ -95,7 +95,7 @@ def told(events, store):
 
 
 def request(tokens: int = 4 * CHUNK, hash_tokens: int = PAGE, first: int = 100, **more: Any) -> Any:
-    """One of vLLM's."""
+    """A request of vLLM's."""
     requests, utils = (importlib.import_module(f"vllm.v1.{name}") for name in ("request", "core.kv_cache_utils"))
     hasher = importlib.import_module("vllm.utils.hashing").sha256
     utils.init_none_hash(hasher)
@@ -128,7 +128,7 @@ def put(store: Any, *of: Record, places: Any = PLACES) -> None:
 
 
 def test_blocks_are_told_as_vllms_own_pool_tells_them(told, routers):
-    """Images, salt, adapter, session, a tail that ends within a block: by the same hashes and extra keys."""
+    """With images, a salt, an adapter, a session, a tail that ends within a block: the same hashes and extra keys."""
     lora = importlib.import_module("vllm.lora.request").LoRARequest("adapter", 3, "/adapter")
     asked = request(
         135,
@@ -193,7 +193,7 @@ def test_a_record_that_lost_any_part_is_gone_and_so_is_what_follows_it(told):
         "locality": "LOCAL",
     }
     put(told.store, of[1])
-    assert told.looked() == []  # nobody knows what it was
+    assert told.looked() == []  # nobody knows its content any more
     told.events.expect(asked, of, found=True)
     assert [block for event in told.taken() for block in event["block_hashes"]] == stored[2:]
 
@@ -278,7 +278,7 @@ def test_what_never_comes_is_waited_for_no_longer_than_it_may_take(events, store
 def test_the_engine_steps_on_while_something_may_be_told_and_no_longer(told):
     asked, of = request(), records(32)
     told.events.expect(asked, of, found=False)
-    assert not told.events.are_under_way()  # its save is, which says when it has ended
+    assert not told.events.are_under_way()  # its save is, and reports its own end
     told.events.look()
     assert told.events.are_under_way()
     assert told.taken() == []
@@ -286,7 +286,7 @@ def test_the_engine_steps_on_while_something_may_be_told_and_no_longer(told):
 
 
 def test_what_is_told_is_bounded_and_what_is_told_no_more_is_said_to_be_gone(told, events, routers, monkeypatch):
-    """First what was asked for longest ago, and with it what follows."""
+    """The blocks asked for longest ago go first, and with them those that follow."""
     monkeypatch.setattr(events, "MOST_BLOCKS", 8)
     index, of_two = routers.Index(PAGE), records(32, 64, key=2)
     asked = [request(first=1000 * i) for i in range(3)]
@@ -333,7 +333,7 @@ def test_what_the_engine_will_not_use_any_more_is_gone(told):
 
 
 def test_groups_are_told_each_by_its_own_pages(events, store, routers):
-    """Full attention in pages of 16, windows in pages of 32, whose first record is not there."""
+    """Full attention in pages of 16, windows in pages of 32, whose first record is missing."""
     group = importlib.import_module("lmcache_mm.vllm.options").Group
     whole = group(1, 256, ["a"], PAGE, None, "float32", "full_attention")
     window = group(0, 0, ["b"], 2 * PAGE, 64, "float32", "sliding_window")
@@ -355,7 +355,7 @@ def test_groups_are_told_each_by_its_own_pages(events, store, routers):
         (0, tuple(stored[2]["block_hashes"])),
     }
     put(store, of[0], places=[(0, 0)])
-    told.events.expect(asked, of, found=True)  # of the first one there are windows only
+    told.events.expect(asked, of, found=True)  # of the first one only the windows are stored
     assert [(e["group_idx"], e["parent_block_hash"]) for e in told.taken()] == [(0, None)]
     told.events.close()
 
@@ -402,7 +402,7 @@ def test_a_store_that_cannot_tell_changes_nothing(told, monkeypatch):
     [(True, "mem://?capacity=1MiB", False), (False, "shm", False), (True, "shm", True)],
 )
 def test_nothing_is_watched_where_nobody_is_to_be_told_or_of_nothing(events, store, enabled, url, told):
-    """What is no store of this host's alone says nothing about it."""
+    """Other stores than this host's own say nothing about this host."""
     config = SimpleNamespace(kv_events_config=SimpleNamespace(enable_kv_cache_events=enabled) if enabled else None)
     made = events.Events.of(config, store if url == "shm" else open_store(url), [], 5)
     assert (made is not None) == told

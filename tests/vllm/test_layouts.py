@@ -1,4 +1,4 @@
-"""Caches that the CPU engine cannot make: built by vLLM's own code from its own specs, stored and loaded bit by bit."""
+"""Caches that the CPU engine cannot have: built by vLLM's code from its own specs, stored and loaded bit by bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lmcache_mm.prompt import Namespace
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -35,7 +35,7 @@ NOT_BUILT = re.compile("cannot express this model's mixed page sizes|cannot be s
 
 @pytest.fixture(scope="module")
 def cases() -> Any:
-    """Not at the top, where it would bring vLLM into every run of any test."""
+    """Imported here, since an import at the top would load vLLM in every test run."""
     return importlib.import_module("cases")
 
 
@@ -49,7 +49,7 @@ def url():
 
 
 def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, torch.Tensor] | None:
-    """None for what vLLM does not build."""
+    """The caches; None if vLLM does not build this combination."""
     try:
         caches: dict[str, torch.Tensor] = cases.caches_of(kind, layout, kernel_blocks)
     except ValueError as error:
@@ -69,7 +69,7 @@ def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, t
     ],
 )
 def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind, layout, kernel_blocks):
-    """Into other pages, and beside them nothing changes. What vLLM does not build is left out."""
+    """They are loaded into other pages, and no other bytes change. Skips combinations that vLLM does not build."""
     messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     caches = build(cases, kind, layout, kernel_blocks)
     if caches is None:
@@ -96,7 +96,7 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
         worker.begin_step(messages.Metadata(saves=[messages.Save(b"", records(pages))]))
         worker.save()
         worker.begin_step(messages.Metadata(written=set(pages)))
-        memory.fill_(POISON)  # while the store goes on with what it has read
+        memory.fill_(POISON)  # while the store continues with what it has read
         while not (news := worker.take_news()) or not news.saves:
             worker.take_stats()
         worker.load([messages.Load(0, "b", b"", records(others))])
@@ -111,7 +111,7 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
 
 
 def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
-    """They are unmapped then. What was read before is stored, what comes meanwhile fails."""
+    """The pages are unmapped then. What was read before is stored; new transfers fail."""
     messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     caches = cases.caches_of("GQA", "BLHNC")
     memory = memory_of(caches)
@@ -147,25 +147,25 @@ def test_nothing_touches_the_pages_of_an_engine_that_sleeps(cases, url):
 
 
 def memory_of(caches: dict[str, torch.Tensor]) -> torch.Tensor:
-    """uint8, 1-D: of all of them."""
+    """The caches' common memory: uint8, 1-D."""
     first = next(iter(caches.values()))
     return torch.empty(0, dtype=torch.uint8, device=first.device).set_(first.untyped_storage())
 
 
 def by_page(cache: torch.Tensor, blocks: int) -> torch.Tensor:
-    """uint8 [blocks, ...], a view, kernel blocks of a block together."""
+    """A view, uint8 [blocks, ...], with the kernel blocks of each block together."""
     return (cache if cache.dtype == torch.uint8 else cache.view(torch.uint8)).unflatten(0, (blocks, -1))
 
 
 def test_most_layouts_are_built(cases):
-    """Else the test above would test nothing."""
+    """Otherwise the test above would test nothing."""
     for kind in set(cases.KINDS) - {"Mamba"}:
         assert sum(build(cases, kind, *one) is not None for one in product(LAYOUTS, (1, 2))) >= 6, kind
 
 
 @pytest.mark.parametrize("kind", ["MLA with an indexer", "windows and full attention"])
 def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeypatch):
-    """vLLM shows its scheduler one layer of each group only."""
+    """vLLM shows its scheduler only one layer of each group."""
     monkeypatch.setattr("lmcache_mm.vllm.identity.namespace_of", lambda *_: Namespace(model="m"))
     messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     scheduler_of = importlib.import_module("lmcache_mm.vllm.kv.scheduler").Scheduler
@@ -202,13 +202,13 @@ def test_context_parallelism_is_refused(cases):
 
 
 def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
-    """Bytes that mean something else are never taken for each other."""
+    """Bytes with different meanings are never taken for each other."""
     seen = {}
     for kind, layout in product(("GQA", "fp8", "MLA"), ("LBHNC", "LBNHC")):
         worker = cases.worker_of(kind, layout, cases.caches_of(kind, layout), url)
         seen[kind, layout] = worker.layout.fingerprint
         worker.close()
-    assert seen["MLA", "LBHNC"] == seen["MLA", "LBNHC"]  # of one head there is one order
+    assert seen["MLA", "LBHNC"] == seen["MLA", "LBNHC"]  # with one head there is only one order
     assert len(set(seen.values())) == 5
 
 
@@ -217,7 +217,7 @@ def test_layouts_and_dtypes_have_namespaces_of_their_own(cases, url):
     [
         (0, 100, [[1, 2], [3, 4]]),
         (32, 100, [[0, 2], [3, 4]]),  # the first page is vLLM's own already
-        (0, 70, [[1, 2], [3, 0]]),  # vLLM takes less of the hit than it was told of, and allots pages for that only
+        (0, 70, [[1, 2], [3, 0]]),  # vLLM uses only a part of the hit, and allocates pages for that part
         (32, 64, [[0, 2]]),
     ],
 )
@@ -260,7 +260,7 @@ def test_options_that_are_wrong_are_refused(cases, extra, text):
 
 @pytest.mark.parametrize("load", ["sync", "layers"])
 def test_loads_within_a_step_are_refused_where_vllm_lends_their_pages_to_others(cases, load, monkeypatch):
-    """Before they are known to be good: with prefix caching."""
+    """With prefix caching, it lends them before the load has succeeded."""
     connector = importlib.import_module("lmcache_mm.vllm.connector")
     monkeypatch.setattr(connector, "Worker", lambda *_, **__: None)
     config = cases.config_of("BLHNC")

@@ -1,6 +1,6 @@
-"""The KV connector's side in the scheduler, without an engine: what its hooks answer, and what steps are told."""
+"""The KV connector's side in the scheduler, without an engine: its hooks' answers, and its messages to steps."""
 
-# ruff: noqa: F811  # fixtures that come from another file
+# ruff: noqa: F811  # fixtures from another file
 from __future__ import annotations
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from test_sessions import CHUNK, ENGINE, PAGE, Request, Vllm, feature, gate, new
 
 
 def step_of(vllm: Vllm, blocks: dict[str, tuple[list[int], ...]], **scheduled: int) -> Any:
-    """The metadata of a step that computes so many tokens of each request."""
+    """The metadata of a step that computes `scheduled` tokens of each request."""
     metadata = vllm.scheduler.plan_step(
         SimpleNamespace(
             num_scheduled_tokens=scheduled,
@@ -31,7 +31,7 @@ def step_of(vllm: Vllm, blocks: dict[str, tuple[list[int], ...]], **scheduled: i
 
 
 def told(vllm: Vllm, **news: Any) -> None:
-    """What workers tell at the end of a step."""
+    """Delivers the workers' news at the end of a step."""
     messages = pytest.importorskip("lmcache_mm.vllm.kv.messages")
     vllm.scheduler.take_output(
         SimpleNamespace(
@@ -44,7 +44,7 @@ def told(vllm: Vllm, **news: Any) -> None:
 
 
 def test_a_prompt_of_one_token_is_never_a_hit(vllm):
-    """vLLM would take a hit of it for none, and ask again for ever."""
+    """vLLM would treat a hit of it as none, and ask again forever."""
     one = Request("one", 1)
     vllm.begin(one)
     record = vllm.scheduler._requests["one"].tracker.records([0], 1)
@@ -57,7 +57,7 @@ def test_a_prompt_of_one_token_is_never_a_hit(vllm):
     ("found", "local", "answer"), [(64, 0, 64), (64, 32, 32), (64, 63, 0), (64, 64, 0), (33, 32, 1)]
 )
 def test_a_hit_that_saves_no_token_is_none(vllm, found, local, answer):
-    """The last token is computed whatever is loaded."""
+    """The last token is always computed."""
     one = Request("one", 64)
     vllm.begin(one)
     vllm.scheduler._look_up = lambda *_: [SimpleNamespace(begin=0, end=found, key=b"k" * 32)]
@@ -65,14 +65,14 @@ def test_a_hit_that_saves_no_token_is_none(vllm, found, local, answer):
 
 
 def test_steps_are_told_which_pages_they_write_while_saves_are_under_way(vllm):
-    """From the first token that is computed on, in tables that are not transferred all pages, and those of loads."""
+    """The pages from the first computed token on, all pages in tables that are not transferred, and those of loads."""
     one, two = Request("one", 2 * CHUNK), Request("two", 3 * PAGE)
     for request in (one, two):
         vllm.begin(request)
     blocks = {"one": ([1, 2, 3, 4, 5], [20, 21]), "two": ([6, 7, 8, 9], [22])}
     first = step_of(vllm, blocks, one=2 * CHUNK)
     assert [page for save in first.saves for record in save.records for page in record.pages] == [1, 2, 3, 4]
-    assert first.written == set()  # nothing was under way before
+    assert first.written == set()  # no save was in progress before
     one.num_computed_tokens = 2 * CHUNK
     one.all_token_ids.append(7)
     two.num_computed_tokens = PAGE
@@ -87,7 +87,7 @@ def test_steps_are_told_which_pages_they_write_while_saves_are_under_way(vllm):
 
 
 def test_drafts_that_are_rejected_hide_no_page(vllm):
-    """vLLM counts them as computed until it knows."""
+    """vLLM counts them as computed until they are rejected."""
     one = Request("one", CHUNK)
     vllm.begin(one)
     blocks = {"one": ([1, 2, 3, 4],)}
@@ -98,8 +98,8 @@ def test_drafts_that_are_rejected_hide_no_page(vllm):
 
 
 def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
-    """A step of an engine that is paused says nothing: its weights may be about to change. What was not begun is named
-    anew, what was is left out."""
+    """A paused engine's step does not count: its weights may be about to change. Requests that have not begun get new
+    keys; those that have are left out."""
     scheduler = vllm.scheduler
     scheduler._layouts = {0: SimpleNamespace(fingerprint=b"f", weights=b"w", groups=(0,))}
     begun, waiting = Request("begun", CHUNK), Request("waiting", CHUNK)
@@ -111,7 +111,7 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
     assert scheduler.match(waiting, 0) == (None, False)
     number = step_of(vllm, {}).look
     assert number is not None
-    told(vllm, weights={(number - 1, 0): b"w"})  # of a look before that reset
+    told(vllm, weights={(number - 1, 0): b"w"})  # from a look before that reset
     assert scheduler.match(waiting, 0) == (None, False)
     told(vllm, weights={(number, 0): b"w"})
     assert scheduler._weights_now is identity.weights_now[ENGINE] is None
@@ -124,7 +124,7 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
         scheduler.reset()
         told(vllm, weights={(step_of(vllm, {}, waiting=1).look, 0): digest})
         roots.add(scheduler._namespace.root())
-    assert len(roots) == 3  # those of startup, of v, and of what cannot be seen
+    assert len(roots) == 3  # those of startup, of v, and of weights that cannot be read
 
 
 def saved(metadata: Any) -> list[bytes]:
@@ -132,8 +132,8 @@ def saved(metadata: Any) -> list[bytes]:
 
 
 def test_a_request_that_vllm_computes_before_its_items_are_known_hides_whose_they_are(vllm, gate):
-    """vLLM takes "ask again" for "no hit" where a request reads no cache, as for prompt_logprobs. Its encoder cache
-    then has that request's picture under an identifier that stood for another one."""
+    """vLLM treats "ask again" as "no hit" if a request reads no cache, as with prompt_logprobs. Its encoder cache then
+    has that request's picture under an identifier that stood for another picture."""
     one = Request("one", 2 * CHUNK, feature(1, "a", CHUNK + 4))
     two = Request("two", PAGE, feature(100, "a", 4))
     blocks = {"one": ([1, 2, 3, 4],), "two": ([5],)}
@@ -165,7 +165,7 @@ def adapter(folder: Path, content: bytes, number: int = 1) -> Any:
 
 
 def test_an_adapters_number_that_is_used_for_another_one_names_nothing(vllm, tmp_path):
-    """vLLM goes on with the adapter that it has."""
+    """vLLM keeps using the adapter that it has loaded."""
     blocks = {"one": ([1, 2],), "two": ([3, 4],), "three": ([5, 6],)}
     one, two, three = (Request(name, CHUNK) for name in blocks)
     one.lora_request = adapter(tmp_path / "a", b"a")
@@ -193,7 +193,7 @@ def test_an_adapter_that_changes_while_its_requests_wait_is_not_saved_as_what_it
     st.fixed_dictionaries({**junk.FIELDS, "all_token_ids": st.lists(st.integers(0, 1 << 33), min_size=1, max_size=99)})
 )
 def test_no_exception_leaves_a_hook_whatever_a_request_holds(vllm, fields):
-    """Its life in the KV connector's scheduler: it is asked for, computed, stored, and ends or is loaded in vain."""
+    """Its life in the KV connector's scheduler: matched, computed, stored, and finished or loaded in vain."""
     tokens = len(fields["all_token_ids"])
     request = Request("junk", tokens)
     vars(request).update(fields)

@@ -1,4 +1,4 @@
-"""Sessions that go on, without an engine: what their tokens are called, and what is stored of them when."""
+"""Sessions of several parts, without an engine: their tokens' keys, and when which of them are stored."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmcache_mm.stores import open_store
 from lmcache_mm.vllm import identity
 from lmcache_mm.vllm.kv.request_tracker import RequestTracker
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -31,7 +31,7 @@ ENGINE = "engine"
 
 
 class Data(dict[str, Any]):
-    """An item's processed data, as of vLLM: fields with data."""
+    """An item's processed data, as in vLLM: fields with data."""
 
 
 def feature(content: int, identifier: str, offset: int, length: int = 20) -> Any:
@@ -43,7 +43,7 @@ def feature(content: int, identifier: str, offset: int, length: int = 20) -> Any
 
 
 class Request(SimpleNamespace):
-    """As vLLM's, and how that changes it from part to part."""
+    """A request of vLLM's, which changes from part to part as vLLM changes it."""
 
     def __init__(self, name: str, tokens: int, *items: Any, wishes: Any = None) -> None:
         super().__init__(
@@ -65,7 +65,7 @@ class Request(SimpleNamespace):
         return len(self.all_token_ids)
 
     def go_on(self, tokens: int, *items: Any) -> None:
-        """The last sampled token goes, `tokens` more come."""
+        """Drops the last sampled token and adds `tokens` more."""
         del self.all_token_ids[self.num_computed_tokens :]
         self.all_token_ids += range(1000, 1000 + tokens)
         self.num_prompt_tokens = self.num_tokens
@@ -73,7 +73,7 @@ class Request(SimpleNamespace):
 
 
 def tracker_of(request: Request, whole: int = PAGE) -> RequestTracker:
-    """Of a request that has come in one piece."""
+    """The tracker of a request that came in one piece."""
     items = [
         Item(identity.digest_of_item(f), f.mm_position.offset, f.mm_position.length, "image")
         for f in request.mm_features
@@ -86,7 +86,7 @@ def names(tracker: RequestTracker, request: Request) -> dict[int, bytes]:
 
 
 class Vllm:
-    """The scheduler, called as vLLM calls it."""
+    """The connector's scheduler side, called as vLLM calls it."""
 
     def __init__(self, scheduler: Any) -> None:
         self.scheduler = scheduler
@@ -97,7 +97,7 @@ class Vllm:
             self.scheduler._at_once_left_s = 0.001
 
     def step(self, *requests: Request) -> set[bytes]:
-        """Computes all that requests have, and samples a token; the keys of what is stored."""
+        """Computes all tokens of the requests and samples one. Returns the stored keys."""
         for request in requests:
             self.scheduler.follow(request)
         scheduled = {one.request_id: one.num_tokens - one.num_computed_tokens for one in requests}
@@ -116,7 +116,7 @@ class Vllm:
         return {one.key for save in metadata.saves for one in save.records}
 
     def identified(self) -> None:
-        """Waits for all that is being identified."""
+        """Waits until all items are identified."""
         self.scheduler._identifying.submit(lambda _: None).future.result(10)
 
 
@@ -158,7 +158,7 @@ def vllm(new_vllm):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """While it is shut, nobody learns what an item with a content from 100 on is."""
+    """While it is shut, items with a content from 100 on are not identified."""
     gate = threading.Event()
     digest_of_item = identity.digest_of_item
 
@@ -239,7 +239,7 @@ def test_a_part_that_was_over_before_its_item_was_known_is_stored_in_the_next(vl
     stored = vllm.step(request)
     gate.set()
     expected = names(tracker_of(first), first)
-    assert stored == {expected[96], expected[128]}  # behind the item, and at the part's end
+    assert stored == {expected[96], expected[128]}  # after the item, and at the part's end
 
 
 def test_parts_may_come_faster_than_their_items_are_known(vllm, gate):
@@ -274,7 +274,7 @@ def test_the_end_of_a_part_without_items_is_stored_once_it_is_known_to_be_one(vl
 def test_what_another_request_computes_meanwhile_is_stored_once_the_item_is_known_to_be_the_same(
     vllm, gate, content, kept
 ):
-    """vLLM's encoder may have made the other's picture from the data of the session's, which came under its name."""
+    """vLLM's encoder may have computed the other's picture from the session's data, which came under the same name."""
     session, other = Request("1", 70), Request("2", 70, feature(content if kept else 0, "a", 5))
     for one in (session, other):
         vllm.begin(one)
@@ -320,8 +320,8 @@ def test_an_item_without_a_digest_ends_the_caching_of_its_session_only(vllm):
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_a_session_whose_past_may_be_another_is_cached_no_more(vllm, lost):
-    """It was preempted, and what came of a step that was under way then has ended its part. vLLM 0.32 forgets all of
-    its tokens then, but not that they were part of the prompt."""
+    """It was preempted, and the step in progress then ended its part. vLLM 0.32 then forgets all of its tokens, but
+    still counts them as part of the prompt."""
     request = Request("1", 70)
     vllm.begin(request)
     assert vllm.step(request)

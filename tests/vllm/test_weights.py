@@ -1,4 +1,4 @@
-"""What an engine's weights are: a digest that follows every change of them."""
+"""The digest of an engine's weights, which follows every change of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
+VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
 pytestmark = pytest.mark.skipif(
     (VLLM is None or VLLM.origin is None) and "LMCACHE_MM_REQUIRE_VLLM" not in os.environ,
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 
 
 class Model(torch.nn.Module):
-    """Weights larger than a piece that is read at once, odd sizes, views of one memory, a buffer, an empty one."""
+    """Weights larger than one read, odd sizes, views of one memory, a buffer, an empty tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Model(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def weights() -> Any:
-    """Not at the top, where it would bring vLLM into every run of any test."""
+    """Imported here, since an import at the top would load vLLM in every test run."""
     return importlib.import_module("lmcache_mm.vllm.kv.weights")
 
 

@@ -1,1 +1,1 @@
-"""LMCache, as far as benchmarks/rivals.py calls it: what a rehearsal imports where the package is not there."""
+"""The part of LMCache that benchmarks/rivals.py calls: a rehearsal imports it if the package is missing."""

@@ -15,8 +15,8 @@ def multi_layer_kv_transfer(
     layout: EngineKVFormat,
     page_tokens: int,
 ) -> None:
-    """payload: [2, layers, tokens, hidden] in pinned or device memory; pointers: of each layer's [2, slots_of_all,
-    hidden]. At once, behind what the current stream holds."""
+    """payload: [2, layers, tokens, hidden] in pinned or device memory; pointers: to each layer's [2, slots_of_all,
+    hidden]. Copies at once, after waiting for the current stream."""
     torch.cuda.current_stream(device).synchronize()
     row = payload.shape[3] * payload.itemsize
     assert slots_of_all % page_tokens == 0
