@@ -1,9 +1,9 @@
-"""Builds for the GPU of this machine, tests and measures, the most informative first. scripts/gpu_check.sh runs it.
+"""Builds for this machine's GPU, tests and measures, the most informative steps first. scripts/gpu_check.sh runs it.
 
-OUT/gpu_check.json has the machine and what became of each step, and is replaced whole after each of them, so that it
-can be read whatever ends the run. OUT/gpu_check.jsonl has a line for each case of a benchmark, as it ended, and
-OUT/gpu_check.log all that was said. Steps run one after the other, each in a process group of its own with a limit of
-its own; a step that fails or takes too long costs the others nothing.
+OUT/gpu_check.json describes the machine and each step's result; it is replaced atomically after each step, so that it
+is readable however the run ends. OUT/gpu_check.jsonl has a line for each finished benchmark case, OUT/gpu_check.log
+all output. Steps run one after another, each in its own process group with its own time limit; a step that fails or
+takes too long does not affect the others.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parent.parent
 REHEARSAL = ROOT / "tests" / "rehearsal"
 LIMIT_S = 560
 TAIL = 3000  # characters of a step's output that the report keeps
-BENCHMARKS = ("transfers", "keys", "copies", "interference")  # bench_gpu_*.py, by what they tell
+BENCHMARKS = ("transfers", "keys", "copies", "interference")  # bench_gpu_*.py, the most informative first
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Of the report: of nvidia-smi.
+# Fields of the report from nvidia-smi.
 QUERIES = {
     "name": "name",
     "driver": "driver_version",
@@ -50,7 +50,7 @@ QUERIES = {
     "persistence": "persistence_mode",
     "throttled": "clocks_event_reasons.active",
 }
-# And of torch, whose figures are those of the device that it uses.
+# And from torch, for the device that it uses.
 ABOUT = """
 import json, torch
 p = torch.cuda.get_device_properties(0)
@@ -63,10 +63,10 @@ print(json.dumps({"gpu": p.name, "memory_bytes": p.total_memory, "multiprocessor
 @dataclass
 class Step:
     name: str
-    commands: Sequence[Sequence[object]]  # one after the other, as long as they end well
+    commands: Sequence[Sequence[object]]  # one after another, until one fails
     limit_s: float
-    needs: str = ""  # an earlier step without which it is left out
-    good: tuple[int, ...] = (0,)  # exit statuses
+    needs: str = ""  # an earlier step that must have succeeded
+    good: tuple[int, ...] = (0,)  # exit statuses of success
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -74,7 +74,7 @@ class Interrupted(BaseException): ...
 
 
 class Check:
-    """Runs steps and keeps what came of them."""
+    """Runs steps and keeps their results."""
 
     def __init__(self, out: Path, limit_s: float) -> None:
         self.out = out
@@ -88,7 +88,7 @@ class Check:
         self.found["steps"].append(record)
         states = {one["name"]: one["status"] for one in self.found["steps"]}
         if step.needs and states.get(step.needs, "ok") != "ok":
-            record["status"] = f"left out, for there is no {step.needs}"
+            record["status"] = f"skipped, since there is no {step.needs}"
         elif left < 5:
             record["status"] = "no time left"
         else:
@@ -143,7 +143,7 @@ class Check:
             return log.read().decode(errors="replace")
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Replaces the report atomically."""
         new = self.out / "gpu_check.json.new"
         new.write_text(json.dumps(self.found, indent=1) + "\n")
         new.replace(self.out / "gpu_check.json")
@@ -153,7 +153,7 @@ class Check:
 
 
 def output(*command: object, limit_s: float = 120) -> str:
-    """What it says; OSError or RuntimeError with the reason if it says nothing."""
+    """The command's output; OSError or RuntimeError with the reason if there is none."""
     words = [str(word) for word in command]
     done = subprocess.run(
         words, check=False, capture_output=True, text=True, errors="replace", timeout=limit_s, cwd=ROOT
@@ -172,7 +172,7 @@ def smi(names: Sequence[str]) -> list[str]:
 
 
 def machine(python: Sequence[object]) -> dict[str, Any]:
-    """What figures depend on. What is not known is None, and `unknown` says why."""
+    """The facts that figures depend on. Unknown ones are None, and `unknown` says why."""
     found: dict[str, Any] = {"unknown": {}}
 
     def add(name: str, find: Any) -> None:
@@ -191,7 +191,7 @@ def machine(python: Sequence[object]) -> dict[str, Any]:
 
     try:
         all_of_smi()
-    except Exception:  # one name that this driver does not know spoils the whole query
+    except Exception:  # one name that the driver does not know makes the whole query fail
         for name, query in QUERIES.items():
             add(name, lambda query=query: smi([query])[0])
     try:
@@ -218,7 +218,7 @@ def machine(python: Sequence[object]) -> dict[str, Any]:
 
 
 def of_cuda(program: str) -> str:
-    """Its path; its name where it is not found."""
+    """The program's path, or its name if it is not found."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(program) or shutil.which(f"{home}/bin/{program}") or program
 
@@ -227,10 +227,10 @@ def of_cuda(program: str) -> str:
 
 
 def build(python: Sequence[object], capability: str, rehearse: bool) -> Step:
-    """By CMake, since setup.py needs a setuptools of its own."""
+    """Builds by CMake, since setup.py needs a recent setuptools."""
     missing = [name for name in ("cmake", "ninja", of_cuda("nvcc")) if shutil.which(name) is None]
     if missing:
-        raise RuntimeError(f"not found: {', '.join(missing)}; cmake and ninja are packages of pip's, nvcc is of CUDA")
+        raise RuntimeError(f"not found: {', '.join(missing)}; pip installs cmake and ninja, CUDA has nvcc")
     pybind11 = output(sys.executable, "-m", "pybind11", "--cmakedir")
     folder = ROOT / "build" / ("rehearsal" if rehearse else f"gpu_check-{sys.implementation.cache_tag}-{capability}")
     if rehearse:
@@ -249,7 +249,7 @@ def build(python: Sequence[object], capability: str, rehearse: bool) -> Step:
 
 
 def functions(path: Path) -> list[str]:
-    """Of the tests in a file."""
+    """The names of the tests in a file."""
     tree = ast.parse(path.read_text())
     return [one.name for one in tree.body if isinstance(one, ast.FunctionDef) and one.name.startswith("test_")]
 
@@ -264,7 +264,7 @@ def benchmark_files() -> list[Path]:
 
 def measuring_steps(python: Sequence[object], out: Path) -> Iterator[Step]:
     pytest = [*python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    # What tests/test_devices.py does on the CPU is done where there is no GPU.
+    # Machines without a GPU run the CPU part of tests/test_devices.py.
     devices = [*pytest, "--maxfail=5", "tests/test_devices.py", "-k", "not cpu"]
     yield Step("operations and transfers", [devices], 150, "build")
     yield Step("doctor", [[*python, "-m", "lmcache_mm", "doctor"]], 60, "build", good=(0, 1))  # 1: it found something
@@ -303,7 +303,7 @@ t.write_cases(Path({str(cases)!r}), [c for c in (*t.identity_cases(), *t.copy_ca
 
 
 def chosen(every: list[Step], pattern: str) -> list[Step]:
-    """Those whose names match, and those that they need."""
+    """The steps whose names match, and those that they need."""
     names: set[str] = set()
     for step in reversed(every):
         if re.search(pattern, step.name) or step.name in names:
@@ -313,10 +313,10 @@ def chosen(every: list[Step], pattern: str) -> list[Step]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="where the results go")
-    only = 'only steps whose names this expression matches; without "build" among them, that was made before'
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="directory for the results")
+    only = 'only steps whose names this expression matches; without "build" among them, the last build is used'
     parser.add_argument("--only", default="", metavar="PATTERN", help=only)
-    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help=f"of all steps ({LIMIT_S})")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help=f"for all steps ({LIMIT_S})")
     parser.add_argument("--list", action="store_true", help="print the steps' names")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU: on tests/rehearsal, with tiny sizes")
     args = parser.parse_args()

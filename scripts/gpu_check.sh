@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Builds for the GPU of this machine, tests and measures: scripts/gpu_check.sh OUT [WHEELS] [OPTION]...
+# Builds for this machine's GPU, tests and measures: scripts/gpu_check.sh OUT [WHEELS] [OPTION]...
 #
-# Needs a GPU, nvcc, and a python3 that has torch; no network. WHEELS: a folder with the packages that this python3 lacks
-# (blake3; lmcache too, to be compared with). OPTIONs and results are those of scripts/gpu_check.py; --help prints
-# them. The most informative steps come first, and all together take less than 10 minutes.
+# Needs a GPU, nvcc, and a python3 with torch; no network. WHEELS: a folder with the packages that this python3 lacks
+# (blake3; lmcache too, for comparison). OPTIONs and results are those of scripts/gpu_check.py; --help prints them.
+# The most informative steps come first, and all together take less than 10 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then
@@ -20,7 +20,7 @@ fi
 mkdir -p "$out"
 venv=$(mktemp -d)/venv
 python3 -m venv --without-pip --system-site-packages "$venv"
-# A python3 that lives in an environment of its own: its packages are found too.
+# If python3 itself is in a virtual environment, its packages are found too.
 python3 - "$venv" <<'PYTHON'
 import site, sys
 from pathlib import Path

@@ -128,7 +128,7 @@ def test_a_step_that_fails_costs_no_other_and_what_it_needs_comes_before_it(tmp_
         "build": "ok",
         "doctor": "ok",
         "driver built": "exit 3",
-        "driver": "left out, for there is no driver built",
+        "driver": "skipped, since there is no driver built",
     }
 
 
