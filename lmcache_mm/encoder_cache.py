@@ -147,8 +147,8 @@ class EncoderCache:
         return self.backend.forget(owner_to_forget(salt))
 
     def stats(self) -> dict[str, float]:
-        """What was asked of this cache since it was made: queried_items and hit_items (of `load` and `load_into`),
-        hit_rate (their ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
+        """Counts since this cache was made: queried_items and hit_items (by `load` and `load_into`), hit_rate (their
+        ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
         with self._counting:
             counts: dict[str, float] = dict(self._counts)
         return counts | {"hit_rate": counts["hit_items"] / max(1, counts["queried_items"])}

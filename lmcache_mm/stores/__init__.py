@@ -34,8 +34,8 @@ UNITS: dict[str, int] = {"": 1, "B": 1} | {
 
 
 def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Store:
-    """Opens the store that `url` names, or a list of URLs as tiers, the fastest first. observe: is told of each read of
-    and put into the tiers behind the first, as observe(kind, "load" or "store", seconds, bytes).
+    """Opens the store that `url` names, or a list of URLs as tiers, the fastest first. observe: called as
+    observe(kind, "load" or "store", seconds, bytes) for each read of and put into the tiers after the first.
 
     mem://?capacity=1GiB             one buffer in this process
     shm:///NAME?capacity=8GiB        shared memory of all processes of the user on this host; outlives them
@@ -78,7 +78,7 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
 
 
 def kind_of(url: str | Sequence[str]) -> str:
-    """Of a store, such as "shm"; of tiers, that of the first."""
+    """The kind of a store, such as "shm"; for tiers, the first one's."""
     first = url if isinstance(url, str) else url[0]
     return first.removeprefix("tiered:").partition(":")[0]
 

@@ -1,4 +1,4 @@
-"""Times the tiers behind the first one, for those who export metrics."""
+"""Times the tiers after the first one, for metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
     from lmcache_mm.stores.store import Store
 
-# The kind of store, "load" or "store", seconds, and bytes. Called from any thread, and must not raise.
+# Gets the kind of store, "load" or "store", seconds, and bytes. Called from any thread; must not raise.
 Observe = Callable[[str, str, float, int], None]
 # The upper bounds of histograms' buckets.
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -18,7 +18,7 @@ BYTES = tuple(float(1 << power) for power in range(14, 36, 2))  # 16 KiB to 16 G
 
 
 class MeteredStore:
-    """`store`, which tells `observe` of every read that found something and of every put."""
+    """Wraps `store`, and reports every put and every read that found something to `observe`."""
 
     def __init__(self, store: Store, kind: str, observe: Observe) -> None:
         self._store, self._kind, self._observe = store, kind, observe
