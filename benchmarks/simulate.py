@@ -325,10 +325,10 @@ def draw(file: Path, outcomes: Sequence[tuple[str, Outcome]]) -> None:
     )
     names = [name for name, _ in outcomes]
     left.barh(names, [outcome.hit_rate for _, outcome in outcomes])
-    left.set(xlabel="share of tokens restored", xlim=(0, 1))
+    left.set(xlabel="share of tokens restored (simulated)", xlim=(0, 1))
     right.barh(names, [outcome.prefill_s for _, outcome in outcomes], color="lightgrey", label="prefill without stores")
     right.barh(names, [outcome.saved_s for _, outcome in outcomes], label="saved, loads deducted")
-    right.set(xlabel="seconds per request")
+    right.set(xlabel="seconds per request (simulated)")
     right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     left.invert_yaxis()
     figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
