@@ -50,6 +50,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (  # noqa: E402
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats  # noqa: E402
+from vllm.model_executor.layers.mamba.mamba_utils import get_conv_state_layout  # noqa: E402
 from vllm.v1.core.block_pool import BlockPool  # noqa: E402
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks  # noqa: E402
 from vllm.v1.core.kv_cache_utils import (  # noqa: E402
@@ -64,6 +65,7 @@ from vllm.v1.kv_cache_interface import (  # noqa: E402
     KVCacheConfig,
     KVCacheSpec,
     KVCacheSpecKind,
+    MambaSpec,
     get_kv_cache_spec_kind,
     get_kv_cache_spec_sliding_window,
     group_kernel_blocks,
@@ -104,12 +106,14 @@ __all__ = [
     "KVConnectorStats",
     "KVConnectorTransferResults",
     "KVConnectorWorkerMetadata",
+    "MambaSpec",
     "Request",
     "SchedulerOutput",
     "SupportsHMA",
     "VllmConfig",
     "WorkerBase",
     "generate_block_hash_extra_keys",
+    "get_conv_state_layout",
     "get_current_vllm_config_or_none",
     "get_kv_cache_spec_kind",
     "get_kv_cache_spec_sliding_window",

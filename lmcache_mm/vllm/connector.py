@@ -46,8 +46,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     in the step that computes the rest, which waits, or "layers": which waits for each layer; both leave one token to be
     computed. identifiers: "verify" (default) names items by their processed data, "trust" by vLLM's identifiers,
     which clients may choose where a gateway lets them. opaque_tails: partial pages are stored too, whole.
-    store_generated: so are generated tokens. weights: what the weights are, where neither files nor a commit tell.
-    timeout_s: for how long a store may do nothing (5); what waits for it is then computed, or not stored.
+    store_generated: so are generated tokens. state_tokens: the states of layers that keep one (Mamba, GDN) are stored
+    every so many tokens, too, not only where later prompts are likely to go on. weights: what the weights are, where
+    neither files nor a commit tell. timeout_s: for how long a store may do nothing (5); what waits for it is then
+    computed, or not stored.
 
     A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
     nothing, a kv_consumer stores nothing. An engine that stores answers {"lmcache_mm": {"wait": True}} to requests with
@@ -63,6 +65,11 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         groups = groups_of(vllm_config, kv_cache_config)
         unit = lcm(*(group.page_tokens for group in groups))
         chunk_tokens = -(-options.chunk_tokens // unit) * unit
+        if options.opaque_tails and any(group.states for group in groups):
+            raise ValueError(
+                f"{NAME}: opaque_tails is not supported with layers that keep a state, which exists only where a block "
+                "ends; leave it out"
+            )
         if len({group.table for group in groups}) > 1 and options.load != "async":
             raise ValueError(f"{NAME}: load={options.load} is not supported with several KV cache groups; leave it out")
         if options.load != "async" and vllm_config.use_v2_model_runner:

@@ -9,8 +9,10 @@ from lmcache_mm.vllm.api import (
     KVCacheConfig,
     KVCacheSpec,
     KVCacheSpecKind,
+    MambaSpec,
     Request,
     VllmConfig,
+    get_conv_state_layout,
     get_kv_cache_spec_kind,
     get_kv_cache_spec_sliding_window,
 )
@@ -55,9 +57,10 @@ class EncoderOptions:
         for name in ("opaque_tails", "store_generated"):
             if not isinstance(extra.get(name, False), bool):
                 raise ValueError(f"{name_of_connector}: {name}: expected true or false, got {extra[name]!r}")
-        for name, kinds in (("chunk_tokens", int), ("timeout_s", (int, float))):
+        for name, kinds in (("chunk_tokens", int), ("state_tokens", int), ("timeout_s", (int, float))):
             value = extra.get(name, 1)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf"):
+            unset = name == "state_tokens" and value is None
+            if not unset and (not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf")):
                 what = "a whole number" if kinds is int else "a number"
                 raise ValueError(f"{name_of_connector}: {name}: expected {what} above 0, got {value!r}")
         options = cls(**extra)
@@ -88,6 +91,7 @@ class Options(EncoderOptions):
     identifiers: str = "verify"
     opaque_tails: bool = False
     store_generated: bool = False
+    state_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,8 +133,9 @@ class Group:
     layers: list[str]
     page_tokens: int
     window: int | None  # of sliding-window attention
-    kv_dtype: str
+    kv_dtype: str  # of states, what one consists of
     kind: str  # as vLLM calls it
+    states: bool = False  # a page is the state after the tokens up to its end, not the KV of its own tokens
 
 
 def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]:
@@ -150,15 +155,43 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
             continue  # a copy of another group, made from that
         spec = group.kv_cache_spec
         kind = get_kv_cache_spec_kind(spec)
-        if kind not in KINDS or not spec.prefix_cacheable or group.host_resident:
+        states = kind == KVCacheSpecKind.MAMBA
+        if (kind not in KINDS and not states) or not spec.prefix_cacheable or group.host_resident:
             what = f"{kind.value!r}{' in host memory' if group.host_resident else ''}"
             raise ValueError(f"{NAME}: layers of kind {what} are not supported ({', '.join(group.layer_names[:1])}, …)")
         alike: dict[KVCacheSpec, list[str]] = {}
         for layer in group.layer_names:
             alike.setdefault(getattr(spec, "kv_cache_specs", {}).get(layer, spec), []).append(layer)
         for i, (one, layers) in enumerate(alike.items()):
-            mode = getattr(one, "kv_quant_mode", None)
-            dtype = str(one.dtype).removeprefix("torch.") + (f" {mode.name}" if mode else "")
-            window = get_kv_cache_spec_sliding_window(spec)
-            groups.append(Group(table, GROUPS_OF_TABLE * table + i, layers, one.block_size, window, dtype, kind.value))
+            if isinstance(one, MambaSpec):
+                window, dtype = None, _states_of(config, one, group.layer_names)
+            else:
+                mode = getattr(one, "kv_quant_mode", None)
+                dtype = str(one.dtype).removeprefix("torch.") + (f" {mode.name}" if mode else "")
+                window = get_kv_cache_spec_sliding_window(spec)
+            number = GROUPS_OF_TABLE * table + i
+            groups.append(Group(table, number, layers, one.block_size, window, dtype, kind.value, states))
     return groups
+
+
+def _states_of(config: VllmConfig, spec: MambaSpec, layers: list[str]) -> str:
+    """What a layer's state consists of: its tensors in the order of their bytes. ValueError for states that are not
+    kept at the ends of blocks, or that drafts share."""
+    where = f"({', '.join(layers[:1])}, …)"
+    if spec.mamba_cache_mode != "align":
+        raise ValueError(
+            f"{NAME}: layers whose state is kept in mamba_cache_mode={spec.mamba_cache_mode!r} are not supported "
+            f"{where}; start vLLM with --enable-prefix-caching --mamba-cache-mode align"
+        )
+    if spec.num_speculative_blocks:
+        raise ValueError(
+            f"{NAME}: speculative decoding is not supported with layers that keep a state {where}, whose pages then "
+            "hold states of drafts too; leave out --speculative-config"
+        )
+    tensors = [
+        f"{str(dtype).removeprefix('torch.')}{list(shape)}"
+        for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
+    ]
+    copies = "on every rank" if spec.tp_replicated else "of the rank's heads"
+    backend = config.mamba_config.backend.name
+    return f"state {spec.mamba_type.name} {' '.join(tensors)} {get_conv_state_layout()} {backend} {copies}"

@@ -53,6 +53,19 @@ MLA_WINDOW = SlidingWindowMLASpec(
     block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=576, dtype=torch.bfloat16, sliding_window=96
 )
 INDEXER = MLAAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=132, dtype=torch.uint8)
+STATE = MambaSpec(  # of a rank's heads: a convolution's, and a recurrent one of 4 bytes an element
+    block_size=BLOCK_TOKENS,
+    shapes=((3, 56), (6, 16, 16)),
+    dtypes=(torch.bfloat16, torch.float32),
+    page_size_padded=GQA.page_size_bytes,
+    mamba_cache_mode="align",
+)
+SMALL = FullAttentionSpec(block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=4, dtype=torch.float32)
+SMALL_WINDOW = SlidingWindowSpec(
+    block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=4, dtype=torch.float32, sliding_window=96
+)
+SMALL_STATE = replace(STATE, shapes=((3, 16), (4, 8)), page_size_padded=SMALL.page_size_bytes)
+STATE_ON_THE_WAY = replace(SMALL_STATE, num_prefill_checkpoint_blocks=1, prefill_checkpoint_alignment=1)
 MIXED = dict.fromkeys(names(3), MLA) | {f"{name}.indexer": INDEXER for name in names(3)}
 
 KINDS = {
@@ -67,28 +80,39 @@ KINDS = {
     ],
     "windows and full attention": [KVCacheGroupSpec(names(2), GQA), KVCacheGroupSpec(names(2, 2), WINDOW)],
     "windows of MLA": [KVCacheGroupSpec(names(2), MLA), KVCacheGroupSpec(names(2, 2), MLA_WINDOW)],
-    "Mamba": [
-        KVCacheGroupSpec(names(1), MambaSpec(block_size=BLOCK_TOKENS, shapes=((4, 4),), dtypes=(torch.float32,)))
+    "states": [
+        KVCacheGroupSpec(names(2), GQA),
+        KVCacheGroupSpec(names(2, 2), STATE),
+        KVCacheGroupSpec(names(2, 4), STATE),
     ],
+    "small states": [KVCacheGroupSpec(names(1), SMALL), KVCacheGroupSpec(names(1, 1), SMALL_STATE)],
+    "small states and windows": [
+        KVCacheGroupSpec(names(1), SMALL),
+        KVCacheGroupSpec(names(1, 1), SMALL_WINDOW),
+        KVCacheGroupSpec(names(1, 2), SMALL_STATE),
+    ],
+    "small states on the way": [KVCacheGroupSpec(names(1), SMALL), KVCacheGroupSpec(names(1, 1), STATE_ON_THE_WAY)],
 }
 
 
-def config_of(layout: str) -> VllmConfig:
+def config_of(layout: str, blocks: int = BLOCKS) -> VllmConfig:
     config = VllmConfig()
     config.kv_transfer_config = KVTransferConfig(kv_connector="LMCacheMMConnector", kv_role="kv_both")
     config.cache_config.kv_cache_layout = layout
-    config.cache_config.num_gpu_blocks_override = BLOCKS
+    config.cache_config.num_gpu_blocks_override = blocks
     return config
 
 
-def kv_cache_config_of(kind: str, layout: str) -> KVCacheConfig:
-    return get_kv_cache_config_from_groups(config_of(layout), KINDS[kind], 1 << 30)
+def kv_cache_config_of(kind: str, layout: str, blocks: int = BLOCKS) -> KVCacheConfig:
+    return get_kv_cache_config_from_groups(config_of(layout, blocks), KINDS[kind], 1 << 30)
 
 
-def caches_of(kind: str, layout: str, kernel_blocks: int = 1) -> dict[str, torch.Tensor]:
+def caches_of(kind: str, layout: str, kernel_blocks: int = 1, blocks: int = BLOCKS) -> dict[str, torch.Tensor]:
     """Caches as a worker gets them; ValueError for combinations that vLLM does not build."""
-    sizes = [BLOCK_TOKENS // kernel_blocks] * len(KINDS[kind])
-    config = kv_cache_config_of(kind, layout)
+    sizes = [
+        BLOCK_TOKENS // (1 if isinstance(group.kv_cache_spec, MambaSpec) else kernel_blocks) for group in KINDS[kind]
+    ]
+    config = kv_cache_config_of(kind, layout, blocks)
     return allocate_kv_cache(config, DEVICE, KVCacheLayout[layout], sizes)
 
 

@@ -65,7 +65,7 @@ def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, t
     "kind",
     [
         *("GQA", "GQA, other size of V", "fp8", "fp8, scales in the page", "MLA", "MLA, fp8"),
-        *("MLA with an indexer", "windows and full attention", "windows of MLA"),
+        *("MLA with an indexer", "windows and full attention", "windows of MLA", "states"),
     ],
 )
 def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind, layout, kernel_blocks):
@@ -88,6 +88,8 @@ def test_pages_of_every_layout_are_stored_and_loaded_bit_by_bit(cases, url, kind
         keys = [bytes([table, i]) * 16 for i in range(2)]
 
         def records(of: list[int], table: int = table, keys: list[bytes] = keys) -> list[Any]:
+            if any(group.states for group in groups if group.table == table):
+                return [messages.RecordPages(table, bytes([table, i]) * 16, [page], 32) for i, page in enumerate(of)]
             return [
                 messages.RecordPages(table, keys[0], of[:2], 64),
                 messages.RecordPages(table, keys[1], of[2:], 32),
@@ -159,7 +161,7 @@ def by_page(cache: torch.Tensor, blocks: int) -> torch.Tensor:
 
 def test_most_layouts_are_built(cases):
     """Otherwise the test above would test nothing."""
-    for kind in set(cases.KINDS) - {"Mamba"}:
+    for kind in cases.KINDS:
         assert sum(build(cases, kind, *one) is not None for one in product(LAYOUTS, (1, 2))) >= 6, kind
 
 
@@ -182,16 +184,57 @@ def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeyp
         worker.take_stats()
     with closing(open_store(url)) as store:
         assert store.stats()["records"] == len(cases.groups(kind, "BLHNC")) == 2
-        assert scheduler._longest([record]) == [record]
+        assert scheduler._longest([record]) == ([record], 64)
         store.delete([scheduler._keys(record)[1]])
-        assert scheduler._longest([record]) == []
+        assert scheduler._longest([record]) == ([], 0)
     scheduler.close()
     worker.close()
 
 
-def test_layers_whose_state_is_no_attention_are_refused(cases):
-    with pytest.raises(ValueError, match=r"layers of kind 'mamba' are not supported \(model.layers.0.attn, …\)"):
-        cases.groups("Mamba", "LBHNC")
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"mamba_cache_mode": "none"}, "mamba_cache_mode='none' are not supported .*--mamba-cache-mode align"),
+        ({"mamba_cache_mode": "all"}, "mamba_cache_mode='all' are not supported .*--mamba-cache-mode align"),
+        ({"num_speculative_blocks": 2}, "speculative decoding is not supported with layers that keep a state"),
+    ],
+)
+def test_states_that_cannot_be_loaded_are_refused(cases, more, text, monkeypatch):
+    group = cases.KVCacheGroupSpec(cases.names(1), replace(cases.STATE, **more))
+    monkeypatch.setitem(cases.KINDS, "refused", [group])
+    with pytest.raises(ValueError, match=rf"^LMCacheMMConnector: .*{text}"):
+        cases.groups("refused", "LBHNC")
+
+
+def test_partial_pages_are_refused_with_states(cases, monkeypatch):
+    connector = importlib.import_module("lmcache_mm.vllm.connector")
+    config = cases.config_of("BLHNC")
+    config.kv_transfer_config.kv_connector_extra_config = {"store": "shm:///unused", "opaque_tails": True}
+    with pytest.raises(ValueError, match="opaque_tails is not supported with layers that keep a state"):
+        connector.LMCacheMMConnector(
+            config, connector.KVConnectorRole.WORKER, cases.kv_cache_config_of("states", "BLHNC")
+        )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"shapes": ((56, 3), (6, 16, 16))},
+        {"shapes": ((3, 56), (3, 32, 16))},
+        {"dtypes": (torch.float16, torch.float32)},
+        {"tp_replicated": True},
+    ],
+)
+def test_states_of_other_tensors_have_a_namespace_of_their_own(cases, url, more, monkeypatch):
+    """vLLM shows all of them as the same number of bytes."""
+    prints = []
+    for state in (cases.STATE, replace(cases.STATE, **more)):
+        groups = [cases.KVCacheGroupSpec(cases.names(2), cases.GQA), cases.KVCacheGroupSpec(cases.names(2, 2), state)]
+        monkeypatch.setitem(cases.KINDS, "one", groups)
+        worker = cases.worker_of("one", "BLHNC", cases.caches_of("one", "BLHNC"), url)
+        prints.append(worker.layout.fingerprint)
+        worker.close()
+    assert prints[0] != prints[1]
 
 
 def test_context_parallelism_is_refused(cases):
@@ -244,6 +287,8 @@ def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monk
         ({"store": "shm:///x", "identifiers": None}, "identifiers: expected verify or trust, got None"),
         ({"store": "shm:///x", "opaque_tails": "yes"}, "opaque_tails: expected true or false, got 'yes'"),
         ({"store": "shm:///x", "chunk_tokens": 0}, "chunk_tokens: expected a whole number above 0, got 0"),
+        ({"store": "shm:///x", "state_tokens": 0}, "state_tokens: expected a whole number above 0, got 0"),
+        ({"store": "shm:///x", "state_tokens": "all"}, "state_tokens: expected a whole number above 0, got 'all'"),
         ({"store": "shm:///x", "chunk_tokens": 256.5}, "chunk_tokens: expected a whole number above 0, got 256.5"),
         ({"store": "shm:///x", "timeout_s": float("inf")}, "timeout_s: expected a number above 0, got inf"),
         ({"store": "shm:///x", "weights": ""}, "weights: expected a name, got ''"),

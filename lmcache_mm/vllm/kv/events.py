@@ -14,7 +14,7 @@ import copy
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import NamedTuple
@@ -88,8 +88,8 @@ class Events:
     def __init__(self, store: Store, groups: Iterable[Group], timeout_s: float) -> None:
         self._stores = list(_stores_of_host(store))
         groups = {group.table: group for group in groups}.values()
-        whole = [group for group in groups if group.window is None]
-        self._groups = [*whole, *(group for group in groups if group.window is not None)]  # parents first
+        whole = [group for group in groups if group.window is None and not group.states]
+        self._groups = [*whole, *(group for group in groups if group not in whole)]  # parents first
         self._parents = {group.table for group in whole or groups}  # tables that tell whether a parent is known
         self._timeout_s = timeout_s
         self._places: dict[int, list[tuple[int, int]]] = {}
@@ -134,8 +134,9 @@ class Events:
 
     # --- What is told of
 
-    def expect(self, request: Request, records: Iterable[Record], found: bool) -> None:
-        """Records of the request, ascending, that a store has or, if they are not `found` there, will have."""
+    def expect(self, request: Request, records: Iterable[Record], found: bool, states: Collection[int] = ()) -> None:
+        """Records of the request, ascending, that a store has or, if they are not `found` there, will have; and at
+        which of their ends it has states, which are told as the block that ends there."""
         if self._pool is None:
             return
         until = time.monotonic() + 2 * self._timeout_s
@@ -145,6 +146,8 @@ class Events:
             hashes = resolve_block_hashes(request.block_hashes, self._pool.hash_block_size, size)
             for record in records:
                 first, end = record.begin // size, min(record.end // size, len(hashes))
+                if group.states:
+                    first = end - 1 if record.end in states else end
                 if first >= end:
                     continue
                 last = maybe_convert_block_hash(hashes[end - 1])

@@ -15,19 +15,28 @@ class RequestTracker:
     happens to the request: prefill in chunks, decode, preemption.
 
     items: of the whole prompt. root: of its namespace. prompt_tokens: where the prompt ends. whole: ends that are no
-    multiple of chunk_tokens are rounded down to a multiple of it.
+    multiple of chunk_tokens are rounded down to a multiple of it. states: the layers keep a state, which cannot step
+    back, so that another request for the same prompt needs a record that leaves a token to be computed.
     """
 
     def __init__(
-        self, items: Sequence[Item], root: bytes, owner: bytes, prompt_tokens: int, chunk_tokens: int, whole: int
+        self,
+        items: Sequence[Item],
+        root: bytes,
+        owner: bytes,
+        prompt_tokens: int,
+        chunk_tokens: int,
+        whole: int,
+        states: bool = False,
     ) -> None:
         self.items = tuple(items)
         self.owner = owner
         self.stored_tokens = 0  # up to here records were handed to the store, or came from it
         self._running = RunningKeys(items, root)
-        self._root, self._chunk_tokens, self._whole = root, chunk_tokens, whole
+        self._root, self._chunk_tokens, self._whole, self._states = root, chunk_tokens, whole, states
         end_of_items = min(prompt_tokens, max((item.offset + item.length for item in items), default=0))
-        self._ends = {end // whole * whole for end in (prompt_tokens, end_of_items)} - {0}
+        ends = (prompt_tokens, end_of_items, *([prompt_tokens - 1] if states else []))
+        self._ends = {end // whole * whole for end in ends} - {0}
         self._records: list[Record] = []
 
     @property
@@ -39,11 +48,16 @@ class RequestTracker:
         """A tracker of the same request, with `items` behind those it has had and a prompt that is `token_ids` now. It
         names all tokens again: running keys must know the items from the start."""
         grown = RequestTracker(
-            [*self.items, *items], self._root, self.owner, len(token_ids), self._chunk_tokens, self._whole
+            [*self.items, *items], self._root, self.owner, len(token_ids), self._chunk_tokens, self._whole, self._states
         )
         grown._ends |= self._ends
         grown.records(token_ids, len(token_ids))
         return grown
+
+    @property
+    def ends(self) -> set[int]:
+        """Of the prompt, those of its parts and of its items: whole, and above 0."""
+        return self._ends
 
     def records(self, token_ids: Sequence[int], until: int, after: int = 0) -> list[Record]:
         """Those that end within the first `until` tokens, and behind the first `after`. token_ids: all of the

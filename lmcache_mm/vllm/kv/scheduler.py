@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass, field
+from itertools import chain as chained
+from itertools import count, islice, takewhile
 from typing import Any
 
 from blake3 import blake3
@@ -42,6 +44,7 @@ from lmcache_mm.vllm.options import (
 )
 
 NO_RECORD = bytes(32)  # a prefix key that no store holds
+STATES_AT_ONCE = 64  # cuts at which a store is asked for states, the last ones first
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
 
 logger = logging.getLogger("vllm.lmcache_mm")
@@ -64,6 +67,9 @@ class _Request:
     lookup: Work | None = None  # its next hit under way
     hit: list[Record] = field(default_factory=list)
     local_tokens: int = 0  # when it was matched last
+    reach: int = 0  # of what was found, up to where it could go on if there were states
+    stops: list[int] = field(default_factory=list)  # where steps of its prompt are to end, for states, ascending
+    states_until: int = 0  # the last state that was handed to the store, or came from it
 
 
 class Scheduler:
@@ -73,7 +79,8 @@ class Scheduler:
         self.stats = Stats()
         self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
         self._loads, self._saves = config.kv_transfer_config.is_kv_consumer, config.kv_transfer_config.is_kv_producer
-        self._tables = {group.table: group for group in groups}
+        self._tables = {group.table: group for group in groups if not group.states}
+        self._states = {group.table: group for group in groups if group.states}
         self._windows = {group.table: group.window for group in groups if group.window is not None}
         self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
         self._store: Store = open_store(options.store)
@@ -81,6 +88,7 @@ class Scheduler:
         self._sends_all_items = not config.use_v2_model_runner
         self._layouts: dict[int, Layout] = {}  # of ranks
         self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
+        self._state_places: list[tuple[int, int]] = []  # of the state at its end
         self._weights_now: str | None = None
         self._engine = config.instance_id
         self._resets = 0
@@ -97,7 +105,7 @@ class Scheduler:
         self._failed: set[str] = set()  # requests that are matched no more
         self._planned: list[Load] = []  # for the next step
         self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # not ended, and what gives its records free
-        self._serials = itertools.count()
+        self._serials = count()
         self._at_once_left_s = AT_ONCE_S  # of this step
         self._saving = 0  # saves that workers have not told about
         self._saves_until = 0.0
@@ -109,13 +117,15 @@ class Scheduler:
         if self._layouts | layouts == self._layouts:
             return
         for layout in layouts.values():
-            unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - set(self._tables)
+            unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - set(self._tables) - set(self._states)
             if unknown:
                 raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}; the scheduler has not")
         self._layouts |= layouts
-        self._places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
+        places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
+        self._places = [place for place in places if place[0] // GROUPS_OF_TABLE in self._tables]
+        self._state_places = [place for place in places if place[0] // GROUPS_OF_TABLE in self._states]
         if self.events:
-            self.events.learn_places(self._places)
+            self.events.learn_places(places)
         self._make_namespace()
 
     def _make_namespace(self) -> None:
@@ -218,7 +228,9 @@ class Scheduler:
             whole = 1 if self._options.opaque_tails else self._unit
             prompt_tokens = request.num_prompt_tokens
             root = namespace.root(salt, lora, embeds)
-            tracker = RequestTracker(items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole)
+            tracker = RequestTracker(
+                items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole, bool(self._states)
+            )
             tracker.records(request.all_token_ids, prompt_tokens)
         except Exception as error:  # of whatever the request holds
             logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
@@ -331,6 +343,8 @@ class Scheduler:
             return None
         if tracker is None or not records or tracker.stored_tokens < records[-1].end:
             return None
+        if self._states and ours.states_until < (request.num_prompt_tokens - 1) // self._unit * self._unit:
+            return None
         return {"lmcache_mm": {"wait": True}}
 
     def drop(self, request: Request) -> None:
@@ -349,7 +363,10 @@ class Scheduler:
         if ours is None:
             return 0, False
         try:
-            return self._match(ours, local_tokens)
+            matched = self._match(ours, local_tokens)
+            if self._states and matched[0] is not None:
+                self._plan_stops(ours, local_tokens + matched[0])
+            return matched
         except Exception:
             self._leave_out(ours)
             return 0, False
@@ -386,7 +403,7 @@ class Scheduler:
         ours.waits = False
         ours.hit, ours.local_tokens, ours.asked_at = found, local_tokens, 0.0
         if self.events:
-            self.events.expect(request, found, found=True)
+            self.events.expect(request, found, found=True, states={record.end for record in found[-1:]})
         if not ours.counted:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
@@ -398,6 +415,29 @@ class Scheduler:
         if self._windows:  # vLLM has dropped a page by then that the last token's window needs
             end = min(end, request.num_tokens - 1)
         return end - local_tokens, self._options.load == "async"
+
+    def _plan_stops(self, ours: _Request, computed: int) -> None:
+        """Decides where steps are to end, behind the first `computed` tokens, so that there is a state to be stored:
+        the last item's end, where the store has KV of another prompt but no state to go on with, and every
+        `state_tokens`. vLLM adds what it does by itself: where its own pages part, and the prompt's end."""
+        request, tracker = ours.request, self._tracker(ours)
+        if tracker is None or not ours.saves:
+            return
+        limit = request.num_tokens
+        stops = {*tracker.ends, ours.reach, request.shared_prefix_boundary // self._unit * self._unit}
+        if self._options.state_tokens is not None:
+            every = -(-self._options.state_tokens // self._chunk_tokens) * self._chunk_tokens
+            stops.update(range(every, limit + 1, every))
+        ours.stops = sorted(stop for stop in stops if computed < stop <= limit)
+        self._stop(ours, computed)
+
+    def _stop(self, ours: _Request, computed: int) -> None:
+        """Tells vLLM the next one. It ends a step there, and keeps the state in its own cache, too; steps that follow
+        the last one it cuts as ever. Of generated tokens a state is kept at each whole chunk, if they are stored."""
+        following = ours.stops[bisect_right(ours.stops, computed) :]
+        if not following and self._options.store_generated and computed >= ours.request.num_prompt_tokens - 1:
+            following = [(computed // self._chunk_tokens + 1) * self._chunk_tokens]
+        ours.request.shared_prefix_boundary = following[0] if following else 0
 
     def _more_may_come(self, ours: _Request, tracker: RequestTracker, tokens: int) -> bool:
         """Whether the store is to be asked again, for a prompt of which `tokens` are there."""
@@ -434,7 +474,8 @@ class Scheduler:
 
     def _look_up(self, ours: _Request, records: list[Record]) -> list[Record]:
         try:
-            return self._longest(records)
+            found, ours.reach = self._longest(records)
+            return found
         except Exception:
             logger.exception("%s: a lookup in the store failed; the request is computed", NAME)
             ours.waits = False
@@ -457,16 +498,17 @@ class Scheduler:
     def _loadable(self, request: Request, tracker: RequestTracker) -> list[Record]:
         """The request's records that a hit may end with."""
         limit = request.num_tokens
-        if self._options.load != "async":
-            limit -= 1  # which is computed in the same step
+        if self._options.load != "async" or self._states:
+            limit -= 1  # which is computed in the same step, or which a state must not have seen
         records = tracker.records(request.all_token_ids, limit)
         if self._options.load == "layers":
             # A layer's pages are written whole, when the step's new tokens are in them already.
             records = [record for record in records if record.end % self._unit == 0]
         return records
 
-    def _longest(self, records: list[Record]) -> list[Record]:
-        """Those of `records` that cover the longest prefix whose KV the store has, as far as each group needs it."""
+    def _longest(self, records: list[Record]) -> tuple[list[Record], int]:
+        """Those of `records` that cover the longest prefix whose KV the store has, as far as each group needs it, and
+        the state at its end; and where that prefix could end if all states were there."""
         present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
         tables = set(self._tables)
         there = {
@@ -474,18 +516,42 @@ class Scheduler:
             for r in records
         }
         whole = tables - set(self._windows) or tables  # without full attention, every record of every group
-        found = chain((r for r in records if whole <= there[r.end]), self._chunk_tokens)
-        while found:
-            hit = found[-1].end
-            if all(
-                table in there[r.end] for table, window in self._windows.items() for r in found if r.end > hit - window
-            ):
-                return found
-            found = chain(found[:-1], self._chunk_tokens)
-        return []
+        usable = [record for record in records if whole <= there[record.end]]
+        chunks = [one for one in chain(usable, self._chunk_tokens) if one.end - one.begin == self._chunk_tokens]
+        covered = chunks[-1].end if chunks else 0
+
+        def prefix(last: Record) -> list[Record]:
+            return [*chunks[: last.begin // self._chunk_tokens], last]
+
+        def in_windows(last: Record) -> bool:
+            return all(
+                table in there[one.end]
+                for table, window in self._windows.items()
+                for one in takewhile(
+                    lambda one, first=last.end - window: one.end > first,  # type: ignore[misc]
+                    chained([last], (chunks[i] for i in range(last.begin // self._chunk_tokens - 1, -1, -1))),
+                )
+            )
+
+        ends: Iterator[Record] = (last for last in reversed(usable) if last.begin <= covered and in_windows(last))
+        first = next(ends, None)
+        if first is None:
+            return [], 0
+        if not self._states:
+            return prefix(first), first.end
+        ends = chained([first], ends)
+        while some := list(islice(ends, STATES_AT_ONCE)):
+            found = iter(self._store.contains([key for one in some for key in self._state_keys(one)], peek=True))
+            for last in some:
+                if all([next(found) for _ in self._state_places]):
+                    return prefix(last), first.end
+        return [], first.end
 
     def _keys(self, record: Record) -> list[bytes]:
         return [record_key(record.key, number, rank) for number, rank in self._places]
+
+    def _state_keys(self, record: Record) -> list[bytes]:
+        return [record_key(record.key, number, rank) for number, rank in self._state_places]
 
     # --- Loads
 
@@ -502,7 +568,7 @@ class Scheduler:
         # vLLM has pages for the load and waits for it: it gets one that fails.
         pages = [
             RecordPages(table, NO_RECORD, [page], group.page_tokens)
-            for table, group in self._tables.items()
+            for table, group in (self._tables | self._states).items()
             for page in block_ids[table]
         ]
         load = Load(next(self._serials), request.request_id, b"", pages)
@@ -515,7 +581,13 @@ class Scheduler:
         if ours.tracker is None or not records:
             raise LookupError("the match that this load is for is no longer valid")
         pages = self._pages(records, block_ids, first, end)
-        release = self._hold([key for record in records for key in self._keys(record)])
+        keys = [key for record in records for key in self._keys(record)]
+        if self._states:
+            last = records[-1]
+            pages += self._state_pages(last, end, block_ids)
+            keys += self._state_keys(last)
+            ours.states_until = max(ours.states_until, end)
+        release = self._hold(keys)
         load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)
         self._planned.append(load)
         self._loading[load.serial] = (load, release)
@@ -546,6 +618,17 @@ class Scheduler:
                     out.append(RecordPages(table, record.key, pages, record.end - record.begin))
         return out
 
+    def _state_pages(self, last: Record, end: int, block_ids: tuple[list[int], ...]) -> list[RecordPages]:
+        """The state behind the first `end` tokens, of every group. LookupError if vLLM has taken less than it was told
+        of, since that has another state, or has no page for it."""
+        out = []
+        for table, group in self._states.items():
+            blocks = block_ids[table][end // group.page_tokens - 1 :]
+            if last.end != end or not blocks or blocks[0] == NULL_BLOCK:
+                raise LookupError(f"there is no page for the state at {end}, in KV cache group {table}")
+            out.append(RecordPages(table, last.key, blocks[:1], group.page_tokens))
+        return out
+
     # --- Steps
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
@@ -574,6 +657,9 @@ class Scheduler:
                 continue
             try:
                 save = self._save_of(ours, scheduled, step)
+                if self._states and ours.tracker is not None:
+                    # What vLLM does not know yet it has not kept.
+                    self._stop(ours, min(ours.request.num_computed_tokens + scheduled, ours.request.num_tokens))
             except Exception:
                 self._leave_out(ours)
                 continue
@@ -595,7 +681,7 @@ class Scheduler:
             # What vLLM counts as computed may hold drafts that are rejected in the end.
             computed = min(ours.request.num_computed_tokens, ours.request.num_tokens - 1) if ours is not None else 0
             for table, pages in enumerate(block_ids):
-                group = self._tables.get(table)
+                group = self._tables.get(table) or self._states.get(table)
                 written.update(pages[computed // group.page_tokens :] if group else pages)
         return written
 
@@ -614,25 +700,49 @@ class Scheduler:
             until = min(until, request.num_prompt_tokens)
         # A session's next items are not known yet.
         until = min([until, *(f.mm_position.offset for f in request.mm_features[len(tracker.items) :])])
-        if until <= ours.planned_until:
+        states = self._states_of(ours, tracker, until, step) if self._states else []
+        if until <= ours.planned_until and not states:
             return None
         records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
         block_ids = step.kv_connector_block_state.get_block_ids(request.request_id) if records else ()
         if block_ids is None:
             return None
         ours.planned_until = until
-        if not records:
+        if not records and not states:
             return None
         if not self._adapters.still_agreed(request.lora_request):
             ours.loads = ours.saves = False
             return None
-        tracker.stored_tokens = records[-1].end
         whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
+        whole += [page for _, pages in states for page in pages]
+        if records:
+            tracker.stored_tokens = records[-1].end
+        ours.states_until = max([ours.states_until, *(record.end for record, _ in states)])
         if not whole:
             return None
         if self.events:
-            self.events.expect(request, records, found=False)
+            self.events.expect(request, records, found=False, states={record.end for record, _ in states})
         return Save(tracker.owner, whole)
+
+    def _states_of(
+        self, ours: _Request, tracker: RequestTracker, until: int, step: SchedulerOutput
+    ) -> list[tuple[Record, list[RecordPages]]]:
+        """The states that vLLM has in this step of the request, at records' ends among the first `until` tokens. vLLM
+        says in which page each of them is when the step has ended: that of the step's end, or one that the step has
+        written on its way."""
+        offered: dict[int, dict[int, int]] = {}  # pages, by table, by tokens
+        of_step = step.kv_connector_block_state.boundary_state_offloads
+        for table, page, tokens in of_step.get(ours.request.request_id, ()):
+            if table in self._states and page != NULL_BLOCK and ours.states_until < tokens <= until:
+                offered.setdefault(tokens, {})[table] = page
+        out = []
+        for tokens, pages in sorted(offered.items()):
+            if pages.keys() != self._states.keys():
+                continue
+            for record in tracker.records(ours.request.all_token_ids, tokens, tokens - 1):
+                sizes = {table: group.page_tokens for table, group in self._states.items()}
+                out.append((record, [RecordPages(t, record.key, [page], sizes[t]) for t, page in pages.items()]))
+        return out
 
     def _send_all_items(self, step: SchedulerOutput) -> None:
         """vLLM leaves out the data of items that lie wholly within a hit, and its workers then have none if the hit is
@@ -675,7 +785,7 @@ class Scheduler:
             if serial in failed and ours is not None:
                 self._failed.add(load.request_id)
                 self.stats.add(failed_loads=1)
-                ours.planned_until = 0
+                ours.planned_until = ours.states_until = 0
                 if ours.tracker:
                     ours.tracker.stored_tokens = 0
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -100,15 +101,22 @@ class Worker:
         layouts = []
         for group in self._groups:
             views = {name: group_kernel_blocks(kv_caches[name], self._num_blocks) for name in group.layers}
-            layouts.append(KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True))
+            layout = KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True)
+            # vLLM shows states as plain bytes.
+            layouts.append(replace(layout, spec=f"{layout.spec}; {group.kv_dtype}") if group.states else layout)
         fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
         self.layout = Layout(fingerprint, tuple(group.number for group in self._groups), digest_of(self._engine))
         self._news.layouts[self._rank] = self.layout
         self._store = open_store(self._options.store, self.stats.observe)
         moved = partial(self.stats.observe, kind_of(self._options.store))
         self._transfers = [
-            Transfer(layout, self._store, layout.payload_bytes(self._chunk_tokens // layout.page_tokens), moved)
-            for layout in layouts
+            Transfer(
+                layout,
+                self._store,
+                layout.payload_bytes(1 if group.states else self._chunk_tokens // layout.page_tokens),
+                moved,
+            )
+            for layout, group in zip(layouts, self._groups, strict=True)
         ]
 
     def fall_asleep(self) -> None:
