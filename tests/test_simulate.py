@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import simulate_states
+
 import simulate
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
@@ -103,3 +105,43 @@ def test_the_command_prints_a_row_and_draws(tmp_path, capsys):
     assert simulate.main(["--hosts", "4", *tiers, "--requests", "200", "--plot", str(plot)]) == 0
     assert "| 4 | as given |" in capsys.readouterr().out
     assert plot.read_text().startswith("<?xml")
+
+
+SMALL_TALK = simulate_states.Talk(at_once=20, applications=3)
+NO_LIMIT = 1 << 60
+
+
+def hits_and_bytes(policy: simulate_states.Policy, capacity: float = NO_LIMIT) -> tuple[float, float]:
+    prompts = simulate_states.conversations(SMALL_TALK, 400, seed=0)
+    outcome = simulate_states.simulate(simulate_states.Model(), policy, prompts, capacity)
+    return outcome.hit_rate, outcome.written_bytes
+
+
+def test_more_states_never_hit_less_where_there_is_room_and_are_never_fewer_bytes():
+    seen = [hits_and_bytes(policy) for policy in simulate_states.POLICIES]
+    assert [sorted(column) for column in zip(*seen, strict=True)] == [
+        list(column) for column in zip(*seen, strict=True)
+    ]
+    assert seen[0][1] < seen[-1][1]
+
+
+def test_without_states_nothing_is_hit():
+    nowhere = simulate_states.Policy("nowhere", lambda *_: set())
+    assert hits_and_bytes(nowhere)[0] == 0
+    assert hits_and_bytes(simulate_states.POLICIES[-1], capacity=1)[0] == 0
+
+
+def test_a_question_hits_the_system_prompt_where_another_has_parted():
+    """The first stores its own end, the second the place where they part, and the third hits that."""
+    asked = [simulate_states.Prompt([3000, 5000], [0, i], 0) for i in range(1, 4)]
+    model = simulate_states.Model(block=1000)
+    hits = {
+        policy.name: simulate_states.simulate(model, policy, [asked[0], *asked], NO_LIMIT).hit_rate
+        for policy in simulate_states.POLICIES[:3]
+    }
+    assert list(hits.values()) == [0, 0, 3000 / 10_000]
+
+
+def test_the_table_of_policies(capsys):
+    assert simulate_states.main(["--requests", "20", "--capacity", "1GiB", "64GiB"]) == 0
+    assert capsys.readouterr().out.count("(default)") == 4
