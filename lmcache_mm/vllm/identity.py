@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from blake3 import blake3
 
+from lmcache_mm.engine import digest_of_files, digest_of_folder
 from lmcache_mm.prompt import Namespace
 from lmcache_mm.secret import secret
 
 ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
-FILES_CONTEXT = "lmcache_mm v1 vllm files"
 MOST_IDENTIFIERS = 1 << 17
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 # Fields that only size an item's placeholders, as vLLM declares them (embedding_fields of its parsers).
 METADATA_FIELDS = {
     *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps", "second_per_grid_ts"),
@@ -38,7 +37,6 @@ UNKNOWN = ""
 # of the same engine looks here.
 weights_now: dict[str, str | None] = {}
 _items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # of items' data, by id: modality, digest
-_digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
 
 
 class Unknown(Exception):
@@ -47,19 +45,6 @@ class Unknown(Exception):
 
 class Missing(Unknown):
     """An item comes without what its encoder needs."""
-
-
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """A digest of names and contents; contents are read again when a file's inode, size or time changes."""
-    hasher = blake3(derive_key_context=FILES_CONTEXT)
-    for path in sorted(paths):
-        found = path.stat()
-        state = (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-        if state not in _digests:
-            _digests[state] = blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
-        name = path.name.encode()
-        hasher.update(len(name).to_bytes(4, "little") + name + _digests[state])
-    return hasher.hexdigest()
 
 
 def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> Namespace:
@@ -115,14 +100,9 @@ def _weights(config: Any) -> str:
     model = config.model_config
     if config.load_config.load_format == "dummy":
         return f"dummy {model.seed}"
-    folder = Path(model.model)
-    if folder.is_dir():
-        files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)]
-        if files:
-            return digest_of_files([*files, *folder.glob("config.json")])
-    commit = getattr(model.hf_config, "_commit_hash", None)
-    if commit:
-        return str(commit)
+    named = digest_of_folder(model.model) or getattr(model.hf_config, "_commit_hash", None)
+    if named:
+        return str(named)
     raise ValueError(
         f"lmcache_mm: neither files nor a commit identify the weights of {model.model!r}; name them with "
         '"weights": "NAME" in the extra config of the connector, and use a new name whenever they change'

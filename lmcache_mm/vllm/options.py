@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+from lmcache_mm.engine import check_number, check_options
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
     KVCacheSpec,
@@ -42,41 +43,25 @@ class EncoderOptions:
 
     @classmethod
     def of(cls, extra: dict[str, Any]) -> Self:
-        known = [field.name for field in fields(cls)]
         name_of_connector = cls.connector
-        for name in extra:
-            if name not in known:
-                raise ValueError(f"{name_of_connector}: unknown option {name!r}; the options are {', '.join(known)}")
-        if "store" not in extra:
-            raise ValueError(
-                f'{name_of_connector}: the option "store" is missing; for example "store": "shm:///vllm?capacity=32GiB"'
-            )
+        known = [field.name for field in fields(cls)]
+        check_options(name_of_connector, extra, known, "shm:///vllm?capacity=32GiB")
         for name, allowed in CHOICES.items():
             if extra.get(name, allowed[0]) not in allowed:
                 raise ValueError(f"{name_of_connector}: {name}: expected {' or '.join(allowed)}, got {extra[name]!r}")
         for name in ("opaque_tails", "store_generated"):
             if not isinstance(extra.get(name, False), bool):
                 raise ValueError(f"{name_of_connector}: {name}: expected true or false, got {extra[name]!r}")
-        for name, kinds in (("chunk_tokens", int), ("state_tokens", int), ("timeout_s", (int, float))):
-            value = extra.get(name, 1)
-            unset = name == "state_tokens" and value is None
-            if not unset and (not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < float("inf")):
-                what = "a whole number" if kinds is int else "a number"
-                raise ValueError(f"{name_of_connector}: {name}: expected {what} above 0, got {value!r}")
+        check_number(name_of_connector, "chunk_tokens", extra.get("chunk_tokens", 1), whole=True)
+        if extra.get("state_tokens") is not None:
+            check_number(name_of_connector, "state_tokens", extra["state_tokens"], whole=True)
         options = cls(**extra)
         urls = options.store if isinstance(options.store, list) else [options.store]
-        if not urls or not all(isinstance(url, str) and url for url in urls):
-            raise ValueError(
-                f'{name_of_connector}: store: expected a URL such as "shm:///vllm?capacity=32GiB", or a list of them, '
-                f"got {options.store!r}"
-            )
         if any(tier.startswith("mem:") for url in urls for tier in url.removeprefix("tiered:").split(",")):
             raise ValueError(
                 f"{name_of_connector}: store: only one process can use mem:, and vLLM has several; use shm:, such as "
                 '"shm:///vllm?capacity=32GiB"'
             )
-        if options.weights is not None and not (isinstance(options.weights, str) and options.weights):
-            raise ValueError(f"{name_of_connector}: weights: expected a name, got {options.weights!r}")
         return options
 
 

@@ -1,0 +1,59 @@
+"""What the packages for engines share: what names a model's weights, and the options that all of them take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+FILES_CONTEXT = "lmcache_mm v1 vllm files"
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+
+_digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
+
+
+def digest_of_files(paths: Iterable[Path]) -> str:
+    """A digest of names and contents; contents are read again when a file's inode, size or time changes."""
+    hasher = blake3(derive_key_context=FILES_CONTEXT)
+    for path in sorted(paths):
+        found = path.stat()
+        state = (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if state not in _digests:
+            _digests[state] = blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
+        name = path.name.encode()
+        hasher.update(len(name).to_bytes(4, "little") + name + _digests[state])
+    return hasher.hexdigest()
+
+
+def digest_of_folder(model: str) -> str | None:
+    """Of the weights and the configuration of a model in a local folder; None for anything else."""
+    folder = Path(model)
+    files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)] if folder.is_dir() else []
+    return digest_of_files([*files, *folder.glob("config.json")]) if files else None
+
+
+def check_options(owner: str, given: Mapping[str, Any], known: Sequence[str], example: str) -> None:
+    """Of `given`, options for `owner`: that all are known, and those that every engine takes: store, of which `example`
+    is one, weights and timeout_s. ValueError that names what is wrong."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{owner}: unknown option {name!r}; the options are {', '.join(known)}")
+    if "store" not in given:
+        raise ValueError(f'{owner}: the option "store" is missing; for example "store": "{example}"')
+    check_number(owner, "timeout_s", given.get("timeout_s", 1))
+    store = given["store"]
+    urls = store if isinstance(store, list) else [store]
+    if not urls or not all(isinstance(url, str) and url for url in urls):
+        raise ValueError(f'{owner}: store: expected a URL such as "{example}", or a list of them, got {store!r}')
+    weights = given.get("weights")
+    if weights is not None and not (isinstance(weights, str) and weights):
+        raise ValueError(f"{owner}: weights: expected a name, got {weights!r}")
+
+
+def check_number(owner: str, name: str, value: Any, whole: bool = False) -> None:
+    """ValueError for what is no number above 0, or no whole one."""
+    if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        what = "a whole number" if whole else "a number"
+        raise ValueError(f"{owner}: {name}: expected {what} above 0, got {value!r}")
