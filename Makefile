@@ -3,10 +3,12 @@
 #   make test     all tests
 #   make test-vllm-all  every test of tests/vllm on both versions of vLLM and both model runners, about an hour
 #   make mutations  takes each barrier, event and bound out of the CUDA kernels, and sees that a test misses it; 10 minutes
+#   make test-sglang  the tests of tests/sglang, with SGLang in an environment of its own (.venv-sglang)
 #   make soak     the crash test: $(SCHEDULES) simulated schedules, $(KILLS) processes killed and $(STOPS) stopped on
 #                 all stores, and the real vLLM over stores that misbehave; about an hour (docs/reliability.md)
 #   make fuzz     libFuzzer on the index of slabs for $(FUZZ_S) s; needs clang++
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
+#   make bench-sglang  the backend for SGLang beside SGLang's own
 #   make docs     the pages in build/site
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
@@ -24,7 +26,7 @@ STOPS ?= 10000
 FUZZ_S ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test test-vllm-all mutations soak fuzz bench docs lint format clean
+.PHONY: demo test test-vllm-all test-sglang mutations soak fuzz bench bench-sglang docs lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -38,6 +40,9 @@ test-vllm-all: $(VENV)/built $(VENV)/vllm
 
 mutations: $(VENV)/built
 	TEST_MUTATIONS=all $(BIN)/python -m pytest tests/test_host_cuda.py -k taken_away $(ARGS)
+
+test-sglang: $(VENV)/built $(VENV)-sglang/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest --timeout=300 tests/sglang $(ARGS)
 
 soak: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python tests/soak.py --schedules $(SCHEDULES) --kills $(KILLS) --stops $(STOPS) --json build/soak.json $(ARGS)
@@ -54,6 +59,10 @@ bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' --benchmark-json=$(RESULTS) \
 	  --benchmark-columns=median,iqr,rounds --benchmark-group-by=func $(ARGS)
 	$(BIN)/python benchmarks/report.py $(RESULTS)
+
+bench-sglang: $(VENV)/built $(VENV)-sglang/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest -s benchmarks/bench_sglang.py \
+	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict
@@ -89,9 +98,18 @@ $(VENV)/vllm: tests/vllm/requirements.txt tests/vllm/requirements-alone.txt test
 	fi
 	touch $@
 
+# The real SGLang, which tests/sglang runs, over the packages of $(VENV): its pins of torch and others are not followed.
+$(VENV)-sglang/ready: tests/sglang/requirements.txt tests/sglang/requirements-alone.txt $(VENV)/vllm
+	$(BIN)/python -m venv --clear $(VENV)-sglang
+	$(BIN)/python -c 'import site; print(*site.getsitepackages(), sep="\n")' > \
+	  "$$($(VENV)-sglang/bin/python -c 'import site; print(site.getsitepackages()[0])')/packages.pth"
+	$(VENV)-sglang/bin/python -m pip --disable-pip-version-check install --quiet -r tests/sglang/requirements.txt
+	$(VENV)-sglang/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r tests/sglang/requirements-alone.txt
+	touch $@
+
 $(VENV)/built: $(VENV)/dependencies setup.py CMakeLists.txt $(CSRC)
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info lmcache_mm/*.so
+	rm -rf $(VENV) $(VENV)-sglang build *.egg-info lmcache_mm/*.so

@@ -1,0 +1,427 @@
+"""HiCacheBackend: SGLang's hierarchical cache over any store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lmcache_mm.lane import Abandoned, Lane, Work
+from lmcache_mm.prompt import owner_of
+from lmcache_mm.sglang.api import (
+    HiCacheStorage,
+    HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
+    MHATokenToKVPoolHost,
+    ModelConfig,
+    PageInterleaveHostPool,
+    PoolHitPolicy,
+    PoolName,
+    PoolTransfer,
+    PoolTransferResult,
+    StorageMetrics,
+    get_server_args,
+    resolving_view,
+)
+from lmcache_mm.sglang.identity import NAME, Options, check_clients, namespace_of
+from lmcache_mm.sglang.pools import Pages, page_key, pages_of
+from lmcache_mm.stores import open_store
+from lmcache_mm.stores.breaker import PAUSE_S, Breaker
+
+COUNTERS = (
+    *("looked_up_pages", "found_pages", "loaded_pages", "stored_pages"),
+    *("failed_lookups", "failed_loads", "failed_stores"),
+)
+
+logger = logging.getLogger("sglang.lmcache_mm")
+
+Begin = Callable[[], Sequence[Work]]
+
+
+class HiCacheBackend(HiCacheStorage):
+    """See the module. --hicache-storage-backend dynamic, and in --hicache-storage-backend-extra-config beside
+    "backend_name": "lmcache_mm", "module_path": "lmcache_mm.sglang", "class_name": "HiCacheBackend":
+
+    store: a URL that every process of the engine can open, or a list of them (see `open_store`). weights: a name for
+    the weights, if neither files nor a commit identify them. timeout_s: how long a store may do nothing (5): then the
+    call is a miss, or its pages are not stored, and the store is left alone for 10 s. identifiers: "trust", if no
+    client can name the items or adapters of another's requests; models with items, and engines with adapters, do not
+    start without it.
+
+    A page of a pool is read and written in place where SGLang says where its pieces are, and else by value. Methods
+    raise nothing that a store does; TypeError or ValueError for arguments that are wrong.
+    """
+
+    def __init__(self, storage_config: HiCacheStorageConfig, _: Mapping[str, Any] | None = None) -> None:
+        extra = storage_config.extra_config or {}
+        self._options = Options.of(extra)
+        # SGLang looks at this when the backend is made. Without it, it copies pages itself and tells no addresses.
+        extra.setdefault("interface_v1", 1)
+        self._by_value = not extra["interface_v1"]
+        model = ModelConfig.from_server_args(get_server_args())
+        args = resolving_view(get_server_args())  # as SGLang itself goes by them
+        check_clients(bool(model.is_multimodal), bool(args.enable_lora), self._options)
+        self._config = storage_config
+        self._namespace = namespace_of(args, model, storage_config, self._options.weights)
+        root = self._namespace.root()
+        self._values = page_key(root, "values")  # root of what is stored by `set`
+        self._owner = owner_of(root)
+        self._pools: dict[str, Pages] = {}
+        self._hosts: dict[str, Any] = {}
+        self._breaker = Breaker()
+        self._counts = Counter(dict.fromkeys(COUNTERS, 0))
+        self._metrics = StorageMetrics()
+        self._counting = threading.Lock()
+        self._closed = False
+        self._store = open_store(self._options.store)
+        self._lookups, self._puts = Lane("lmcache_mm lookup"), Lane("lmcache_mm values")
+
+    # --- Pools
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        super().register_mem_pool_host(mem_pool_host)
+        self.register_mem_host_pool_v2(mem_pool_host, PoolName.KV)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
+        """ValueError for a pool that cannot be stored."""
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        name = PoolName(host_pool_name).value
+        if self._hosts.get(name) is host_pool:
+            return
+        if isinstance(host_pool, PageInterleaveHostPool):
+            raise ValueError(f"{NAME}: pool {name}: pages that ranks share between them are not supported")
+        pages = pages_of(
+            host_pool,
+            self._meaning(name, host_pool),
+            lambda layout: self._namespace.with_layout(layout).root(),
+            self._store,
+            self._owner,
+            self._rank(name, host_pool),
+        )
+        capacity = self._store.stats().get("capacity_bytes", pages.page_bytes)
+        if capacity < pages.page_bytes and not self._store.read_only:
+            raise ValueError(
+                f"{NAME}: store: expected a capacity of at least a page's {pages.page_bytes} bytes, got {capacity}"
+            )
+        former = self._pools.get(name)
+        self._hosts[name], self._pools[name] = host_pool, pages
+        if former is not None:
+            former.close(self._options.timeout_s)
+
+    def on_host_pools_registered(self) -> None:
+        for name, pages in self._pools.items():
+            logger.info("%s: pool %s: pages of %d bytes, %s", NAME, name, pages.page_bytes, pages.how)
+
+    def _meaning(self, name: str, pool: Any) -> str:
+        """What the bytes of a page mean, but for their number."""
+        facts = {
+            "pool": name,
+            "class": type(pool).__name__,
+            "layout": pool.layout,
+            "dtype": str(pool.dtype),
+            "page": int(pool.page_size),
+            "layers": [getattr(pool, "start_layer", None), getattr(pool, "end_layer", None)],
+            "tag": getattr(pool, "storage_format_tag", None),
+        }
+        return "sglang " + " ".join(f"{fact}={value}" for fact, value in facts.items())
+
+    def _rank(self, name: str, pool: Any) -> int:
+        """Of whom the pages are: 0 for the tensor-parallel rank where all ranks have the same ones."""
+        config = self._config
+        tp_rank = config.tp_rank if self._of_each_rank(name, pool) else 0
+        return int((config.pp_rank * config.attn_cp_size + config.attn_cp_rank) * config.tp_size + tp_rank)
+
+    def _of_each_rank(self, name: str, pool: Any) -> bool:
+        """Whether tensor-parallel ranks have pages of their own. With MLA these are the states of linear attention,
+        and what a drafter without MLA keeps."""
+        replicated = self._config.is_mla_model and name != PoolName.MAMBA.value
+        return not replicated or isinstance(pool, MHATokenToKVPoolHost)
+
+    def _writes(self, name: str) -> bool:
+        """Of pages that all ranks have, one rank's are stored."""
+        return bool(self._config.is_storage_writer) or self._of_each_rank(name, self._hosts[name])
+
+    # --- Lookups
+
+    def exists(self, key: str) -> bool:
+        """Whether a page of the KV pool could be read now, or what was stored by `set`."""
+        return any(self._contains([[self._value_key(key)], *self._keys(PoolName.KV.value, [key])]))
+
+    def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
+        """How many pages of the KV pool, from the first on, could be read now."""
+        by_value = [[key] for key in self._value_keys(keys)] if self._by_value else None
+        return _leading(self._contains(by_value or self._keys(PoolName.KV.value, keys)))
+
+    def batch_exists_v2(
+        self,
+        keys: list[str],
+        pool_transfers: list[PoolTransfer] | None = None,
+        extra_info: HiCacheStorageExtraInfo | None = None,
+    ) -> PoolTransferResult:
+        """Which prefixes of the pages could be restored now, of the KV pool and all others. ValueError for a hit policy
+        that SGLang's own backends do not know either."""
+        transfers = pool_transfers or []
+        for transfer in transfers:
+            if transfer.hit_policy not in (PoolHitPolicy.ALL_PAGES, PoolHitPolicy.TRAILING_PAGES):
+                raise ValueError(f"hit_policy: expected all or trailing pages, got {transfer.hit_policy}")
+        names = [PoolName.KV.value, *(PoolName(transfer.name).value for transfer in transfers)]
+        found = self._contains([records for name in names for records in self._keys(name, keys)])
+        of_pools = [found[i * len(keys) : (i + 1) * len(keys)] for i in range(len(names))]
+        kv_pages = _leading(of_pools[0])
+        hits = {PoolName.KV: kv_pages} if kv_pages else {}
+        restorable = set(range(1, kv_pages + 1))
+        for transfer, there in zip(transfers, of_pools[1:], strict=True):
+            window = kv_pages
+            if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES:
+                window = max(1, len(transfer.keys or ()))
+            ends = {end for end in range(1, kv_pages + 1) if all(there[max(0, end - window) : end])}
+            if ends and restorable:
+                hits[transfer.name] = max(ends)
+            restorable &= ends
+        return PoolTransferResult(max(restorable, default=0), hits, sorted(restorable))
+
+    def _keys(self, name: str, hashes: Sequence[str]) -> list[list[bytes]]:
+        """Of each page of a pool the keys of its records; ValueError for a pool that was not registered."""
+        if name not in self._pools:
+            raise ValueError(f"pool: expected one of {', '.join(self._pools)}, got {name}")
+        return self._pools[name].keys(hashes)
+
+    def _contains(self, records: Sequence[Sequence[bytes]]) -> list[bool]:
+        """Of pages, each of so many records, which are there; none where the store does not answer."""
+        there = self._there(records, "failed_lookups") or [False] * len(records)
+        self._count(looked_up_pages=len(there), found_pages=there.count(True))
+        return there
+
+    def _there(self, records: Sequence[Sequence[bytes]], failure: str, peek: bool = False) -> list[bool] | None:
+        keys = [key for of_page in records for key in of_page]
+        answer: list[bool] = []
+
+        def look(_: Work) -> int:
+            answer.extend(self._store.contains(keys, peek))
+            return 0
+
+        if keys and self._ask(failure, lambda: [self._lookups.submit(look)]) is None:
+            return None
+        there = iter(answer)
+        return [all([next(there) for _ in of_page]) for of_page in records]
+
+    # --- Pages
+
+    def batch_get_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        """Fills pages of the KV pool, until one is not there or damaged. host_indices: int64, of all their slots."""
+        return self._load(PoolName.KV.value, keys, host_indices)
+
+    def batch_set_v1(
+        self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> list[bool]:
+        """Stores pages of the KV pool; which the store has now, or has been handed."""
+        return self._save(PoolName.KV.value, keys, host_indices)
+
+    def batch_get_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        return self._each(transfers, self._load)
+
+    def batch_set_v2(
+        self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
+    ) -> dict[str, list[bool]]:
+        return self._each(transfers, self._save)
+
+    def _each(
+        self, transfers: list[PoolTransfer], move: Callable[[str, Sequence[str], Any], list[bool]]
+    ) -> dict[str, list[bool]]:
+        return {t.name: move(PoolName(t.name).value, t.keys or [], t.host_indices) for t in transfers}
+
+    def _load(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
+        pages = self._pools[name]
+        places = self._places(name, pages, keys, host_indices)
+        if places is None:
+            return [False] * len(keys)
+        begun = time.perf_counter()
+        loaded = self._ask("failed_loads", lambda: pages.load(keys, places), len(keys)) or 0
+        self._measure("prefetch", pages, loaded, begun)
+        self._count(loaded_pages=loaded)
+        return [i < loaded for i in range(len(keys))]
+
+    def _save(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
+        pages = self._pools[name]
+        if not self._writes(name):
+            return [True] * len(keys)
+        places = self._places(name, pages, keys, host_indices)
+        if places is None:
+            return [False] * len(keys)
+        begun = time.perf_counter()
+        if self._ask("failed_stores", lambda: pages.store(keys, places), 0) is None:
+            return [False] * len(keys)
+        stored = [True] * len(keys)
+        if self._store.local:  # what it dropped, for want of room, is not there
+            stored = self._there(pages.keys(keys), "failed_stores", peek=True) or [False] * len(keys)
+        self._measure("backup", pages, stored.count(True), begun)
+        self._count(stored_pages=stored.count(True))
+        return stored
+
+    def _places(
+        self, name: str, pages: Pages, keys: Sequence[str], host_indices: torch.Tensor | None
+    ) -> list[int] | None:
+        """Of each page its first slot; None for another number of slots than the pages have."""
+        slots = 0 if host_indices is None else host_indices.numel()
+        if slots != len(keys) * pages.page_tokens:
+            logger.error("%s: pool %s: expected slots of %d pages, got %d", NAME, name, len(keys), slots)
+            return None
+        return [] if host_indices is None else host_indices[:: pages.page_tokens].tolist()
+
+    # --- By value: what SGLang calls deprecated, and uses with "interface_v1": 0
+
+    def get(
+        self, key: str, target_location: torch.Tensor | None = None, target_sizes: Any = None
+    ) -> torch.Tensor | None:
+        """`target_location`, filled with what was stored by `set`; None if that is not there, damaged or of another
+        length."""
+        return None if target_location is None else self.batch_get([key], [target_location])[0]
+
+    def batch_get(
+        self, keys: list[str], target_locations: list[torch.Tensor] | None = None, target_sizes: Any = None
+    ) -> list[torch.Tensor | None]:
+        targets = target_locations or []
+        if len(targets) != len(keys):
+            return [None] * len(keys)
+        values = [torch.empty(target.nbytes, dtype=torch.uint8) for target in targets]
+        found: list[bool] = []
+
+        def read(_: Work) -> int:
+            found.extend(self._store.get_into(self._value_keys(keys), [v.numpy().data for v in values], self._owner))
+            return 0
+
+        if self._ask("failed_loads", lambda: [self._lookups.submit(read)]) is None:
+            return [None] * len(keys)
+        for target, value, there in zip(targets, values, found, strict=True):
+            if there:
+                target.copy_(value.view(target.dtype).view(target.shape))
+        return [target if there else None for target, there in zip(targets, found, strict=True)]
+
+    def set(
+        self,
+        key: str,
+        value: torch.Tensor | None = None,
+        target_location: Any = None,
+        target_sizes: Any = None,
+    ) -> bool:
+        """Stores the bytes of a tensor on the host."""
+        return value is not None and self.batch_set([key], [value])
+
+    def batch_set(
+        self,
+        keys: list[str],
+        values: list[torch.Tensor] | None = None,
+        target_locations: Any = None,
+        target_sizes: Any = None,
+    ) -> bool:
+        # A copy, for a store that hangs may read it when the page is another's.
+        kept = [value.detach().cpu().contiguous().flatten().view(torch.uint8).clone() for value in values or []]
+        if len(kept) != len(keys):
+            return False
+        names = self._value_keys(keys)
+
+        def begin() -> list[Work]:
+            as_of = self._store.moment()
+            buffers = [value.numpy().data for value in kept]
+            return [self._puts.submit(lambda _: self._store.put(names, buffers, self._owner, None, as_of))]
+
+        if self._ask("failed_stores", begin) is None:
+            return False
+        there = self._there([[name] for name in names], "failed_stores", peek=True) if self._store.local else [True]
+        return there is not None and all(there)
+
+    def _value_keys(self, keys: Sequence[str]) -> list[bytes]:
+        return [self._value_key(key) for key in keys]
+
+    def _value_key(self, key: str) -> bytes:
+        return page_key(self._values, f"{self._rank(PoolName.KV.value, self._hosts.get(PoolName.KV.value))} {key}")
+
+    # --- Budgets
+
+    def _ask(self, failure: str, begin: Begin, otherwise: int = 0) -> int | None:
+        """The least of what the works return, `otherwise` where there is none; None, counted as `failure`, if the store
+        raises, does nothing for timeout_s, or did so less than 10 s ago. No work touches pages when it returns."""
+        if not self._breaker.admit():
+            self._count(**{failure: 1})
+            return None
+        results: list[int] = []
+        good = True
+        try:
+            works = begin()
+        except Exception:
+            logger.exception("%s: the store failed", NAME)
+            works, good = [], False
+        for work in works:
+            try:
+                if not work.wait_for(work.future.done, self._options.timeout_s):
+                    raise Abandoned(f"the store did nothing for {self._options.timeout_s:g} s")
+                results.append(work.future.result() or 0)
+            except Exception as error:
+                good = False
+                logger.warning("%s: a call failed: %s", NAME, error, exc_info=not isinstance(error, Abandoned))
+        if self._breaker.tell(good):
+            logger.warning("%s: the store is %s", NAME, "back" if good else f"left alone for {PAUSE_S:g} s")
+        if not good:
+            self._count(**{failure: 1})
+            return None
+        return min(results, default=otherwise)
+
+    # --- The rest
+
+    def clear(self) -> bool:
+        """Removes what engines of this model, with these weights and settings, have stored, be it other engines; what
+        else is in the store stays. False: it could not be done."""
+        try:
+            self._store.forget(self._owner)
+        except Exception:
+            logger.exception("%s: the store could not be cleared", NAME)
+            return False
+        return True
+
+    def get_stats(self) -> StorageMetrics:
+        """Pages and GB/s of each call since this was last asked, for SGLang's metrics."""
+        with self._counting:
+            metrics, self._metrics = self._metrics, StorageMetrics()
+        return metrics
+
+    def stats(self) -> dict[str, int]:
+        """Counters since it was made, and the store's own as store.NAME."""
+        with self._counting:
+            counts = dict(self._counts)
+        return counts | {f"store.{name}": number for name, number in self._store.stats().items()}
+
+    def close(self) -> None:
+        """Ends what is under way, within timeout_s each, and closes the store."""
+        if self._closed:
+            return
+        self._closed = True
+        patience_s = self._options.timeout_s
+        done = [pages.close(patience_s) for pages in self._pools.values()]
+        done += [lane.close(patience_s) for lane in (self._lookups, self._puts)]
+        if all(done):
+            self._store.close()
+
+    def _measure(self, what: str, pages: Pages, moved: int, begun: float) -> None:
+        if not self._config.enable_storage_metrics or not moved:
+            return
+        speed = moved * pages.page_bytes / (time.perf_counter() - begun) / 1e9
+        with self._counting:
+            getattr(self._metrics, f"{what}_pgs").append(moved)
+            getattr(self._metrics, f"{what}_bandwidth").append(speed)
+
+    def _count(self, **counts: int) -> None:
+        with self._counting:
+            self._counts.update(counts)
+
+
+def _leading(there: Sequence[bool]) -> int:
+    return there.index(False) if False in there else len(there)

@@ -1,0 +1,96 @@
+"""What the backend is asked for, and what determines the bytes of SGLang's pages besides the hash of their tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from lmcache_mm.engine import check_options, digest_of_files, digest_of_folder
+from lmcache_mm.prompt import Namespace
+from lmcache_mm.secret import secret
+
+NAME = "HiCacheBackend"
+EXAMPLE = "shm:///sglang?capacity=32GiB"
+# Of --hicache-storage-backend-extra-config, what is SGLang's own.
+SGLANG_OPTIONS = ("backend_name", "module_path", "class_name", "interface_v1", "allocator")
+
+
+@dataclass(frozen=True)
+class Options:
+    """--hicache-storage-backend-extra-config, checked: see HiCacheBackend."""
+
+    store: str | list[str]
+    weights: str | None = None
+    timeout_s: float = 5.0
+    identifiers: str | None = None
+
+    @classmethod
+    def of(cls, extra: dict[str, Any]) -> Self:
+        given = {name: value for name, value in extra.items() if name not in SGLANG_OPTIONS}
+        check_options(NAME, given, [field.name for field in fields(cls)], EXAMPLE)
+        if given.get("identifiers", "trust") != "trust":
+            raise ValueError(f'{NAME}: identifiers: expected "trust" or nothing, got {given["identifiers"]!r}')
+        return cls(**given)
+
+
+def check_clients(multimodal: bool, adapters: bool, options: Options) -> None:
+    """ValueError for an engine in which one client can answer for another, unless the options say that none can.
+
+    The backend sees hashes of pages and nothing that they were made of, so it cannot tell what they stand for."""
+    if options.identifiers == "trust" or not (multimodal or adapters):
+        return
+    what = 'images by the "mm_hashes" of requests' if multimodal else 'adapters by the "extra_key" of requests'
+    raise ValueError(
+        f"{NAME}: SGLang lets clients name {what}, so that a client can store KV that answers other clients' questions "
+        '(docs/sglang.md). If a gateway strips "mm_hashes", "extra_key" and processed items from requests, or all '
+        'clients are trusted, say "identifiers": "trust" in --hicache-storage-backend-extra-config'
+    )
+
+
+def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Namespace:
+    """The namespace of an engine, but for the layout of a pool. `args`: ServerArgs, resolved; `model`: ModelConfig;
+    `config`: HiCacheStorageConfig; `weights`: what the user says they are."""
+    overrides = args.json_model_override_args
+    speculative = args.speculative_algorithm
+    encoder = args.mm_process_config
+    return Namespace(
+        secret=secret(),
+        model=str(args.model_path),
+        weights=_weights(args, model, weights),
+        quantisation=args.quantization,
+        hf_overrides=overrides if overrides not in (None, "", "{}") else None,
+        dtype=str(args.dtype),
+        kv_dtype=str(args.kv_cache_dtype),
+        tp=config.tp_size,
+        pp=config.pp_size,
+        cp=config.attn_cp_size,
+        speculative=None if speculative is None else f"{speculative} {args.speculative_draft_model_path}",
+        encoder=json.dumps(encoder, sort_keys=True, default=str) if encoder else None,
+    )
+
+
+def _weights(args: Any, model: Any, weights: str | None) -> str:
+    """Of the model, and of adapters whose names in keys are made of their paths."""
+    named = weights or _weights_of_model(args, model)
+    folders = sorted({str(adapter.lora_path) for adapter in args.lora_paths or []}) if args.enable_lora else []
+    for folder in folders:
+        files = [path for path in Path(folder).glob("*") if path.is_file()]
+        if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
+            raise ValueError(f"{NAME}: the adapter {folder!r} of --lora-paths is no local folder, so nothing names it")
+        kept = [path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".json")]
+        named += f" {folder} {digest_of_files(kept)}"
+    return named
+
+
+def _weights_of_model(args: Any, model: Any) -> str:
+    if args.load_format == "dummy":
+        return f"dummy {args.random_seed}"
+    named = digest_of_folder(model.model_path) or getattr(model.hf_config, "_commit_hash", None)
+    if named:
+        return str(named)
+    raise ValueError(
+        f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}; name them with "
+        '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change'
+    )

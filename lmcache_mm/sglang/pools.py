@@ -1,0 +1,239 @@
+"""SGLang's host pools as a store sees them: the records of a page, and how its bytes get there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
+from typing import Any, Protocol
+
+import torch
+from blake3 import blake3
+
+from lmcache_mm.cache import record_key
+from lmcache_mm.lane import Lane, Work
+from lmcache_mm.layout import KVLayout, fingerprint_of_groups
+from lmcache_mm.stores.arguments import unless_lacking
+from lmcache_mm.stores.store import Store
+from lmcache_mm.transfer import Chunk, Transfer
+
+PAGE_CONTEXT = "lmcache_mm v1 sglang page"
+STEP_BYTES = 16 << 20  # of pages that are moved by value at once
+
+
+def page_key(root: bytes, page_hash: str) -> bytes:
+    """32 bytes: derive_key("lmcache_mm v1 sglang page", root ‖ the hash in UTF-8)."""
+    return blake3(root + page_hash.encode(), derive_key_context=PAGE_CONTEXT).digest()
+
+
+class Pages(Protocol):
+    """A host pool. A page is named by its hash, and its place is the first of its slots in the pool."""
+
+    page_tokens: int
+    page_bytes: int  # of all of a page's records
+    how: str  # bytes are moved, for people
+
+    def keys(self, hashes: Sequence[str]) -> list[list[bytes]]:
+        """Of each page the keys of its records, of which a page needs all."""
+        ...
+
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        """Fills pages. Of each work the result says how many, from the first on, it has filled and verified; pages
+        behind them hold garbage."""
+        ...
+
+    def store(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        """Hands pages to the store that it lacks."""
+        ...
+
+    def close(self, patience_s: float) -> bool:
+        """Whether all work is done."""
+        ...
+
+
+def pages_of(pool: Any, what: str, root_of: Callable[[bytes], bytes], store: Store, owner: bytes, rank: int) -> Pages:
+    """`what`: the pool's name and whatever else its bytes mean. root_of: a namespace's root, given a fingerprint."""
+    layouts = layouts_of(pool, what)
+    if layouts:
+        root = root_of(fingerprint_of_groups(layouts, chunk_tokens=1))
+        return AddressedPages(pool, layouts, root, store, owner, rank)
+    sample = pool.get_dummy_flat_data_page()
+    if sample.nbytes == 0:
+        return NoPages(int(pool.page_size))
+    by_value = _layout((0,), 0, 0, sample.nbytes, f"{what} by value")
+    root = root_of(by_value.fingerprint(chunk_tokens=1))
+    return FlatPages(pool, sample.dtype, sample.nbytes, root, store, owner, rank)
+
+
+def layouts_of(pool: Any, what: str) -> list[KVLayout]:
+    """Where the pool's pages are: a layout for each group of pieces that are of one size and one stride apart. None,
+    for a pool that does not say or whose pages are not evenly spaced."""
+    size, last = int(pool.page_size), int(pool.size) // int(pool.page_size) - 1
+    if getattr(pool, "shared_allocation_domain", None) is not None or last < 1:
+        return []  # of pages that move
+    try:
+        found = [pool.get_page_buffer_meta(torch.arange(p * size, (p + 1) * size)) for p in (0, 1, last)]
+    except (ValueError, NotImplementedError, AttributeError):
+        return []
+    if any(meta is None for meta in found):
+        return []
+    (begin, sizes), (second, *_), (end, *_) = found
+    if any(list(meta[1]) != list(sizes) for meta in found) or 0 in sizes:
+        return []
+    pieces: dict[tuple[int, int], list[int]] = {}
+    for first, one_on, at_end, piece in zip(begin, second, end, sizes, strict=True):
+        stride = one_on - first
+        if stride < piece or at_end != first + last * stride:
+            return []
+        pieces.setdefault((stride, int(piece)), []).append(first)
+    return [
+        _layout(tuple(planes), last + 1, stride, piece, f"{what} part {i}")
+        for i, ((stride, piece), planes) in enumerate(pieces.items())
+    ]
+
+
+def _layout(planes: tuple[int, ...], num_pages: int, page_stride: int, piece_bytes: int, spec: str) -> KVLayout:
+    """Pages of which nobody looks at single tokens."""
+    return KVLayout(
+        planes=planes,
+        num_pages=num_pages,
+        page_stride=page_stride,
+        page_tokens=1,
+        runs=1,
+        run_stride=piece_bytes,
+        run_bytes=piece_bytes,
+        token_bytes=piece_bytes,
+        spec=spec,
+    )
+
+
+class AddressedPages:
+    """Pages that are copied between the pool's memory and the store's slots, or staging memory, by native calls."""
+
+    how = "in place"
+
+    def __init__(
+        self, pool: Any, layouts: Sequence[KVLayout], root: bytes, store: Store, owner: bytes, rank: int
+    ) -> None:
+        self.page_tokens = int(pool.page_size)
+        self.page_bytes = sum(layout.payload_bytes(1) for layout in layouts)
+        self._root, self._owner, self._rank = root, owner, rank
+        # Layouts are addresses: the memory has to stay, whatever SGLang does with the pool.
+        buffers: Any = getattr(pool, "get_hybrid_pool_buffer", list)()
+        self._memory = (pool, getattr(pool, "kv_buffer", None), buffers)
+        self._transfers = [Transfer(layout, store, layout.payload_bytes(1)) for layout in layouts]
+
+    def keys(self, hashes: Sequence[str]) -> list[list[bytes]]:
+        parts = range(len(self._transfers))
+        return [[record_key(key, part, self._rank) for part in parts] for key in self._page_keys(hashes)]
+
+    def _page_keys(self, hashes: Sequence[str]) -> list[bytes]:
+        return [page_key(self._root, page_hash) for page_hash in hashes]
+
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        return [
+            transfer.load(self._chunks(hashes, places, part), self._owner).work
+            for part, transfer in enumerate(self._transfers)
+        ]
+
+    def store(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        return [
+            transfer.store(self._chunks(hashes, places, part), self._owner).work
+            for part, transfer in enumerate(self._transfers)
+        ]
+
+    def _chunks(self, hashes: Sequence[str], places: Sequence[int], part: int) -> list[Chunk]:
+        pages = torch.tensor(places, dtype=torch.int64).div_(self.page_tokens, rounding_mode="floor")
+        return [
+            Chunk(record_key(key, part, self._rank), page, 1)
+            for key, page in zip(self._page_keys(hashes), pages.split(1), strict=True)
+        ]
+
+    def close(self, patience_s: float) -> bool:
+        return all([transfer.close(patience_s) for transfer in self._transfers])
+
+
+class FlatPages:
+    """Pages that SGLang copies out of the pool and into it."""
+
+    how = "by value"
+
+    def __init__(
+        self, pool: Any, dtype: torch.dtype, page_bytes: int, root: bytes, store: Store, owner: bytes, rank: int
+    ) -> None:
+        self.page_tokens, self.page_bytes = int(pool.page_size), page_bytes
+        self._pool, self._dtype = pool, dtype
+        self._root, self._store, self._owner, self._rank = root, store, owner, rank
+        self._loads, self._stores = Lane("lmcache_mm load by value"), Lane("lmcache_mm store by value")
+
+    def keys(self, hashes: Sequence[str]) -> list[list[bytes]]:
+        return [[record_key(page_key(self._root, page_hash), 0, self._rank)] for page_hash in hashes]
+
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        keys = [key for (key,) in self.keys(hashes)]
+        return [self._loads.submit(lambda work: unless_lacking(lambda: self._load(work, keys, places), 0))]
+
+    def store(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        keys, as_of = [key for (key,) in self.keys(hashes)], self._store.moment()
+        return [self._stores.submit(lambda work: unless_lacking(lambda: self._put(work, keys, places, as_of), 0))]
+
+    def _load(self, work: Work, keys: Sequence[bytes], places: Sequence[int]) -> int:
+        loaded = 0
+        for step in self._steps(len(keys)):
+            pages = [torch.empty(self.page_bytes // self._dtype.itemsize, dtype=self._dtype) for _ in keys[step]]
+            found = self._store.get_into(keys[step], [_bytes_of(page) for page in pages], self._owner)
+            good = len(list(takewhile(bool, found)))
+
+            def fill(_: int, step: slice = step, pages: list[torch.Tensor] = pages, good: int = good) -> bool:
+                for place, page in zip(places[step][:good], pages[:good], strict=True):
+                    self._pool.set_from_flat_data_page(place, page)
+                return True
+
+            work.touch_pages(fill)
+            loaded += good
+            if good < len(pages):
+                break
+        return loaded
+
+    def _put(self, work: Work, keys: Sequence[bytes], places: Sequence[int], as_of: int) -> int:
+        for step in self._steps(len(keys)):
+            pages: list[torch.Tensor] = []
+
+            def read(_: int, step: slice = step, pages: list[torch.Tensor] = pages) -> bool:
+                pages += [self._pool.get_data_page(place).clone() for place in places[step]]
+                return True
+
+            work.touch_pages(read)
+            self._store.put(keys[step], [_bytes_of(page) for page in pages], self._owner, None, as_of)
+        return len(keys)
+
+    def _steps(self, count: int) -> Iterator[slice]:
+        at_once = max(1, STEP_BYTES // self.page_bytes)
+        return (slice(begin, begin + at_once) for begin in range(0, count, at_once))
+
+    def close(self, patience_s: float) -> bool:
+        return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
+
+
+class NoPages:
+    """A pool without memory, which only counts slots for others."""
+
+    how, page_bytes = "without memory", 0
+
+    def __init__(self, page_tokens: int) -> None:
+        self.page_tokens = page_tokens
+
+    def keys(self, hashes: Sequence[str]) -> list[list[bytes]]:
+        return [[] for _ in hashes]
+
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
+        return []
+
+    store = load
+
+    def close(self, patience_s: float) -> bool:
+        return True
+
+
+def _bytes_of(page: torch.Tensor) -> memoryview:
+    flat: memoryview = page.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return flat

@@ -1,0 +1,441 @@
+"""The backend on SGLang's own host pools, beside SGLang's own backend `file`."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
+from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+
+from hosts import (
+    PAGE,
+    POOLS,
+    STORES,
+    fill,
+    hashes,
+    mamba,
+    mha,
+    mla,
+    pages_of,
+    slots,
+    start,
+    storage_config,
+    write_model,
+)
+from lmcache_mm.sglang import HiCacheBackend
+from lmcache_mm.sglang.pools import AddressedPages, FlatPages
+from lmcache_mm.stores.local.slab_files import shm_directory
+
+
+def transfer(pool, name, keys, pages, **fields):
+    return PoolTransfer(name=name, host_indices=slots(pool, pages), keys=keys, **fields)
+
+
+def moved(pools, keys, pages):
+    return [transfer(pool, name, keys, pages) for name, pool in pools.items()]
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_what_is_stored_and_read_is_what_file_stores_and_reads(kind, url_of, backend_of, peer_of):
+    pools = POOLS[kind]()
+    ours, peer = backend_of(url_of("shm"), pools), peer_of(pools)
+    keys, stored, into = hashes(6), [1, 2, 3, 5, 8, 13], [20, 21, 22, 23, 24, 25]
+    for seed, (name, pool) in enumerate(pools.items()):
+        fill(pool, stored, seed)
+        assert ours.batch_get_v2(moved({name: pool}, keys, into)) == (
+            {name: [False] * 6} if pages_of(pool, [1])[0] else {name: [True] * 6}
+        )
+    written = moved(pools, keys, stored)
+    assert ours.batch_set_v2(written) == peer.batch_set_v2(written) == {name: [True] * 6 for name in pools}
+    for backend in (ours, peer):
+        for seed, pool in enumerate(pools.values()):
+            fill(pool, into, 100 + seed)
+            before = pages_of(pool, [0, 19, 26, *stored])
+            assert backend.batch_get_v2(moved(pools, keys, into))
+            assert pages_of(pool, into) == pages_of(pool, stored)
+            assert pages_of(pool, [0, 19, 26, *stored]) == before
+    # In another order, one of which is not there.
+    other = [keys[3], keys[0], "none such", keys[1]]
+    reads = moved(pools, other, into[:4])
+    found = ours.batch_get_v2(reads)
+    for name, pool in pools.items():
+        empty = not pages_of(pool, [0])[0]
+        assert found[name] == ([True] * 4 if empty else [True, True, False, False])
+        assert pages_of(pool, into[:2]) == pages_of(pool, [stored[3], stored[0]])
+
+
+@pytest.mark.parametrize("kind", STORES)
+def test_on_every_store_pages_come_back(kind, url_of, backend_of):
+    url = url_of(kind)
+    pools = POOLS["states"]()
+    first = backend_of(url, pools)
+    keys, stored, into = hashes(20, start=hash(kind) % 1000 * 1000), range(1, 9), range(10, 18)
+    keys = keys[:8]
+    first.clear()
+    for seed, pool in enumerate(pools.values()):
+        fill(pool, stored, seed)
+    assert first.batch_exists(keys) == 0
+    assert first.batch_set_v1(keys, slots(pools[PoolName.KV], stored)) == [True] * 8
+    assert first.batch_set_v2(moved(pools, keys, stored)) == {name: [True] * 8 for name in pools}
+    if kind == "mem":
+        second = first
+    else:  # another engine
+        for store in (first._store, *getattr(first._store, "tiers", ())):
+            store.flush()
+        second = backend_of(url, pools)
+    assert second.batch_exists([*keys, "none such", keys[0]]) == 8
+    assert second.exists(keys[0])
+    assert not second.exists("none such")
+    got = second.batch_get_v1(keys, slots(pools[PoolName.KV], into))
+    assert got == [True] * 8
+    assert pages_of(pools[PoolName.KV], into) == pages_of(pools[PoolName.KV], stored)
+    assert second.batch_get_v2(moved(pools, keys, into)) == {name: [True] * 8 for name in pools}
+    assert pages_of(pools[PoolName.MAMBA], into) == pages_of(pools[PoolName.MAMBA], stored)
+    # What SGLang calls deprecated.
+    value, other = torch.arange(100, dtype=torch.int32), torch.zeros(100, dtype=torch.int32)
+    assert second.set("a value", value)
+    assert second.get("a value", other) is other
+    assert torch.equal(value, other)
+    assert second.batch_get(["a value", "none such"], [other, other]) == [other, None]
+    assert second.get("a value", torch.zeros(99, dtype=torch.int32)) is None
+    assert second.clear()
+    assert second.batch_exists(keys) == 0
+    assert second.get("a value", other) is None
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prefixes_that_can_be_restored_are_those_of_file(seed, url_of, backend_of, peer_of):
+    pools = {PoolName.KV: mha(), PoolName.SWA: mha(layers=1), PoolName.DRAFT: mha(layers=2)}
+    ours, peer = backend_of("mem://?capacity=64MiB", pools), peer_of(pools)
+    dice = random.Random(seed)
+    keys = hashes(12)
+    for name, pool in pools.items():
+        there = [i for i in range(12) if dice.random() < (0.93 if name == PoolName.KV else 0.7)]
+        there = list(range(12)) if seed == 0 else there
+        for backend in (ours, peer):
+            backend.batch_set_v2([transfer(pool, name, [keys[i] for i in there], there)])
+    windows = [1, 2, 3, 5]
+    for swa, draft in itertools.product([*windows, None], [*windows, None]):
+        asked = [
+            PoolTransfer(
+                name=name,
+                keys=keys[:window] if window else None,
+                hit_policy=PoolHitPolicy.TRAILING_PAGES if window else PoolHitPolicy.ALL_PAGES,
+            )
+            for name, window in ((PoolName.SWA, swa), (PoolName.DRAFT, draft))
+        ]
+        assert ours.batch_exists_v2(keys, asked) == peer.batch_exists_v2(keys, asked)
+    assert ours.batch_exists_v2(keys) == peer.batch_exists_v2(keys)
+    assert ours.batch_exists(keys) == peer.batch_exists(keys)
+    assert ours.batch_exists_v2([]) == peer.batch_exists_v2([])
+
+
+def test_a_hit_policy_that_file_does_not_know_is_refused(backend_of):
+    backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: mha()})
+    asked = [PoolTransfer(name=PoolName.KV, hit_policy=PoolHitPolicy.BLOCK_GROUPS)]
+    with pytest.raises(ValueError, match="hit_policy"):
+        backend.batch_exists_v2(hashes(1), asked)
+
+
+def test_pages_are_read_and_written_in_place_where_sglang_says_where_they_are(backend_of):
+    pools = {PoolName.KV: mha("layer_first"), PoolName.MAMBA: mamba(), PoolName.SWA: mha("page_first")}
+    backend = backend_of("mem://?capacity=64MiB", pools)
+    assert all(isinstance(pages, AddressedPages) for pages in backend._pools.values())
+    # Two pieces of one size are planes of one record; the states' three sizes are three records.
+    assert [len(backend._pools[name.value].keys(["a"])[0]) for name in pools] == [1, 3, 1]
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: mha(), PoolName.MAMBA: mamba(side_states=True)})
+    assert isinstance(backend._pools["mamba"], FlatPages)
+
+
+def test_slots_of_another_number_are_no_pages(backend_of):
+    pool = mha()
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool})
+    keys = hashes(2)
+    assert backend.batch_set_v1(keys, slots(pool, [1, 2])[:-1]) == [False, False]
+    assert backend.batch_get_v1(keys, slots(pool, [1])) == [False, False]
+    assert backend.batch_set_v2([PoolTransfer(name=PoolName.KV, keys=keys)]) == {PoolName.KV: [False, False]}
+    assert backend.batch_exists(keys) == 0
+
+
+# --- Whose pages
+
+
+def test_with_mla_one_rank_writes_for_all(url_of, backend_of):
+    url = url_of("shm")
+    pools = {PoolName.KV: mla(), PoolName.MAMBA: mamba(), PoolName.DRAFT: mha()}
+    ranks = [backend_of(url, pools, is_mla_model=True, tp_size=2, tp_rank=rank) for rank in (0, 1)]
+    keys = hashes(3)
+    for rank, backend in enumerate(ranks):
+        for seed, pool in enumerate(pools.values()):
+            fill(pool, [1, 2, 3], 10 * rank + seed)
+        # Of what all ranks have the same of, the second one stores nothing.
+        assert backend.batch_set_v2(moved(pools, keys, [1, 2, 3])) == {name: [True] * 3 for name in pools}
+    assert ranks[1].batch_get_v2(moved(pools, keys, [4, 5, 6])) == {name: [True] * 3 for name in pools}
+    of_rank = {name: pages_of(pool, [1, 2, 3]) for name, pool in pools.items()}  # 1
+    assert pages_of(pools[PoolName.MAMBA], [4, 5, 6]) == of_rank[PoolName.MAMBA]
+    assert pages_of(pools[PoolName.DRAFT], [4, 5, 6]) == of_rank[PoolName.DRAFT]
+    assert pages_of(pools[PoolName.KV], [4, 5, 6]) != of_rank[PoolName.KV]
+    fill(pools[PoolName.KV], [1, 2, 3], 0)
+    assert pages_of(pools[PoolName.KV], [4, 5, 6]) == pages_of(pools[PoolName.KV], [1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        [{"tp_rank": rank, "tp_size": 2} for rank in (0, 1)],
+        [{"pp_rank": rank, "pp_size": 2} for rank in (0, 1)],
+        [{"attn_cp_rank": rank, "attn_cp_size": 2} for rank in (0, 1)],
+        [{"pp_rank": rank, "pp_size": 2, "is_mla_model": True} for rank in (0, 1)],
+        [{"tp_size": 1}, {"tp_size": 2}],
+    ],
+    ids=str,
+)
+def test_other_ranks_have_other_pages(ranks, url_of, backend_of):
+    url, pools, keys = url_of("shm"), {PoolName.KV: mha()}, hashes(2)
+    first, second = (backend_of(url, pools, **rank) for rank in ranks)
+    assert first.batch_set_v1(keys, slots(pools[PoolName.KV], [1, 2])) == [True, True]
+    assert (first.batch_exists(keys), second.batch_exists(keys)) == (2, 0)
+
+
+def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_path, monkeypatch):
+    url, keys = url_of("shm"), hashes(2)
+    pool = mha("page_first")
+    backend_of(url, {PoolName.KV: pool}).batch_set_v1(keys, slots(pool, [1, 2]))
+
+    def found(pools=None, name=PoolName.KV, **changes):
+        backend = backend_of(url, pools or {name: mha("page_first")}, **changes)
+        return backend.batch_exists_v2(keys, []).kv_hit_pages
+
+    assert found() == 2
+    assert found({PoolName.KV: mha("page_first_direct")}) == 0
+    assert found({PoolName.KV: mha("page_first", heads=1, width=32)}) == 2  # these bytes are as many: of another model
+    assert found(options={"weights": "others"}) == 0
+    for changes in (
+        {"dtype": "float16"},
+        {"kv_cache_dtype": "fp8_e5m2"},
+        {"quantization": "fp8"},
+        {"json_model_override_args": '{"rope_theta": 7}'},
+        {"speculative_algorithm": "EAGLE"},
+    ):
+        start(model, **changes)
+        assert found() == 0, changes
+    start(write_model(tmp_path / "another", rope_theta=5.0))
+    assert found() == 0
+    start(model)
+    monkeypatch.setenv("LMCACHE_MM_SECRET", "another secret, as long as that one")
+    assert found() == 0
+    monkeypatch.undo()
+
+
+def test_pools_share_no_pages(backend_of):
+    pools = {PoolName.KV: mha(), PoolName.DRAFT: mha()}
+    backend = backend_of("mem://?capacity=64MiB", pools)
+    keys = hashes(2)
+    backend.batch_set_v1(keys, slots(pools[PoolName.KV], [1, 2]))
+    assert backend.batch_get_v2([transfer(pools[PoolName.DRAFT], PoolName.DRAFT, keys, [1, 2])]) == {
+        PoolName.DRAFT: [False, False]
+    }
+
+
+def test_clearing_leaves_other_models_pages(url_of, backend_of):
+    url, pools, keys = url_of("shm"), {PoolName.KV: mha()}, hashes(2)
+    one, other = backend_of(url, pools), backend_of(url, pools, {"weights": "others"})
+    for backend in (one, other):
+        backend.batch_set_v1(keys, slots(pools[PoolName.KV], [1, 2]))
+    assert one.clear()
+    assert (one.batch_exists(keys), other.batch_exists(keys)) == (0, 2)
+
+
+# --- What goes wrong
+
+
+def write_until_killed(url, ready):
+    pools = {PoolName.KV: mha(pages=200, width=512)}
+    backend = HiCacheBackend(storage_config({"store": url}), {})
+    backend.register_mem_pool_host(pools[PoolName.KV])
+    for begin in itertools.count(0, 16):
+        fill(pools[PoolName.KV], range(1), begin)
+        pages = [(begin + i) % 199 for i in range(16)]
+        for i, page in enumerate(pages):
+            pools[PoolName.KV].kv_buffer[:, :, page * PAGE : (page + 1) * PAGE] = begin + i
+        ready.value = begin
+        backend.batch_set_v1(hashes(16, begin), slots(pools[PoolName.KV], pages))
+
+
+def test_what_a_killed_writer_stored_is_whole_or_a_miss(url_of, backend_of):
+    url = url_of("shm")
+    processes = multiprocessing.get_context("fork")
+    for kill in range(4):
+        begun = processes.Value("q", -1)
+        writer = processes.Process(target=write_until_killed, args=(url, begun), daemon=True)
+        writer.start()
+        until = time.monotonic() + 30
+        while begun.value < 32 + 7 * kill and time.monotonic() < until:
+            time.sleep(0.0005)
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.join()
+        assert begun.value >= 32
+        pool = mha(pages=64, width=512)
+        reader = backend_of(url, {PoolName.KV: pool})
+        there = 0
+        for number in range(begun.value + 16):
+            if reader.batch_get_v1(hashes(1, number), slots(pool, [3])) == [True]:
+                there += 1
+                page = pool.kv_buffer[:, :, 3 * PAGE : 4 * PAGE]
+                assert torch.equal(page, torch.full_like(page, number))
+        assert there >= 16
+        reader.close()
+
+
+@pytest.mark.parametrize("kind", ["shm", "file"])
+def test_a_damaged_page_is_a_miss(kind, url_of, backend_of):
+    url, pool, keys = url_of(kind), mha("page_first", width=128), hashes(4)
+    backend = backend_of(url, {PoolName.KV: pool})
+    fill(pool, [1, 2, 3, 4], 0)
+    assert backend.batch_set_v1(keys, slots(pool, [1, 2, 3, 4])) == [True] * 4
+    path = url.partition("://")[2].partition("?")[0]
+    directory = shm_directory(path.strip("/")) if kind == "shm" else path
+    with open(f"{directory}/slab", "r+b") as slab:
+        content = slab.read()
+        begin = content.index(pages_of(pool, [3])[0][:64])
+        slab.seek(begin + 5)
+        slab.write(bytes([content[begin + 5] ^ 1]))
+    if kind == "file":
+        os.sync()
+    assert backend.batch_get_v1(keys, slots(pool, [10, 11, 12, 13])) == [True, True, False, False]
+    assert pages_of(pool, [10, 11]) == pages_of(pool, [1, 2])
+    assert backend.batch_exists(keys) == 2  # it was removed
+    assert backend.batch_set_v1(keys, slots(pool, [1, 2, 3, 4])) == [True] * 4
+    assert backend.batch_get_v1(keys, slots(pool, [10, 11, 12, 13])) == [True] * 4
+    assert pages_of(pool, [10, 11, 12, 13]) == pages_of(pool, [1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("kind", ["mha page_first", "side states"])
+def test_a_store_that_hangs_costs_its_time_once(kind, backend_of, monkeypatch):
+    pools = POOLS[kind]()
+    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 0.2})
+    keys, name = hashes(2), list(pools)[-1]
+    pool = pools[name]
+    assert backend.batch_set_v2([transfer(pool, name, keys, [1, 2])]) == {name: [True, True]}
+    goes_on, calls = threading.Event(), []
+    get_into = backend._store.get_into
+
+    def hang(*arguments):
+        calls.append(arguments)
+        goes_on.wait(30)
+        return get_into(*arguments)
+
+    monkeypatch.setattr(backend._store, "get_into", hang)
+    fill(pool, [5, 6], 9)
+    before, begun = pages_of(pool, [5, 6]), time.monotonic()
+    assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [False, False]}
+    assert 0.2 <= time.monotonic() - begun < 2
+    begun = time.monotonic()
+    assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [False, False]}
+    assert backend.batch_exists(keys) == 0
+    assert backend.batch_set_v2([transfer(pool, name, keys, [1, 2])]) == {name: [False, False]}
+    assert time.monotonic() - begun < 0.1
+    assert len(calls) == 1
+    goes_on.set()
+    time.sleep(0.1)
+    assert pages_of(pool, [5, 6]) == before  # which are another request's by now
+    counts = backend.stats()
+    assert (counts["failed_loads"], counts["failed_lookups"], counts["failed_stores"]) == (2, 1, 1)
+    monkeypatch.undo()
+    backend._breaker._open_until = 0.0
+    assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [True, True]}
+
+
+def test_a_store_that_raises_is_left_alone(backend_of, monkeypatch):
+    pool = mha()
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool})
+
+    def fail(*_):
+        raise OSError("no")
+
+    for method in ("contains", "get_into", "put", "forget", "moment"):
+        monkeypatch.setattr(backend._store, method, fail)
+    assert backend.batch_exists(hashes(2)) == 0
+    assert backend._breaker.open
+    for call in (backend.batch_get_v1, backend.batch_set_v1):
+        backend._breaker._open_until = 0.0
+        assert call(hashes(2), slots(pool, [1, 2])) == [False, False]
+        assert backend._breaker.open
+    backend._breaker._open_until = 0.0
+    assert not backend.set("a", torch.zeros(4))
+    assert not backend.clear()
+
+
+def test_a_full_store_says_so(backend_of):
+    pool = mha("page_first", pages=64, width=128)
+    backend = backend_of(f"mem://?capacity={4 * pool.page_size * pool.size_per_token}", {PoolName.KV: pool})
+    assert backend.batch_set_v1(hashes(3), slots(pool, [1, 2, 3])) == [True] * 3
+    # More than fit at once: what was evicted for others is not there.
+    assert backend.batch_set_v1(hashes(6, 10), slots(pool, range(1, 7))).count(True) == 4
+    with pytest.raises(ValueError, match="capacity of at least a page's"):
+        backend_of("mem://?capacity=1KiB", {PoolName.KV: pool})
+
+
+def test_metrics_say_pages_and_speeds_once(backend_of):
+    pool = mha()
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool})
+    keys = hashes(3)
+    backend.batch_set_v1(keys, slots(pool, [1, 2, 3]))
+    backend.batch_get_v1([*keys, "none"], slots(pool, [4, 5, 6, 7]))
+    metrics = backend.get_stats()
+    assert (metrics.backup_pgs, metrics.prefetch_pgs) == ([3], [3])
+    assert len(metrics.backup_bandwidth) == len(metrics.prefetch_bandwidth) == 1
+    assert min(*metrics.backup_bandwidth, *metrics.prefetch_bandwidth) > 0
+    assert backend.get_stats().backup_pgs == []
+    assert {"loaded_pages": 3, "stored_pages": 3, "failed_loads": 0}.items() <= backend.stats().items()
+    assert backend.stats()["store.puts"] == 3
+
+
+# --- Options
+
+
+def test_sglangs_factory_makes_it(url_of, backend_of):
+    extra = {
+        "backend_name": "lmcache_mm",
+        "module_path": "lmcache_mm.sglang",
+        "class_name": "HiCacheBackend",
+        "store": "mem://?capacity=1MiB",
+    }
+    backend = StorageBackendFactory.create_backend("dynamic", storage_config(extra), mha())
+    assert isinstance(backend, HiCacheBackend)
+    assert extra["interface_v1"] == 1  # by which SGLang tells addresses
+    backend.close()
+    backend.close()
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({}, 'the option "store" is missing'),
+        ({"store": "mem://?capacity=1MiB", "stor": 1}, "unknown option 'stor'; the options are store, weights"),
+        ({"store": []}, "store: expected a URL such as"),
+        ({"store": "mem://?capacity=1MiB", "timeout_s": 0}, "timeout_s: expected a number above 0"),
+        ({"store": "mem://?capacity=1MiB", "weights": ""}, "weights: expected a name"),
+        ({"store": "mem://?capacity=1MiB", "identifiers": "verify"}, 'identifiers: expected "trust"'),
+        ({"store": "redis://host:1"}, "valkey://HOST:PORT"),
+    ],
+)
+def test_wrong_options_are_named(extra, message):
+    with pytest.raises(ValueError, match=message):
+        HiCacheBackend(storage_config(extra), {})
+
+
+def test_weights_without_a_name_are_refused(tmp_path):
+    folder = write_model(tmp_path / "nameless")
+    (folder / "model.safetensors").unlink()
+    start(folder)
+    with pytest.raises(ValueError, match="neither files nor a commit identify the weights"):
+        HiCacheBackend(storage_config({"store": "mem://?capacity=1MiB"}), {})
