@@ -83,12 +83,12 @@ def test_doctor_tells_what_is_there_and_what_is_wrong(capsys, monkeypatch):
 def test_doctor_tells_a_driver_that_is_too_old_from_none(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DRIVER", tmp_path)
     monkeypatch.setattr(doctor._C, "cuda_version", "13.0")
-    for why, mend in (("cudaErrorInsufficientDriver: too old", "a driver of CUDA 13"), ("cudaErrorNoDevice: none", "")):
+    for why, fix in (("cudaErrorInsufficientDriver: too old", "a driver of CUDA 13"), ("cudaErrorNoDevice: none", "")):
         monkeypatch.setattr(doctor._C, "cuda_devices", lambda why=why: (0, why), raising=False)
         (finding,) = doctor._gpu()
         assert why in finding.text
-        assert finding.mend.startswith(mend)
-        assert bool(finding.mend) == bool(mend)
+        assert finding.fix.startswith(fix)
+        assert bool(finding.fix) == bool(fix)
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
     (finding,) = doctor._gpu()
     assert finding == ("gpu", "none can be used: there is no NVIDIA driver", "")

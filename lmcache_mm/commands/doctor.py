@@ -24,7 +24,7 @@ DRIVER = Path("/proc/driver/nvidia")
 class Finding(NamedTuple):
     topic: str
     text: str
-    mend: str = ""  # what to do; empty if nothing is wrong
+    fix: str = ""  # what to do; empty if nothing is wrong
 
 
 def findings() -> Iterator[Finding]:
@@ -40,15 +40,15 @@ def findings() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     if not _C.cuda_version:
         if torch.cuda.is_available():
-            mend = "LMCACHE_MM_CUDA=ON pip install --force-reinstall --no-deps ., with nvcc on the PATH"
-            yield Finding("gpu", f"{torch.cuda.get_device_name()}, which this build cannot use", mend)
+            fix = "LMCACHE_MM_CUDA=ON pip install --force-reinstall --no-deps ., with nvcc on the PATH"
+            yield Finding("gpu", f"{torch.cuda.get_device_name()}, which this build cannot use", fix)
         return
     count, why = _C.cuda_devices()
     if not count:
         major = _C.cuda_version.split(".")[0]
         too_old = DRIVER.exists() and "InsufficientDriver" in why
-        mend = f"a driver of CUDA {major} or newer, or a build by an older nvcc" if too_old else ""
-        yield Finding("gpu", f"none can be used: {why if DRIVER.exists() else 'there is no NVIDIA driver'}", mend)
+        fix = f"a driver of CUDA {major} or newer, or a build by an older nvcc" if too_old else ""
+        yield Finding("gpu", f"none can be used: {why if DRIVER.exists() else 'there is no NVIDIA driver'}", fix)
         return
     if not torch.cuda.is_available():
         yield Finding("gpu", f"{count}, which torch {torch.__version__} cannot use", "a torch with CUDA")
@@ -58,9 +58,9 @@ def _gpu() -> Iterator[Finding]:
         where = f"{properties.name}, sm_{properties.major}{properties.minor}, {_size(properties.total_memory)}"
         failed = _try_gpu(torch.device("cuda", index))
         known = f"{properties.major}{properties.minor}" in _C.cuda_archs.replace(".", "")
-        mend = f"LMCACHE_MM_CUDA_ARCHS={properties.major}{properties.minor} pip install --force-reinstall --no-deps ."
+        fix = f"LMCACHE_MM_CUDA_ARCHS={properties.major}{properties.minor} pip install --force-reinstall --no-deps ."
         if failed:
-            yield Finding(f"gpu {index}", f"{where}: a launch fails: {failed}", mend)
+            yield Finding(f"gpu {index}", f"{where}: a launch fails: {failed}", fix)
         else:
             note = "" if known else ", by code compiled at its first use"
             yield Finding(f"gpu {index}", f"{where}: kernels run{note}")
@@ -84,20 +84,20 @@ def _limits() -> Iterator[Finding]:
     shm = Path("/dev/shm")
     if shm.is_dir():
         free = os.statvfs(shm).f_bavail * os.statvfs(shm).f_frsize
-        mend = (
+        fix = (
             "a larger /dev/shm (mount -o remount,size=..., or docker run --shm-size=...)" if free < LEAST_BYTES else ""
         )
-        yield Finding("shared memory", f"{_size(free)} free, for shm: stores", mend)
+        yield Finding("shared memory", f"{_size(free)} free, for shm: stores", fix)
     else:
         yield Finding("shared memory", "there is no /dev/shm", "file: stores, or a Linux with /dev/shm")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     text = "no limit" if locked == resource.RLIM_INFINITY else _size(locked)
     small = locked != resource.RLIM_INFINITY and locked < LEAST_BYTES
     needs = bool(_C.cuda_version) and _C.cuda_devices()[0] > 0
-    mend = (
+    fix = (
         "ulimit -l unlimited (docker run --ulimit memlock=-1), else transfers may be slower" if small and needs else ""
     )
-    yield Finding("locked memory", text, mend)
+    yield Finding("locked memory", text, fix)
 
 
 def _speeds() -> Iterator[Finding]:
@@ -136,7 +136,7 @@ def run() -> int:
     status = 0
     for finding in findings():
         print(f"{finding.topic:14} {finding.text}", flush=True)
-        if finding.mend:
+        if finding.fix:
             status = 1
-            print(f"{'':14} -> {finding.mend}", flush=True)
+            print(f"{'':14} -> {finding.fix}", flush=True)
     return status

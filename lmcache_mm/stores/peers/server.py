@@ -198,7 +198,7 @@ class Server:
             sock.close()
 
     def _answers(self, kind: int) -> Callable[[Channel, bytes], int]:
-        """What answers such a request, and returns the bytes of the payloads."""
+        """The method that answers this kind of request and returns the bytes of its payloads."""
         if kind == LOOK:
             return self._look
         if kind == GET:
