@@ -10,6 +10,9 @@
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
 #   make bench-sglang  the backend for SGLang beside SGLang's own
 #   make docs     the pages in build/site
+#   make wheel    wheels in dist/ for Linux with glibc 2.28 or newer, for each of $PYTHONS that is here (default python3.11
+#                 to python3.14): built from the sdist, checked by auditwheel, loaded in an empty environment
+#   make test-wheel  the wheel of $PYTHON beside each of $TORCHS (default torch 2.6 and the newest): examples and tests
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
 
@@ -26,7 +29,7 @@ STOPS ?= 10000
 FUZZ_S ?= 600
 RESULTS ?= benchmarks/results/latest.json
 
-.PHONY: demo test test-vllm-all test-sglang mutations soak fuzz bench bench-sglang docs lint format clean
+.PHONY: demo test test-vllm-all test-sglang mutations soak fuzz bench bench-sglang docs wheel test-wheel lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -66,6 +69,12 @@ bench-sglang: $(VENV)/built $(VENV)-sglang/ready
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict
+
+wheel:
+	scripts/wheels.sh
+
+test-wheel:
+	PYTHON=$(PYTHON) scripts/try_wheel.sh
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
@@ -112,4 +121,4 @@ $(VENV)/built: $(VENV)/dependencies setup.py CMakeLists.txt $(CSRC)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-sglang build *.egg-info lmcache_mm/*.so
+	rm -rf $(VENV) $(VENV)-sglang build dist *.egg-info lmcache_mm/*.so

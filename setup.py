@@ -85,7 +85,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    version=f"{VERSION}+{LABEL}",
+    version=VERSION if "sdist" in sys.argv else f"{VERSION}+{LABEL}",  # sources may be built for anything
     ext_modules=[Extension("lmcache_mm._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

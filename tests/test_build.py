@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,19 @@ def test_a_build_goes_on_where_the_one_before_had_a_ninja_that_is_gone(tmp_path)
         environment = {**os.environ, "PATH": path, "LMCACHE_MM_CUDA": "OFF"}
         subprocess.run([sys.executable, "setup.py", "build_ext"], cwd=clone, check=True, env=environment)
         shutil.rmtree(folder)
+
+
+def test_the_sources_that_are_packed_can_be_built_from(tmp_path):
+    for part in ("csrc", "lmcache_mm"):
+        shutil.copytree(ROOT / part, tmp_path / "clone" / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for file in ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path / "clone")
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=tmp_path / "clone", check=True, capture_output=True)
+    with tarfile.open(tmp_path / f"lmcache_mm-{lmc.__version__.partition('+')[0]}.tar.gz") as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir()}
+    assert {*sources, "CMakeLists.txt", "lmcache_mm/_C.pyi", "lmcache_mm/py.typed"} <= names
 
 
 def test_a_clone_that_hides_the_installation_says_what_to_do(tmp_path):
