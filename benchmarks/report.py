@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,9 @@ def draw_gpu(lines: list[dict[str, Any]]) -> None:
     figure.savefig(GPU_PLOT, metadata={"Date": None})
 
 
+OURS, OURS_TOO, RIVAL = "tab:blue", "lightskyblue", "darkgrey"  # in all plots
+
+
 def new_figure(title: str) -> Any:
     import matplotlib  # noqa: PLC0415
 
@@ -281,37 +285,37 @@ def new_figure(title: str) -> Any:
 
 
 def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
-    """Keys by prompt length, and copies within memory by page length, as shares of memcpy's speed."""
+    """The keys of one prompt, and copies within memory by the page's size, each beside its rivals."""
     figure, (left, right) = new_figure(f"Medians on {place}")
-    lines: dict[str, list[tuple[int, float]]] = {}
+    times: dict[str, float] = {}
     for one in benchmarks:
         facts = one["extra_info"]
-        if (
-            one["name"].startswith("test_keys")
-            and facts["simd"] != "portable"
-            and facts["cuts"] == facts["tokens"] // 256
-        ):
-            lines.setdefault(f"ours, {facts['simd']}", []).append((facts["tokens"], one["stats"]["median"]))
+        if one["name"].startswith("test_keys") and (facts["tokens"], facts["cuts"]) == (16384, 64):
+            times[f"ours, {facts['simd']}"] = one["stats"]["median"]
             for name, time in facts["peers_s"].items():
-                lines.setdefault(name, []).append((facts["tokens"], time))
-    for name, points in lines.items():
-        left.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds", title="prefix keys, one core")
-    lines = {}
+                times[name] = min(time, times.get(name, time))
+    times = dict(sorted(times.items(), key=lambda item: (not item[0].startswith("ours"), item[1])))
+    colors = [OURS if name.startswith("ours") else RIVAL for name in times]
+    bars = left.barh([textwrap.fill(name, 22) for name in times], [1e3 * time for time in times.values()], color=colors)
+    left.bar_label(bars, [seconds(time) for time in times.values()], padding=3, fontsize=8)
+    left.invert_yaxis()
+    left.margins(x=0.15)
+    left.set(xlabel="ms, one core", title="keys of a prompt of 16,384 tokens, 64 cuts")
+    lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for one in benchmarks:
         facts = one["extra_info"]
         if "page_bytes" in facts and facts["threads"] == 1:
-            name = f"{facts['direction']}{', checksum' * facts['checksum']}"
             share = facts["peers_s"]["memcpy"] / one["stats"]["median"]
-            lines.setdefault(name, []).append((facts["page_bytes"], share))
-    for name, points in lines.items():
-        right.plot(*zip(*sorted(points), strict=True), marker="o", label=name)
-    right.axhline(1, color="grey", linewidth=1, label="memcpy of the same bytes")
-    right.set(xscale="log", ylim=(0, None), xlabel="bytes of a page", ylabel="speed, memcpy's being 1")
+            lines.setdefault((facts["direction"], facts["checksum"]), []).append((facts["page_bytes"], share))
+    for (direction, checksum), points in lines.items():
+        style = {"color": OURS if direction == "gather" else OURS_TOO, "linestyle": "--" if checksum else "-"}
+        name = f"ours: {direction}{', checksum' * checksum}"
+        right.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
+    right.axhline(1, color=RIVAL, label="memcpy of the same bytes")
+    right.set(xscale="log", ylim=(0, None), xlabel="bytes per page", ylabel="speed as a share of memcpy's")
     right.set_title("copies of shuffled pages, one thread")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    right.grid(alpha=0.3)
+    right.legend(fontsize=7)
     figure.savefig(PLOT, metadata={"Date": None})
 
 

@@ -26,8 +26,8 @@ def test_an_example_runs_and_prints_what_it_says(code, tmp_path):
 
 
 def test_there_are_examples_of_both_kinds():
-    assert {name for name, _ in WITHOUT_VLLM} == {"README.md"}
-    assert {name for name, _ in EXAMPLES} == {"README.md", "vllm.md"}
+    assert {name for name, _ in WITHOUT_VLLM} == {"README.md", "chunks.md"}
+    assert {name for name, _ in EXAMPLES} == {"README.md", "chunks.md", "vllm.md"}
 
 
 def test_links_to_files_lead_somewhere():
