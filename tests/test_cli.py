@@ -1,5 +1,7 @@
 """lmcache-mm stat, clear and doctor."""
 
+import os
+import re
 import subprocess
 import sys
 import uuid
@@ -110,3 +112,12 @@ def test_a_reader_that_has_seen_enough_is_no_error():
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("build")
     assert done.stderr == ""
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    pytest.importorskip("argcomplete")
+    for line, wanted in (("lmcache-mm se", {"serve"}), ("lmcache-mm serve --me", {"--metrics"})):
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9"}
+        asked |= {"_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out"), "IFS": "\n"}
+        subprocess.run([sys.executable, "-m", "lmcache_mm"], check=True, env=os.environ | asked)
+        assert {one.strip() for one in re.split(r"[\s\v]+", (tmp_path / "out").read_text()) if one.strip()} == wanted
