@@ -149,6 +149,30 @@ def test_blocks_are_told_as_vllms_own_pool_tells_them(told, routers):
     assert extra_keys[:2] == [["adapter", "salt"], ["adapter", ["one", 4]]]
 
 
+def test_of_states_the_block_that_ends_there_is_told_and_only_where_there_is_one(events, store):
+    options = importlib.import_module("lmcache_mm.vllm.options")
+    groups = [
+        options.Group(0, 0, ["state"], PAGE, None, "state", "mamba", states=True),
+        options.Group(1, 256, ["attention"], PAGE, None, "float32", "full_attention"),
+    ]
+    places = [(0, 0), (256, 0)]
+    told = Told(events, store, groups, places=places)
+    asked, of = request(), records(32, 64)
+    put(store, *of, places=places)
+    told.events.expect(asked, of, found=True, states={64})
+    told_of = told.taken()
+    attention, state = ([e for e in told_of if e["group_idx"] == table] for table in (1, 0))
+    blocks = [block for event in attention for block in event["block_hashes"]]
+    assert len(blocks) == 4
+    assert [(e["block_hashes"], e["parent_block_hash"], e["kv_cache_spec_kind"]) for e in state] == [
+        (blocks[3:], blocks[2], "mamba")
+    ]
+    store.delete(keys(of[1], places[:1]))
+    (removed,) = told.looked()
+    told.events.close()
+    assert (removed["block_hashes"], removed["group_idx"]) == (blocks[3:], 0)
+
+
 def test_hashes_of_finer_blocks_make_those_of_a_groups_pages(events, store, routers):
     told = Told(events, store, hash_tokens=8)
     asked, of = request(hash_tokens=8), records(32, 64)

@@ -136,7 +136,7 @@ class Engine:
         self.state_table = len(self.pages) - 1
         self.saved: set[bytes] = set()  # keys of records
         self.ends: dict[bytes, int] = {}  # of prefixes
-        self.loaded_tokens = 0
+        self.loaded_tokens = self.failed_loads = 0
 
     def close(self) -> None:
         self.worker.shutdown()
@@ -183,6 +183,7 @@ class Engine:
                 sampled.append([])
         self.worker.wait_for_save()
         told = self.worker.get_transfer_results(set(step.finished_req_ids))
+        self.failed_loads += len(told.failed_recving)
         output = self.outputs.KVConnectorOutput(
             finished_recving=told.finished_recving or None,
             failed_recving=told.failed_recving,
@@ -300,6 +301,7 @@ def test_states_are_kept_where_prompts_end_and_where_they_part(engine):
     assert ends_of(one, 200, 60) == (0, {192, 256})  # in one that parts from it, at the chunk before
     assert ends_of(one, 200, 61) == (256, set())
     assert ends_of(one, 210, 61) == (192, {256})
+    assert one.failed_loads == 0
 
 
 def test_a_state_is_kept_where_the_last_item_ends(engine):
@@ -345,15 +347,17 @@ def test_a_record_that_is_lost_between_match_and_load_costs_the_hit(engine, url,
     assert ends_of(one) == (288, set())
 
 
-def test_a_load_without_a_page_for_the_state_fails(engine):
+@pytest.mark.parametrize("tokens_less", [BLOCK, BLOCK // 2])
+def test_a_load_without_a_page_for_the_state_fails(engine, tokens_less):
     """As if vLLM took less of a hit than it was told of."""
-    one = engine("small states")
-    ends_of(one)
+    one = engine("small states", {"state_tokens": 64})
+    assert ends_of(one) == (0, {64, 128, 192, 256, 288})
     scheduler = one.scheduler.connector._scheduler
     plan_load = scheduler.plan_load
 
     def less(request: Any, tables: Any, tokens: int) -> None:
-        plan_load(request, tables, tokens - BLOCK)
+        plan_load(request, tables, tokens - tokens_less)
 
     scheduler.plan_load = less
     assert ends_of(one)[0] == 0
+    assert one.failed_loads == 1
