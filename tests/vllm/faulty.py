@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from vllm.distributed.kv_transfer import get_kv_transfer_group
 
 from lmcache_mm.encoder_cache import DESCRIPTION_BYTES
 from lmcache_mm.transfer import Transfer
+from lmcache_mm.vllm.options import GROUPS_OF_TABLE
 
 gate = threading.Event()  # hanging calls continue when it is set
 SLOTS = ("lend", "reserve", "view", "publish", "release", "discard", "abandon", "register")
@@ -62,6 +63,18 @@ class Loses(_Store):
     def get_into(self, keys: Any, *_: Any) -> list[bool]:
         self.store.delete(keys)
         return [False] * len(keys)
+
+
+def loses_groups(tables: Collection[int]) -> type[_Store]:
+    """A store that has lost, when it is read, what belongs to these of vLLM's KV cache groups."""
+
+    class LosesGroups(_Store):
+        def get_into(self, keys: Any, *arguments: Any) -> list[bool]:
+            lost = [int.from_bytes(key[32:34], "little") // GROUPS_OF_TABLE in tables for key in keys]
+            found = self.store.get_into(keys, *arguments)
+            return [there and not gone for there, gone in zip(found, lost, strict=True)]
+
+    return LosesGroups
 
 
 class Corrupts(_Store):

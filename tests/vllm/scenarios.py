@@ -27,7 +27,18 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import PoolerConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -538,6 +549,98 @@ def sliding_windows() -> dict[str, Any]:
             seen["first"] = ask(llm, *prompts)
         with engine(url, model="swa", extra={"opaque_tails": True}, max_num_batched_tokens=64) as llm:
             seen["second"] = ask(llm, *prompts)
+    return seen
+
+
+def numbers(seed: int, count: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 250, count).tolist()
+
+
+def states(model: str) -> dict[str, Any]:
+    """A model of attention and of layers that keep a state, with vLLM's own cache emptied before each prompt."""
+    if model in ("granite", "falcon"):
+        # The CPU's kernel for Mamba2 does not return the states that a step passes on its way; vLLM then ends steps
+        # where it needs states.
+        from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2  # noqa: PLC0415
+
+        del MambaMixer2.get_kv_cache_spec
+    settings: dict[str, Any] = {
+        "model": model,
+        "dtype": "bfloat16" if model == "qwen3next" else "float32",
+        "block_size": 32 if model == "lfm2" else None,
+        "num_gpu_blocks_override": 128,
+        "max_num_batched_tokens": 256,
+        "enable_prefix_caching": True,
+    }
+    base = numbers(0, 640)
+    prompts = {
+        "600": base[:600],
+        "600 again": base[:600],
+        "goes on": base[:600] + numbers(1, 200),
+        "640": base,
+        "640 again": base,
+        "parts at 500": base[:500] + numbers(2, 150),
+        "parts there too": base[:500] + numbers(3, 150),
+    }
+
+    def ask_afresh(llm: LLM) -> dict[str, dict[str, Any]]:
+        rows = {}
+        for name, ids in prompts.items():
+            llm.reset_prefix_cache()
+            rows[name] = measure(llm, ids)
+        return rows
+
+    def measure(llm: LLM, ids: list[int], answer: int = 12) -> dict[str, Any]:
+        sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=3)
+        (one,) = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        steps = one.outputs[0].logprobs or ()
+        return {**row_of(one), "logprobs": [sorted((t, p.logprob) for t, p in step.items()) for step in steps]}
+
+    def engine_of(url: str | None = None, **more: Any):
+        return engine(url, **{key: value for key, value in (settings | more).items() if value is not None})
+
+    seen: dict[str, Any] = {}
+    with engine_of() as llm:
+        seen["block"] = llm.llm_engine.vllm_config.cache_config.block_size
+        seen["expected"] = ask_afresh(llm)
+        llm.reset_prefix_cache()
+        seen["by vLLM's own cache"] = [measure(llm, base[:600]), measure(llm, base[:600])]
+    with engine_of(max_num_batched_tokens=512) as llm:
+        seen["other steps"] = ask_afresh(llm)
+    with store("256MiB") as url:
+        with engine_of(url) as llm:
+            seen["first"] = ask_afresh(llm)
+            tables = set(llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler._states)
+            llm.reset_prefix_cache()
+            before = counts(llm)
+            with faulty.misbehaving(llm, faulty.loses_groups(tables)):
+                seen["states lost"] = measure(llm, base[:600])
+            seen["states lost counts"] = {name: value - before[name] for name, value in counts(llm).items()}
+        with engine_of(url, max_num_batched_tokens=512) as llm:
+            seen["second"] = ask_afresh(llm)
+            llm.reset_prefix_cache()
+            if model != "lfm2":  # whose answers on the CPU depend on what else is in a batch, without us too
+                seen["at once"] = ask_at_once(llm, [{"prompt_token_ids": ids} for ids in prompts.values()])
+    many = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
+    with store("256MiB") as url:
+        generated = {"state_tokens": 256, "store_generated": True}
+        with engine_of(url, extra=generated) as llm:
+            (seen["long answer"],) = ask(llm, {"prompt_token_ids": base}, sampling=many)
+            llm.reset_prefix_cache()
+            turns = base + seen["long answer"]["answer"]
+            seen["every 256"] = ask(llm, {"prompt_token_ids": base[:550] + numbers(5, 50)})
+            llm.reset_prefix_cache()
+            seen["goes on from the answer"] = ask(llm, {"prompt_token_ids": turns})
+    if model == "qwen3next":
+        long = [{"prompt_token_ids": numbers(10 + i, 250)} for i in range(5)]
+        with engine_of() as llm:
+            seen["expected long"] = [measure(llm, one["prompt_token_ids"], 150) for one in long]
+        with store("256MiB") as url, engine_of(url, num_gpu_blocks_override=18, max_model_len=448) as llm:
+            blocks = free_blocks(llm)
+            seen["preempted"] = ask_at_once(llm, long, many) + ask_at_once(llm, long, many)
+            seen["preempted blocks"] = [blocks, free_blocks(llm)]
+            seen["preemptions"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+            seen["preempted counts"] = counts(llm)
     return seen
 
 
@@ -1143,7 +1246,75 @@ def make_models() -> dict[str, Any]:
                 weight.fill_(2.0)
     model.save_pretrained(FOLDER / "swa")
     processor.tokenizer.save_pretrained(FOLDER / "swa")
+    common = {"vocab_size": 320, **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)}
+    common |= {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "tie_word_embeddings": False}
+    for name, hybrid in hybrids(common).items():
+        hybrid.float().eval()
+        with torch.no_grad():
+            for key, weight in hybrid.named_parameters():
+                if weight.ndim == 2:
+                    weight.normal_(0, 0.05 if "embed" in key else 2.0 * weight.shape[1] ** -0.5)
+        hybrid.save_pretrained(FOLDER / name)
+        processor.tokenizer.save_pretrained(FOLDER / name)
     return {}
+
+
+def hybrids(common: dict[str, Any]) -> dict[str, Any]:
+    """Models whose layers keep a state beside attention: of short convolutions, of Gated DeltaNet, of Mamba2."""
+    conv = {"block_auto_adjust_ff_dim": False, "block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0}
+    conv |= {"conv_dim": 64, "block_dim": 64}  # as vLLM names them
+    linear = {"linear_num_value_heads": 1, "linear_num_key_heads": 1}
+    linear |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    mamba = {"mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_head": 32}
+    return {
+        "lfm2": Lfm2ForCausalLM(
+            Lfm2Config(
+                **common,
+                **conv,
+                num_hidden_layers=4,
+                num_key_value_heads=1,
+                layer_types=["conv", "full_attention"] * 2,
+            )
+        ),
+        "qwen3next": Qwen3NextForCausalLM(
+            Qwen3NextConfig(
+                **common,
+                **linear,
+                **experts,
+                num_hidden_layers=4,
+                num_key_value_heads=2,
+                head_dim=256,
+                shared_expert_intermediate_size=64,
+                layer_types=["linear_attention", "full_attention"] * 2,
+            )
+        ),
+        "granite": GraniteMoeHybridForCausalLM(
+            GraniteMoeHybridConfig(
+                **common,
+                **mamba,
+                num_hidden_layers=4,
+                num_key_value_heads=1,
+                mamba_n_heads=4,
+                mamba_expand=2,
+                num_local_experts=2,
+                num_experts_per_tok=1,
+                shared_intermediate_size=64,
+                layer_types=["mamba", "attention"] * 2,
+            )
+        ),
+        "falcon": FalconH1ForCausalLM(
+            FalconH1Config(
+                **common,
+                **mamba,
+                num_hidden_layers=2,
+                num_key_value_heads=1,
+                head_dim=32,
+                mamba_d_ssm=64,
+                mamba_n_heads=2,
+            )
+        ),
+    }
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -1160,6 +1331,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         odd_requests,
         pooling,
         sliding_windows,
+        states,
         share,
         evicting,
         first_host,
