@@ -186,10 +186,14 @@ class HiCacheBackend(HiCacheStorage):
         return PoolTransferResult(max(restorable, default=0), hits, sorted(restorable))
 
     def _keys(self, name: str, hashes: Sequence[str]) -> list[list[bytes]]:
-        """Of each page of a pool the keys of its records; ValueError for a pool that was not registered."""
+        """Of each page of a pool the keys of its records."""
+        return self._pages(name).keys(hashes)
+
+    def _pages(self, name: str) -> Pages:
+        """ValueError for a pool that was not registered."""
         if name not in self._pools:
             raise ValueError(f"pool: expected one of {', '.join(self._pools)}, got {name}")
-        return self._pools[name].keys(hashes)
+        return self._pools[name]
 
     def _contains(self, records: Sequence[Sequence[bytes]]) -> list[bool]:
         """Of pages, each of so many records, which are there; none where the store does not answer."""
@@ -240,7 +244,7 @@ class HiCacheBackend(HiCacheStorage):
         return {t.name: move(PoolName(t.name).value, t.keys or [], t.host_indices) for t in transfers}
 
     def _load(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
-        pages = self._pools[name]
+        pages = self._pages(name)
         places = self._places(name, pages, keys, host_indices)
         if places is None:
             return [False] * len(keys)
@@ -251,7 +255,7 @@ class HiCacheBackend(HiCacheStorage):
         return [i < loaded for i in range(len(keys))]
 
     def _save(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
-        pages = self._pools[name]
+        pages = self._pages(name)
         if not self._writes(name):
             return [True] * len(keys)
         places = self._places(name, pages, keys, host_indices)

@@ -31,7 +31,7 @@ from hosts import (
     write_model,
 )
 from lmcache_mm.sglang import HiCacheBackend
-from lmcache_mm.sglang.pools import AddressedPages, FlatPages
+from lmcache_mm.sglang.pools import AddressedPages, FlatPages, layouts_of
 from lmcache_mm.stores.local.slab_files import shm_directory
 
 
@@ -145,6 +145,15 @@ def test_a_hit_policy_that_file_does_not_know_is_refused(backend_of):
         backend.batch_exists_v2(hashes(1), asked)
 
 
+def test_a_pool_that_was_not_registered_is_refused(backend_of):
+    pool = mha()
+    backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: pool})
+    other = [transfer(pool, PoolName.SWA, hashes(1), [1])]
+    for call in (backend.batch_get_v2, backend.batch_set_v2, lambda asked: backend.batch_exists_v2([], asked)):
+        with pytest.raises(ValueError, match="pool: expected one of kv, got swa"):
+            call(other)
+
+
 def test_pages_are_read_and_written_in_place_where_sglang_says_where_they_are(backend_of):
     pools = {PoolName.KV: mha("layer_first"), PoolName.MAMBA: mamba(), PoolName.SWA: mha("page_first")}
     backend = backend_of("mem://?capacity=64MiB", pools)
@@ -153,6 +162,25 @@ def test_pages_are_read_and_written_in_place_where_sglang_says_where_they_are(ba
     assert [len(backend._pools[name.value].keys(["a"])[0]) for name in pools] == [1, 3, 1]
     backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: mha(), PoolName.MAMBA: mamba(side_states=True)})
     assert isinstance(backend._pools["mamba"], FlatPages)
+
+
+def test_pages_that_move_or_do_not_lie_evenly_are_not_taken_by_address(monkeypatch):
+    pool = mha("page_first")
+    assert layouts_of(pool, "pool")
+    whole = pool.get_page_buffer_meta
+
+    def uneven(indices, page):
+        begins, sizes = whole(indices)
+        return [begin + 64 * (int(indices[0]) == page * PAGE) for begin in begins], sizes
+
+    for page in (1, 31):  # the second, the last
+        monkeypatch.setattr(pool, "get_page_buffer_meta", lambda indices, page=page: uneven(indices, page))
+        assert not layouts_of(pool, "pool")
+    monkeypatch.setattr(pool, "get_page_buffer_meta", lambda indices: ([0], [64]))  # one on top of the other
+    assert not layouts_of(pool, "pool")
+    monkeypatch.undo()
+    monkeypatch.setattr(pool, "shared_allocation_domain", object())
+    assert not layouts_of(pool, "pool")
 
 
 def test_slots_of_another_number_are_no_pages(backend_of):
