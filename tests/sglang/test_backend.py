@@ -44,7 +44,8 @@ def moved(pools, keys, pages):
 
 
 @pytest.mark.parametrize("kind", POOLS)
-def test_what_is_stored_and_read_is_what_file_stores_and_reads(kind, url_of, backend_of, peer_of):
+def test_what_is_stored_and_read_is_what_file_stores_and_reads(kind, url_of, backend_of, peer_of, monkeypatch):
+    monkeypatch.setattr("lmcache_mm.sglang.pools.STEP_BYTES", 1)  # one page after the other
     pools = POOLS[kind]()
     ours, peer = backend_of(url_of("shm"), pools), peer_of(pools)
     keys, stored, into = hashes(6), [1, 2, 3, 5, 8, 13], [20, 21, 22, 23, 24, 25]
@@ -77,8 +78,7 @@ def test_on_every_store_pages_come_back(kind, url_of, backend_of):
     url = url_of(kind)
     pools = POOLS["states"]()
     first = backend_of(url, pools)
-    keys, stored, into = hashes(20, start=hash(kind) % 1000 * 1000), range(1, 9), range(10, 18)
-    keys = keys[:8]
+    keys, stored, into = hashes(8), range(1, 9), range(10, 18)
     first.clear()
     for seed, pool in enumerate(pools.values()):
         fill(pool, stored, seed)
@@ -201,6 +201,8 @@ def test_with_mla_one_rank_writes_for_all(url_of, backend_of):
     pools = {PoolName.KV: mla(), PoolName.MAMBA: mamba(), PoolName.DRAFT: mha()}
     ranks = [backend_of(url, pools, is_mla_model=True, tp_size=2, tp_rank=rank) for rank in (0, 1)]
     keys = hashes(3)
+    assert ranks[1].batch_set_v1(keys, slots(pools[PoolName.KV], [1, 2, 3])) == [True] * 3
+    assert ranks[0].batch_exists(keys) == 0  # the second rank leaves it to the first
     for rank, backend in enumerate(ranks):
         for seed, pool in enumerate(pools.values()):
             fill(pool, [1, 2, 3], 10 * rank + seed)

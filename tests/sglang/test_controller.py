@@ -38,7 +38,7 @@ def controller_of(monkeypatch, tmp_path):
         monkeypatch.setattr(module, "device_module", torch.cpu)
     made = []
 
-    def make(pools, url):
+    def make(pools, url, options=None):
         device = MHATokenToKVPool(
             size=32 * PAGE, page_size=PAGE, dtype=torch.bfloat16, head_num=2, head_dim=16, layer_num=3,
             device="cpu", enable_memory_saver=False,
@@ -62,7 +62,7 @@ def controller_of(monkeypatch, tmp_path):
             monkeypatch.setattr(controller, "_create_sync_groups", list)
             made.append(controller)
             with envs.SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR.override(None if url else str(tmp_path)):
-                extra = {**OURS, "store": url} if url else {}
+                extra = {**OURS, "store": url, **(options or {})} if url else {}
                 name = "dynamic" if url else "file"
                 controller.attach_storage_backend(name, PAGE, "model", extra, host_pools=entries)
         return controller
@@ -121,6 +121,21 @@ def test_what_was_written_back_is_prefetched(kind, layout, controller_of, url_of
     assert (found, read) == (140 * PAGE, 140 * PAGE)
     assert pages_of(pool, into) == pages_of(pool, pages[:140].tolist())
     assert prefetch(controller, tokens[1:])[:2] == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["mem", "shm", "file"])
+def test_without_addresses_sglang_hands_over_copies(kind, controller_of, url_of):
+    pool = mha("page_first", pages=64)
+    controller = controller_of({PoolName.KV: pool}, url_of(kind), {"interface_v1": 0})
+    assert controller.page_get_func == controller._generic_page_get
+    tokens = list(range(6 * PAGE))
+    pages = (controller.mem_pool_host.alloc(len(tokens))[::PAGE] // PAGE).tolist()
+    fill(pool, pages, 1)
+    assert prefetch(controller, tokens)[:2] == (0, 0)
+    assert write_back(controller, tokens, pages) == len(tokens)
+    found, read, into, _ = prefetch(controller, tokens)
+    assert (found, read) == (len(tokens), len(tokens))
+    assert pages_of(pool, into) == pages_of(pool, pages)
 
 
 @pytest.mark.parametrize("kind", ["file:", "mem", "shm"])
