@@ -7,30 +7,44 @@
 #endif
 
 #include "hash_many.h"
+#include "lane_copy.h"
 #include "ops.h"
 
 namespace lmc::cpu {
 namespace {
 
+// What is compiled once for each instruction set.
+struct Simd {
+  const HashMany& hash_many;
+  const LaneCopy& lane_copy;
+};
+const Simd kPortable{portable::hash_many, portable::lane_copy};
+#ifdef LMCACHE_MM_X86
+const Simd kAvx2{avx2::hash_many, avx2::lane_copy};
+const Simd kAvx512{avx512::hash_many, avx512::lane_copy};
+#endif
+
 // What this machine can run, the fastest first.
-std::vector<const HashMany*> runnable() {
-  std::vector<const HashMany*> all;
+std::vector<const Simd*> runnable() {
+  std::vector<const Simd*> all;
 #ifdef LMCACHE_MM_X86
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-    all.push_back(&avx512::hash_many);
-  if (__builtin_cpu_supports("avx2")) all.push_back(&avx2::hash_many);
+    all.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx2")) all.push_back(&kAvx2);
 #endif
-  all.push_back(&portable::hash_many);
+  all.push_back(&kPortable);
   return all;
 }
 
-std::atomic<const HashMany*> chosen{nullptr};
+std::atomic<const Simd*> chosen{nullptr};
 
-const HashMany& hash_many() {
-  const HashMany* hash = chosen.load(std::memory_order_relaxed);
-  if (!hash) chosen.store(hash = runnable().front(), std::memory_order_relaxed);
-  return *hash;
+const Simd& simd() {
+  const Simd* one = chosen.load(std::memory_order_relaxed);
+  if (!one) chosen.store(one = runnable().front(), std::memory_order_relaxed);
+  return *one;
 }
+
+const HashMany& hash_many() { return simd().hash_many; }
 
 constexpr u64 kBlockIds = blake3::kBlockBytes / 8;
 
@@ -93,13 +107,13 @@ constexpr u32 kMaxLanes = 16;
 
 std::vector<std::string> simd_variants() {
   std::vector<std::string> names;
-  for (const HashMany* hash : runnable()) names.push_back(hash->name);
+  for (const Simd* one : runnable()) names.push_back(one->hash_many.name);
   return names;
 }
 
 void use_simd(const std::string& name) {
-  for (const HashMany* hash : runnable())
-    if (hash->name == name) return chosen.store(hash, std::memory_order_relaxed);
+  for (const Simd* one : runnable())
+    if (one->hash_many.name == name) return chosen.store(one, std::memory_order_relaxed);
   throw std::invalid_argument("name: expected one of simd_variants(), got " + name);
 }
 
@@ -323,16 +337,12 @@ namespace {
 
 // Adds the lanes of `payload`, the first of which is lane `first`; a last lane may be short.
 void add_lanes(LaneSums& sums, const u8* payload, u64 bytes, u64 first) {
-  u64 i = 0;
-  for (; i < bytes / kLaneBytes; ++i) {
-    u64 lane[2];
-    std::memcpy(lane, payload + i * kLaneBytes, kLaneBytes);
-    sums.add(first + i, lane[0], lane[1]);
-  }
-  if (const u64 rest = bytes % kLaneBytes) {
+  const u64 rest = bytes % kLaneBytes, whole = bytes - rest;
+  simd().lane_copy.sum(payload, whole, first, &sums);
+  if (rest) {
     u64 lane[2] = {};
-    std::memcpy(lane, payload + i * kLaneBytes, rest);
-    sums.add(first + i, lane[0], lane[1]);
+    std::memcpy(lane, payload + whole, rest);
+    sums.add(first + whole / kLaneBytes, lane[0], lane[1]);
   }
 }
 
@@ -375,70 +385,11 @@ constexpr u64 kPrefetchBytes = 4096;
 #endif
 constexpr u64 kThreadBytes = LMC_THREAD_BYTES;  // the least that a thread is started for
 
+void finish_streaming() {
 #ifdef __SSE2__
-
-constexpr bool kCanStream = true;
-void finish_streaming() { _mm_sfence(); }
-
-// LaneSums in a vector register: {low, high}.
-class LaneSumsVector {
- public:
-  explicit LaneSumsVector(u64 first_lane)
-      : key_(_mm_set_epi64x(static_cast<i64>(kHighKey + first_lane * kHighStep),
-                            static_cast<i64>(kLowKey + first_lane * kLowStep))) {}
-  void add(__m128i lane) {
-    const __m128i x = _mm_xor_si128(lane, key_);
-    const __m128i products = _mm_mul_epu32(x, _mm_srli_epi64(x, 32));
-    const __m128i crossed = _mm_shuffle_epi32(lane, _MM_SHUFFLE(1, 0, 3, 2));
-    sums_ = _mm_add_epi64(sums_, _mm_add_epi64(products, crossed));
-    key_ = _mm_add_epi64(key_, _mm_set_epi64x(static_cast<i64>(kHighStep), static_cast<i64>(kLowStep)));
-  }
-  void add_to(LaneSums& sums) const {
-    u64 both[2];
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(both), sums_);
-    sums.low += both[0];
-    sums.high += both[1];
-  }
-
- private:
-  __m128i key_;
-  __m128i sums_ = _mm_setzero_si128();
-};
-
-// Copies `bytes`, a multiple of 16, and prefetches as much of `ahead`. kStream: `to` is a multiple of 16 and is written
-// past the caches. kSum: adds the lanes, from number first_lane on.
-template <bool kStream, bool kSum>
-void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums& sums) {
-  LaneSumsVector vector(first_lane);
-  const auto copy_lane = [&](u64 i) {
-    const __m128i lane = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    if constexpr (kStream)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), lane);
-    else
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), lane);
-    if constexpr (kSum) vector.add(lane);
-  };
-  u64 i = 0;
-  for (; i + 4 * kLaneBytes <= bytes; i += 4 * kLaneBytes) {
-    __builtin_prefetch(ahead + i);
-    for (u64 k = 0; k < 4; ++k) copy_lane(i + k * kLaneBytes);
-  }
-  for (; i < bytes; i += kLaneBytes) copy_lane(i);
-  if constexpr (kSum) vector.add_to(sums);
-}
-
-#else
-
-constexpr bool kCanStream = false;
-void finish_streaming() {}
-
-template <bool kStream, bool kSum>
-void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8*, LaneSums& sums) {
-  std::memcpy(to, from, bytes);
-  if constexpr (kSum) add_lanes(sums, from, bytes, first_lane);
-}
-
+  _mm_sfence();
 #endif
+}
 
 // One gather or scatter.
 struct CopyCall {
@@ -456,16 +407,6 @@ struct CopyCall {
   }
 };
 
-template <bool kGather, bool kStream, bool kSum>
-void copy_span_lanes(u8* payload, u8* cached, u64 bytes, u64 first_lane, const u8* ahead, LaneSums& sums) {
-  u8* to = kGather ? payload : cached;
-  const u8* from = kGather ? cached : payload;
-  if (kStream && reinterpret_cast<std::uintptr_t>(to) % kLaneBytes == 0)
-    copy_lanes<kStream, kSum>(to, from, bytes, first_lane, ahead, sums);
-  else
-    copy_lanes<false, kSum>(to, from, bytes, first_lane, ahead, sums);
-}
-
 // Copies payload bytes [begin, end) of a chunk, begin a multiple of 16. Returns the total of their lanes.
 template <bool kGather, Mode kMode>
 u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk& chunk, u64 begin, u64 end,
@@ -476,6 +417,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
     span.units = std::min(span.units, end - y);
     return span;
   };
+  const auto copy_lanes = stream ? simd().lane_copy.stream : simd().lane_copy.copy;
   LaneSums sums;
   const u64 lane0 = chunk.offset / kLaneBytes;
   Span<u64> next = span_at(begin);
@@ -496,12 +438,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
         const u8* ahead = kGather ? (then < span.units ? span.cache + then : following_span) : payload + then;
         const u64 lane = lane0 + (y + done) / kLaneBytes;
         u8 *at = payload + done, *cached = span.cache + done;
-        if (stream)
-          (call.sums ? copy_span_lanes<kGather, kCanStream, true>
-                     : copy_span_lanes<kGather, kCanStream, false>)(at, cached, piece, lane, ahead, sums);
-        else
-          (call.sums ? copy_span_lanes<kGather, false, true>
-                     : copy_span_lanes<kGather, false, false>)(at, cached, piece, lane, ahead, sums);
+        copy_lanes(kGather ? at : cached, kGather ? cached : at, piece, lane, ahead, call.sums ? &sums : nullptr);
         done = then;
       }
     } else if (kGather) {
@@ -531,7 +468,7 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
     if (call.sums) sums[c] = checksum_length(bytes);
   }
   const bool whole_lanes = call.whole_lanes();
-  const bool stream = kCanStream && total >= kStreamBytes;
+  const bool stream = total >= kStreamBytes;
   const auto part = [&](u64 first, u64 last) {
     for (std::size_t c = 0; c < ends.size(); ++c) {
       const u64 chunk_begin = c ? ends[c - 1] : 0;

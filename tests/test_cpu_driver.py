@@ -26,7 +26,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(folder: Path, compiler: str, variants: Sequence[str], *flags: str) -> Path:
-    """cpu_driver with hash_many.cpp compiled for each of `variants`."""
+    """cpu_driver with what is compiled for each of `variants`."""
     flags = ("-std=c++17", "-O2", "-g", "-Wall", "-Wno-ignored-attributes", f"-I{REPO / 'csrc'}", *flags)
     if len(variants) > 1:
         flags = (*flags, "-DLMCACHE_MM_X86")
@@ -37,7 +37,8 @@ def build(folder: Path, compiler: str, variants: Sequence[str], *flags: str) -> 
     for name in variants:
         lanes, isa = VARIANTS[name]
         options = [f"-DLMC_SIMD={name}", f"-DLMC_LANES={lanes}", *isa]
-        jobs.append((REPO / "csrc" / "hash_many.cpp", folder / f"{name}.o", options))
+        for source in ("hash_many", "lane_copy"):
+            jobs.append((REPO / "csrc" / f"{source}.cpp", folder / f"{source}_{name}.o", options))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: must_run([compiler, *flags, *job[2], "-c", job[0], "-o", job[1]]), jobs))
     program = folder / "cpu_driver"
