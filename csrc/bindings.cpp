@@ -9,6 +9,7 @@
 
 #include "ops.h"
 #include "slab_index.h"
+#include "tile_codec.h"
 
 namespace py = pybind11;
 using namespace lmc;
@@ -154,6 +155,20 @@ PYBIND11_MODULE(_C, m) {
   };
   def_copy("gather", &cpu::gather);
   def_copy("scatter", &cpu::scatter);
+
+  const auto def_coded = [&m](const char* name, auto* copy) {
+    m.def(
+        name,
+        [copy](const PagedCache& cache, const py::iterable& chunks, u64 sums, u32 threads) {
+          const std::vector<Chunk> list = to_chunks(chunks);
+          py::gil_scoped_release release;
+          copy(cache, list, reinterpret_cast<u64*>(sums), threads);
+        },
+        py::arg("cache"), py::arg("chunks"), py::arg("sums"), py::arg("threads"));
+  };
+  def_coded("gather_coded", &cpu::gather_coded);
+  def_coded("scatter_coded", &cpu::scatter_coded);
+  m.def("coded_plane_bytes", &coded_plane_bytes, py::arg("raw_bytes"));
 
   py::class_<cpu::RunningKeys>(m, "RunningKeys", py::metaclass((PyObject*)&PyType_Type))
       .def(py::init([](const py::iterable& items, const std::string& root) {

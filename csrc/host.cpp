@@ -9,6 +9,7 @@
 #include "hash_many.h"
 #include "lane_copy.h"
 #include "ops.h"
+#include "tile_codec.h"
 
 namespace lmc::cpu {
 namespace {
@@ -17,11 +18,12 @@ namespace {
 struct Simd {
   const HashMany& hash_many;
   const LaneCopy& lane_copy;
+  const TileCodec& tile_codec;
 };
-const Simd kPortable{portable::hash_many, portable::lane_copy};
+const Simd kPortable{portable::hash_many, portable::lane_copy, portable::tile_codec};
 #ifdef LMCACHE_MM_X86
-const Simd kAvx2{avx2::hash_many, avx2::lane_copy};
-const Simd kAvx512{avx512::hash_many, avx512::lane_copy};
+const Simd kAvx2{avx2::hash_many, avx2::lane_copy, avx2::tile_codec};
+const Simd kAvx512{avx512::hash_many, avx512::lane_copy, avx512::tile_codec};
 #endif
 
 // What this machine can run, the fastest first.
@@ -407,10 +409,11 @@ struct CopyCall {
   }
 };
 
-// Copies payload bytes [begin, end) of a chunk, begin a multiple of 16. Returns the total of their lanes.
+// Copies payload bytes [begin, end) of a chunk, begin a multiple of 16. Returns the total of their lanes. beyond: what
+// is read next, if it is not what lies behind `end`.
 template <bool kGather, Mode kMode>
 u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk& chunk, u64 begin, u64 end,
-              bool whole_lanes, bool stream) {
+              bool whole_lanes, bool stream, const u8* beyond = nullptr) {
   const Divisor<u64> count(chunk.count);
   const auto span_at = [&](u64 y) {
     Span<u64> span = kMode == Mode::kPage ? page_span(layout, chunk, count, y) : token_span(layout, chunk, count, y);
@@ -434,8 +437,13 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
       for (u64 done = 0; done < span.units;) {
         const u64 piece = std::min(kPrefetchBytes, span.units - done);
         const u64 then = done + piece;
-        const u8* following_span = next.cache ? next.cache : span.cache;
-        const u8* ahead = kGather ? (then < span.units ? span.cache + then : following_span) : payload + then;
+        const u8* ahead = payload + then;
+        if (kGather)
+          ahead = then < span.units ? span.cache + then
+                  : following < end ? (next.cache ? next.cache : span.cache)
+                                    : (beyond ? beyond : span.cache);
+        else if (beyond)
+          ahead = beyond + (y - begin) + done;
         const u64 lane = lane0 + (y + done) / kLaneBytes;
         u8 *at = payload + done, *cached = span.cache + done;
         copy_lanes(kGather ? at : cached, kGather ? cached : at, piece, lane, ahead, call.sums ? &sums : nullptr);
@@ -454,6 +462,21 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
     }
   }
   return sums.total();
+}
+
+// Calls part(first, last) for ranges that make up [0, total), on up to `threads` threads.
+template <typename Part>
+void in_parts(u64 total, u64 threads, const Part& part) {
+  const u64 parts = std::max<u64>(1, threads);
+  std::vector<std::thread> others;
+  u64 begun = 1;
+  try {
+    for (; begun < parts; ++begun) others.emplace_back(part, total * begun / parts, total * (begun + 1) / parts);
+  } catch (const std::exception&) {  // out of threads or memory
+  }
+  part(0, total / parts);
+  part(total * begun / parts, total);  // what no thread was started for
+  for (std::thread& thread : others) thread.join();
 }
 
 // Copies all chunks, in parts on up to `threads` threads; sums[c] becomes the checksum of chunk c.
@@ -488,16 +511,64 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
     }
     if (stream) finish_streaming();
   };
-  const u64 parts = std::max<u64>(1, std::min<u64>(threads, total / kThreadBytes));
-  std::vector<std::thread> others;
-  u64 begun = 1;
-  try {
-    for (; begun < parts; ++begun) others.emplace_back(part, total * begun / parts, total * (begun + 1) / parts);
-  } catch (const std::exception&) {  // out of threads or memory
+  in_parts(total, std::min<u64>(threads, total / kThreadBytes), part);
+}
+
+// As copy, of tiles: a tile is gathered into memory that stays in the first cache and is coded from there, or decoded
+// to there and scattered.
+template <bool kGather>
+void copy_coded(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums) {
+  const PagedLayout<u64> layout = call.cache.in_units<u64>(1, call.cache.planes.data());
+  const TileCodec& codec = simd().tile_codec;
+  std::vector<u64> ends;  // of the chunks, in tiles
+  u64 total = 0;
+  for (std::size_t c = 0; c < call.chunks.size(); ++c) {
+    const u64 planes = call.cache.planes.size(), plane_bytes = call.chunks[c].count * call.cache.page_bytes;
+    ends.push_back(total += planes * tiles_of(plane_bytes));
+    sums[c * kCodedSums] = checksum_length(planes * plane_bytes);
+    if (kGather) sums[c * kCodedSums + 1] = checksum_length(planes * coded_plane_bytes(plane_bytes));
   }
-  part(0, total / parts);
-  part(total * begun / parts, total);  // what no thread was started for
-  for (std::thread& thread : others) thread.join();
+  const bool whole_lanes = call.whole_lanes();
+  const bool stream = total * kRawTileBytes >= kStreamBytes;
+  const auto put_lanes = stream ? simd().lane_copy.stream : simd().lane_copy.copy;
+  const auto part = [&](u64 first, u64 last) {
+    alignas(64) u8 raw[kRawTileBytes], coded[kCodedTileBytes];
+    for (std::size_t c = 0; c < ends.size(); ++c) {
+      const u64 chunk_begin = c ? ends[c - 1] : 0;
+      const u64 begin = std::max(first, chunk_begin), end = std::min(last, ends[c]);
+      if (begin >= end) continue;
+      Chunk chunk = call.chunks[c];
+      const u64 plane_bytes = chunk.count * call.cache.page_bytes, coded_bytes = coded_plane_bytes(plane_bytes);
+      const u64 lane0 = (kCodedHeaderBytes + chunk.offset / plane_bytes * coded_bytes) / kLaneBytes;
+      const Divisor<u64> count(chunk.count);
+      u8* const payload = chunk.payload;
+      LaneSums coded_sums;
+      u64 raw_sum = 0, unfit = 0;
+      for (u64 tile = begin; tile < end && !unfit; ++tile) {
+        const u64 plane = (tile - chunk_begin) / tiles_of(plane_bytes),
+                  in_plane = (tile - chunk_begin) % tiles_of(plane_bytes);
+        const u64 at = plane * plane_bytes + in_plane * kRawTileBytes;
+        const u64 bytes = std::min(kRawTileBytes, plane_bytes - in_plane * kRawTileBytes);
+        const u64 in_coded = plane * coded_bytes + in_plane * kCodedTileBytes;
+        // The tile is all that the chunk's payload has in memory.
+        chunk.payload = reinterpret_cast<u8*>(reinterpret_cast<std::uintptr_t>(raw) - at);
+        const u8* beyond = payload + in_coded + coded_tile_bytes(bytes / 2);
+        if (kGather) beyond = tile + 1 < end ? page_span(layout, chunk, count, at + bytes).cache : nullptr;
+        if (!kGather) codec.decode(raw, payload + in_coded, static_cast<u32>(bytes / 2));
+        raw_sum += copy_part<kGather, Mode::kPage>(call, layout, chunk, at, at + bytes, whole_lanes, !kGather && stream,
+                                                   beyond);
+        if (!kGather) continue;
+        unfit = !codec.encode(coded, raw, static_cast<u32>(bytes / 2));
+        put_lanes(payload + in_coded, coded, coded_tile_bytes(bytes / 2), lane0 + in_coded / kLaneBytes, coded,
+                  &coded_sums);
+      }
+      sums[c * kCodedSums].fetch_add(raw_sum, std::memory_order_relaxed);
+      if (kGather) sums[c * kCodedSums + 1].fetch_add(coded_sums.total(), std::memory_order_relaxed);
+      if (unfit) sums[c * kCodedSums + 2].store(1, std::memory_order_relaxed);
+    }
+    if (stream) finish_streaming();
+  };
+  in_parts(total, std::min<u64>(threads, total * kRawTileBytes / kThreadBytes), part);
 }
 
 }  // namespace
@@ -514,6 +585,20 @@ void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunk
   std::vector<std::atomic<u64>> sums(chunks.size());
   copy<false>({cache, mode, chunks, checksums != nullptr}, threads, sums);
   if (checksums) std::copy(sums.begin(), sums.end(), checksums);
+}
+
+void gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads) {
+  check_ids(cache, Mode::kPage, chunks);
+  std::vector<std::atomic<u64>> all(kCodedSums * chunks.size());
+  copy_coded<true>({cache, Mode::kPage, chunks, true}, threads, all);
+  std::copy(all.begin(), all.end(), sums);
+}
+
+void scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads) {
+  check_ids(cache, Mode::kPage, chunks);
+  std::vector<std::atomic<u64>> all(kCodedSums * chunks.size());
+  copy_coded<false>({cache, Mode::kPage, chunks, true}, threads, all);
+  std::copy(all.begin(), all.end(), sums);
 }
 
 u64 copy(u8* to, const u8* from, u64 bytes, u32 threads) {

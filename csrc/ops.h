@@ -78,6 +78,15 @@ void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chu
 void gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads);
 void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, u64* checksums, u32 threads);
 
+// As gather and scatter of whole pages of 2-byte numbers, with payloads coded by tile_codec.h. Chunk::payload: where
+// the coded tiles of the call's planes are, behind the payload's header, a multiple of 16; Chunk::offset: of the raw
+// payload, a multiple of its planes' bytes. page_bytes: a multiple of 16, or there is one page and one plane; even.
+// sums: of each chunk kCodedSums, the checksums of its raw payload and, of a gather, of its coded tiles, and 1 if one
+// of them has more exceptions than fit: then the payload is garbage.
+constexpr u64 kCodedSums = 3;
+void gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads);
+void scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads);
+
 u64 checksum(const u8* payload, u64 bytes);
 
 // The share that bytes [offset, offset + bytes) of a payload have in its checksum, the bytes being at `part` and the

@@ -176,3 +176,57 @@ def scatter_tokens(layout: KVLayout, memory: torch.Tensor, slots: Sequence[int],
         for k, slot in enumerate(slots):
             if 0 <= slot < layout.num_pages * layout.page_tokens:
                 memory[plane - origin + row_addresses(layout, slot)] = rows[i, k]
+
+
+TILE_NUMBERS, TILE_EXCEPTIONS, WINDOW = 2048, 36, 15
+
+
+def encode_tile(numbers: np.ndarray) -> bytes | None:
+    """A coded tile of at most TILE_NUMBERS bf16 numbers, uint16; None if there are more exceptions than fit."""
+    padded = np.concatenate([numbers, np.zeros(-len(numbers) % 32, np.uint16)]).astype(np.uint16)
+    exponents = (padded >> 7 & 0xFF).astype(int)
+    for top in range(max(WINDOW, int(exponents.max())), WINDOW - 1, -1):
+        codes = exponents - (top - WINDOW)
+        codes[(codes < 1) | (codes > WINDOW)] = 0
+        outside = [i for i in range(len(padded)) if exponents[i] != 0 and codes[i] == 0]
+        if len(outside) <= TILE_EXCEPTIONS:
+            break
+    else:
+        return None
+    head = bytes([top, len(outside), 0, 0])
+    head += b"".join(i.to_bytes(2, "little") for i in outside).ljust(2 * TILE_EXCEPTIONS, b"\0")
+    head += bytes(exponents[i] for i in outside).ljust(TILE_EXCEPTIONS, b"\0")
+    rest = (padded << 1 | padded >> 15).astype(np.uint8)
+    return head + bytes(rest) + bytes((codes[0::2] | codes[1::2] << 4).astype(np.uint8))
+
+
+def decode_tile(coded: bytes, count: int) -> np.ndarray:
+    """The `count` numbers of a coded tile; some numbers, whatever its bytes are."""
+    padded, head = -(-count // 32) * 32, 4 + 3 * TILE_EXCEPTIONS
+    assert len(coded) == head + padded + padded // 2
+    rest = np.frombuffer(coded, np.uint8, padded, head).astype(int)
+    pairs = np.frombuffer(coded, np.uint8, padded // 2, head + padded).astype(int)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=1).reshape(-1)
+    exponents = np.where(codes == 0, 0, codes + coded[0] - WINDOW) % 256
+    for n in range(min(coded[1], TILE_EXCEPTIONS)):
+        index = int.from_bytes(coded[4 + 2 * n : 6 + 2 * n], "little")
+        if index < count:
+            exponents[index] = coded[4 + 2 * TILE_EXCEPTIONS + n]
+    return ((rest & 1) << 15 | exponents << 7 | rest >> 1).astype(np.uint16)[:count]
+
+
+def coded_header(raw: torch.Tensor) -> bytes:
+    """What the coded payload of `raw` begins with."""
+    facts = (checksum(raw) % 2**64).to_bytes(8, "little") + len(raw).to_bytes(8, "little")
+    return b"lmcache_mm" + (2).to_bytes(2, "little") + bytes(4) + facts + bytes(32)
+
+
+def encode_payload(raw: torch.Tensor, planes: int) -> bytes | None:
+    """The coded payload of a raw one of `planes` planes; None if it is stored raw."""
+    tiles: list[bytes | None] = []
+    for plane in raw.reshape(planes, -1):
+        numbers = plane.numpy().view(np.uint16)
+        tiles += [encode_tile(numbers[i : i + TILE_NUMBERS]) for i in range(0, len(numbers), TILE_NUMBERS)]
+    coded = [tile for tile in tiles if tile is not None]
+    payload = coded_header(raw) + b"".join(coded)
+    return payload if len(coded) == len(tiles) and len(payload) < len(raw) else None

@@ -54,6 +54,10 @@ void copy(const Case& c, const std::vector<std::unique_ptr<Placed>>& regions, u3
   const auto optional = [&](const char* field) { return c.has(field) ? address(c.number(field)) : nullptr; };
   if (c.op == "gather") {
     cpu::gather(copy.cache, copy.mode, copy.chunks, reinterpret_cast<u64*>(optional("checksums")), threads);
+  } else if (c.op == "gather_coded") {
+    cpu::gather_coded(copy.cache, copy.chunks, reinterpret_cast<u64*>(address(c.number("sums"))), threads);
+  } else if (c.op == "scatter_coded") {
+    cpu::scatter_coded(copy.cache, copy.chunks, reinterpret_cast<u64*>(address(c.number("sums"))), threads);
   } else {
     cpu::scatter(copy.cache, copy.mode, copy.chunks, reinterpret_cast<u64*>(optional("checksums")), threads);
   }

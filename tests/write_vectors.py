@@ -7,9 +7,12 @@ vectors that BLAKE3's authors publish (test_vectors.json of the BLAKE3 repositor
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from blake3 import blake3
 
 from lmcache_mm import Item, KVLayout, Namespace, reference
+from lmcache_mm.prompt import NAMESPACE_CONTEXT, encode_fields
 
 PATH = Path(__file__).with_name("vectors.json")
 ROOT = bytes(range(32))
@@ -17,6 +20,12 @@ ROOT = bytes(range(32))
 
 def as_fields(items):
     return [[i.identifier, i.offset, i.length, i.modality] for i in items]
+
+
+def root_of(fields, request):
+    """Of requests that `Namespace.root` refuses too."""
+    every = {**Namespace(**fields)._fields, **{name: value.encode() for name, value in request.items()}}
+    return blake3(encode_fields(every), derive_key_context=NAMESPACE_CONTEXT).digest()
 
 
 def as_encoder_vector(item, output):
@@ -82,6 +91,14 @@ def main():
         [("int64", (1,))],
     ]
     payloads = [0, 1, 15, 16, 17, 100]
+    some = np.arange(70, dtype=np.uint16)
+    numbers = {
+        "one": np.array([0xBF80], np.uint16),
+        "every kind": np.array([0, 0x8000, 1, 0x807F, 0x7F80, 0xFF80, 0x7FC1, 0xFF81, 0x3F80, 0xC2F7], np.uint16),
+        "a window with exceptions": (0x3F80 - 5 * some * 37 % 0x0900 | some << 15).astype(np.uint16),
+        "great ones are exceptions": np.where(some % 23 == 3, 0x7F00, 0x3B00 + 29 * some).astype(np.uint16),
+        "too many exceptions": (0x2A51 * some).astype(np.uint16),
+    }
     vectors = {
         "blake3": json.loads(PATH.read_text())["blake3"],
         "items": [
@@ -103,7 +120,7 @@ def main():
             "keys": [[end, bytes(reference.prefix_keys(ids, items, ROOT, [end])[0].tolist()).hex()] for end in cuts],
         },
         "namespaces": [
-            {"fields": fields, "request": request, "root": Namespace(**fields).root(**request).hex()}
+            {"fields": fields, "request": request, "root": root_of(fields, request).hex()}
             for fields, request in namespaces
         ],
         "layouts": [
@@ -121,6 +138,11 @@ def main():
             for mode in ("page", "token")
         ],
         "encoder": [as_encoder_vector(item, output) for item, output in zip(items, outputs, strict=True)],
+        "codec": [
+            {"name": name, "raw": raw.tobytes().hex(), "tile": None if tile is None else tile.hex()}
+            for name, raw in numbers.items()
+            for tile in [reference.encode_tile(raw)]
+        ],
         "checksums": [
             {"bytes": size, "checksum": reference.checksum((torch.arange(size) % 251).to(torch.uint8))}
             for size in payloads
