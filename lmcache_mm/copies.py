@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lmcache_mm import _C, ops, transfer_paths
+from lmcache_mm import _C, codec, ops, transfer_paths
 from lmcache_mm.layout import KVLayout
 
 RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
@@ -103,6 +103,50 @@ class HostCopies:
             of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
         copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
         return cast(list[int], sums.tolist())
+
+
+class CodedCopies:
+    """Copies on the CPU between pages and payloads, some of which are coded. See csrc/tile_codec.h."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._layout, self._raw = layout, HostCopies(layout)
+
+    def store(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
+        """Of each chunk it makes codec.SUMS sums; of a raw one only the first counts."""
+        return HostCopy(partial(self._copy, _C.gather_coded, _C.gather, parts, coded), ends)
+
+    def load(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
+        def copy(begin: int, end: int) -> list[int]:
+            return self._copy(_C.scatter_coded, _C.scatter, parts, coded, begin, end)[:: codec.SUMS]
+
+        return HostCopy(copy, ends)
+
+    def _copy(
+        self,
+        copy_coded: Callable[..., None],
+        copy: Callable[..., None],
+        parts: list[Part],
+        coded: list[bool],
+        begin: int,
+        end: int,
+    ) -> list[int]:
+        layout = self._raw._layout_of(begin, end)
+        sums = torch.zeros(len(parts), codec.SUMS, dtype=torch.uint64)
+        of_layer = []
+        for (ids, wide, count, tokens, payload, _), is_coded in zip(parts, coded, strict=True):
+            plane_bytes = count * layout.page_bytes
+            if is_coded:
+                at = payload + begin * _C.coded_plane_bytes(plane_bytes)
+                of_layer.append((ids, wide, count, tokens, at, begin * plane_bytes))
+        made = torch.empty(len(of_layer), codec.SUMS, dtype=torch.uint64)
+        copy_coded(layout.compiled, of_layer, made.data_ptr(), ops.THREADS)
+        is_coded_chunk = torch.tensor(coded, dtype=torch.bool)
+        sums.view(torch.int64)[is_coded_chunk] = made.view(torch.int64)
+        raw = [part for part, is_coded in zip(parts, coded, strict=True) if not is_coded]
+        if raw:
+            of_raw = torch.tensor(self._raw._copy(copy, raw, True, begin, end), dtype=torch.uint64)
+            sums.view(torch.int64)[~is_coded_chunk, 0] = of_raw.view(torch.int64)
+        return cast(list[int], sums.reshape(-1).tolist())
 
 
 class Ring:

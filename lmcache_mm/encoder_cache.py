@@ -10,6 +10,7 @@ from math import prod
 import torch
 from blake3 import blake3
 
+from lmcache_mm import codec as codecs
 from lmcache_mm.layout import check_storage
 from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
 from lmcache_mm.stores import open_store
@@ -18,6 +19,7 @@ from lmcache_mm.stores.store import Store
 
 OUTPUT_CONTEXT = "lmcache_mm v1 encoder output"
 PAYLOAD_CONTEXT = "lmcache_mm v1 encoder payload"
+CODED_PAYLOAD_CONTEXT = "lmcache_mm v2 encoder payload"
 DIGEST_CONTEXT = "lmcache_mm v1 item digest"
 DESCRIPTION_BYTES = 4096  # always, since stores look records up by key and length
 ALIGNMENT = 64  # each tensor begins on a cache line, so that its bytes can be viewed in its dtype
@@ -37,12 +39,15 @@ class EncoderCache:
     `identifier` and `modality` name an item, as in `Item`: its place in a prompt and the text around it do not
     matter. Compute the identifier from the data that the encoder gets; never let a client choose it.
     salt: the tenant's; different salts share nothing. lora: a fingerprint of an adapter that changes the encoder.
+    codec: "split" stores bfloat16 outputs in 0.78 of their length, see `KVCache`. The CPU does it, also for outputs on
+    a GPU.
     """
 
-    def __init__(self, namespace: Namespace, store: str | Sequence[str] | Store) -> None:
+    def __init__(self, namespace: Namespace, store: str | Sequence[str] | Store, codec: str | None = None) -> None:
         if not isinstance(namespace, Namespace):
             raise TypeError(f"namespace: expected lmcache_mm.Namespace, got {type(namespace).__name__}")
-        self._namespace = namespace
+        codecs.check_name(codec)
+        self._namespace, self._codec = namespace, codec
         self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
         self._counting = threading.Lock()
         self._owns_store = isinstance(store, Sequence)
@@ -66,7 +71,7 @@ class EncoderCache:
         """Whether the output could be loaded now. Nothing is reserved: a later load may not find it."""
         key = self._key(identifier, modality, salt, lora)
         description = read_description(self.backend, key, owner_of(salt))
-        return description is not None and has_payload(self.backend, key, description)
+        return description is not None and has_payload(self.backend, key, description, self._codec)
 
     def load(
         self,
@@ -84,7 +89,7 @@ class EncoderCache:
         """
         device = torch.device(device)
         key = self._key(identifier, modality, salt, lora)
-        packed = read(self.backend, key, owner_of(salt), pinned=device.type == "cuda")
+        packed = read(self.backend, key, owner_of(salt), device.type == "cuda", self._codec)
         self._count(queried_items=1, hit_items=packed is not None)
         return None if packed is None else packed.unpack(device)
 
@@ -102,7 +107,7 @@ class EncoderCache:
         into = as_tensors(output)
         key, description = self._key(identifier, modality, salt, lora), describe(output)
         pinned = any(tensor.is_cuda for tensor in into)
-        packed = read_payload(self.backend, key, description, owner_of(salt), pinned)
+        packed = read_payload(self.backend, key, description, owner_of(salt), pinned, self._codec)
         self._count(queried_items=1, hit_items=packed is not None)
         if packed is None:
             return False
@@ -128,7 +133,7 @@ class EncoderCache:
         key, description = self._key(identifier, modality, salt, lora), describe(output)
         as_of = self.backend.moment()
         there = read_description(self.backend, key, owner_of(salt))
-        if there == description and has_payload(self.backend, key, description):
+        if there == description and has_payload(self.backend, key, description, self._codec):
             return False
         if there is not None and there != description:
             self.backend.delete([key])  # a put would not replace it, and it names another payload
@@ -137,8 +142,9 @@ class EncoderCache:
             return False
         for device in {tensor.device for tensor in as_tensors(output) if tensor.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
-        write(self.backend, key, packed, owner_of(salt), as_of)
-        stored = not self.backend.local or self.backend.contains([payload_key(key, description)], peek=True)[0]
+        write(self.backend, key, packed, owner_of(salt), as_of, self._codec)
+        wanted = payload_key(key, description, self._codec)
+        stored = not self.backend.local or self.backend.contains([wanted], peek=True)[0]
         self._count(stored_items=stored)
         return stored
 
@@ -175,9 +181,15 @@ def output_key(root: bytes, identifier: str, modality: str) -> bytes:
     return blake3(root + digest, derive_key_context=OUTPUT_CONTEXT).digest()
 
 
-def payload_key(key: bytes, description: bytes) -> bytes:
-    """The key under which an output's bytes are stored; it depends on the description."""
-    return blake3(key + description, derive_key_context=PAYLOAD_CONTEXT).digest()
+def payload_key(key: bytes, description: bytes, codec: str | None = None) -> bytes:
+    """The key under which an output's bytes are stored; it depends on the description and the codec."""
+    context = CODED_PAYLOAD_CONTEXT if _is_coded(description, codec) else PAYLOAD_CONTEXT
+    return blake3(key + description, derive_key_context=context).digest()
+
+
+def _is_coded(description: bytes, codec: str | None) -> bool:
+    """Whether `codec` applies: only to outputs whose tensors are all bf16."""
+    return codec is not None and {place.dtype for place in _places(description)[1]} == {torch.bfloat16}
 
 
 # --- Descriptions
@@ -314,33 +326,45 @@ def read_description(store: Store, key: bytes, owner: bytes) -> bytes | None:
     return bytes(description)
 
 
-def has_payload(store: Store, key: bytes, description: bytes) -> bool:
-    return store.contains([payload_key(key, description)])[0]
+def has_payload(store: Store, key: bytes, description: bytes, codec: str | None = None) -> bool:
+    return store.contains([payload_key(key, description, codec)])[0]
 
 
-def read_payload(store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
+def read_payload(
+    store: Store, key: bytes, description: bytes, owner: bytes, pinned: bool = False, codec: str | None = None
+) -> Packed | None:
     size = payload_bytes(description)
     memory = unless_lacking(lambda: torch.empty(size, dtype=torch.uint8, pin_memory=pinned), None)
     if memory is None:
         return None
     packed = Packed(description, memory)
-    buffer = packed.payload.numpy().data
-    if not store.get_into([payload_key(key, description)], [buffer], owner)[0]:
-        return None
-    return packed
+    wanted = payload_key(key, description, codec)
+    coded_bytes = codecs.coded_bytes(1, size) if _is_coded(description, codec) else None
+    if coded_bytes is not None:
+        coded = unless_lacking(lambda: torch.empty(coded_bytes, dtype=torch.uint8), None)
+        if coded is None:
+            return None
+        if store.get_into([wanted], [coded.numpy().data], owner)[0]:
+            if codecs.decode(packed.payload, coded):
+                return packed
+            store.delete([wanted])
+            return None
+    return packed if store.get_into([wanted], [packed.payload.numpy().data], owner)[0] else None
 
 
-def read(store: Store, key: bytes, owner: bytes, pinned: bool = False) -> Packed | None:
+def read(store: Store, key: bytes, owner: bytes, pinned: bool = False, codec: str | None = None) -> Packed | None:
     """The output, verified, in newly allocated memory; None if one of its records is missing or damaged."""
     description = read_description(store, key, owner)
-    if description is None or not has_payload(store, key, description):  # checked before allocating
+    if description is None or not has_payload(store, key, description, codec):  # checked before allocating
         return None
-    return read_payload(store, key, description, owner, pinned)
+    return read_payload(store, key, description, owner, pinned, codec)
 
 
-def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int) -> None:
+def write(store: Store, key: bytes, packed: Packed, owner: bytes, as_of: int, codec: str | None = None) -> None:
     """Writes the payload first, so that a reader who finds the description finds the payload. as_of: the store's moment
     when the caller handed over the output, see `Store.put`."""
-    keys = [payload_key(key, packed.description), key]
-    store.put(keys[:1], [packed.payload.numpy().data], owner, None, as_of)
+    keys = [payload_key(key, packed.description, codec), key]
+    coded = codecs.encode(packed.payload) if _is_coded(packed.description, codec) else None
+    payload = packed.payload if coded is None else coded
+    store.put(keys[:1], [payload.numpy().data], owner, None, as_of)
     store.put(keys[1:], [packed.description], owner, None, as_of)

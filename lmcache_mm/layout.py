@@ -19,7 +19,7 @@ from lmcache_mm import _C
 from lmcache_mm.prompt import count, encode_fields
 
 FINGERPRINT_CONTEXT = "lmcache_mm v1 layout"
-PAYLOAD_VERSION = 1
+PAYLOAD_VERSION, CODED_PAYLOAD_VERSION = 1, 2
 
 
 def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
@@ -162,9 +162,10 @@ class KVLayout:
             token_bytes=self.token_bytes,
         )
 
-    def fingerprint(self, chunk_tokens: int, mode: str = "page") -> bytes:
-        """32 bytes, equal for caches whose payloads of `chunk_tokens` tokens mean the same. `mode`: page or token."""
-        return fingerprint_of_groups([self], chunk_tokens, mode)
+    def fingerprint(self, chunk_tokens: int, mode: str = "page", codec: str | None = None) -> bytes:
+        """32 bytes, equal for caches whose payloads of `chunk_tokens` tokens mean the same. `mode`: page or token.
+        codec: of the payloads."""
+        return fingerprint_of_groups([self], chunk_tokens, mode, [codec])
 
     @classmethod
     def from_tensors(
@@ -249,8 +250,11 @@ def _storages(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     return tuple(wholes.values())
 
 
-def fingerprint_of_groups(layouts: Sequence[KVLayout], chunk_tokens: int, mode: str = "page") -> bytes:
-    """The fingerprint of several KV cache groups, whose layers keep their KV in pages of their own."""
+def fingerprint_of_groups(
+    layouts: Sequence[KVLayout], chunk_tokens: int, mode: str = "page", codecs: Sequence[str | None] = ()
+) -> bytes:
+    """The fingerprint of several KV cache groups, whose layers keep their KV in pages of their own. codecs: of each
+    group's payloads, or none at all."""
     if mode not in ("page", "token"):
         raise ValueError(f"mode: expected 'page' or 'token', got {mode!r}")
     fields: dict[str, Any] = {
@@ -269,6 +273,8 @@ def fingerprint_of_groups(layouts: Sequence[KVLayout], chunk_tokens: int, mode: 
             f"{g}.runs": layout.runs,
             f"{g}.run_bytes": layout.run_bytes,
         }
+        if g < len(codecs) and (codec := codecs[g]):
+            fields |= {"payload": CODED_PAYLOAD_VERSION, f"{g}.codec": codec}
         if layout.opaque and layout.device.type == "cpu":
             fields["isa"] = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     encoded = encode_fields({name: str(value).encode() for name, value in fields.items()})

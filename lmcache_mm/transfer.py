@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import mmap
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
-from lmcache_mm import ops
-from lmcache_mm.copies import Copies, HostCopies, Part, Ring, current_event, current_stream, ending, whole_pages
+from lmcache_mm import codec, ops
+from lmcache_mm.copies import (
+    CodedCopies,
+    Copies,
+    HostCopies,
+    Part,
+    Ring,
+    current_event,
+    current_stream,
+    ending,
+    whole_pages,
+)
 from lmcache_mm.job import Job
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import SlotStore, Store
+
+if TYPE_CHECKING:
+    from lmcache_mm.stores.local.slab import Slot
 
 STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
 SLOTS_BYTES = 256 << 20  # of slots that are held at once
@@ -38,10 +52,15 @@ class Transfer:
     each; both may be under way at once.
 
     moved: is told of what moved, as moved("load" or "store", seconds, bytes), on those threads: of a load since it was
-    asked for, of a store since its first page was read."""
+    asked for, of a store since its first page was read. coding: what `codec.of_layout` says."""
 
     def __init__(
-        self, layout: KVLayout, store: Store, largest: int, moved: Callable[[str, float, int], None] | None = None
+        self,
+        layout: KVLayout,
+        store: Store,
+        largest: int,
+        moved: Callable[[str, float, int], None] | None = None,
+        coding: str | None = None,
     ) -> None:
         self.layout, self._store, self._moved = layout, store, moved
         self._in_place = isinstance(store, SlotStore)
@@ -53,6 +72,9 @@ class Transfer:
             Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
             for urgent in (True, False)
         )
+        self._coded = CodedCopies(layout) if coding else None
+        self.raw_bytes = self.stored_bytes = 0  # handed to the store: as pages held them, and as the store has them
+        self._counting = threading.Lock()
         self._planes = len(layout.planes)
         self._ends = sorted({*layout.planes_until.values(), self._planes})  # of layers
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
@@ -157,15 +179,17 @@ class Transfer:
     ) -> int:
         """Scatters straight from the store's slots; if `whole`, all of them or none."""
         store = cast(SlotStore, self._store)
-        slots = store.lend([chunk.key for chunk in step], [self._payload_bytes(chunk) for chunk in step], owner)
-        lent = [slot for slot in slots if slot]
+        lent: list[Slot] = []
         try:
-            there = lent[: slots.index(None)] if None in slots else lent
-            if not there or (whole and len(there) < len(step)):
+            slots, coded = self._lend(store, step, owner, lent)
+            good = slots.index(None) if None in slots else len(slots)
+            if not good or (whole and good < len(step)):
                 return 0
+            there = [slot for slot in slots[:good] if slot]
             views = [torch.from_numpy(store.view(slot)) for slot in there]
-            found = self._scatter(work, behind, step[: len(there)], views, True, by_layer)
-            matches = [a == slot.checksum for a, slot in zip(found, there, strict=True)]
+            found = self._scatter(work, behind, step[:good], views, coded[:good], True, by_layer)
+            expected = [slot.checksum for slot in there]
+            matches = self._matches(step[:good], views, coded[:good], found, expected)
             for slot, match in zip(there, matches, strict=True):
                 if not match:
                     store.discard(slot)
@@ -173,12 +197,48 @@ class Transfer:
         finally:
             store.release(lent)
 
+    def _lend(
+        self, store: SlotStore, step: list[Chunk], owner: bytes, lent: list[Slot]
+    ) -> tuple[list[Slot | None], list[bool]]:
+        """Of each chunk its slot, and whether it is coded; those that there are go to `lent` too."""
+        sizes = [self._coded_bytes(chunk) for chunk in step]
+        first = [size or self._payload_bytes(chunk) for size, chunk in zip(sizes, step, strict=True)]
+        slots = store.lend([chunk.key for chunk in step], first, owner)
+        lent += [slot for slot in slots if slot]
+        again = [i for i, size in enumerate(sizes) if size and not slots[i]]
+        if again:  # what did not fit is raw
+            keys, raw = [step[i].key for i in again], [self._payload_bytes(step[i]) for i in again]
+            for i, slot in zip(again, store.lend(keys, raw, owner), strict=True):
+                slots[i], sizes[i] = slot, None
+                lent += [slot] if slot else []
+        return slots, [size is not None for size in sizes]
+
+    def _matches(
+        self,
+        chunks: list[Chunk],
+        payloads: list[torch.Tensor],
+        coded: list[bool],
+        found: list[int],
+        expected: Sequence[int | None],
+    ) -> list[bool]:
+        """Which payloads are what was stored. found: the checksums of what pages hold now; expected: those of raw
+        payloads, None for what the store has verified."""
+        matches = []
+        for i, chunk in enumerate(chunks):
+            if coded[i]:
+                header = payloads[i][: codec.HEADER_BYTES].numpy().tobytes()
+                matches.append(header == codec.header(found[i], self._payload_bytes(chunk)))
+            else:
+                matches.append(expected[i] is None or found[i] == expected[i])
+        return matches
+
     def _scatter(
         self,
         work: Work,
         behind: Any,
         chunks: list[Chunk],
         payloads: list[torch.Tensor],
+        coded: list[bool],
         checksums: bool,
         by_layer: list[Copies] | None,
     ) -> list[int]:
@@ -188,8 +248,11 @@ class Transfer:
         sums: list[int] = []
 
         def scatter(_: int) -> bool:
-            parts = self._parts(chunks, payloads, whole_pages=True)
-            copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
+            parts = self._parts(chunks, payloads, whole_pages=True, coded=coded)
+            if self._coded and any(coded):
+                copies = self._coded.load(parts, ends, coded)
+            else:
+                copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
             with ending(copies):
                 if by_layer is not None:
                     by_layer.append(copies)
@@ -209,13 +272,28 @@ class Transfer:
     def _load_staged(
         self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
     ) -> int:
-        payloads = self._payloads(step, self._load_staging)
-        buffers = [payload.numpy().data for payload in payloads]
-        found = self._store.get_into([chunk.key for chunk in step], buffers, owner)
+        places = self._payloads(step, self._load_staging)
+        sizes = [self._coded_bytes(chunk) for chunk in step]
+        payloads = [place[:size] for place, size in zip(places, sizes, strict=True)]
+        found = self._get(step, payloads, owner)
+        again = [i for i, size in enumerate(sizes) if size and not found[i]]
+        if again:  # what did not fit is raw
+            raw = self._get([step[i] for i in again], [places[i] for i in again], owner)
+            for i, is_there in zip(again, raw, strict=True):
+                found[i], payloads[i], sizes[i] = is_there, places[i], None
         good = len(list(takewhile(bool, found)))
+        coded = [size is not None for size in sizes[:good]]
         if good == len(step) or (good and not whole):
-            self._scatter(work, behind, step[:good], payloads[:good], False, by_layer)
+            sums = self._scatter(work, behind, step[:good], payloads[:good], coded, any(coded), by_layer)
+            matches = self._matches(step[:good], payloads, coded, sums, [None] * good)
+            if damaged := [chunk.key for chunk, match in zip(step, matches, strict=False) if not match]:
+                self._store.delete(damaged)
+            return len(list(takewhile(bool, matches)))
         return good
+
+    def _get(self, chunks: list[Chunk], payloads: list[torch.Tensor], owner: bytes) -> list[bool]:
+        buffers = [payload.numpy().data for payload in payloads]
+        return self._store.get_into([chunk.key for chunk in chunks], buffers, owner)
 
     def _put(
         self,
@@ -235,39 +313,61 @@ class Transfer:
         begun: list[float] = []
         gather = partial(self._gather, work, behind, by_layer, begun)
         store = self._store_slots if self._in_place else partial(self._store_staged, staging)
-        stored = [chunk for step in steps for chunk in store(step, owner, as_of, partial(gather, step is steps[-1]))]
+        stored = [one for step in steps for one in store(step, owner, as_of, partial(gather, step is steps[-1]))]
         if self._store.local:  # what it dropped, or evicted for what came after it, is not there
-            there = self._store.contains([chunk.key for chunk in stored], peek=True)
-            stored = [chunk for chunk, is_there in zip(stored, there, strict=True) if is_there]
+            there = self._store.contains([chunk.key for chunk, _ in stored], peek=True)
+            stored = [one for one, is_there in zip(stored, there, strict=True) if is_there]
         if begun:
-            self._tell("store", begun[0], stored)
-        return sum(chunk.tokens for chunk in stored)
+            self._tell("store", begun[0], [chunk for chunk, _ in stored])
+        with self._counting:
+            self.raw_bytes += sum(self._payload_bytes(chunk) for chunk, _ in stored)
+            self.stored_bytes += sum(size for _, size in stored)
+        return sum(chunk.tokens for chunk, _ in stored)
 
-    def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[Chunk]:
+    def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[_Stored]:
         """Gathers straight into slots of the store, the chunks that there is room for."""
         store = cast(SlotStore, self._store)
-        sizes = [self._payload_bytes(chunk) for chunk in step]
+        sizes = [self._coded_bytes(chunk) or self._payload_bytes(chunk) for chunk in step]
         slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
-        reserved = [slot for slot in slots if slot]
         chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
+        reserved: list[Slot | None] = [slot for slot in slots if slot]
         if not chunks:
             return []
+
+        def view(slot: Slot | None) -> torch.Tensor | None:
+            return torch.from_numpy(store.view(slot)) if slot else None
+
+        def raw(misfits: list[int]) -> list[torch.Tensor | None]:
+            given_up = [slot for i in misfits if (slot := reserved[i])]
+            for i in misfits:
+                reserved[i] = None
+            store.abandon(given_up)
+            keys, raw_sizes = [chunks[i].key for i in misfits], [self._payload_bytes(chunks[i]) for i in misfits]
+            for i, slot in zip(misfits, store.reserve(keys, raw_sizes, owner, as_of), strict=True):
+                reserved[i] = slot
+            return [view(reserved[i]) for i in misfits]
+
         try:
-            sums = gather(chunks, [torch.from_numpy(store.view(slot)) for slot in reserved])
+            payloads, sums = gather(chunks, [view(slot) for slot in reserved], raw)
         except BaseException:
-            store.abandon(reserved)
+            store.abandon([slot for slot in reserved if slot])
             raise
-        store.publish(reserved, sums)
-        return chunks
+        there = [(slot, total) for slot, total in zip(reserved, sums, strict=True) if slot]
+        store.publish([slot for slot, _ in there], [total for _, total in there])
+        return [(chunk, len(payload)) for chunk, payload in zip(chunks, payloads, strict=True) if payload is not None]
 
     def _store_staged(
         self, staging: torch.Tensor, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather
-    ) -> list[Chunk]:
-        payloads = self._payloads(step, staging)
-        sums = gather(step, payloads)
+    ) -> list[_Stored]:
+        places = self._payloads(step, staging)
+        views: list[torch.Tensor | None] = [
+            place[: self._coded_bytes(chunk)] for place, chunk in zip(places, step, strict=True)
+        ]
+        gathered, sums = gather(step, views, lambda misfits: [places[i] for i in misfits])
+        payloads = [payload for payload in gathered if payload is not None]
         buffers = [payload.numpy().data for payload in payloads]
         self._store.put([chunk.key for chunk in step], buffers, owner, sums, as_of)
-        return step
+        return [(chunk, len(payload)) for chunk, payload in zip(step, payloads, strict=True)]
 
     def _gather(
         self,
@@ -277,13 +377,20 @@ class Transfer:
         begun: list[float],
         last: bool,
         chunks: list[Chunk],
-        payloads: list[torch.Tensor],
-    ) -> list[int]:
-        """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; their
-        checksums. begun: when the first page was read."""
+        payloads: list[torch.Tensor | None],
+        raw: Callable[[list[int]], list[torch.Tensor | None]],
+    ) -> tuple[list[torch.Tensor | None], list[int]]:
+        """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; the payloads
+        and their checksums. raw: gives memory for the raw payloads of chunks that do not fit into their coded ones, or
+        None, where there is none. begun: when the first page was read."""
         ends, on_the_way = self._layers(by_layer)
-        parts = self._parts(chunks, payloads, whole_pages=self.layout.opaque)
-        copies = self._storing.store(parts, ends, on_the_way)
+        whole_pages = self.layout.opaque
+        given = [payload for payload in payloads if payload is not None]
+        coded = [self._coded_bytes(chunk) is not None for chunk in chunks]
+        parts = self._parts(chunks, given, whole_pages, coded)
+        store_raw = partial(self._storing.store, parts, ends, on_the_way)
+        copies = self._coded.store(parts, ends, coded) if self._coded else store_raw()
+        sums: list[int] = []
 
         def gather(planes: int) -> bool:
             if not begun:
@@ -292,7 +399,9 @@ class Transfer:
             copies.go_on(planes, written)
             if planes < self._planes:
                 return False
-            if work.early:  # the caller's thread goes on, its stream behind the reads
+            if self._coded:
+                sums[:] = self._finish_coded(chunks, payloads, coded, copies.wait(), raw)
+            elif work.early:  # the caller's thread goes on, its stream behind the reads
                 copies.order(current_stream(self.layout.device), self._planes)
             else:
                 copies.wait()
@@ -300,19 +409,59 @@ class Transfer:
 
         with ending(copies):
             work.touch_pages(gather, last)
-            sums = copies.wait()
-        return sums if on_the_way else [ops.checksum(payload) for payload in payloads]
+            if not self._coded:
+                sums = copies.wait()
+        return payloads, sums if on_the_way else [ops.checksum(payload) for payload in given]
 
-    def _parts(self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool) -> list[Part]:
+    def _finish_coded(
+        self,
+        chunks: list[Chunk],
+        payloads: list[torch.Tensor | None],
+        coded: list[bool],
+        found: list[int],
+        raw: Callable[[list[int]], list[torch.Tensor | None]],
+    ) -> list[int]:
+        """Completes coded payloads, and puts raw ones into the place of those that do not fit; the checksums."""
+        sums, misfits = [], []
+        for i, (chunk, payload) in enumerate(zip(chunks, payloads, strict=True)):
+            raw_sum, tiles_sum, unfit = found[codec.SUMS * i : codec.SUMS * (i + 1)]
+            if unfit:
+                misfits.append(i)
+            if coded[i] and payload is not None and not unfit:
+                raw_sum = codec.put_header(payload, raw_sum, tiles_sum, self._payload_bytes(chunk))
+            sums.append(raw_sum)
+        if misfits:
+            for i, payload in zip(misfits, raw(misfits), strict=True):
+                payloads[i] = payload
+            there = [(i, payload) for i in misfits if (payload := payloads[i]) is not None]
+            again, places = [chunks[i] for i, _ in there], [payload for _, payload in there]
+            parts = self._parts(again, places, self.layout.opaque)
+            copies = self._storing.store(parts, [self._planes], True)
+            copies.go_on(self._planes)
+            for (i, _), total in zip(there, copies.wait(), strict=True):
+                sums[i] = total
+        return sums
+
+    def _parts(
+        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, coded: Sequence[bool] = ()
+    ) -> list[Part]:
         """What is to be copied."""
         size = self.layout.page_tokens
+        places = [payload.data_ptr() for payload in payloads]
+        for i, behind_header in enumerate(coded):
+            places[i] += codec.HEADER_BYTES if behind_header else 0
         return [
-            (pages.data_ptr(), True, len(pages), len(pages) * size if whole_pages else tokens, payload.data_ptr(), 0)
-            for (_, pages, tokens), payload in zip(chunks, payloads, strict=True)
+            (pages.data_ptr(), True, len(pages), len(pages) * size if whole_pages else tokens, place, 0)
+            for (_, pages, tokens), place in zip(chunks, places, strict=True)
         ]
 
     def _payload_bytes(self, chunk: Chunk) -> int:
         return self.layout.payload_bytes(len(chunk.pages))
+
+    def _coded_bytes(self, chunk: Chunk) -> int | None:
+        """None where it is stored raw anyway."""
+        plane_bytes = len(chunk.pages) * self.layout.page_bytes
+        return codec.coded_bytes(self._planes, plane_bytes) if self._coded else None
 
     def _steps(self, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         """The chunks in steps of at most so many bytes as there is memory for, or of one chunk."""
@@ -347,4 +496,8 @@ def _nothing(lane: Lane) -> Work:
     return work
 
 
-_Gather = Callable[[list[Chunk], list[torch.Tensor]], list[int]]
+_Gather = Callable[
+    [list[Chunk], list[torch.Tensor | None], Callable[[list[int]], list[torch.Tensor | None]]],
+    tuple[list[torch.Tensor | None], list[int]],
+]
+_Stored = tuple[Chunk, int]  # and the bytes that the store has of it

@@ -217,6 +217,7 @@ def test_what_was_asked_and_found_is_counted(engine):
     assert engine.cache.stats() == {
         **{"queried_tokens": 166, "hit_tokens": 83, "restored_tokens": 70},
         **{"stored_tokens": 89, "hit_rate": 0.5},
+        **{"raw_bytes": 4416, "stored_bytes": 4416, "codec_ratio": 1.0},
     }
 
 

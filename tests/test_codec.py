@@ -9,8 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmcache_mm import _C, codec, ops, reference
+import lmcache_mm as lmc
+from lmcache_mm import _C, codec, encoder_cache, ops, reference
 from lmcache_mm.layout import KVLayout
+from lmcache_mm.stores.tiered_slots import TieredSlotStore
+from test_stores import new_store
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text())
 TILE_BYTES = 2 * reference.TILE_NUMBERS
@@ -242,3 +245,175 @@ def test_bad_ids_are_refused():
     for copy in (_C.gather_coded, _C.scatter_coded):
         with pytest.raises(ValueError, match=r"expected an id in \[0, 7\)"):
             copy(layout.compiled, [(pages.data_ptr(), True, 1, 4, payload.data_ptr(), 0)], sums.data_ptr(), 1)
+
+
+# --- Caches
+
+PAGE_TOKENS, CHUNK_TOKENS, TOKENS = 4, 8, 30  # three chunks and a tail
+
+
+def caches_of(dtype: torch.dtype = torch.bfloat16, noise: int | None = None, seed: int = 7) -> list[torch.Tensor]:
+    """Two layers of K and V; the page of chunk `noise` is no normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [torch.randn(2, 10, PAGE_TOKENS, 2, 400, generator=generator).to(dtype) for _ in range(2)]
+    if noise is not None:
+        layers[1][1, 2 * noise].view(torch.int16).random_(generator=generator)
+    return layers
+
+
+def cache_over(layers: list[torch.Tensor], store: object, codec: str | None = "split") -> lmc.KVCache:
+    layout = KVLayout.from_tensors(
+        {f"layer.{i}": t for i, t in enumerate(layers)}, page_tokens=PAGE_TOKENS, page_dim=1, token_dim=2
+    )
+    return lmc.KVCache(layout, store, lmc.Namespace(model="m"), CHUNK_TOKENS, codec=codec)
+
+
+PROMPT = lmc.Prompt(list(range(TOKENS)))
+PAGES = list(range(8))
+
+
+@pytest.fixture(params=["mem", "shm", "file", "shm,file"])
+def store(request, tmp_path):
+    opened, remove = new_store(request.param, tmp_path, capacity="8MiB")
+    yield opened
+    opened.close()
+    remove()
+
+
+@pytest.fixture
+def mem(tmp_path):
+    opened, _ = new_store("mem", tmp_path, capacity="8MiB")
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+@pytest.mark.parametrize("noise", [None, 0, 1, 2])
+def test_a_cache_restores_what_it_stored_coded_or_raw(store, noise, by_layer):
+    layers = caches_of(noise=noise)
+    wanted = [layer.clone() for layer in layers]
+    with cache_over(layers, store) as cache:
+        assert cache.codec == "split"
+        job = cache.store(PROMPT, PAGES, by_layer=by_layer)
+        if by_layer:
+            job.layer_written("layer.0")
+            job.layer_written("layer.1")
+        assert job.result() == TOKENS
+        stats = cache.stats()
+        raw = len(wanted) * 2 * 8 * PAGE_TOKENS * 1600
+        assert stats["raw_bytes"] == raw
+        chunk = codec.coded_bytes(4, 2 * PAGE_TOKENS * 1600)
+        coded = 4 - (noise is not None)
+        assert stats["stored_bytes"] == coded * chunk + (4 - coded) * raw // 4
+        assert stats["codec_ratio"] == raw / stats["stored_bytes"]
+        for layer in layers:
+            layer.zero_()
+        assert cache.match(PROMPT) == TOKENS
+        job = cache.retrieve(PROMPT, PAGES, by_layer=by_layer)
+        if by_layer:
+            assert job.layer_ready("layer.0")
+        assert job.result() == TOKENS
+    for layer, want in zip(layers, wanted, strict=True):
+        want[:, 7, 2:] = 0  # past the tail
+        assert torch.equal(layer[:, :8].view(torch.int16), want[:, :8].view(torch.int16))
+
+
+@pytest.mark.parametrize("store", ["shm"], indirect=True)
+def test_what_does_not_fit_is_dropped_where_there_is_no_room_for_it_raw(store, monkeypatch):
+    layers = caches_of(noise=1)
+    with cache_over(layers, store) as cache:
+        reserve = store.reserve
+        monkeypatch.setattr(store, "reserve", lambda k, s, *a: reserve(k, s, *a) if len(k) > 1 else [None])
+        assert cache.store(PROMPT, PAGES).result() == TOKENS - CHUNK_TOKENS
+        assert cache.match(PROMPT) == CHUNK_TOKENS
+        assert cache.retrieve(PROMPT, PAGES).result() == CHUNK_TOKENS
+
+
+def test_caches_with_and_without_a_codec_never_meet(mem):
+    layers = caches_of()
+    coded, raw = cache_over(layers, mem), cache_over(layers, mem, None)
+    assert coded.store(PROMPT, PAGES).result() == TOKENS
+    assert raw.match(PROMPT) == 0
+    assert raw.store(PROMPT, PAGES).result() == TOKENS
+    assert coded.match(PROMPT) == raw.match(PROMPT) == TOKENS
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_stay_raw_and_keep_their_keys(mem, dtype):
+    layers = caches_of(dtype)
+    cache = cache_over(layers, mem)
+    assert cache.codec is None
+    assert cache.store(PROMPT, PAGES).result() == TOKENS
+    assert cache.stats()["codec_ratio"] == 1
+    assert cache_over(layers, mem, None).match(PROMPT) == TOKENS
+
+
+@pytest.mark.parametrize("damage", ["tile", "header", "zeros"])
+def test_a_record_that_is_not_what_was_coded_is_a_miss_and_is_removed(store, damage):
+    """Not found by the store's own checksum: what it was given was wrong."""
+    layers = caches_of()
+    with cache_over(layers, store) as cache:
+        assert cache.store(PROMPT, PAGES).result() == TOKENS
+        key = cache._records(PROMPT)[1].key
+        payload = np.empty(codec.coded_bytes(4, 2 * PAGE_TOKENS * 1600), np.uint8)
+        cache.backend.flush()
+        assert cache.backend.get_into([key], [payload])[0]
+        cache.backend.delete([key])
+        if damage == "zeros":
+            payload[:] = 0
+        else:
+            payload[64 + 1000 if damage == "tile" else 20] ^= 4
+        cache.backend.put([key], [payload])
+        assert cache.match(PROMPT) == TOKENS
+        assert cache.retrieve(PROMPT, PAGES).result() == CHUNK_TOKENS
+        if not isinstance(store, TieredSlotStore):  # a slower tier may have, and keep, a record that is right
+            assert cache.match(PROMPT) == CHUNK_TOKENS
+
+
+def test_a_codec_that_is_not_there_is_refused():
+    layers = caches_of()
+    with pytest.raises(ValueError, match="codec: expected 'split' or None, got 'zip'"):
+        cache_over(layers, "mem://?capacity=8MiB", "zip")
+    with pytest.raises(ValueError, match="codec: expected 'split' or None, got 'zip'"):
+        lmc.EncoderCache(lmc.Namespace(model="m"), "mem://?capacity=8MiB", codec="zip")
+    fields = ("planes", "num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes")
+    layout = pages_of(torch.bfloat16)
+    on_gpu = KVLayout(**{name: getattr(layout, name) for name in (*fields, "spec")}, device=torch.device("cuda:0"))
+    with pytest.raises(ValueError, match="codec: expected None for a cache on cuda:0, got 'split': the codec has no"):
+        codec.of_layout("split", on_gpu)
+
+
+# --- Encoder outputs
+
+
+def test_encoder_outputs_are_coded_where_they_are_bf16(store):
+    output = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
+    namespace = lmc.Namespace(model="m")
+    noise = torch.randint(-(2**15), 2**15, (4096,), dtype=torch.int16).view(torch.bfloat16)
+    mixed = [output, torch.arange(5)]
+    with lmc.EncoderCache(namespace, store, codec="split") as cache:
+        outputs = {"one": output, "two": [output, output[:1]], "mixed": mixed, "noise": noise, "none": output[:0]}
+        for name, given in outputs.items():
+            assert cache.save(name, given)
+            assert not cache.save(name, given)
+            assert cache.contains(name)
+            loaded = cache.load(name)
+            pairs = zip(loaded, given, strict=True) if isinstance(given, list) else [(loaded, given)]
+            for a, b in pairs:
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        raw = lmc.EncoderCache(namespace, cache.backend)
+        assert [name for name in outputs if raw.contains(name)] == ["mixed"]
+        assert raw.save("one", output)
+        assert torch.equal(raw.load("one"), cache.load("one"))
+
+
+def test_a_coded_encoder_output_that_is_wrong_is_a_miss_and_may_be_saved_again():
+    output = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
+    with lmc.EncoderCache(lmc.Namespace(model="m"), "mem://?capacity=8MiB", codec="split") as cache:
+        assert cache.save("one", output)
+        key = encoder_cache.payload_key(cache._key("one", "image", None, None), encoder_cache.describe(output), "split")
+        cache.backend.delete([key])
+        cache.backend.put([key], [np.zeros(codec.coded_bytes(1, 4200), np.uint8)])
+        assert cache.load("one") is None
+        assert cache.save("one", output)
+        assert torch.equal(cache.load("one"), output)

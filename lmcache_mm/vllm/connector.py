@@ -48,8 +48,8 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     which clients may choose where a gateway lets them. opaque_tails: partial pages are stored too, whole.
     store_generated: so are generated tokens. state_tokens: the states of layers that keep one (Mamba, GDN) are stored
     every so many tokens, too, not only where later prompts are likely to go on. weights: what the weights are, where
-    neither files nor a commit tell. timeout_s: for how long a store may do nothing (5); what waits for it is then
-    computed, or not stored.
+    neither files nor a commit tell. codec: "split" stores bf16 KV in 0.78 of its length (None); CPU engines only.
+    timeout_s: for how long a store may do nothing (5); what waits for it is then computed, or not stored.
 
     A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
     nothing, a kv_consumer stores nothing. An engine that stores answers {"lmcache_mm": {"wait": True}} to requests with

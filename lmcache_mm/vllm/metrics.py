@@ -22,6 +22,8 @@ COUNTERS = {
     "hit_tokens": "Tokens found in the store, beyond what vLLM's own prefix cache had.",
     "loaded_tokens": "Tokens whose KV was loaded and verified.",
     "stored_tokens": "Tokens whose KV was stored.",
+    "raw_bytes": "Bytes of KV that was stored, as pages held it.",
+    "stored_bytes": "The same as the store has it: less, with a codec.",
     "broken_promises": "Requests that stopped waiting because what another engine promised did not arrive in time.",
     "failed_lookups": "Requests that were computed because a lookup in the store failed or took too long.",
     "failed_loads": "Requests that were computed because their load failed.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+from lmcache_mm.codec import check_name as check_codec
 from lmcache_mm.engine import check_number, check_options
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
@@ -40,6 +41,7 @@ class EncoderOptions:
     store: str | list[str]
     weights: str | None = None
     timeout_s: float = 5.0
+    codec: str | None = None
 
     @classmethod
     def of(cls, extra: dict[str, Any]) -> Self:
@@ -55,6 +57,10 @@ class EncoderOptions:
         check_number(name_of_connector, "chunk_tokens", extra.get("chunk_tokens", 1), whole=True)
         if extra.get("state_tokens") is not None:
             check_number(name_of_connector, "state_tokens", extra["state_tokens"], whole=True)
+        try:
+            check_codec(extra.get("codec"))
+        except ValueError as error:
+            raise ValueError(f"{name_of_connector}: {error}") from None
         options = cls(**extra)
         urls = options.store if isinstance(options.store, list) else [options.store]
         if any(tier.startswith("mem:") for url in urls for tier in url.removeprefix("tiered:").split(",")):

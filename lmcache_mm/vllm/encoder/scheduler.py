@@ -199,14 +199,14 @@ class EncoderScheduler:
             return output
         try:
             description = read_description(self._store, key.key, key.owner)
-            if description is None or not has_payload(self._store, key.key, description):
+            if description is None or not has_payload(self._store, key.key, description, self._options.codec):
                 return None
             held_bytes = sum(one.payload.nbytes for one in list(self._held.values()))
             if held_bytes + payload_bytes(description) > MOST_HELD_BYTES:
                 ours.waits = False
                 return None
             begun = time.perf_counter()
-            output = read_payload(self._store, key.key, description, key.owner)
+            output = read_payload(self._store, key.key, description, key.owner, codec=self._options.codec)
         except Exception:
             logger.exception("%s: a store could not be read", ENCODER_NAME)
             ours.waits = False

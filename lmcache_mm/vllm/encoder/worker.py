@@ -26,7 +26,7 @@ class EncoderWorker:
     """See the module. The workers of an engine compute the same outputs; the first one stores them."""
 
     def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
-        self._timeout_s = options.timeout_s
+        self._timeout_s, self._codec = options.timeout_s, options.codec
         parallel = config.parallel_config
         first = parallel.rank % (parallel.tensor_parallel_size * parallel.pipeline_parallel_size) == 0
         saves = first and config.ec_transfer_config.is_ec_producer
@@ -79,7 +79,7 @@ class EncoderWorker:
                 torch.cuda.set_device(copied.device)  # a new thread's is 0: to wait there would make a context on it
                 copied.synchronize()
             begun = time.perf_counter()
-            write(store, key.key, packed, key.owner, as_of)
+            write(store, key.key, packed, key.owner, as_of, self._codec)
             seconds = time.perf_counter() - begun
             self._stats.add(encoder_stored_items=1)
             self._stats.observe(self._kind, "store", seconds, packed.payload.nbytes)

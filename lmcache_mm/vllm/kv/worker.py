@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from lmcache_mm import codec
 from lmcache_mm.cache import record_key
 from lmcache_mm.job import Job
 from lmcache_mm.lane import Abandoned
@@ -70,6 +71,7 @@ class Worker:
         alone: bool = True,
     ) -> None:
         self.stats = Stats()
+        self._counted: dict[str, int] = {}  # of what the transfers count
         self.layout = Layout(b"", (), b"")
         self._engine = worker_of(config)
         self._options, self._groups = options, groups
@@ -104,7 +106,8 @@ class Worker:
             layout = KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True)
             # vLLM shows states as plain bytes.
             layouts.append(replace(layout, spec=f"{layout.spec}; {group.kv_dtype}") if group.states else layout)
-        fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens)
+        codecs = [codec.of_layout(self._options.codec, layout) for layout in layouts]
+        fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens, codecs=codecs)
         self.layout = Layout(fingerprint, tuple(group.number for group in self._groups), digest_of(self._engine))
         self._news.layouts[self._rank] = self.layout
         self._store = open_store(self._options.store, self.stats.observe)
@@ -115,8 +118,9 @@ class Worker:
                 self._store,
                 layout.payload_bytes(1 if group.states else self._chunk_tokens // layout.page_tokens),
                 moved,
+                coding,
             )
-            for layout, group in zip(layouts, self._groups, strict=True)
+            for layout, group, coding in zip(layouts, self._groups, codecs, strict=True)
         ]
 
     def fall_asleep(self) -> None:
@@ -308,6 +312,10 @@ class Worker:
 
     def take_stats(self) -> Stats | None:
         self._see_saves()
+        for name in ("raw_bytes", "stored_bytes"):
+            total = sum(getattr(transfer, name) for transfer in self._transfers)
+            self.stats.add(**{name: total - self._counted.get(name, 0)})
+            self._counted[name] = total
         return self.stats.take()
 
     def take_news(self) -> WorkerMetadata | None:
