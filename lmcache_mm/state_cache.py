@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from blake3 import blake3
 
 from lmcache_mm import ops
 from lmcache_mm.cache import record_key
@@ -15,6 +16,8 @@ from lmcache_mm.stores import open_store
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Chunk, Transfer
+
+LAYOUT_CONTEXT = "lmcache_mm v1 state layout"
 
 
 class StateCache:
@@ -41,7 +44,9 @@ class StateCache:
         if not self._every:
             raise ValueError("every_tokens: expected at least 1, got 0")
         self.layout = layout
-        self._namespace = namespace.with_layout(layout.fingerprint(layout.page_tokens))
+        # Not the fingerprint itself, which a KVCache of equal pages has too.
+        of_states = blake3(layout.fingerprint(layout.page_tokens), derive_key_context=LAYOUT_CONTEXT).digest()
+        self._namespace = namespace.with_layout(of_states)
         self._open = True
         self._owns_store = isinstance(store, Sequence)
         self.backend = open_store(store) if isinstance(store, Sequence) else store

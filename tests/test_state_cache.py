@@ -69,6 +69,19 @@ def test_states_of_another_shape_are_never_found(cache):
         assert opened.match(PROMPT) == 0
 
 
+def test_kv_of_equal_pages_is_never_taken_for_a_state(cache, states):
+    pages = torch.zeros_like(states)
+    with KVCache(layout_of(pages), cache.backend, NAMESPACE, chunk_tokens=1) as kv:
+        assert kv.layout.fingerprint(1) == cache.layout.fingerprint(1)
+        short = Prompt(range(PAGES))
+        assert kv.store(short, range(PAGES)).result()
+        assert cache.match(short, PAGES) == 0
+        assert not cache.retrieve(short, PAGES, 5).result()
+        other = Prompt(range(50, 50 + STEP + 1))
+        assert cache.store(other, STEP, 3).result()
+        assert kv.match(other) == 0
+
+
 def test_a_lost_and_a_damaged_state_are_told(cache, states):
     cache.store(PROMPT, 64, 3).result()
     assert cache.match(PROMPT) == 64

@@ -21,6 +21,8 @@ def check_version(version: str) -> None:
 
 check_version(vllm.__version__)
 
+MINOR_VERSION = ".".join(vllm.__version__.split(".")[:2])
+
 # vLLM 0.32 counts tokens of a session as computed that speculative decoding has computed behind the last one it keeps.
 SESSIONS_OUTRUN_TOKENS = vllm.__version__.startswith("0.32.")
 
@@ -78,6 +80,7 @@ from vllm.v1.worker.worker_base import WorkerBase  # noqa: E402
 __all__ = [
     "MEDIUM_CPU",
     "MEDIUM_STORAGE",
+    "MINOR_VERSION",
     "SESSIONS_OUTRUN_TOKENS",
     "BlockPool",
     "BlockRemoved",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 from lmcache_mm.codec import check_name as check_codec
 from lmcache_mm.engine import check_number, check_options
 from lmcache_mm.vllm.api import (
+    MINOR_VERSION,
     KVCacheConfig,
     KVCacheSpec,
     KVCacheSpecKind,
@@ -174,7 +175,7 @@ def _states_of(config: VllmConfig, spec: MambaSpec, layers: list[str]) -> str:
             f"{NAME}: layers whose state is kept in mamba_cache_mode={spec.mamba_cache_mode!r} are not supported "
             f"{where}; start vLLM with --enable-prefix-caching --mamba-cache-mode align"
         )
-    if spec.num_speculative_blocks:
+    if spec.num_speculative_blocks or config.speculative_config is not None:
         raise ValueError(
             f"{NAME}: speculative decoding is not supported with layers that keep a state {where}, whose pages then "
             "hold states of drafts too; leave out --speculative-config"
@@ -184,5 +185,8 @@ def _states_of(config: VllmConfig, spec: MambaSpec, layers: list[str]) -> str:
         for shape, dtype in zip(spec.shapes, spec.dtypes, strict=True)
     ]
     copies = "on every rank" if spec.tp_replicated else "of the rank's heads"
-    backend = config.mamba_config.backend.name
-    return f"state {spec.mamba_type.name} {' '.join(tensors)} {get_conv_state_layout()} {backend} {copies}"
+    mamba = config.mamba_config
+    rounding = "stochastic rounding" if mamba.enable_stochastic_rounding else ""
+    # Shapes do not tell the order of equal dimensions, which may change from one version of vLLM to the next.
+    how = f"{get_conv_state_layout()} {mamba.backend.name} {copies} vLLM {MINOR_VERSION} {rounding}".strip()
+    return f"state {spec.mamba_type.name} {' '.join(tensors)} {how}"

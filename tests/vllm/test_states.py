@@ -35,6 +35,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 BLOCK, BLOCKS, BUDGET, PROMPT = 32, 28, 128, 300
+STOP = 299  # a token that ends an answer
 MODEL = {
     "architectures": ["Lfm2ForCausalLM"],
     "model_type": "lfm2",
@@ -74,11 +75,14 @@ def prefixes(token_ids: list[int]) -> np.ndarray:
 
 
 class Engine:
-    """vLLM's scheduler with the connector, and a worker whose model writes and checks prefixes."""
+    """vLLM's scheduler with the connector, and a worker whose model writes and checks prefixes. ahead: a step is
+    planned and computed before the scheduler is told of the one before it, as by vLLM's asynchronous scheduling."""
 
-    def __init__(self, cases: Any, url: str, folder: Path, kind: str, extra: dict[str, Any], **options: Any) -> None:
-        core = {name: importlib.import_module(f"vllm.v1.{name}") for name in ("core.sched.scheduler", "outputs")}
-        self.outputs = core["outputs"]
+    def __init__(
+        self, cases: Any, url: str, folder: Path, kind: str, extra: dict[str, Any], ahead: bool = False, **options: Any
+    ) -> None:
+        sched = importlib.import_module(f"vllm.v1.core.sched.{'async_scheduler' if ahead else 'scheduler'}")
+        self.outputs = importlib.import_module("vllm.v1.outputs")
         utils = importlib.import_module("vllm.v1.core.kv_cache_utils")
         self.requests = importlib.import_module("vllm.v1.request")
         self.hashing = importlib.import_module("vllm.utils.hashing").sha256
@@ -112,10 +116,11 @@ class Engine:
             .create_engine_config()
         )
         config.cache_config.num_gpu_blocks = BLOCKS
+        config.scheduler_config.async_scheduling = ahead  # vLLM leaves it out on CPUs
         self.caches_config = cases.kv_cache_config_of(kind, "BLHNC", BLOCKS)
         sizes = utils.resolve_kv_cache_block_sizes(self.caches_config, config)
         self.hash_tokens = self.caches_config.hash_block_size = sizes[1]
-        self.scheduler = core["core.sched.scheduler"].Scheduler(
+        self.scheduler = (sched.AsyncScheduler if ahead else sched.Scheduler)(
             vllm_config=config,
             kv_cache_config=self.caches_config,
             structured_output_manager=SimpleNamespace(accept_tokens=lambda *_: True),
@@ -137,15 +142,25 @@ class Engine:
         self.saved: set[bytes] = set()  # keys of records
         self.ends: dict[bytes, int] = {}  # of prefixes
         self.loaded_tokens = self.failed_loads = 0
+        self.ahead, self.untold = ahead, list[tuple[Any, Any]]()  # steps, and what came of them
+        self.stops_at: int | None = None  # the length of a request that its answer ends at
+        self.scheduler.connector._scheduler._leave_out = self._must_not_fail
 
     def close(self) -> None:
         self.worker.shutdown()
         self.scheduler.connector.shutdown()
 
-    def add(self, name: str, token_ids: list[int], answer: int) -> None:
-        sampling = importlib.import_module("vllm").SamplingParams(max_tokens=answer, ignore_eos=True)
-        request = self.requests.Request(name, token_ids, sampling, None, block_hasher=self.hasher)
+    @staticmethod
+    def _must_not_fail(_: object) -> None:
+        raise  # noqa: PLE0704 - what is being handled
+
+    def add(self, name: str, token_ids: list[int], answer: int, resumable: bool = False, **params: Any) -> Any:
+        sampling = importlib.import_module("vllm").SamplingParams(
+            max_tokens=answer, ignore_eos=True, stop_token_ids=[STOP], extra_args=params
+        )
+        request = self.requests.Request(name, token_ids, sampling, None, block_hasher=self.hasher, resumable=resumable)
         self.scheduler.add_request(request)
+        return request
 
     def run(self) -> None:
         """Until all requests have ended."""
@@ -153,6 +168,7 @@ class Engine:
         while self.scheduler.has_unfinished_requests():
             assert time.monotonic() < until
             self.step()
+        self.tell_all()
 
     def step(self) -> None:
         step = self.scheduler.schedule()
@@ -175,12 +191,16 @@ class Engine:
         sampled = []
         for name, scheduled in step.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
+            token_ids = list(request.all_token_ids)
+            if not (self.ahead and request.drop_stale_output and request.num_stale_output_tokens):
+                for _, before in self.untold:
+                    if name in before.req_id_to_index:
+                        token_ids += before.sampled_token_ids[before.req_id_to_index[name]]
             tables = self.scheduler.kv_cache_manager.get_block_ids(name)
-            self.compute(prefixes(request.all_token_ids), tables, computed[name], scheduled)
-            if computed[name] + scheduled == request.num_tokens:
-                sampled.append([int(prefixes(request.all_token_ids)[-1]) % 250])
-            else:
-                sampled.append([])
+            of = prefixes(token_ids)
+            self.compute(of, tables, computed[name], scheduled)
+            ends = computed[name] + scheduled == len(token_ids)
+            sampled.append([STOP if len(token_ids) == self.stops_at else int(of[-1]) % 250] if ends else [])
         self.worker.wait_for_save()
         told = self.worker.get_transfer_results(set(step.finished_req_ids))
         self.failed_loads += len(told.failed_recving)
@@ -191,15 +211,17 @@ class Engine:
         )
         self.worker.clear_connector_metadata()
         names = list(step.num_scheduled_tokens)
-        self.scheduler.update_from_output(
-            step,
-            self.outputs.ModelRunnerOutput(
-                names, {name: i for i, name in enumerate(names)}, sampled, kv_connector_output=output
-            ),
-        )
+        of_names = {name: i for i, name in enumerate(names)}
+        self.untold.append((step, self.outputs.ModelRunnerOutput(names, of_names, sampled, kv_connector_output=output)))
+        self.tell_all(but=int(self.ahead and bool(names)))
         stats = self.worker.get_kv_connector_stats()
         if stats is not None:
             self.loaded_tokens += int(stats.data.get("loaded_tokens", 0))
+
+    def tell_all(self, but: int = 0) -> None:
+        """Tells the scheduler of the steps that it does not know of, but the last `but` ones."""
+        while len(self.untold) > but:
+            self.scheduler.update_from_output(*self.untold.pop(0))
 
     def compute(self, of: np.ndarray, tables: tuple[list[int], ...], computed: int, scheduled: int) -> None:
         end = computed + scheduled
@@ -260,11 +282,12 @@ KINDS = {
 
 
 @pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step at a time", "a step ahead"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_step_reads_what_another_prefix_has_left(engine, url, kind, seed):
+def test_no_step_reads_what_another_prefix_has_left(engine, url, kind, ahead, seed):
     """Prompts that part at any place, more of them at once than there are pages for, vLLM's own cache emptied now and
     then, and records that are lost one by one."""
-    one, rng = engine(**KINDS[kind]), random.Random(seed)
+    one, rng = engine(**KINDS[kind], ahead=ahead), random.Random(seed)
     stems = [[rng.randrange(250) for _ in range(PROMPT)] for _ in range(2)]
     with closing(open_store(url)) as store:
         for turn in range(8):
@@ -274,10 +297,19 @@ def test_no_step_reads_what_another_prefix_has_left(engine, url, kind, seed):
                 one.add(f"{turn}-{i}", prompt, rng.choice([1, 20, 70]))
             one.run()
             if rng.random() < 0.6:
-                assert one.scheduler.reset_prefix_cache()
+                empty(one)
             if rng.random() < 0.5:
                 store.delete(rng.sample(sorted(one.saved), 2))
     assert one.loaded_tokens > 0
+
+
+def empty(one: Engine) -> None:
+    """vLLM's own cache, once no load of a request that has ended is under way."""
+    until = time.monotonic() + 30
+    while not one.scheduler.reset_prefix_cache():
+        assert time.monotonic() < until
+        one.step()
+        one.tell_all()
 
 
 PARTS = random.Random(5).choices(range(250), k=PROMPT)
@@ -353,6 +385,7 @@ def test_a_load_without_a_page_for_the_state_fails(engine, tokens_less):
     one = engine("small states", {"state_tokens": 64})
     assert ends_of(one) == (0, {64, 128, 192, 256, 288})
     scheduler = one.scheduler.connector._scheduler
+    del scheduler._leave_out  # it is right here
     plan_load = scheduler.plan_load
 
     def less(request: Any, tables: Any, tokens: int) -> None:
@@ -361,3 +394,83 @@ def test_a_load_without_a_page_for_the_state_fails(engine, tokens_less):
     scheduler.plan_load = less
     assert ends_of(one)[0] == 0
     assert one.failed_loads == 1
+
+
+def states_saved(one: Engine) -> set[int]:
+    return {one.ends[key[:32]] for key in one.saved if int.from_bytes(key[32:34], "little") // 256 == one.state_table}
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["one step at a time", "a step ahead"])
+def test_a_session_whose_part_ends_at_a_stop_token_leaves_no_wrong_state(engine, ahead):
+    """A step ahead, the stop token has gone through the running state when it is seen, and the next part goes on from
+    that: vLLM's own mistake, which no other request may load."""
+    one = engine("small states", ahead=ahead)
+    one.stops_at = 60
+    session = one.add("session", PARTS[:50], 100, resumable=True)
+    first = None
+    for part in ([*PARTS[100:200]], None):
+        for _ in range(60):
+            if "STREAMING" in str(session.status):
+                break
+            one.step()
+        one.tell_all()
+        if part is None:
+            break
+        first = states_saved(one)
+        one.stops_at = 160
+        if ahead:
+            one.compute = lambda *_: None  # it would find the wrong state
+        one.add("session", part, 100, resumable=True)
+    assert first == {32}
+    assert (states_saved(one) == {32}) == ahead
+
+
+def test_a_state_is_saved_where_no_record_is(engine, url):
+    """Its KV was handed over before."""
+    one = engine("small states")
+    ends_of(one, 256)
+    lost = {key for key in one.saved if int.from_bytes(key[32:34], "little") // 256 == one.state_table}
+    connector = one.scheduler.connector._scheduler
+    save_of = connector._save_of
+
+    def save_states_only(ours: Any, scheduled: int, step: Any) -> Any:
+        tracker = connector._tracker(ours)
+        tracker.stored_tokens = max(tracker.stored_tokens, 256)
+        return save_of(ours, scheduled, step)
+
+    connector._save_of = save_states_only
+    with closing(open_store(url)) as store:
+        store.delete(sorted(lost))
+    one.saved -= lost
+    assert ends_of(one, 256) == (0, {224, 256})
+
+
+def test_a_prefill_engine_promises_the_state_that_a_hit_needs(engine, url):
+    """With the last whole block in vLLM's own cache its state is not made again."""
+    one = engine("small states", {"chunk_tokens": 32})
+    promises = []
+    connector = one.scheduler.connector._scheduler
+    promise = connector.promise
+    connector.promise = lambda request: promises.append(promise(request)) or promises[-1]
+    params = {"kv_transfer_params": {"do_remote_decode": True}}
+    for i in range(2):
+        one.add(f"{i}", PARTS[:256], 1, **params)
+        one.run()
+        with closing(open_store(url)) as store:
+            states = [key for key in one.saved if int.from_bytes(key[32:34], "little") // 256 == one.state_table]
+            assert store.contains([key for key in states if one.ends[key[:32]] == 224]) == [i == 0]
+            store.delete([key for key in states if one.ends[key[:32]] == 224])
+    assert promises == [{"lmcache_mm": {"wait": True}}, None]
+
+
+def test_drafts_are_refused_whatever_pages_say(cases):
+    options = importlib.import_module("lmcache_mm.vllm.options")
+    config = cases.config_of("BLHNC")
+    caches = cases.kv_cache_config_of("small states", "BLHNC")
+    (plain,) = {group.kv_dtype for group in options.groups_of(config, caches) if group.states}
+    config.mamba_config.enable_stochastic_rounding = True
+    (rounded,) = {group.kv_dtype for group in options.groups_of(config, caches) if group.states}
+    assert plain != rounded
+    config.speculative_config = SimpleNamespace(method="mtp", num_speculative_tokens=3)
+    with pytest.raises(ValueError, match="speculative decoding is not supported with layers that keep a state"):
+        options.groups_of(config, caches)

@@ -69,7 +69,7 @@ class _Request:
     local_tokens: int = 0  # when it was matched last
     reach: int = 0  # of what was found, up to where it could go on if there were states
     stops: list[int] = field(default_factory=list)  # where steps of its prompt are to end, for states, ascending
-    states_until: int = 0  # the last state that was handed to the store, or came from it
+    states_at: set[int] = field(default_factory=set)  # ends of states that were handed to the store, or came from it
 
 
 class Scheduler:
@@ -101,7 +101,9 @@ class Scheduler:
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
         self._unknown: dict[Work, set[str]] = {}  # identifiers of items that are computed before they are known
-        self._session_ends_caching = SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None
+        # A stop token that is seen a step late has gone through a running state, which cannot step back.
+        late = bool(self._states) and bool(config.scheduler_config.async_scheduling)
+        self._session_ends_caching = late or (SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None)
         self._failed: set[str] = set()  # requests that are matched no more
         self._planned: list[Load] = []  # for the next step
         self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # not ended, and what gives its records free
@@ -343,7 +345,7 @@ class Scheduler:
             return None
         if tracker is None or not records or tracker.stored_tokens < records[-1].end:
             return None
-        if self._states and ours.states_until < (request.num_prompt_tokens - 1) // self._unit * self._unit:
+        if self._states and (request.num_prompt_tokens - 1) // self._unit * self._unit not in ours.states_at:
             return None
         return {"lmcache_mm": {"wait": True}}
 
@@ -586,7 +588,7 @@ class Scheduler:
             last = records[-1]
             pages += self._state_pages(last, end, block_ids)
             keys += self._state_keys(last)
-            ours.states_until = max(ours.states_until, end)
+            ours.states_at.add(end)
         release = self._hold(keys)
         load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)
         self._planned.append(load)
@@ -713,11 +715,12 @@ class Scheduler:
         if not self._adapters.still_agreed(request.lora_request):
             ours.loads = ours.saves = False
             return None
-        whole = [one for one in self._pages(records, block_ids) if NULL_BLOCK not in one.pages]
+        pages = self._pages(records, block_ids) if records else []
+        whole = [one for one in pages if NULL_BLOCK not in one.pages]
         whole += [page for _, pages in states for page in pages]
         if records:
             tracker.stored_tokens = records[-1].end
-        ours.states_until = max([ours.states_until, *(record.end for record, _ in states)])
+        ours.states_at.update(record.end for record, _ in states)
         if not whole:
             return None
         if self.events:
@@ -732,8 +735,9 @@ class Scheduler:
         written on its way."""
         offered: dict[int, dict[int, int]] = {}  # pages, by table, by tokens
         of_step = step.kv_connector_block_state.boundary_state_offloads
+        last = max(ours.states_at, default=0)
         for table, page, tokens in of_step.get(ours.request.request_id, ()):
-            if table in self._states and page != NULL_BLOCK and ours.states_until < tokens <= until:
+            if table in self._states and page != NULL_BLOCK and last < tokens <= until:
                 offered.setdefault(tokens, {})[table] = page
         out = []
         for tokens, pages in sorted(offered.items()):
@@ -785,7 +789,8 @@ class Scheduler:
             if serial in failed and ours is not None:
                 self._failed.add(load.request_id)
                 self.stats.add(failed_loads=1)
-                ours.planned_until = ours.states_until = 0
+                ours.planned_until = 0
+                ours.states_at.clear()
                 if ours.tracker:
                     ours.tracker.stored_tokens = 0
 
