@@ -25,12 +25,13 @@ def cache_on(store: str) -> tuple[torch.Tensor, lmc.KVCache]:
 def main() -> None:
     os.environ.setdefault("LMCACHE_MM_SECRET", secrets.token_hex(16))  # the same on both hosts
     lent = f"shm:///example-{uuid.uuid4().hex}"
+    command = [sys.executable, "-c", "from lmcache_mm.commands.cli import main; raise SystemExit(main())"]
     pages, cache = cache_on(f"{lent}?capacity=16MiB")
     with cache:
         pages.normal_()
         cache.store(PROMPT, list(range(22))).result()
         # Beyond loopback, use --tls and ?tls= with a directory made by `lmcache-mm certificates`.
-        serve = [sys.executable, "-m", "lmcache_mm", "serve", "--store", lent, "--listen", "127.0.0.1:0"]
+        serve = [*command, "serve", "--store", lent, "--listen", "127.0.0.1:0"]
         with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
             try:
                 assert server.stdout
@@ -43,7 +44,7 @@ def main() -> None:
                 server.terminate()
         assert torch.equal(there.flatten(0, 1)[:restored], pages.flatten(0, 1)[:restored])
         print(f"{restored} of {len(PROMPT)} tokens read from the other host")
-    subprocess.run([sys.executable, "-m", "lmcache_mm", "clear", lent], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*command, "clear", lent], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

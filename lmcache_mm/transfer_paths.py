@@ -1,4 +1,4 @@
-"""Which way payloads go between a GPU's pages and the host: as `python -m lmcache_mm calibrate` measured on the device.
+"""Which way payloads go between a GPU's pages and the host: as `lmcache-mm calibrate` measured on the device.
 
 Three ways are always right: through a ring of buffers in device memory; in one batch of copies straight from or to
 pages, which spares that ring and the kernels, and pays where fragments are long; and, layer by layer, by a few blocks
@@ -82,7 +82,7 @@ def load(file: Path) -> Paths | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is left aside: %s; python -m lmcache_mm calibrate makes a new one", file, error)
+        logger.warning("%s is left aside: %s; lmcache-mm calibrate makes a new one", file, error)
         return None
 
 

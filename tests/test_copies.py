@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmcache_mm as lmc
-from conftest import PAGES, TOKENS, PagedCache, head_major, period_251, planes_apart, token_major
+from layouts import PAGES, TOKENS, PagedCache, head_major, period_251, planes_apart, token_major
 from lmcache_mm import ops, reference
 
 VECTORS = json.loads(Path(__file__).with_name("vectors.json").read_text())

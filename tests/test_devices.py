@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from conftest import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
+from layouts import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
 from lmcache_mm import _C, ops, reference
 from lmcache_mm.copies import Ring
 from lmcache_mm.transfer_paths import Paths
@@ -33,7 +33,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 class OnDevice:
-    """One of conftest's caches in a device's memory."""
+    """One of layouts' caches in a device's memory."""
 
     def __init__(self, cache: PagedCache, device: torch.device) -> None:
         self.host = cache

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import LAYOUTS, PAGES, TOKENS, PagedCache, mla, opaque, period_251, token_major
+from layouts import LAYOUTS, PAGES, TOKENS, PagedCache, mla, opaque, period_251, token_major
 from lmcache_mm import Item, KVLayout, reference
 
 REPO = Path(__file__).resolve().parent.parent

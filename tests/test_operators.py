@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.utils import run_and_get_code
 
 import lmcache_mm as lmc
-from conftest import PAGES, TOKENS, PagedCache, blocks_outermost, period_251, strided_runs
+from layouts import PAGES, TOKENS, PagedCache, blocks_outermost, period_251, strided_runs
 from lmcache_mm import operators, ops, reference
 
 ROOT = bytes(range(32))

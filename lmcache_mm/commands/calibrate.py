@@ -1,4 +1,4 @@
-"""python -m lmcache_mm calibrate: measures the fastest way of a GPU's transfers, and saves the answer."""
+"""lmcache-mm calibrate: measures the fastest way of a GPU's transfers, and saves the answer."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def run(args: argparse.Namespace) -> int:
     count, why = _C.cuda_devices() if _C.cuda_version else (0, "this build has CPU operations only")
     if not torch.cuda.is_available() or not 0 <= args.device < count:
         reason = why or f"there are {count} GPUs"
-        print(f"python -m lmcache_mm calibrate: GPU {args.device} cannot be used: {reason}", file=sys.stderr)
+        print(f"lmcache-mm calibrate: GPU {args.device} cannot be used: {reason}", file=sys.stderr)
         return 2
     device = torch.device("cuda", args.device)
     for found in measure(device):

@@ -34,7 +34,11 @@ COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "e
 
 
 def stat(args: argparse.Namespace) -> int:
-    """Prints a store's figures, one per line."""
+    """Prints a store's figures, one per line. Makes no store."""
+    if args.url.startswith("mem:"):
+        raise ValueError("store: each process has its own mem:, so there is nothing to see from here")
+    if args.url.startswith(("shm:", "file:")) and not os.path.lexists(slab_directory(args.url)[1]):
+        raise ValueError(f"store: there is no store in {slab_directory(args.url)[1]}")
     with closing(open_store(args.url)) as store:
         if isinstance(store, PeerStore):
             raise ValueError(f"store: {args.url!r} is another host's: ask there")
@@ -200,7 +204,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="lend a shm: store to other hosts, which open it as peer://HOST:PORT",
         description="Lends a shm: store to other hosts, which open it as peer://HOST:PORT and can read it, no more. "
         "Both sides need the deployment's secret, in LMCACHE_MM_SECRET_FILE or LMCACHE_MM_SECRET, and certificates "
-        "(python -m lmcache_mm certificates) unless the address is this host's loopback. Ends on SIGINT or SIGTERM.",
+        "(lmcache-mm certificates) unless the address is this host's loopback. Ends on SIGINT or SIGTERM.",
     )
     serve_parser.add_argument(
         "--store",

@@ -65,7 +65,7 @@ def _gpu() -> Iterator[Finding]:
             note = "" if known else ", by code compiled at its first use"
             yield Finding(f"gpu {index}", f"{where}: kernels run{note}")
             calibrated = transfer_paths.load(transfer_paths.file_of(properties.name))
-            text = "as measured here" if calibrated else "by defaults; measure with python -m lmcache_mm calibrate"
+            text = "as measured here" if calibrated else "by defaults; measure with lmcache-mm calibrate"
             yield Finding(f"gpu {index}", f"transfers go {text}: {calibrated or transfer_paths.Paths()}")
 
 

@@ -45,7 +45,7 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     s3://BUCKET/PREFIX               objects in S3, or at endpoint=URL in a server with S3's API; region=NAME
     mooncake://MASTER:PORT           the pooled memory of a Mooncake Store, to which this process lends capacity=SIZE;
                                      hostname=THIS_HOST, protocol=tcp, device=NAME, metadata=URL, admin=HOST:PORT
-    peer://HOST:PORT?tls=/DIR        another host's shm: store, read only; that host runs `python -m lmcache_mm serve`
+    peer://HOST:PORT?tls=/DIR        another host's shm: store, read only; that host runs `lmcache-mm serve`
     nixl://HOST:PORT?trusted_network=1   the same, read through NIXL, for networks that can be trusted
     tiered:URL,URL,...               several as one, the fastest first; see `TieredStore`
 

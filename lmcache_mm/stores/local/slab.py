@@ -170,7 +170,7 @@ class SlabStore:
         if not self._fits(capacity):
             raise ValueError(
                 f"store: {self.directory} has capacity={self.capacity}, got {capacity}: open it with its own, or "
-                "remove it with `python -m lmcache_mm clear`"
+                "remove it with `lmcache-mm clear`"
             )
         used = [row for row in range(ROWS) if locked_by_another(self._lock_fd, row)]
         if used and known and known[2] != boot_id():

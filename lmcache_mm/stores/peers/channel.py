@@ -48,7 +48,7 @@ class ProtocolError(ConnectionError):
 
 
 class Tls:
-    """TLS 1.3 with ca.pem, cert.pem and key.pem from a directory made by `python -m lmcache_mm certificates`.
+    """TLS 1.3 with ca.pem, cert.pem and key.pem from a directory made by `lmcache-mm certificates`.
 
     Both sides accept only certificates of this CA. Raises ValueError if a file is missing or is not a certificate,
     PermissionError if others can read the key."""
@@ -57,9 +57,7 @@ class Tls:
         names = ca, cert, key = [directory / name for name in ("ca.pem", "cert.pem", "key.pem")]
         for path in names:
             if not path.is_file():
-                raise ValueError(
-                    f"tls: there is no {path}: `python -m lmcache_mm certificates` makes a directory per host"
-                )
+                raise ValueError(f"tls: there is no {path}: `lmcache-mm certificates` makes a directory per host")
         if key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             raise PermissionError(f"tls: expected mode 0600 of {key}")
         try:
@@ -236,8 +234,7 @@ def check_loopback(address: str, tls: Tls | None) -> None:
         loopback = False
     if tls is None and not loopback:
         raise ValueError(
-            f"{address} is not a loopback address: both sides need certificates, see `python -m lmcache_mm "
-            "certificates --help`"
+            f"{address} is not a loopback address: both sides need certificates, see `lmcache-mm certificates --help`"
         )
 
 

@@ -1,4 +1,4 @@
-"""peer: another host's shm: store, read over the network; its server is `python -m lmcache_mm serve`."""
+"""peer: another host's shm: store, read over the network; its server is `lmcache-mm serve`."""
 
 from __future__ import annotations
 
