@@ -29,7 +29,7 @@ from lmcache_mm.sglang.api import (
     resolving_view,
 )
 from lmcache_mm.sglang.identity import NAME, Options, check_clients, namespace_of
-from lmcache_mm.sglang.pools import Pages, page_key, pages_of
+from lmcache_mm.sglang.pools import Pages, pages_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
@@ -60,17 +60,15 @@ class HiCacheBackend(HiCacheStorage):
     def __init__(self, storage_config: HiCacheStorageConfig, _: Mapping[str, Any] | None = None) -> None:
         extra = storage_config.extra_config or {}
         self._options = Options.of(extra)
-        # SGLang looks at this when the backend is made. Without it, it copies pages itself and tells no addresses.
-        extra.setdefault("interface_v1", 1)
-        self._by_value = not extra["interface_v1"]
+        # SGLang looks at this when the backend is made. Without it, it hands over copies of pages, without a place.
+        if not extra.setdefault("interface_v1", 1):
+            raise ValueError(f"{NAME}: interface_v1: expected 1 or nothing, got {extra['interface_v1']!r}")
         model = ModelConfig.from_server_args(get_server_args())
         args = resolving_view(get_server_args())  # as SGLang itself goes by them
         check_clients(bool(model.is_multimodal), bool(args.enable_lora), self._options)
         self._config = storage_config
         self._namespace = namespace_of(args, model, storage_config, self._options.weights)
-        root = self._namespace.root()
-        self._values = page_key(root, "values")  # root of what is stored by `set`
-        self._owner = owner_of(root)
+        self._owner = owner_of(self._namespace.root())
         self._pools: dict[str, Pages] = {}
         self._hosts: dict[str, Any] = {}
         self._breaker = Breaker()
@@ -79,7 +77,7 @@ class HiCacheBackend(HiCacheStorage):
         self._counting = threading.Lock()
         self._closed = False
         self._store = open_store(self._options.store)
-        self._lookups, self._puts = Lane("lmcache_mm lookup"), Lane("lmcache_mm values")
+        self._lookups = Lane("lmcache_mm lookup")
 
     # --- Pools
 
@@ -149,13 +147,12 @@ class HiCacheBackend(HiCacheStorage):
     # --- Lookups
 
     def exists(self, key: str) -> bool:
-        """Whether a page of the KV pool could be read now, or what was stored by `set`."""
-        return any(self._contains([[self._value_key(key)], *self._keys(PoolName.KV.value, [key])]))
+        """Whether a page of the KV pool could be read now."""
+        return self.batch_exists([key]) == 1
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
         """How many pages of the KV pool, from the first on, could be read now."""
-        by_value = [[key] for key in self._value_keys(keys)] if self._by_value else None
-        return _leading(self._contains(by_value or self._keys(PoolName.KV.value, keys)))
+        return _leading(self._contains(self._keys(PoolName.KV.value, keys)))
 
     def batch_exists_v2(
         self,
@@ -281,73 +278,11 @@ class HiCacheBackend(HiCacheStorage):
             return None
         return [] if host_indices is None else host_indices[:: pages.page_tokens].tolist()
 
-    # --- By value: what SGLang calls deprecated, and uses with "interface_v1": 0
+    def _by_value(self, *_: Any, **__: Any) -> Any:
+        """SGLang declares these abstract and deprecated, and calls them with "interface_v1": 0 only."""
+        raise NotImplementedError(f"{NAME}: pages are read and written by batch_get_v1, batch_set_v1 and their like")
 
-    def get(
-        self, key: str, target_location: torch.Tensor | None = None, target_sizes: Any = None
-    ) -> torch.Tensor | None:
-        """`target_location`, filled with what was stored by `set`; None if that is not there, damaged or of another
-        length."""
-        return None if target_location is None else self.batch_get([key], [target_location])[0]
-
-    def batch_get(
-        self, keys: list[str], target_locations: list[torch.Tensor] | None = None, target_sizes: Any = None
-    ) -> list[torch.Tensor | None]:
-        targets = target_locations or []
-        if len(targets) != len(keys):
-            return [None] * len(keys)
-        values = [torch.empty(target.nbytes, dtype=torch.uint8) for target in targets]
-        found: list[bool] = []
-
-        def read(_: Work) -> int:
-            found.extend(self._store.get_into(self._value_keys(keys), [v.numpy().data for v in values], self._owner))
-            return 0
-
-        if self._ask("failed_loads", lambda: [self._lookups.submit(read)]) is None:
-            return [None] * len(keys)
-        for target, value, there in zip(targets, values, found, strict=True):
-            if there:
-                target.copy_(value.view(target.dtype).view(target.shape))
-        return [target if there else None for target, there in zip(targets, found, strict=True)]
-
-    def set(
-        self,
-        key: str,
-        value: torch.Tensor | None = None,
-        target_location: Any = None,
-        target_sizes: Any = None,
-    ) -> bool:
-        """Stores the bytes of a tensor on the host."""
-        return value is not None and self.batch_set([key], [value])
-
-    def batch_set(
-        self,
-        keys: list[str],
-        values: list[torch.Tensor] | None = None,
-        target_locations: Any = None,
-        target_sizes: Any = None,
-    ) -> bool:
-        # A copy, for a store that hangs may read it when the page is another's.
-        kept = [value.detach().cpu().contiguous().flatten().view(torch.uint8).clone() for value in values or []]
-        if len(kept) != len(keys):
-            return False
-        names = self._value_keys(keys)
-
-        def begin() -> list[Work]:
-            as_of = self._store.moment()
-            buffers = [value.numpy().data for value in kept]
-            return [self._puts.submit(lambda _: self._store.put(names, buffers, self._owner, None, as_of))]
-
-        if self._ask("failed_stores", begin) is None:
-            return False
-        there = self._there([[name] for name in names], "failed_stores", peek=True) if self._store.local else [True]
-        return there is not None and all(there)
-
-    def _value_keys(self, keys: Sequence[str]) -> list[bytes]:
-        return [self._value_key(key) for key in keys]
-
-    def _value_key(self, key: str) -> bytes:
-        return page_key(self._values, f"{self._rank(PoolName.KV.value, self._hosts.get(PoolName.KV.value))} {key}")
+    get = batch_get = set = batch_set = _by_value
 
     # --- Budgets
 
@@ -410,7 +345,7 @@ class HiCacheBackend(HiCacheStorage):
         self._closed = True
         patience_s = self._options.timeout_s
         done = [pages.close(patience_s) for pages in self._pools.values()]
-        done += [lane.close(patience_s) for lane in (self._lookups, self._puts)]
+        done.append(self._lookups.close(patience_s))
         if all(done):
             self._store.close()
 

@@ -99,16 +99,8 @@ def test_on_every_store_pages_come_back(kind, url_of, backend_of):
     assert pages_of(pools[PoolName.KV], into) == pages_of(pools[PoolName.KV], stored)
     assert second.batch_get_v2(moved(pools, keys, into)) == {name: [True] * 8 for name in pools}
     assert pages_of(pools[PoolName.MAMBA], into) == pages_of(pools[PoolName.MAMBA], stored)
-    # What SGLang calls deprecated.
-    value, other = torch.arange(100, dtype=torch.int32), torch.zeros(100, dtype=torch.int32)
-    assert second.set("a value", value)
-    assert second.get("a value", other) is other
-    assert torch.equal(value, other)
-    assert second.batch_get(["a value", "none such"], [other, other]) == [other, None]
-    assert second.get("a value", torch.zeros(99, dtype=torch.int32)) is None
     assert second.clear()
     assert second.batch_exists(keys) == 0
-    assert second.get("a value", other) is None
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -191,6 +183,13 @@ def test_slots_of_another_number_are_no_pages(backend_of):
     assert backend.batch_get_v1(keys, slots(pool, [1])) == [False, False]
     assert backend.batch_set_v2([PoolTransfer(name=PoolName.KV, keys=keys)]) == {PoolName.KV: [False, False]}
     assert backend.batch_exists(keys) == 0
+
+
+def test_what_sglang_calls_deprecated_is_not_there(backend_of):
+    backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: mha()})
+    for method in (backend.get, backend.set, backend.batch_get, backend.batch_set):
+        with pytest.raises(NotImplementedError, match="batch_get_v1"):
+            method("a", torch.zeros(4))
 
 
 # --- Whose pages
@@ -400,7 +399,6 @@ def test_a_store_that_raises_is_left_alone(backend_of, monkeypatch):
         assert call(hashes(2), slots(pool, [1, 2])) == [False, False]
         assert backend._breaker.open
     backend._breaker._open_until = 0.0
-    assert not backend.set("a", torch.zeros(4))
     assert not backend.clear()
 
 
@@ -456,6 +454,7 @@ def test_sglangs_factory_makes_it(url_of, backend_of):
         ({"store": "mem://?capacity=1MiB", "weights": ""}, "weights: expected a name"),
         ({"store": "mem://?capacity=1MiB", "identifiers": "verify"}, 'identifiers: expected "trust"'),
         ({"store": "redis://host:1"}, "valkey://HOST:PORT"),
+        ({"store": "mem://?capacity=1MiB", "interface_v1": 0}, "interface_v1: expected 1 or nothing, got 0"),
     ],
 )
 def test_wrong_options_are_named(extra, message):

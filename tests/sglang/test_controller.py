@@ -123,21 +123,6 @@ def test_what_was_written_back_is_prefetched(kind, layout, controller_of, url_of
     assert prefetch(controller, tokens[1:])[:2] == (0, 0)
 
 
-@pytest.mark.parametrize("kind", ["mem", "shm", "file"])
-def test_without_addresses_sglang_hands_over_copies(kind, controller_of, url_of):
-    pool = mha("page_first", pages=64)
-    controller = controller_of({PoolName.KV: pool}, url_of(kind), {"interface_v1": 0})
-    assert controller.page_get_func == controller._generic_page_get
-    tokens = list(range(6 * PAGE))
-    pages = (controller.mem_pool_host.alloc(len(tokens))[::PAGE] // PAGE).tolist()
-    fill(pool, pages, 1)
-    assert prefetch(controller, tokens)[:2] == (0, 0)
-    assert write_back(controller, tokens, pages) == len(tokens)
-    found, read, into, _ = prefetch(controller, tokens)
-    assert (found, read) == (len(tokens), len(tokens))
-    assert pages_of(pool, into) == pages_of(pool, pages)
-
-
 @pytest.mark.parametrize("kind", ["file:", "mem", "shm"])
 def test_states_of_the_last_page_are_prefetched_with_it(kind, controller_of, url_of):
     pools = {PoolName.KV: mha("page_first", pages=64), PoolName.MAMBA: mamba()}
