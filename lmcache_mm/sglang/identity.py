@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -15,6 +16,15 @@ NAME = "HiCacheBackend"
 EXAMPLE = "shm:///sglang?capacity=32GiB"
 # Of --hicache-storage-backend-extra-config, what is SGLang's own.
 SGLANG_OPTIONS = ("backend_name", "module_path", "class_name", "interface_v1", "allocator")
+# Values of --load-format that read all weights from the model's folder or from the hub's commit.
+FROM_THE_MODEL = (
+    *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "npcache", "mistral", "layered"),
+    *("sharded_state", "gguf", "bitsandbytes", "runai_streamer"),
+)
+# Options that change the weights or how they are quantized.
+QUANTISATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
+# Options that name a file of which KV depends.
+FILES = ("quantization_param_path", "decrypted_config_file")
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
         secret=secret(),
         model=str(args.model_path),
         weights=_weights(args, model, weights),
-        quantisation=args.quantization,
+        quantisation=_given(args, QUANTISATION),
         hf_overrides=overrides if overrides not in (None, "", "{}") else None,
         dtype=str(args.dtype),
         kv_dtype=str(args.kv_cache_dtype),
@@ -71,9 +81,20 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
     )
 
 
+def _given(args: Any, names: Sequence[str]) -> str | None:
+    """The options that are given, as JSON."""
+    given = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "", "{}")}
+    return json.dumps(given, sort_keys=True, default=str) if given else None
+
+
 def _weights(args: Any, model: Any, weights: str | None) -> str:
-    """Of the model, and of adapters whose names in keys are made of their paths."""
-    named = weights or _weights_of_model(args, model)
+    """Of the model, of files that change its KV, and of adapters whose names in keys are made of their paths."""
+    named = (
+        f"{weights or _weights_of_model(args, model)} {_given(args, ('weight_version', 'model_loader_extra_config'))}"
+    )
+    for option in FILES:
+        if path := getattr(args, option):
+            named += f" {option} {digest_of_files([Path(path)])}"
     folders = sorted({str(adapter.lora_path) for adapter in args.lora_paths or []}) if args.enable_lora else []
     for folder in folders:
         files = [path for path in Path(folder).glob("*") if path.is_file()]
@@ -85,12 +106,12 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
 
 
 def _weights_of_model(args: Any, model: Any) -> str:
-    if args.load_format == "dummy":
-        return f"dummy {args.random_seed}"
-    named = digest_of_folder(model.model_path) or getattr(model.hf_config, "_commit_hash", None)
-    if named:
-        return str(named)
+    if args.load_format in FROM_THE_MODEL and not args.custom_weight_loader:
+        named = digest_of_folder(model.model_path) or getattr(model.hf_config, "_commit_hash", None)
+        if named:
+            return str(named)
     raise ValueError(
-        f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}; name them with "
+        f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}, which are loaded with "
+        f"--load-format {args.load_format} {' '.join(args.custom_weight_loader or ())}; name them with "
         '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change'
     )

@@ -253,6 +253,11 @@ def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_pat
         {"quantization": "fp8"},
         {"json_model_override_args": '{"rope_theta": 7}'},
         {"speculative_algorithm": "EAGLE"},
+        {"modelopt_quant": "fp8"},
+        {"modelopt_checkpoint_restore_path": "/checkpoint"},
+        {"rl_quant_profile": "/profile"},
+        {"weight_version": "2"},
+        {"model_loader_extra_config": '{"qlora_adapter_name_or_path": "/adapter"}'},
     ):
         start(model, **changes)
         assert found() == 0, changes
@@ -262,6 +267,37 @@ def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_pat
     monkeypatch.setenv("LMCACHE_MM_SECRET", "another secret, as long as that one")
     assert found() == 0
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("option", ["quantization_param_path", "decrypted_config_file"])
+@pytest.mark.parametrize("weights", [None, "named"])
+def test_files_that_change_kv_are_in_the_key(option, weights, model, tmp_path):
+    file, roots = tmp_path / "file.json", set()
+    options = {"store": "mem://?capacity=1MiB"} | ({"weights": weights} if weights else {})
+    for content in (None, "", " "):
+        if content is not None:
+            file.write_text((model / "config.json").read_text() + content)
+            start(model, **{option: str(file)})
+        backend = HiCacheBackend(storage_config(dict(options)), {})
+        roots.add(backend._namespace.root())
+        backend.close()
+    assert len(roots) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"load_format": name} for name in ("dummy", "remote", "flash_rl", "presharded", "private")),
+        {"custom_weight_loader": ["package.load"]},
+    ],
+    ids=str,
+)
+def test_weights_from_elsewhere_need_a_name(changes, model):
+    start(model, **changes)
+    store = {"store": "mem://?capacity=1MiB"}
+    with pytest.raises(ValueError, match=r"--load-format .*name them with \"weights\""):
+        HiCacheBackend(storage_config(dict(store)), {})
+    HiCacheBackend(storage_config({**store, "weights": "named"}), {}).close()
 
 
 def test_pools_share_no_pages(backend_of):
