@@ -15,7 +15,11 @@ from lmcache_mm.secret import secret
 NAME = "HiCacheBackend"
 EXAMPLE = "shm:///sglang?capacity=32GiB"
 # Of --hicache-storage-backend-extra-config, what is SGLang's own.
-SGLANG_OPTIONS = ("backend_name", "module_path", "class_name", "interface_v1", "allocator")
+# A decode server that offloads KV leaves the last four in it; others take them out first.
+SGLANG_OPTIONS = (
+    *("backend_name", "module_path", "class_name", "interface_v1", "allocator"),
+    *("prefetch_threshold", "prefetch_timeout_base", "prefetch_timeout_per_ki_token", "hicache_storage_pass_prefix_keys"),
+)
 # Values of --load-format that read all weights from the model's folder or from the hub's commit.
 FROM_THE_MODEL = (
     *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "npcache", "mistral", "layered"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -478,6 +479,14 @@ def test_sglangs_factory_makes_it(url_of, backend_of):
     assert extra["interface_v1"] == 1  # by which SGLang tells addresses
     backend.close()
     backend.close()
+
+
+def test_sglangs_own_options_are_taken_where_it_leaves_them_in():
+    extra = json.loads(
+        '{"store": "mem://?capacity=1MiB", "prefetch_threshold": 256, "prefetch_timeout_base": 1, '
+        '"prefetch_timeout_per_ki_token": 0.25, "hicache_storage_pass_prefix_keys": false}'
+    )
+    HiCacheBackend(storage_config(extra), {}).close()
 
 
 @pytest.mark.parametrize(
