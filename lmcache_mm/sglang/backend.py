@@ -93,13 +93,19 @@ class HiCacheBackend(HiCacheStorage):
             return
         if isinstance(host_pool, PageInterleaveHostPool):
             raise ValueError(f"{NAME}: pool {name}: pages that ranks share between them are not supported")
+        if isinstance(host_pool, MHATokenToKVPoolHost) and self._config.is_mla_model and self._config.tp_size > 1:
+            # SGLang writes back the first rank's pages alone, so no other rank would find its own.
+            raise ValueError(
+                f"{NAME}: pool {name}: a drafter without MLA beside a model with MLA is not supported with tensor "
+                "parallelism; start without the drafter, or without the backend"
+            )
         pages = pages_of(
             host_pool,
             self._meaning(name, host_pool),
             lambda layout: self._namespace.with_layout(layout).root(),
             self._store,
             self._owner,
-            self._rank(name, host_pool),
+            self._rank(name),
         )
         capacity = self._store.stats().get("capacity_bytes", pages.page_bytes)
         if capacity < pages.page_bytes and not self._store.read_only:
@@ -128,21 +134,19 @@ class HiCacheBackend(HiCacheStorage):
         }
         return "sglang " + " ".join(f"{fact}={value}" for fact, value in facts.items())
 
-    def _rank(self, name: str, pool: Any) -> int:
+    def _rank(self, name: str) -> int:
         """Of whom the pages are: 0 for the tensor-parallel rank where all ranks have the same ones."""
         config = self._config
-        tp_rank = config.tp_rank if self._of_each_rank(name, pool) else 0
+        tp_rank = config.tp_rank if self._of_each_rank(name) else 0
         return int((config.pp_rank * config.attn_cp_size + config.attn_cp_rank) * config.tp_size + tp_rank)
 
-    def _of_each_rank(self, name: str, pool: Any) -> bool:
-        """Whether tensor-parallel ranks have pages of their own. With MLA these are the states of linear attention,
-        and what a drafter without MLA keeps."""
-        replicated = self._config.is_mla_model and name != PoolName.MAMBA.value
-        return not replicated or isinstance(pool, MHATokenToKVPoolHost)
+    def _of_each_rank(self, name: str) -> bool:
+        """Whether tensor-parallel ranks have pages of their own. With MLA only states of linear attention are."""
+        return not self._config.is_mla_model or name == PoolName.MAMBA.value
 
     def _writes(self, name: str) -> bool:
         """Of pages that all ranks have, one rank's are stored."""
-        return bool(self._config.is_storage_writer) or self._of_each_rank(name, self._hosts[name])
+        return bool(self._config.is_storage_writer) or self._of_each_rank(name)
 
     # --- Lookups
 

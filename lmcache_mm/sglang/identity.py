@@ -18,7 +18,12 @@ EXAMPLE = "shm:///sglang?capacity=32GiB"
 # A decode server that offloads KV leaves the last four in it; others take them out first.
 SGLANG_OPTIONS = (
     *("backend_name", "module_path", "class_name", "interface_v1", "allocator"),
-    *("prefetch_threshold", "prefetch_timeout_base", "prefetch_timeout_per_ki_token", "hicache_storage_pass_prefix_keys"),
+    *(
+        "prefetch_threshold",
+        "prefetch_timeout_base",
+        "prefetch_timeout_per_ki_token",
+        "hicache_storage_pass_prefix_keys",
+    ),
 )
 # Values of --load-format that read all weights from the model's folder or from the hub's commit.
 FROM_THE_MODEL = (

@@ -198,7 +198,7 @@ def test_what_sglang_calls_deprecated_is_not_there(backend_of):
 
 def test_with_mla_one_rank_writes_for_all(url_of, backend_of):
     url = url_of("shm")
-    pools = {PoolName.KV: mla(), PoolName.MAMBA: mamba(), PoolName.DRAFT: mha()}
+    pools = {PoolName.KV: mla(), PoolName.MAMBA: mamba(), PoolName.DRAFT: mla()}
     ranks = [backend_of(url, pools, is_mla_model=True, tp_size=2, tp_rank=rank) for rank in (0, 1)]
     keys = hashes(3)
     assert ranks[1].batch_set_v1(keys, slots(pools[PoolName.KV], [1, 2, 3])) == [True] * 3
@@ -211,10 +211,17 @@ def test_with_mla_one_rank_writes_for_all(url_of, backend_of):
     assert ranks[1].batch_get_v2(moved(pools, keys, [4, 5, 6])) == {name: [True] * 3 for name in pools}
     of_rank = {name: pages_of(pool, [1, 2, 3]) for name, pool in pools.items()}  # 1
     assert pages_of(pools[PoolName.MAMBA], [4, 5, 6]) == of_rank[PoolName.MAMBA]
-    assert pages_of(pools[PoolName.DRAFT], [4, 5, 6]) == of_rank[PoolName.DRAFT]
-    assert pages_of(pools[PoolName.KV], [4, 5, 6]) != of_rank[PoolName.KV]
-    fill(pools[PoolName.KV], [1, 2, 3], 0)
-    assert pages_of(pools[PoolName.KV], [4, 5, 6]) == pages_of(pools[PoolName.KV], [1, 2, 3])
+    for name, seed in ((PoolName.KV, 0), (PoolName.DRAFT, 2)):
+        assert pages_of(pools[name], [4, 5, 6]) != of_rank[name]
+        fill(pools[name], [1, 2, 3], seed)
+        assert pages_of(pools[name], [4, 5, 6]) == pages_of(pools[name], [1, 2, 3])
+
+
+def test_with_mla_and_ranks_a_drafter_without_is_refused(backend_of):
+    pools = {PoolName.KV: mla(), PoolName.DRAFT: mha()}
+    with pytest.raises(ValueError, match=r"pool draft: a drafter without MLA .* not supported with tensor parallelism"):
+        backend_of("mem://?capacity=64MiB", pools, is_mla_model=True, tp_size=2)
+    backend_of("mem://?capacity=64MiB", pools, is_mla_model=True)
 
 
 @pytest.mark.parametrize(

@@ -154,24 +154,31 @@ def test_states_of_the_last_page_are_prefetched_with_it(kind, controller_of, url
             assert pages_of(pools[PoolName.MAMBA], [into_slot]) == pages_of(pools[PoolName.MAMBA], [slot])
 
 
-def test_a_rank_that_does_not_write_reads_what_the_writer_wrote(controller_of, url_of):
-    url, pool = url_of("shm"), mla(pages=64)
+@pytest.mark.parametrize("pools", [[PoolName.KV], [PoolName.KV, PoolName.DRAFT]], ids=str)
+def test_a_rank_that_does_not_write_reads_what_the_writer_wrote(pools, controller_of, url_of):
+    url, pools = url_of("shm"), {name: mla(pages=64) for name in pools}
     tokens = list(range(6 * PAGE))
+
+    def others():
+        return [PoolTransfer(name=name, keys=["x"], indices_from_pool=PoolName.KV) for name in list(pools)[1:]]
+
     for rank in (0, 1):
-        controller = controller_of({PoolName.KV: pool}, url)
+        controller = controller_of(pools, url)
         backend = controller.storage_backend
         backend._config.is_mla_model, backend._config.tp_size, backend._config.tp_rank = True, 2, rank
         backend._hosts.clear()
-        backend.register_mem_pool_host(pool)
+        for name in pools:
+            backend.register_mem_host_pool_v2(pools[name], name)
         pages = (controller.mem_pool_host.alloc(len(tokens))[::PAGE] // PAGE).tolist()
         if rank == 0:
-            fill(pool, pages, 5)
-            kept = pages_of(pool, pages)
+            for seed, filled in enumerate(pools.values()):
+                fill(filled, pages, seed)
+            kept = [pages_of(filled, pages) for filled in pools.values()]
         assert controller.backup_skip == (rank == 1)
-        assert write_back(controller, tokens, pages) == (0 if rank else len(tokens))
-    found, read, into, _ = prefetch(controller, tokens)
+        assert write_back(controller, tokens, pages, others()) == (0 if rank else len(tokens))
+    found, read, into, _ = prefetch(controller, tokens, others())
     assert (found, read) == (len(tokens), len(tokens))
-    assert pages_of(pool, into) == kept
+    assert [pages_of(filled, into) for filled in pools.values()] == kept
 
 
 def test_a_store_that_hangs_ends_a_prefetch_and_a_write(controller_of, monkeypatch):
