@@ -62,9 +62,10 @@ def check_clients(multimodal: bool, adapters: bool, options: Options) -> None:
         return
     what = 'images by the "mm_hashes" of requests' if multimodal else 'adapters by the "extra_key" of requests'
     raise ValueError(
-        f"{NAME}: SGLang lets clients name {what}, so that a client can store KV that answers other clients' questions "
-        '(docs/sglang.md). If a gateway strips "mm_hashes", "extra_key" and processed items from requests, or all '
-        'clients are trusted, say "identifiers": "trust" in --hicache-storage-backend-extra-config'
+        f"{NAME}: SGLang lets clients name {what}, so that a client can store KV that answers others' questions. "
+        'If all clients are trusted, or a gateway removes "mm_hashes", "mm_content_hashes", "extra_key" and processed '
+        "items from requests and rejects token ids outside the vocabulary (docs/sglang.md), say "
+        '"identifiers": "trust" in --hicache-storage-backend-extra-config'
     )
 
 

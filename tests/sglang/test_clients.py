@@ -41,6 +41,15 @@ def test_sglang_takes_a_clients_word_for_what_an_image_is():
     assert key_of(mine, claimed=hash_of_yours) == key_of(yours)
 
 
+def test_sglang_takes_token_ids_for_an_image():
+    item = MultimodalDataItem(modality=Modality.IMAGE, feature=torch.rand(8, 6))
+    item.set_pad_value()
+    tokens = item.padding_sequence(PAGE)
+    made = Req("id", "", array("q", tokens), SamplingParams())
+    key = RadixKey(made.origin_input_ids, extra_key=made.extra_key, cache_salt=made.cache_salt)
+    assert get_storage_hash_str(key, None, page_size=PAGE) == key_of(item.feature)
+
+
 def test_sglang_names_an_image_by_its_bytes_without_their_shape():
     pixels = torch.rand(8, 6)
     assert key_of(pixels) == key_of(pixels.reshape(4, 12))
@@ -65,7 +74,7 @@ def test_salts_are_apart_in_sglang():
 
 def test_a_model_with_items_needs_clients_that_are_trusted(tmp_path):
     start(write_model(tmp_path / "multimodal", **MULTIMODAL))
-    with pytest.raises(ValueError, match=r'images by the "mm_hashes".*"identifiers": "trust"'):
+    with pytest.raises(ValueError, match=r'"mm_content_hashes".* token ids .*"identifiers": "trust"'):
         HiCacheBackend(storage_config(STORE), {})
     HiCacheBackend(storage_config({**STORE, "identifiers": "trust"}), {}).close()
 
