@@ -77,7 +77,7 @@ class HiCacheBackend(HiCacheStorage):
         self._counting = threading.Lock()
         self._closed = False
         self._store = open_store(self._options.store)
-        self._lookups = Lane("lmcache_mm lookup")
+        self._lookups, self._clears = Lane("lmcache_mm lookup"), Lane("lmcache_mm clear")
 
     # --- Pools
 
@@ -322,11 +322,12 @@ class HiCacheBackend(HiCacheStorage):
 
     def clear(self) -> bool:
         """Removes what engines of this model, with these weights and settings, have stored, be it other engines; what
-        else is in the store stays. False: it could not be done."""
+        else is in the store stays. False: it could not be done, or took longer than timeout_s and may still go on."""
         try:
-            self._store.forget(self._owner)
+            work = self._clears.submit(lambda _: self._store.forget(self._owner))
+            work.future.result(self._options.timeout_s)
         except Exception:
-            logger.exception("%s: the store could not be cleared", NAME)
+            logger.exception("%s: the store was not cleared, or not within %g s", NAME, self._options.timeout_s)
             return False
         return True
 
@@ -349,7 +350,7 @@ class HiCacheBackend(HiCacheStorage):
         self._closed = True
         patience_s = self._options.timeout_s
         done = [pages.close(patience_s) for pages in self._pools.values()]
-        done.append(self._lookups.close(patience_s))
+        done += [lane.close(patience_s) for lane in (self._lookups, self._clears)]
         if all(done):
             self._store.close()
 

@@ -427,6 +427,22 @@ def test_a_store_that_hangs_costs_its_time_once(kind, backend_of, monkeypatch):
     assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [True, True]}
 
 
+def test_clearing_a_store_that_hangs_costs_its_time(backend_of, monkeypatch, caplog):
+    pool, keys = mha(), hashes(2)
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool}, {"timeout_s": 0.2})
+    assert backend.batch_set_v1(keys, slots(pool, [1, 2])) == [True, True]
+    goes_on, forget = threading.Event(), backend._store.forget
+    monkeypatch.setattr(backend._store, "forget", lambda owner: goes_on.wait(5) and forget(owner))
+    begun = time.monotonic()
+    assert not backend.clear()
+    assert 0.2 <= time.monotonic() - begun < 2
+    assert "was not cleared, or not within 0.2 s" in caplog.text
+    assert backend.batch_exists(keys) == 2  # lookups do not wait for it
+    goes_on.set()
+    assert backend.clear()
+    assert backend.batch_exists(keys) == 0
+
+
 def test_a_store_that_raises_is_left_alone(backend_of, monkeypatch):
     pool = mha()
     backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool})
