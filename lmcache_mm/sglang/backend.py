@@ -7,6 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import wait
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from lmcache_mm.sglang.api import (
     get_server_args,
     resolving_view,
 )
-from lmcache_mm.sglang.identity import NAME, Options, check_clients, namespace_of
+from lmcache_mm.sglang.identity import CALL_S, NAME, Options, check_clients, namespace_of
 from lmcache_mm.sglang.pools import Pages, pages_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
@@ -48,8 +49,9 @@ class HiCacheBackend(HiCacheStorage):
     "backend_name": "lmcache_mm", "module_path": "lmcache_mm.sglang", "class_name": "HiCacheBackend":
 
     store: a URL that every process of the engine can open, or a list of them (see `open_store`). weights: a name for
-    the weights, if neither files nor a commit identify them. timeout_s: how long a store may do nothing (5): then the
-    call is a miss, or its pages are not stored, and the store is left alone for 10 s. identifiers: "trust", if no
+    the weights, if neither files nor a commit identify them. timeout_s: how long a store may do nothing (5, at most 8):
+    then the call is a miss, or its pages are not stored, and the store is left alone for 10 s. So it is with a call
+    that takes 8 s in all. identifiers: "trust", if no
     client can name the items or adapters of another's requests; models with items, and engines with adapters, do not
     start without it.
 
@@ -198,11 +200,13 @@ class HiCacheBackend(HiCacheStorage):
 
     def _contains(self, records: Sequence[Sequence[bytes]]) -> list[bool]:
         """Of pages, each of so many records, which are there; none where the store does not answer."""
-        there = self._there(records, "failed_lookups") or [False] * len(records)
+        there = self._there(records, "failed_lookups", time.monotonic() + CALL_S) or [False] * len(records)
         self._count(looked_up_pages=len(there), found_pages=there.count(True))
         return there
 
-    def _there(self, records: Sequence[Sequence[bytes]], failure: str, peek: bool = False) -> list[bool] | None:
+    def _there(
+        self, records: Sequence[Sequence[bytes]], failure: str, until: float, peek: bool = False
+    ) -> list[bool] | None:
         keys = [key for of_page in records for key in of_page]
         answer: list[bool] = []
 
@@ -210,7 +214,7 @@ class HiCacheBackend(HiCacheStorage):
             answer.extend(self._store.contains(keys, peek))
             return 0
 
-        if keys and self._ask(failure, lambda: [self._lookups.submit(look)]) is None:
+        if keys and self._ask(failure, lambda: [self._lookups.submit(look)], until) is None:
             return None
         there = iter(answer)
         return [all([next(there) for _ in of_page]) for of_page in records]
@@ -221,13 +225,13 @@ class HiCacheBackend(HiCacheStorage):
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
         """Fills pages of the KV pool, until one is not there or damaged. host_indices: int64, of all their slots."""
-        return self._load(PoolName.KV.value, keys, host_indices)
+        return self._load(PoolName.KV.value, keys, host_indices, time.monotonic() + CALL_S)
 
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
         """Stores pages of the KV pool; which the store has now, or has been handed."""
-        return self._save(PoolName.KV.value, keys, host_indices)
+        return self._save(PoolName.KV.value, keys, host_indices, time.monotonic() + CALL_S)
 
     def batch_get_v2(
         self, transfers: list[PoolTransfer], extra_info: HiCacheStorageExtraInfo | None = None
@@ -240,22 +244,23 @@ class HiCacheBackend(HiCacheStorage):
         return self._each(transfers, self._save)
 
     def _each(
-        self, transfers: list[PoolTransfer], move: Callable[[str, Sequence[str], Any], list[bool]]
+        self, transfers: list[PoolTransfer], move: Callable[[str, Sequence[str], Any, float], list[bool]]
     ) -> dict[str, list[bool]]:
-        return {t.name: move(PoolName(t.name).value, t.keys or [], t.host_indices) for t in transfers}
+        until = time.monotonic() + CALL_S
+        return {t.name: move(PoolName(t.name).value, t.keys or [], t.host_indices, until) for t in transfers}
 
-    def _load(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
+    def _load(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None, until: float) -> list[bool]:
         pages = self._pages(name)
         places = self._places(name, pages, keys, host_indices)
         if places is None:
             return [False] * len(keys)
         begun = time.perf_counter()
-        loaded = self._ask("failed_loads", lambda: pages.load(keys, places), len(keys)) or 0
+        loaded = self._ask("failed_loads", lambda: pages.load(keys, places), until, len(keys)) or 0
         self._measure("prefetch", pages, loaded, begun)
         self._count(loaded_pages=loaded)
         return [i < loaded for i in range(len(keys))]
 
-    def _save(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None) -> list[bool]:
+    def _save(self, name: str, keys: Sequence[str], host_indices: torch.Tensor | None, until: float) -> list[bool]:
         pages = self._pages(name)
         if not self._writes(name):
             return [True] * len(keys)
@@ -263,11 +268,11 @@ class HiCacheBackend(HiCacheStorage):
         if places is None:
             return [False] * len(keys)
         begun = time.perf_counter()
-        if self._ask("failed_stores", lambda: pages.store(keys, places), 0) is None:
+        if self._ask("failed_stores", lambda: pages.store(keys, places), until) is None:
             return [False] * len(keys)
         stored = [True] * len(keys)
         if self._store.local:  # what it dropped, for want of room, is not there
-            stored = self._there(pages.keys(keys), "failed_stores", peek=True) or [False] * len(keys)
+            stored = self._there(pages.keys(keys), "failed_stores", until, peek=True) or [False] * len(keys)
         self._measure("backup", pages, stored.count(True), begun)
         self._count(stored_pages=stored.count(True))
         return stored
@@ -290,9 +295,10 @@ class HiCacheBackend(HiCacheStorage):
 
     # --- Budgets
 
-    def _ask(self, failure: str, begin: Begin, otherwise: int = 0) -> int | None:
+    def _ask(self, failure: str, begin: Begin, until: float, otherwise: int = 0) -> int | None:
         """The least of what the works return, `otherwise` where there is none; None, counted as `failure`, if the store
-        raises, does nothing for timeout_s, or did so less than 10 s ago. No work touches pages when it returns."""
+        raises, does nothing for timeout_s, is not done by `until`, or failed so less than 10 s ago. No work touches
+        pages when it returns."""
         if not self._breaker.admit():
             self._count(**{failure: 1})
             return None
@@ -305,9 +311,7 @@ class HiCacheBackend(HiCacheStorage):
             works, good = [], False
         for work in works:
             try:
-                if not work.wait_for(work.future.done, self._options.timeout_s):
-                    raise Abandoned(f"the store did nothing for {self._options.timeout_s:g} s")
-                results.append(work.future.result() or 0)
+                results.append(self._result(work, until))
             except Exception as error:
                 good = False
                 logger.warning("%s: a call failed: %s", NAME, error, exc_info=not isinstance(error, Abandoned))
@@ -317,6 +321,19 @@ class HiCacheBackend(HiCacheStorage):
             self._count(**{failure: 1})
             return None
         return min(results, default=otherwise)
+
+    def _result(self, work: Work, until: float) -> int:
+        """Abandoned for work that makes no progress for timeout_s, or is not done by `until`."""
+        timeout_s = self._options.timeout_s
+        while not work.future.done():
+            left = until - time.monotonic()
+            if left <= 0:
+                work.stop_touching()
+                raise Abandoned(f"the call took longer than {CALL_S:g} s")
+            if work.give_up(timeout_s):
+                raise Abandoned(f"the store did nothing for {timeout_s:g} s")
+            wait([work.future], min(left, max(timeout_s - work.lane.stalled_s(), timeout_s / 16)))
+        return work.future.result() or 0
 
     # --- The rest
 

@@ -14,6 +14,8 @@ from lmcache_mm.secret import secret
 
 NAME = "HiCacheBackend"
 EXAMPLE = "shm:///sglang?capacity=32GiB"
+# How long one call may take. SGLang raises, and its engine ends, if a call lasts 10 s while it flushes its cache.
+CALL_S = 8.0
 # Of --hicache-storage-backend-extra-config, what is SGLang's own.
 # A decode server that offloads KV leaves the last four in it; others take them out first.
 SGLANG_OPTIONS = (
@@ -49,6 +51,8 @@ class Options:
     def of(cls, extra: dict[str, Any]) -> Self:
         given = {name: value for name, value in extra.items() if name not in SGLANG_OPTIONS}
         check_options(NAME, given, [field.name for field in fields(cls)], EXAMPLE)
+        if given.get("timeout_s", 0) > CALL_S:
+            raise ValueError(f"{NAME}: timeout_s: expected at most {CALL_S:g}, got {given['timeout_s']!r}")
         if given.get("identifiers", "trust") != "trust":
             raise ValueError(f'{NAME}: identifiers: expected "trust" or nothing, got {given["identifiers"]!r}')
         return cls(**given)

@@ -427,6 +427,31 @@ def test_a_store_that_hangs_costs_its_time_once(kind, backend_of, monkeypatch):
     assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [True, True]}
 
 
+@pytest.mark.parametrize("call", ["batch_get_v2", "batch_set_v2"])
+def test_a_store_that_is_slow_ends_a_call_in_time(call, backend_of, monkeypatch):
+    monkeypatch.setattr("lmcache_mm.sglang.pools.STEP_BYTES", 1)  # one page after the other, each of which is progress
+    pools, keys = POOLS["side states"](), hashes(20)
+    pools |= {PoolName.SWA: mamba(side_states=True)}
+    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 0.3})
+    pool, asked = pools[PoolName.MAMBA], {name: pools[name] for name in (PoolName.SWA, PoolName.MAMBA)}
+    assert backend.batch_set_v2(moved(asked, keys[:5], range(5)))[PoolName.MAMBA] == [True] * 5
+    monkeypatch.setattr("lmcache_mm.sglang.backend.CALL_S", 0.4)
+    for name in ("get_into", "put"):
+        of_store = getattr(backend._store, name)
+        monkeypatch.setattr(
+            backend._store, name, lambda *given, of_store=of_store: (time.sleep(0.05), of_store(*given))[1]
+        )
+    begun = time.monotonic()
+    if call == "batch_set_v2":
+        assert backend.batch_set_v2(moved(asked, keys, range(20))) == {name: [False] * 20 for name in asked}
+    else:
+        assert backend.batch_get_v2(moved(asked, keys[:5], range(20, 25)))[PoolName.MAMBA] == [False] * 5
+    assert time.monotonic() - begun < 1.5
+    before = pages_of(pool, range(20, 25))
+    time.sleep(0.3)
+    assert pages_of(pool, range(20, 25)) == before
+
+
 def test_clearing_a_store_that_hangs_costs_its_time(backend_of, monkeypatch, caplog):
     pool, keys = mha(), hashes(2)
     backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool}, {"timeout_s": 0.2})
@@ -519,6 +544,7 @@ def test_sglangs_own_options_are_taken_where_it_leaves_them_in():
         ({"store": "mem://?capacity=1MiB", "stor": 1}, "unknown option 'stor'; the options are store, weights"),
         ({"store": []}, "store: expected a URL such as"),
         ({"store": "mem://?capacity=1MiB", "timeout_s": 0}, "timeout_s: expected a number above 0"),
+        ({"store": "mem://?capacity=1MiB", "timeout_s": 8.1}, "timeout_s: expected at most 8, got 8.1"),
         ({"store": "mem://?capacity=1MiB", "weights": ""}, "weights: expected a name"),
         ({"store": "mem://?capacity=1MiB", "identifiers": "verify"}, 'identifiers: expected "trust"'),
         ({"store": "redis://host:1"}, "valkey://HOST:PORT"),
