@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
 from typing import Any
 
@@ -41,7 +41,7 @@ COUNTERS = (
 
 logger = logging.getLogger("sglang.lmcache_mm")
 
-Begin = Callable[[], Sequence[Work]]
+Begin = Callable[[], Iterable[Work]]
 
 
 class HiCacheBackend(HiCacheStorage):
@@ -303,12 +303,14 @@ class HiCacheBackend(HiCacheStorage):
             self._count(**{failure: 1})
             return None
         results: list[int] = []
+        works: list[Work] = []
         good = True
         try:
-            works = begin()
+            for work in begin():
+                works.append(work)  # as it begins: if the next one cannot, this one is waited for
         except Exception:
             logger.exception("%s: the store failed", NAME)
-            works, good = [], False
+            good = False
         for work in works:
             try:
                 results.append(self._result(work, until))

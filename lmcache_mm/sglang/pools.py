@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
 
@@ -36,13 +36,13 @@ class Pages(Protocol):
         """Of each page the keys of its records, of which a page needs all."""
         ...
 
-    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
-        """Fills pages. Of each work the result says how many, from the first on, it has filled and verified; pages
-        behind them hold garbage."""
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> Iterable[Work]:
+        """Fills pages, by works that begin as they are iterated. Of each work the result says how many, from the first
+        on, it has filled and verified; pages behind them hold garbage."""
         ...
 
-    def store(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
-        """Hands pages to the store that it lacks."""
+    def store(self, hashes: Sequence[str], places: Sequence[int]) -> Iterable[Work]:
+        """Hands pages to the store that it lacks, by works that begin as they are iterated."""
         ...
 
     def close(self, patience_s: float) -> bool:
@@ -129,17 +129,13 @@ class AddressedPages:
     def _page_keys(self, hashes: Sequence[str]) -> list[bytes]:
         return [page_key(self._root, page_hash) for page_hash in hashes]
 
-    def load(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
-        return [
-            transfer.load(self._chunks(hashes, places, part), self._owner).work
-            for part, transfer in enumerate(self._transfers)
-        ]
+    def load(self, hashes: Sequence[str], places: Sequence[int]) -> Iterator[Work]:
+        for part, transfer in enumerate(self._transfers):
+            yield transfer.load(self._chunks(hashes, places, part), self._owner).work
 
-    def store(self, hashes: Sequence[str], places: Sequence[int]) -> list[Work]:
-        return [
-            transfer.store(self._chunks(hashes, places, part), self._owner).work
-            for part, transfer in enumerate(self._transfers)
-        ]
+    def store(self, hashes: Sequence[str], places: Sequence[int]) -> Iterator[Work]:
+        for part, transfer in enumerate(self._transfers):
+            yield transfer.store(self._chunks(hashes, places, part), self._owner).work
 
     def _chunks(self, hashes: Sequence[str], places: Sequence[int], part: int) -> list[Chunk]:
         pages = torch.tensor(places, dtype=torch.int64).div_(self.page_tokens, rounding_mode="floor")

@@ -452,6 +452,24 @@ def test_a_store_that_is_slow_ends_a_call_in_time(call, backend_of, monkeypatch)
     assert pages_of(pool, range(20, 25)) == before
 
 
+def test_work_that_began_is_over_when_the_next_cannot_begin(backend_of, monkeypatch):
+    pools, keys = POOLS["states"](), hashes(2)
+    backend, pool = backend_of("mem://?capacity=64MiB", pools), pools[PoolName.MAMBA]
+    assert backend.batch_set_v2(moved({PoolName.MAMBA: pool}, keys, [1, 2])) == {PoolName.MAMBA: [True, True]}
+    get_into = backend._store.get_into
+    monkeypatch.setattr(backend._store, "get_into", lambda *given: (time.sleep(0.2), get_into(*given))[1])
+
+    def fail(*_):
+        raise RuntimeError("no thread")
+
+    monkeypatch.setattr(backend._pools["mamba"]._transfers[1], "load", fail)
+    fill(pool, [5, 6], 9)
+    assert backend.batch_get_v2(moved({PoolName.MAMBA: pool}, keys, [5, 6])) == {PoolName.MAMBA: [False, False]}
+    before = pages_of(pool, [5, 6])
+    time.sleep(0.4)
+    assert pages_of(pool, [5, 6]) == before
+
+
 def test_clearing_a_store_that_hangs_costs_its_time(backend_of, monkeypatch, caplog):
     pool, keys = mha(), hashes(2)
     backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool}, {"timeout_s": 0.2})
