@@ -254,8 +254,10 @@ class HiCacheBackend(HiCacheStorage):
         places = self._places(name, pages, keys, host_indices)
         if places is None:
             return [False] * len(keys)
+        if not (keys and pages.page_bytes):
+            return [True] * len(keys)  # The store is not asked, so this says nothing about it.
         begun = time.perf_counter()
-        loaded = self._ask("failed_loads", lambda: pages.load(keys, places), until, len(keys)) or 0
+        loaded = self._ask("failed_loads", lambda: pages.load(keys, places), until) or 0
         self._measure("prefetch", pages, loaded, begun)
         self._count(loaded_pages=loaded)
         return [i < loaded for i in range(len(keys))]
@@ -267,6 +269,8 @@ class HiCacheBackend(HiCacheStorage):
         places = self._places(name, pages, keys, host_indices)
         if places is None:
             return [False] * len(keys)
+        if not (keys and pages.page_bytes):
+            return [True] * len(keys)
         begun = time.perf_counter()
         if self._ask("failed_stores", lambda: pages.store(keys, places), until) is None:
             return [False] * len(keys)
@@ -295,10 +299,10 @@ class HiCacheBackend(HiCacheStorage):
 
     # --- Budgets
 
-    def _ask(self, failure: str, begin: Begin, until: float, otherwise: int = 0) -> int | None:
-        """The least of what the works return, `otherwise` where there is none; None, counted as `failure`, if the store
-        raises, does nothing for timeout_s, is not done by `until`, or failed so less than 10 s ago. No work touches
-        pages when it returns."""
+    def _ask(self, failure: str, begin: Begin, until: float) -> int | None:
+        """The least of what the works, one or more, return; None, counted as `failure`, if the store raises, does
+        nothing for timeout_s, is not done by `until`, or failed so less than 10 s ago. No work touches pages when it
+        returns."""
         if not self._breaker.admit():
             self._count(**{failure: 1})
             return None
@@ -322,7 +326,7 @@ class HiCacheBackend(HiCacheStorage):
         if not good:
             self._count(**{failure: 1})
             return None
-        return min(results, default=otherwise)
+        return min(results)
 
     def _result(self, work: Work, until: float) -> int:
         """Abandoned for work that makes no progress for timeout_s, or is not done by `until`."""

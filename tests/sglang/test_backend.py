@@ -505,6 +505,27 @@ def test_a_store_that_raises_is_left_alone(backend_of, monkeypatch):
     assert not backend.clear()
 
 
+def test_calls_that_do_not_reach_the_store_say_nothing_about_it(backend_of, monkeypatch):
+    pools, keys = POOLS["logical"](), hashes(2)
+    backend = backend_of("mem://?capacity=64MiB", pools)
+    asked = [PoolTransfer(name=PoolName.DEEPSEEK_V4_C4_INDEXER)]
+
+    def fail(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr(backend._store, "contains", fail)
+    assert backend.batch_exists_v2(keys, asked).kv_hit_pages == 0
+    for until in (time.monotonic() + 10, 0.0):
+        backend._breaker._open_until = until
+        for call in (backend.batch_get_v1, backend.batch_set_v1):
+            assert call(keys, slots(pools[PoolName.KV], [1, 2])) == [True, True]
+        for call in (backend.batch_get_v2, backend.batch_set_v2):
+            assert call([PoolTransfer(name=name) for name in pools]) == {name: [] for name in pools}
+        assert backend._breaker.open
+    assert backend.batch_exists_v2(keys, asked).kv_hit_pages == 0  # a probe was left for this one
+    assert backend._breaker._open_until > time.monotonic()
+
+
 def test_a_full_store_says_so(backend_of):
     pool = mha("page_first", pages=64, width=128)
     backend = backend_of(f"mem://?capacity={4 * pool.page_size * pool.size_per_token}", {PoolName.KV: pool})
