@@ -30,7 +30,7 @@ from lmcache_mm.sglang.api import (
     resolving_view,
 )
 from lmcache_mm.sglang.identity import CALL_S, NAME, Options, check_clients, namespace_of
-from lmcache_mm.sglang.pools import Pages, pages_of
+from lmcache_mm.sglang.pools import Pages, left_s, pages_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
@@ -78,8 +78,9 @@ class HiCacheBackend(HiCacheStorage):
         self._metrics = StorageMetrics()
         self._counting = threading.Lock()
         self._closed = False
-        self._store = open_store(self._options.store)
+        # The store last: nothing closes it if a thread cannot start.
         self._lookups, self._clears = Lane("lmcache_mm lookup"), Lane("lmcache_mm clear")
+        self._store = open_store(self._options.store)
 
     # --- Pools
 
@@ -117,7 +118,7 @@ class HiCacheBackend(HiCacheStorage):
         former = self._pools.get(name)
         self._hosts[name], self._pools[name] = host_pool, pages
         if former is not None:
-            former.close(self._options.timeout_s)
+            former.close(time.monotonic() + self._options.timeout_s)
 
     def on_host_pools_registered(self) -> None:
         for name, pages in self._pools.items():
@@ -284,12 +285,17 @@ class HiCacheBackend(HiCacheStorage):
     def _places(
         self, name: str, pages: Pages, keys: Sequence[str], host_indices: torch.Tensor | None
     ) -> list[int] | None:
-        """Of each page its first slot; None for another number of slots than the pages have."""
-        slots = 0 if host_indices is None else host_indices.numel()
-        if slots != len(keys) * pages.page_tokens:
-            logger.error("%s: pool %s: expected slots of %d pages, got %d", NAME, name, len(keys), slots)
+        """Of each page its first slot; None for another number of slots than the pages have, or for other slots than
+        those of whole pages."""
+        slots = torch.empty(0, dtype=torch.int64) if host_indices is None else host_indices
+        size = pages.page_tokens
+        if slots.numel() != len(keys) * size:
+            logger.error("%s: pool %s: expected slots of %d pages, got %d", NAME, name, len(keys), slots.numel())
             return None
-        return [] if host_indices is None else host_indices[:: pages.page_tokens].tolist()
+        if (slots.reshape(-1, size) % size != torch.arange(size, device=slots.device)).any():
+            logger.error("%s: pool %s: expected slots of whole pages, got others", NAME, name)
+            return None
+        return slots[::size].tolist()
 
     def _by_value(self, *_: Any, **__: Any) -> Any:
         """SGLang declares these abstract and deprecated, and calls them with "interface_v1": 0 only."""
@@ -367,13 +373,13 @@ class HiCacheBackend(HiCacheStorage):
         return counts | {f"store.{name}": number for name, number in self._store.stats().items()}
 
     def close(self) -> None:
-        """Ends what is under way, within timeout_s each, and closes the store."""
+        """Ends what is under way, within timeout_s in all, and closes the store."""
         if self._closed:
             return
         self._closed = True
-        patience_s = self._options.timeout_s
-        done = [pages.close(patience_s) for pages in self._pools.values()]
-        done += [lane.close(patience_s) for lane in (self._lookups, self._clears)]
+        until = time.monotonic() + self._options.timeout_s
+        done = [pages.close(until) for pages in self._pools.values()]
+        done += [lane.close(left_s(until)) for lane in (self._lookups, self._clears)]
         if all(done):
             self._store.close()
 

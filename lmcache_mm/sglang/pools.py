@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 from typing import Any, Protocol
@@ -25,6 +26,10 @@ def page_key(root: bytes, page_hash: str) -> bytes:
     return blake3(root + page_hash.encode(), derive_key_context=PAGE_CONTEXT).digest()
 
 
+def left_s(until: float) -> float:
+    return max(0.0, until - time.monotonic())
+
+
 class Pages(Protocol):
     """A host pool. A page is named by its hash, and its place is the first of its slots in the pool."""
 
@@ -45,8 +50,8 @@ class Pages(Protocol):
         """Hands pages to the store that it lacks, by works that begin as they are iterated."""
         ...
 
-    def close(self, patience_s: float) -> bool:
-        """Whether all work is done."""
+    def close(self, until: float) -> bool:
+        """Ends what is under way, until then by time.monotonic(). Whether all work is done."""
         ...
 
 
@@ -144,8 +149,8 @@ class AddressedPages:
             for key, page in zip(self._page_keys(hashes), pages.split(1), strict=True)
         ]
 
-    def close(self, patience_s: float) -> bool:
-        return all([transfer.close(patience_s) for transfer in self._transfers])
+    def close(self, until: float) -> bool:
+        return all([transfer.close(left_s(until)) for transfer in self._transfers])
 
 
 class FlatPages:
@@ -206,8 +211,8 @@ class FlatPages:
         at_once = max(1, STEP_BYTES // self.page_bytes)
         return (slice(begin, begin + at_once) for begin in range(0, count, at_once))
 
-    def close(self, patience_s: float) -> bool:
-        return all([lane.close(patience_s) for lane in (self._loads, self._stores)])
+    def close(self, until: float) -> bool:
+        return all([lane.close(left_s(until)) for lane in (self._loads, self._stores)])
 
 
 class NoPages:
@@ -226,7 +231,7 @@ class NoPages:
 
     store = load
 
-    def close(self, patience_s: float) -> bool:
+    def close(self, until: float) -> bool:
         return True
 
 

@@ -186,6 +186,17 @@ def test_slots_of_another_number_are_no_pages(backend_of):
     assert backend.batch_exists(keys) == 0
 
 
+def test_slots_of_parts_of_pages_are_no_pages(backend_of):
+    pool, keys = mha(), hashes(2)
+    backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool})
+    whole = slots(pool, [1, 2])
+    for others in (whole + 2, whole.flip(0), whole[[0, 1, 2, 2, 4, 5, 6, 7]]):
+        assert backend.batch_set_v1(keys, others) == [False, False]
+        assert backend.batch_get_v1(keys, others) == [False, False]
+    assert backend.batch_exists(keys) == 0
+    assert backend.batch_set_v1(keys, whole) == [True, True]
+
+
 def test_what_sglang_calls_deprecated_is_not_there(backend_of):
     backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: mha()})
     for method in (backend.get, backend.set, backend.batch_get, backend.batch_set):
@@ -450,6 +461,36 @@ def test_a_store_that_is_slow_ends_a_call_in_time(call, backend_of, monkeypatch)
     before = pages_of(pool, range(20, 25))
     time.sleep(0.3)
     assert pages_of(pool, range(20, 25)) == before
+
+
+def test_closing_a_store_that_hangs_costs_its_time_once(backend_of, monkeypatch):
+    pools, keys = POOLS["states"](), hashes(2)
+    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 0.4})
+    goes_on, closed = threading.Event(), []
+    for name in ("get_into", "put", "contains"):
+        monkeypatch.setattr(backend._store, name, lambda *_: goes_on.wait(20))
+    monkeypatch.setattr(backend._store, "close", lambda: closed.append(True))
+    for name, pages in backend._pools.items():
+        places = [0, PAGE] if name == "kv" else [0, 1]
+        assert list(pages.load(keys, places))
+        assert list(pages.store(keys, places))
+    begun = time.monotonic()
+    backend.close()
+    assert 0.4 <= time.monotonic() - begun < 1.2  # there are eight threads that hang
+    assert not closed
+    goes_on.set()
+
+
+def test_a_backend_whose_threads_do_not_start_leaves_no_store_open(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("can't start new thread")
+
+    opened = []
+    monkeypatch.setattr("lmcache_mm.sglang.backend.Lane", fail)
+    monkeypatch.setattr("lmcache_mm.sglang.backend.open_store", opened.append)
+    with pytest.raises(RuntimeError, match="new thread"):
+        HiCacheBackend(storage_config({"store": "mem://?capacity=1MiB"}), {})
+    assert not opened
 
 
 def test_work_that_began_is_over_when_the_next_cannot_begin(backend_of, monkeypatch):
