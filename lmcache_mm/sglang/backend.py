@@ -102,14 +102,20 @@ class HiCacheBackend(HiCacheStorage):
                 f"{NAME}: pool {name}: a drafter without MLA beside a model with MLA is not supported with tensor "
                 "parallelism; start without the drafter, or without the backend"
             )
-        pages = pages_of(
-            host_pool,
-            self._meaning(name, host_pool),
-            lambda layout: self._namespace.with_layout(layout).root(),
-            self._store,
-            self._owner,
-            self._rank(name),
-        )
+        try:
+            pages = pages_of(
+                host_pool,
+                self._meaning(name, host_pool),
+                lambda layout: self._namespace.with_layout(layout).root(),
+                self._store,
+                self._owner,
+                self._rank(name),
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{NAME}: pool {name}: SGLang hands out no pages of {type(host_pool).__name__} ({error}); start "
+                "without the backend, or with another --kv-cache-dtype"
+            ) from error
         capacity = self._store.stats().get("capacity_bytes", pages.page_bytes)
         if capacity < pages.page_bytes and not self._store.read_only:
             raise ValueError(

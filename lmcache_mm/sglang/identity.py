@@ -111,9 +111,15 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
             named += f" {option} {digest_of_files([Path(path)])}"
     folders = sorted({str(adapter.lora_path) for adapter in args.lora_paths or []}) if args.enable_lora else []
     for folder in folders:
+        if weights and not Path(folder).is_dir():
+            continue  # an adapter of the hub, whose name is in the keys
         files = [path for path in Path(folder).glob("*") if path.is_file()]
         if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
-            raise ValueError(f"{NAME}: the adapter {folder!r} of --lora-paths is no local folder, so nothing names it")
+            raise ValueError(
+                f"{NAME}: no local files identify the weights of the adapter {folder!r} of --lora-paths; give a folder "
+                'with them, or, for an adapter of the hub, name all weights with "weights": "NAME" in '
+                "--hicache-storage-backend-extra-config"
+            )
         kept = [path for path in files if path.suffix in (".safetensors", ".bin", ".pt", ".json")]
         named += f" {folder} {digest_of_files(kept)}"
     return named

@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool, LogicalHostPool
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
-from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mha import AsymmetricMHATokenToKVPoolHost, MHATokenToKVPoolHost
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
@@ -76,18 +76,20 @@ def register(backend, pools):
     return backend
 
 
-def mha(layout="layer_first", pages=32, heads=2, width=16, layers=3):
+def mha(layout="layer_first", pages=32, heads=2, width=16, layers=3, width_of_values=None):
     device = MHATokenToKVPool(
         size=(pages - 1) * PAGE,
         page_size=PAGE,
         dtype=torch.bfloat16,
         head_num=heads,
         head_dim=width,
+        v_head_dim=width_of_values,
         layer_num=layers,
         device="cpu",
         enable_memory_saver=False,
     )
-    return MHATokenToKVPoolHost(
+    host = AsymmetricMHATokenToKVPoolHost if width_of_values else MHATokenToKVPoolHost
+    return host(
         device.get_device_pool_infos()[0].buffer_info,
         1.0,
         0,

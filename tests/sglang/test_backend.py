@@ -138,6 +138,29 @@ def test_a_hit_policy_that_file_does_not_know_is_refused(backend_of):
         backend.batch_exists_v2(hashes(1), asked)
 
 
+def test_a_pool_of_which_sglang_hands_out_no_pages_is_refused(backend_of, monkeypatch):
+    def fail(*_):
+        raise NotImplementedError("not yet")
+
+    pool = mha()
+    for method in ("get_page_buffer_meta", "get_dummy_flat_data_page"):  # as of a pool in MXFP8
+        monkeypatch.setattr(pool, method, fail)
+    refusal = r"pool kv: SGLang hands out no pages of MHATokenToKVPoolHost \(not yet\); start without the backend"
+    with pytest.raises(ValueError, match=refusal):
+        backend_of("mem://?capacity=1MiB", {PoolName.KV: pool})
+
+
+def test_keys_and_values_of_different_widths_come_back(backend_of):
+    pool, keys = mha("page_first", width_of_values=8), hashes(1)
+    backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: pool})
+    for buffer in (pool.k_buffer, pool.v_buffer):
+        buffer.copy_(torch.rand(buffer.shape))
+    assert backend.batch_set_v1(keys, slots(pool, [1])) == [True]
+    assert backend.batch_get_v1(keys, slots(pool, [2])) == [True]
+    for buffer in (pool.k_buffer, pool.v_buffer):
+        assert torch.equal(buffer[PAGE : 2 * PAGE], buffer[2 * PAGE : 3 * PAGE])
+
+
 def test_a_pool_that_was_not_registered_is_refused(backend_of):
     pool = mha()
     backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: pool})

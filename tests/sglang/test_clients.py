@@ -87,8 +87,12 @@ def test_adapters_need_clients_that_are_trusted_and_are_named_by_their_files(tmp
     with pytest.raises(ValueError, match='adapters by the "extra_key"'):
         HiCacheBackend(storage_config(STORE), {})
     trusted = {**STORE, "identifiers": "trust"}
-    with pytest.raises(ValueError, match="is no local folder"):
-        HiCacheBackend(storage_config(trusted), {})
+    for path in (str(folder), "hub/adapter"):
+        start(model, lora_target_modules=["q_proj"], **lora | {"lora_paths": [f"adapter={path}"]})
+        with pytest.raises(ValueError, match=f'no local files .* adapter .*{path}.* "weights": "NAME"'):
+            HiCacheBackend(storage_config(dict(trusted)), {})
+    HiCacheBackend(storage_config({**trusted, "weights": "named"}), {}).close()
+    start(model, lora_target_modules=["q_proj"], **lora)
     roots = []
     for content in (b"one", b"two"):
         (folder / "adapter_model.safetensors").write_bytes(content)
