@@ -45,7 +45,7 @@ mutations: $(VENV)/built
 	TEST_MUTATIONS=all $(BIN)/python -m pytest tests/test_host_cuda.py -k taken_away $(ARGS)
 
 test-sglang: $(VENV)/built $(VENV)-sglang/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest --timeout=300 tests/sglang $(ARGS)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest --timeout=300 tests/sglang $(ARGS)
 
 soak: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python tests/soak.py --schedules $(SCHEDULES) --kills $(KILLS) --stops $(STOPS) --json build/soak.json $(ARGS)
@@ -64,7 +64,7 @@ bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 bench-sglang: $(VENV)/built $(VENV)-sglang/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest -s benchmarks/bench_sglang.py \
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest -s benchmarks/bench_sglang.py \
 	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
 docs: $(VENV)/built
