@@ -1,6 +1,6 @@
 """Qwen2-VL models with random weights whose answers depend on the image, built without a download.
 
-python -m tiny_qwen2_vl DIR writes a tiny checkpoint (1.7 MB) that transformers and vLLM load like any other.
+`python examples/tiny_qwen2_vl.py DIR` writes a tiny checkpoint (1.7 MB) that transformers and vLLM load like any other.
 """
 
 from __future__ import annotations

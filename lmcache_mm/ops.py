@@ -101,7 +101,7 @@ def apply_mm_hashes_to_token_ids(
     A content id has bit 63 set: as int64 it is negative, and never a token id. Spans are cut at the tensor's end and
     spans beyond it are ignored, so that a prefix of the prompt gives the prefix of the result.
 
-    Raises TypeError or ValueError for ids outside [0, 2**32), overwritten ones among them, and for hashes, positions
+    Raises TypeError or ValueError for ids outside `[0, 2**32)`, overwritten ones among them, and for hashes, positions
     and modalities of different number: an item without its hash would share its KV with every other.
     On CUDA the work is put on torch's current stream and nothing waits for it: a bad id stays as it is, unless
     validate=True, which waits and raises before anything is written. A CUDA graph can capture a call with up to some 20
@@ -161,15 +161,15 @@ def prefix_keys(
 ) -> torch.Tensor:
     """The prefix keys of a prompt at `cuts`: uint8 [len(cuts), 32], on the ids' device.
 
-    token_ids: int32 or int64 [n], raw ids in [0, 2**32). root: 32 bytes, see `Namespace.root`. cuts: token counts,
+    token_ids: int32 or int64 [n], raw ids in `[0, 2**32)`. root: 32 bytes, see `Namespace.root`. cuts: token counts,
     strictly ascending, 0 <= cut <= n. Overwriting and hashing are one pass; the overwritten ids are never in memory.
 
-    Raises TypeError or ValueError for an id outside [0, 2**32) before the last cut, for cuts that do not ascend or lie
-    beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for prompts of
-    at most 2**21 tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros, which no
-    store holds; validate=True waits and raises instead. A CUDA graph can capture a call, and
-    keeps items and cuts: up to some 20 items, or 900 cuts beside those that have one step from the first on. A capture
-    of more is a RuntimeError. Source: docs/design.md, "Identity".
+    Raises TypeError or ValueError for an id outside `[0, 2**32)` before the last cut, for cuts that do not ascend or
+    lie beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for
+    prompts of at most `2**21` tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros,
+    which no store holds; validate=True waits and raises instead. A CUDA graph can capture a call, and keeps items and
+    cuts: up to some 20 items, or 900 cuts beside those that have one step from the first on. A capture of more is a
+    RuntimeError. Source: docs/design.md, "Identity".
     """
     if torch.compiler.is_compiling():
         return operators.prefix_keys(token_ids, items, root, cuts, validate)

@@ -55,7 +55,7 @@ class Item:
     identifiers for equal content, so clients must not choose them.
     The item covers positions [offset, offset + length) of the prompt.
 
-    Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside [0, 2**63).
+    Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside `[0, 2**63)`.
     """
 
     identifier: str
@@ -171,7 +171,7 @@ def _field_value(name: str, value: Any) -> bytes:
 class Prompt:
     """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
 
-    `token_ids`: integers, 1-D, in [0, 2**32), not overwritten; copied. `items`: each needs an identifier, since two
+    `token_ids`: integers, 1-D, in `[0, 2**32)`, not overwritten; copied. `items`: each needs an identifier, since two
     without one would look equal. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest)
     are fields of the namespace: a nonempty str or bytes, or None. Requests with different salts share nothing.
     `turns`: token counts at which earlier prompts ended that this one continues, such as the turns of a chat; their
