@@ -158,7 +158,8 @@ def row_of(one: RequestOutput) -> dict[str, Any]:
 
 def counts(llm: LLM) -> dict[str, float]:
     prefix = "vllm:lmcache_mm_"
-    return {m.name.removeprefix(prefix): m.value for m in llm.get_metrics() if m.name.startswith(prefix)}
+    counters = [metric for metric in llm.get_metrics() if hasattr(metric, "value")]  # histograms have none
+    return {one.name.removeprefix(prefix): one.value for one in counters if one.name.startswith(prefix)}
 
 
 def free_blocks(llm: LLM) -> int:
