@@ -1,1 +1,1 @@
-"""vLLM's connectors, which it finds by module and class: connector.py and encoder_connector.py."""
+"""vLLM's connectors, which vLLM loads by module and class name: connector.py and encoder_connector.py."""

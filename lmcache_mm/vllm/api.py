@@ -1,4 +1,4 @@
-"""vLLM as this package sees it: its names come from here only, and what differs between its versions is known here."""
+"""vLLM as this package sees it: the only module that imports names from vLLM or knows how its versions differ."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUPPORTED = ("0.32", "0.33")  # the two newest minor versions
 
 
 def check_version(version: str) -> None:
-    """RuntimeError for a vLLM that the connector was not tested with, whose hooks may mean something else."""
+    """RuntimeError for a vLLM that the connector was not tested with: its hooks may mean something else."""
     if ".".join(version.split(".")[:2]) in SUPPORTED or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
         return
     raise RuntimeError(
@@ -23,7 +23,7 @@ check_version(vllm.__version__)
 
 MINOR_VERSION = ".".join(vllm.__version__.split(".")[:2])
 
-# vLLM 0.32 counts tokens of a session as computed that speculative decoding has computed behind the last one it keeps.
+# In a session, vLLM 0.32 also counts tokens as computed that speculative decoding computed past the last one it keeps.
 SESSIONS_OUTRUN_TOKENS = vllm.__version__.startswith("0.32.")
 
 from vllm.config import VllmConfig, get_current_vllm_config_or_none  # noqa: E402

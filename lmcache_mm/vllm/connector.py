@@ -1,6 +1,6 @@
 """LMCacheMMConnector: serves vLLM's requests with KV from a store.
 
-It runs in the scheduler (scheduler.py) and in every worker (worker.py), and only passes vLLM's calls on.
+It runs in the scheduler and in every worker, and only forwards vLLM's calls: to kv/scheduler.py and kv/worker.py.
 """
 
 from __future__ import annotations
@@ -41,19 +41,20 @@ logger = logging.getLogger("vllm.lmcache_mm")
 class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     """See the module. Options, in kv_connector_extra_config:
 
-    store: a URL that every process of the engine can open, or a list of them (see `open_store`). chunk_tokens: the unit
-    that is stored (256; rounded up to whole pages). load: "async" (default): while other requests are computed; "sync":
-    in the step that computes the rest, which waits, or "layers": which waits for each layer; both leave one token to be
-    computed. identifiers: "verify" (default) names items by their processed data, "trust" by vLLM's identifiers,
-    which clients may choose where a gateway lets them. opaque_tails: partial pages are stored too, whole.
-    store_generated: so are generated tokens. state_tokens: the states of layers that keep one (Mamba, GDN) are stored
-    every so many tokens, too, not only where later prompts are likely to go on. weights: what the weights are, where
-    neither files nor a commit tell. codec: "split" stores bf16 KV in 0.78 of its length (None); CPU engines only.
-    timeout_s: for how long a store may do nothing (5); what waits for it is then computed, or not stored.
+    store: a URL that every process of the engine can open, or a list of them (see `open_store`). chunk_tokens: the
+    number of tokens per record (256; rounded up to whole pages). load: "async" (default) loads while other requests are
+    computed; "sync" loads in the step that computes the rest of the request, and the step waits; "layers" does the
+    same, but the step waits for each layer in turn. "sync" and "layers" leave one token to compute. identifiers:
+    "verify" (default) names items by their processed data, "trust" by vLLM's identifiers, which clients may choose if a
+    gateway lets them. opaque_tails: also store partial pages, whole. store_generated: also store generated tokens.
+    state_tokens: also store the states of layers that keep one (Mamba, GDN) every this many tokens, not only where
+    later prompts are likely to continue. weights: a name for the weights, if neither files nor a commit identify them.
+    codec: "split" stores bf16 KV in 0.78 of its length (default None); CPU engines only. timeout_s: how long a store
+    may do nothing (5); then the tokens that wait for it are computed, and the records that wait are not stored.
 
-    A request may say kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
+    A request may set kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
     nothing, a kv_consumer stores nothing. An engine that stores answers {"lmcache_mm": {"wait": True}} to requests with
-    "do_remote_decode"; one that loads waits for what such a request needs, for timeout_s at most.
+    "do_remote_decode"; an engine that loads waits for the KV of such a request, for timeout_s at most.
     """
 
     _cache_hit_source = CacheHitSource.HOST
@@ -84,7 +85,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
             )
         multi = _inside(vllm_config)
         _see_to_failures(vllm_config, role, multi)
-        # MultiConnector ends the engine if two of its connectors use the same name in an answer, as two of these would.
+        # MultiConnector ends the engine if two of its connectors use the same key in an answer. Two of these would.
         self._promises = multi is None
         self._side: Scheduler | Worker
         if role == KVConnectorRole.SCHEDULER:
@@ -158,18 +159,18 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        """A graph of the whole model would not wait for layers."""
+        """True for "layers": a CUDA graph of the whole model would not wait for each layer."""
         return extra_config.get("load") == "layers"
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._worker.register(kv_caches)
 
     def unregister_kv_caches(self) -> None:
-        """From vLLM 0.33 on: the engine's pages are about to be unmapped, by sleep."""
+        """The engine is about to sleep, which unmaps its pages. Called by vLLM 0.33 and newer."""
         self._worker.fall_asleep()
 
     def restore_kv_caches(self) -> None:
-        """They are mapped again, at the same addresses."""
+        """The pages are mapped again, at the same addresses."""
         self._worker.wake_up()
 
     def get_handshake_metadata(self) -> Handshake:
@@ -189,10 +190,10 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker.wait_for_layer(layer_name)
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """All layers are stored at once, in wait_for_save."""
+        """Does nothing: wait_for_save stores all layers at once."""
 
     def wait_for_save(self) -> None:
-        """Pages may still be read when it returns: see `Worker.begin_step`."""
+        """Saves may still read pages after this returns: see `Worker.begin_step`."""
         self._worker.save()
 
     def _step(self) -> Metadata:
@@ -229,14 +230,14 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _inside(config: VllmConfig) -> Any:
-    """The engine's kv_transfer_config if its connector is another one that contains this one; else None."""
+    """The engine's kv_transfer_config if another connector (MultiConnector) contains this one; else None."""
     engine = get_current_vllm_config_or_none()
     engines = None if engine is None else engine.kv_transfer_config
     return None if engines is None or engines.kv_connector == config.kv_transfer_config.kv_connector else engines
 
 
 def _see_to_failures(config: VllmConfig, role: KVConnectorRole, engines: Any) -> None:
-    """Has vLLM compute requests whose load fails; by default it ends them. engines: what _inside returns."""
+    """Makes vLLM compute requests whose load fails; by default it ends them. engines: what _inside returns."""
     ours = config.kv_transfer_config
     if engines is not None:
         if engines.kv_load_failure_policy != "recompute":
@@ -250,6 +251,6 @@ def _see_to_failures(config: VllmConfig, role: KVConnectorRole, engines: Any) ->
         ours.kv_load_failure_policy = "recompute"
 
 
-# MultiConnector's front end finds connectors by name only.
+# MultiConnector's front end looks connectors up by name only.
 if NAME not in KVConnectorFactory._registry:
     KVConnectorFactory.register_connector(NAME, __name__, NAME)

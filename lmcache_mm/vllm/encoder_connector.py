@@ -1,7 +1,7 @@
-"""LMCacheMMEncoderConnector: vLLM's encoder outputs kept in a store, so that an item seen before is not encoded again.
+"""LMCacheMMEncoderConnector: keeps vLLM's encoder outputs in a store, so that an item seen before is not encoded again.
 
-It runs in two places, in the scheduler (encoder_scheduler.py) and in every worker (encoder_worker.py), and only hands
-vLLM's calls on.
+It runs in the scheduler and in every worker, and only forwards vLLM's calls: to encoder/scheduler.py and
+encoder/worker.py.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
     use the same one. weights: a name for the weights, if neither files nor a commit identify them. timeout_s: how long
     a store may do nothing (5); then the items that wait for it are encoded.
 
-    A request may say ec_transfer_params or kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. ec_role:
+    A request may set ec_transfer_params or kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. ec_role:
     an ec_producer only encodes, and answers ec_transfer_params={"lmcache_mm": {"wait": True}}; an ec_consumer stores
-    nothing. One that loads waits for the items of such a request, for timeout_s at most.
+    nothing. An engine that loads waits for the items of such a request, for timeout_s at most.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: ECConnectorRole) -> None:
@@ -115,7 +115,7 @@ class LMCacheMMEncoderConnector(ECConnectorBase):
     # --- In both
 
     def get_ec_connector_stats(self) -> EncoderStats | None:
-        """Workers send their counts to the scheduler in their metadata, which both of vLLM's model runners pass on."""
+        """Workers send their counts to the scheduler in their metadata, which both of vLLM's model runners forward."""
         return self._side.stats.take() if isinstance(self._side, EncoderScheduler) else None
 
     @classmethod

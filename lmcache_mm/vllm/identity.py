@@ -1,4 +1,4 @@
-"""What determines the KV bytes of a vLLM request besides its token ids: model, weights, adapters, items by content."""
+"""Identifies what determines a request's KV bytes besides token ids: model, weights, adapters, and items by content."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ from lmcache_mm.secret import secret
 
 ITEM_DATA_CONTEXT = "lmcache_mm v1 vllm item data"
 MOST_IDENTIFIERS = 1 << 17
-# Fields that only size an item's placeholders, as vLLM declares them (embedding_fields of its parsers).
+# Fields that only give the size of an item's placeholders, as vLLM declares them (embedding_fields of its parsers).
 METADATA_FIELDS = {
     *("image_grid_thw", "video_grid_thw", "image_sizes", "video_image_sizes", "timestamps", "second_per_grid_ts"),
     *("audio_num_tokens", "audio_feature_lengths", "feature_attention_mask", "patch_positions"),
 }
-# Settings of vLLM that decide what an item's encoder puts out.
+# vLLM settings that change the output of an item's encoder.
 ENCODER_SETTINGS = (
     *("mm_encoder_tp_mode", "mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path"),
     *("video_pruning_rate", "video_pruning_method", "mm_processor_kwargs", "mm_device_do_normalize"),
 )
 
 UNKNOWN = ""
-# What an engine has for weights since its caches were last reset, if not those that it started with; by the engine's
-# instance_id. While they are UNKNOWN nothing is cached. The KV connector is told of resets, and the encoder connector
-# of the same engine looks here.
+# By instance_id of an engine: the name of its weights since its caches were last reset, None for those it started with.
+# While it is UNKNOWN, nothing is cached. vLLM tells only the KV connector of resets; the encoder connector of the same
+# engine reads this.
 weights_now: dict[str, str | None] = {}
-_items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # of items' data, by id: modality, digest
+_items: dict[int, tuple[weakref.ref[Any], str, str]] = {}  # by id of an item's data: the data, modality, digest
 
 
 class Unknown(Exception):
-    """Something that determines the KV bytes has no digest, so nothing that depends on it is cached."""
+    """An input that determines the KV bytes has no digest, so nothing that depends on it is cached."""
 
 
 class Missing(Unknown):
-    """An item comes without what its encoder needs."""
+    """An item comes without the data that its encoder needs."""
 
 
 def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> Namespace:
-    """The namespace of an engine, but for its layout. `config`: VllmConfig. `weights`: what the user says they are."""
+    """The namespace of an engine, without its layout. `config`: VllmConfig. `weights`: the user's name for them."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     text_config = model.hf_text_config
     rope = {
@@ -74,7 +74,7 @@ def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> 
 
 
 def encoder_namespace_of(config: Any, weights: str | None) -> Namespace:
-    """The namespace of an engine's encoder outputs, as of `namespace_of`."""
+    """The namespace of an engine's encoder outputs. Arguments as in `namespace_of`."""
     model = config.model_config
     return Namespace(
         secret=secret(),
@@ -110,7 +110,7 @@ def _weights(config: Any) -> str:
 
 
 def digest_of_lora(request: Any) -> str | None:
-    """A digest of the adapter's files; None without one. Names and ids of adapters may be used again."""
+    """A digest of the adapter's files, because names and ids of adapters may be reused; None without an adapter."""
     if request is None:
         return None
     folder = Path(request.lora_path)
@@ -121,8 +121,8 @@ def digest_of_lora(request: Any) -> str | None:
 
 
 def digest_of_item(feature: Any) -> str:
-    """`digest_of_data` of one of vLLM's multimodal features. Computed once for data that vLLM hands on again and again,
-    to both connectors and, from its cache, with every request about the same picture."""
+    """`digest_of_data` of one of vLLM's multimodal features. Computed once per data object: vLLM passes the same object
+    to both connectors and, from its cache, with every request for the same image."""
     data = feature.data
     known = _items.get(id(data))
     if known is not None and known[0]() is data and known[1] == feature.modality:
@@ -134,15 +134,15 @@ def digest_of_item(feature: Any) -> str:
 
 
 def lacks_what_is_encoded(data: Any) -> bool:
-    """Whether an item says no more than how many embeddings it has: with a connector, vLLM takes such items. By the
-    names of its fields alone."""
+    """Whether an item only says how many embeddings it has; vLLM accepts such items if it has a connector. Only the
+    names of the item's fields are checked."""
     return bool(data) and all(
         name in METADATA_FIELDS or getattr(getattr(data[name], "field", None), "keep_on_cpu", False) for name in data
     )
 
 
 def digest_of_data(modality: str, data: Any) -> str:
-    """A digest of an item's processed data: modality, then of each field its name, dtypes, shapes and bytes."""
+    """A digest of an item's processed data: modality, then the name, dtypes, shapes and bytes of each field."""
     hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)
 
     def add(tag: str, content: bytes | memoryview) -> None:
@@ -173,7 +173,7 @@ def digest_of_data(modality: str, data: Any) -> str:
     if lacks_what_is_encoded(data):
         raise Missing("an item has no data to encode")
     for name in sorted(data):
-        if name == "address":  # vLLM's shared-memory cache: the bytes are elsewhere
+        if name == "address":  # vLLM's shared-memory cache holds the bytes, not the field
             raise Unknown("an item's data is in another process (the processor cache in shared memory)")
         add("field", name.encode())
         add_value(data[name].data)
@@ -181,8 +181,8 @@ def digest_of_data(modality: str, data: Any) -> str:
 
 
 class Identifiers:
-    """Which content every identifier stood for. vLLM's own caches go by identifiers, which clients may choose: one that
-    has stood for two contents is worth nothing, for the KV of a request with it may be either's."""
+    """The content that each identifier stood for. vLLM's own caches use identifiers, which clients may choose. If one
+    has stood for two contents, it is distrusted: KV that vLLM computed for it may belong to either."""
 
     def __init__(self) -> None:
         self._digests: OrderedDict[str, str | None] = OrderedDict()
@@ -199,7 +199,7 @@ class Identifiers:
             return known == digest
 
     def distrust(self, identifiers: Iterable[str]) -> None:
-        """They may stand for anything by now."""
+        """Marks identifiers whose content is not known."""
         with self._lock:
             for identifier in identifiers:
                 self._digests[identifier] = None
@@ -210,15 +210,15 @@ class Identifiers:
 
 
 class Adapters:
-    """Digests of an engine's LoRA adapters. vLLM knows them by number, and either keeps what it has read under a number
-    or reads it again in place: a number that has stood for two contents may be either's."""
+    """Digests of an engine's LoRA adapters. vLLM identifies adapters by number, and either keeps what it has read under
+    a number or reads it again in place. So a number that has stood for two contents may mean either of them."""
 
     def __init__(self) -> None:
         self._digests: dict[int, str | None] = {}
         self._lock = threading.Lock()
 
     def digest(self, request: Any) -> str | None:
-        """None without an adapter."""
+        """The digest of the request's adapter; None without one. Unknown if its number stood for another adapter."""
         digest = digest_of_lora(request)
         if digest is None:
             return None
@@ -229,7 +229,7 @@ class Adapters:
         return digest
 
     def still_agreed(self, request: Any) -> bool:
-        """Whether the adapter, if there is one, is still the one that `digest` has named."""
+        """Whether the adapter, if there is one, still has the digest that `digest` returned."""
         try:
             return self.digest(request) is not None or request is None
         except (Unknown, OSError):
@@ -237,7 +237,7 @@ class Adapters:
 
 
 def digest_of_embeds(embeds: Any, is_token: Any) -> str | None:
-    """A digest of prompt embeddings and of which positions they are for; None without any."""
+    """A digest of prompt embeddings and their positions; None without any."""
     if embeds is None:
         return None
     hasher = blake3(derive_key_context=ITEM_DATA_CONTEXT)

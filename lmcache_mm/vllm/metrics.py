@@ -1,4 +1,4 @@
-"""What the connectors count and time: in vLLM's log lines and, as vllm:lmcache_mm_*, in /metrics."""
+"""The connectors' counters and timings: in vLLM's log lines and, as vllm:lmcache_mm_*, in /metrics."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ ENCODER_HISTOGRAMS = {
     "encoder_store_bytes": "Bytes of an encoder output that was written.",
 }
 OF_TIERS = " store: its kind; behind the first tier, what that tier itself took."
-MOST_OBSERVED = 1024  # of one histogram and store between two times that they are taken
+MOST_OBSERVED = 1024  # observations kept per histogram and store until they are taken
 
 
 class _Counts:
-    """Counts, and what was observed by store, since they were last taken."""
+    """Counters, and observations by store, since they were last taken."""
 
     data: dict[str, Any]
     prefix = ""  # of the histograms' names
@@ -64,7 +64,7 @@ class _Counts:
         self._lock = threading.Lock()
 
     def add(self, **counts: Any) -> None:
-        """Numbers of counters, or of histograms {store: [value, ...]}."""
+        """Adds numbers to counters, and {store: [value, ...]} to histograms."""
         with self._lock:
             for name, count in counts.items():
                 if isinstance(count, dict):
@@ -75,7 +75,7 @@ class _Counts:
                     self.data[name] = self.data.get(name, 0) + count
 
     def observe(self, store: str, direction: str, seconds: float, size: int) -> None:
-        """A load or a store. May be called from any thread."""
+        """Records a load or a store. May be called from any thread."""
         name = f"{self.prefix}{direction}"
         self.add(**{f"{name}_seconds": {store: [seconds]}, f"{name}_bytes": {store: [size]}})
 
@@ -93,7 +93,7 @@ class _Counts:
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        """For the log: counts, and means."""
+        """Counters and means, for the log."""
         reduced: dict[str, int | float] = {}
         for name, value in self.data.items():
             if isinstance(value, dict):
@@ -123,7 +123,7 @@ class EncoderStats(_Counts, ECConnectorStats):
 
 
 class _Metrics:
-    """In /metrics. Of vLLM's base class: how it makes metrics, and the label values of every engine."""
+    """The metrics in /metrics. vLLM's base class provides their constructors and the label values of every engine."""
 
     names: dict[str, str]
     histograms: dict[str, str]

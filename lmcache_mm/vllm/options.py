@@ -1,4 +1,4 @@
-"""What the connector is asked for, and what kind of KV cache the engine has."""
+"""The connectors' options, requests' wishes, and the engine's KV cache groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lmcache_mm.vllm.api import (
 NAME = "LMCacheMMConnector"
 ENCODER_NAME = "LMCacheMMEncoderConnector"
 GROUPS_OF_TABLE = 256
-ASK_AGAIN_S = 0.01  # how often a store is asked for what another engine promised
+ASK_AGAIN_S = 0.01  # how often a store is asked for records that another engine promised
 CHOICES = {"load": ("async", "sync", "layers"), "identifiers": ("verify", "trust")}
 KINDS = {
     KVCacheSpecKind.FULL_ATTENTION,
@@ -92,12 +92,12 @@ class Wishes:
 
     load: bool = True
     store: bool = True
-    wait: bool = False  # for what another engine promised
+    wait: bool = False  # for records that another engine promised
 
 
 def wishes_of(own: object, *others: object) -> Wishes:
-    """What a request's transfer params say under "lmcache_mm". `own` are those of the connector that asks; `others`
-    count where `own` says nothing, but cannot make it wait. Clients can write anything: only true and false count."""
+    """What a request's transfer params say under "lmcache_mm". `own`: the params of the calling connector. `others`
+    apply where `own` says nothing, but cannot make it wait. Clients can write anything: only true and false count."""
     said = [params.get("lmcache_mm") if isinstance(params, dict) else None for params in (own, *others)]
     flags: dict[str, bool] = {}
     for i, wishes in enumerate(said):
@@ -109,7 +109,7 @@ def wishes_of(own: object, *others: object) -> Wishes:
 
 
 def drop_malformed_params(request: Request) -> None:
-    """Replaces transfer params that are no dict by None: vLLM does not check what clients send, but assumes dicts."""
+    """Replaces transfer params that are not dicts with None: vLLM expects dicts, but does not check them."""
     for name in ("kv_transfer_params", "ec_transfer_params"):
         if not isinstance(getattr(request, name), dict):
             setattr(request, name, None)
@@ -117,21 +117,21 @@ def drop_malformed_params(request: Request) -> None:
 
 @dataclass
 class Group:
-    """Layers of one of vLLM's KV cache groups whose pages are alike. Only workers see all of them: vLLM tells its
-    scheduler of one layer a group."""
+    """The layers of one of vLLM's KV cache groups that have equal pages. Only workers see all of them: vLLM tells its
+    scheduler about one layer per group."""
 
-    table: int  # which of a request's block tables is theirs
-    number: int  # in record keys: 256 times the table, and which of the groups of that table
+    table: int  # index of their block table in a request
+    number: int  # in record keys: 256 * table + index among the groups of that table
     layers: list[str]
     page_tokens: int
     window: int | None  # of sliding-window attention
-    kv_dtype: str  # of states, what one consists of
-    kind: str  # as vLLM calls it
+    kv_dtype: str  # for states: what a state consists of
+    kind: str  # vLLM's name for it
     states: bool = False  # a page is the state after the tokens up to its end, not the KV of its own tokens
 
 
 def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]:
-    """The engine's groups; ValueError for what cannot be cached."""
+    """The engine's groups; ValueError for an engine whose KV cannot be cached."""
     parallel = config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
@@ -144,7 +144,7 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
     groups = []
     for table, group in enumerate(kv_cache_config.kv_cache_groups):
         if not group.enable_kv_transfer:
-            continue  # a copy of another group, made from that
+            continue  # a copy that vLLM makes from another group
         spec = group.kv_cache_spec
         kind = get_kv_cache_spec_kind(spec)
         states = kind == KVCacheSpecKind.MAMBA
@@ -167,8 +167,8 @@ def groups_of(config: VllmConfig, kv_cache_config: KVCacheConfig) -> list[Group]
 
 
 def _states_of(config: VllmConfig, spec: MambaSpec, layers: list[str]) -> str:
-    """What a layer's state consists of: its tensors in the order of their bytes. ValueError for states that are not
-    kept at the ends of blocks, or that drafts share."""
+    """What a layer's state consists of: its tensors, in the order of their bytes. ValueError for states that are not
+    kept at the ends of blocks, or that share pages with drafts."""
     where = f"({', '.join(layers[:1])}, …)"
     if spec.mamba_cache_mode != "align":
         raise ValueError(
@@ -187,6 +187,6 @@ def _states_of(config: VllmConfig, spec: MambaSpec, layers: list[str]) -> str:
     copies = "on every rank" if spec.tp_replicated else "of the rank's heads"
     mamba = config.mamba_config
     rounding = "stochastic rounding" if mamba.enable_stochastic_rounding else ""
-    # Shapes do not tell the order of equal dimensions, which may change from one version of vLLM to the next.
+    # Shapes do not show the order of equal dimensions, which may change between versions of vLLM.
     how = f"{get_conv_state_layout()} {mamba.backend.name} {copies} vLLM {MINOR_VERSION} {rounding}".strip()
     return f"state {spec.mamba_type.name} {' '.join(tensors)} {how}"

@@ -1,1 +1,1 @@
-"""The encoder connector's two sides."""
+"""The encoder connector's scheduler and worker sides."""

@@ -1,4 +1,4 @@
-"""What the encoder connector's sides in the scheduler and in the workers tell each other."""
+"""Messages between the scheduler and worker sides of the encoder connector."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lmcache_mm.vllm.metrics import EncoderStats
 
 
 class OutputKey(NamedTuple):
-    """The key that an encoder output is stored under, and its owner."""
+    """The key of an encoder output in the store, and its owner."""
 
     key: bytes
     owner: bytes
@@ -19,8 +19,8 @@ class OutputKey(NamedTuple):
 
 @dataclass
 class EncoderMetadata(ECConnectorMetadata):
-    """For one step, by vLLM's identifiers: outputs that workers use instead of encoding (loads), and the keys of the
-    outputs that they compute and store (saves)."""
+    """For one step, by vLLM's identifiers: outputs that workers use instead of encoding (loads), and keys of outputs
+    that workers compute and store (saves)."""
 
     loads: dict[str, Packed] = field(default_factory=dict)
     saves: dict[str, OutputKey] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class EncoderMetadata(ECConnectorMetadata):
 
 @dataclass
 class EncoderWorkerMetadata(ECConnectorWorkerMetadata):
-    """What a worker counted since its last report, as in EncoderStats."""
+    """What a worker has counted since its last report, as in EncoderStats."""
 
     counts: dict[str, Any] = field(default_factory=dict)
 

@@ -1,8 +1,8 @@
-"""The encoder connector's side in the scheduler: which items need no encoder because their outputs are available.
+"""The encoder connector's side in the scheduler: finds items that need no encoder because their output is available.
 
-vLLM asks by identifier, which a client may have chosen, and its engine dies when an output that was claimed is not in
-the step. So an item is claimed for the request that vLLM is about to schedule, by the digest of that request's own
-data, and once its output is verified and in this process's memory; from here it goes to the workers inside the step.
+vLLM asks by identifier, which a client may have chosen, and its engine dies if an output that was claimed is not in the
+step. So an item is claimed only for the request that vLLM is about to schedule, by the digest of that request's own
+data, and only once its output is verified and in this process's memory. The step carries the output to the workers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetad
 from lmcache_mm.vllm.metrics import EncoderStats
 from lmcache_mm.vllm.options import ASK_AGAIN_S, ENCODER_NAME, EncoderOptions, drop_malformed_params, wishes_of
 
-AT_ONCE_S = 0.001  # how long a step waits for what is under way; longer, and vLLM asks again in the next
-MOST_HELD_BYTES = 1 << 30  # of outputs in memory, for requests that wait; beyond it items are encoded
-PASSED_THROUGH = "prompt_embeds"  # the modality that has no encoder
+AT_ONCE_S = 0.001  # how long a step waits for work under way; after that, vLLM asks again in the next step
+MOST_HELD_BYTES = 1 << 30  # memory for outputs that waiting requests hold; items beyond it are encoded
+PASSED_THROUGH = "prompt_embeds"  # the modality without an encoder
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
@@ -37,14 +37,14 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
-    waits: bool  # for what another engine promised
-    identifying: Work | None = None  # its keys under way
-    keys: list[OutputKey | None] = field(default_factory=list)  # of its items; None: what it is is not known
-    fetching: dict[int, Work] = field(default_factory=dict)  # outputs under way, by item
-    outputs: dict[int, Packed | None] = field(default_factory=dict)  # those that have come; None: not there
+    waits: bool  # for outputs that another engine promised
+    identifying: Work | None = None  # the work that computes its keys
+    keys: list[OutputKey | None] = field(default_factory=list)  # one per item; None: item not identified
+    fetching: dict[int, Work] = field(default_factory=dict)  # fetches under way, by item
+    outputs: dict[int, Packed | None] = field(default_factory=dict)  # fetched outputs, by item; None: not in the store
     asked_at: float = 0.0  # when it began to wait
-    ask_at: dict[int, float] = field(default_factory=dict)  # by item that was asked for: again not before
-    kept: set[bytes] = field(default_factory=set)  # keys of outputs that the store had, or is being given
+    ask_at: dict[int, float] = field(default_factory=dict)  # by item: do not ask the store again before this time
+    kept: set[bytes] = field(default_factory=set)  # keys of outputs that the store had or is being given
 
 
 class EncoderScheduler:
@@ -74,17 +74,17 @@ class EncoderScheduler:
 
     def close(self) -> None:
         ended = [lane.close(self._options.timeout_s) for lane in (self._identifying, self._fetches)]
-        if all(ended):  # else one of them is still in the store
+        if all(ended):  # otherwise a lane still uses the store
             self._store.close()
 
     # --- Before a request is scheduled
 
     def ensure(self, request: Request, computed_tokens: int) -> bool:
-        """Whether it is decided which of the request's items behind `computed_tokens` can be claimed."""
+        """Whether it is decided which of the request's items past `computed_tokens` can be claimed."""
         self._claims, self._claims_of = {}, request.request_id
         try:
             return self._ensure(request, computed_tokens)
-        except Exception:  # of whatever the request holds: it ends no engine
+        except Exception:  # no request may end the engine, whatever its data
             logger.exception("%s: request %s is no longer cached", ENCODER_NAME, request.request_id)
             self._claims = {}
             self.drop(request)
@@ -93,8 +93,8 @@ class EncoderScheduler:
     def _ensure(self, request: Request, computed_tokens: int) -> bool:
         drop_malformed_params(request)
         self._follow_weights()
-        # This comes first, whatever else is known. vLLM may have the output now and drop it before it is needed, and
-        # then nobody could make it; and a client that can name a picture need not have had it.
+        # Check this first. vLLM may have the output now but drop it before it is needed, and then nothing could compute
+        # it again. Also, a client that knows an image's identifier has not necessarily had the image.
         if any(identity.lacks_what_is_encoded(feature.data) for feature in request.mm_features):
             self._unavailable.add(request.request_id)
             return False
@@ -102,7 +102,7 @@ class EncoderScheduler:
             i
             for i, feature in enumerate(request.mm_features)
             if feature.mm_position.offset + feature.mm_position.length > computed_tokens
-            # An engine that only encodes asks for all, to know what it can promise.
+            # An engine that only encodes asks for all items, to know what it can promise.
             and not (self._loads and feature.identifier in self._in_engine)
         ]
         if known := self._requests.get(request.request_id):
@@ -110,7 +110,7 @@ class EncoderScheduler:
         if not needed or self._weights_now == identity.UNKNOWN:
             return True
         ours = self._requests.get(request.request_id) or self._add(request)
-        if len(ours.keys) < len(request.mm_features):  # new, or a session (`resumable`) that goes on with more items
+        if len(ours.keys) < len(request.mm_features):  # new, or a session (`resumable`) that continues with more items
             self._begin_identifying(ours)
         ours.asked_at = ours.asked_at or time.monotonic()
         if ours.identifying is not None:
@@ -124,7 +124,7 @@ class EncoderScheduler:
         return True
 
     def _follow_weights(self) -> None:
-        """After a reset, of which only the KV connector is told: see identity.weights_now."""
+        """Picks up new weights after a reset. vLLM tells only the KV connector of resets: see identity.weights_now."""
         weights_now = identity.weights_now.get(self._engine)
         if weights_now == self._weights_now:
             return
@@ -137,7 +137,7 @@ class EncoderScheduler:
 
     def _add(self, request: Request) -> _Request:
         wishes = wishes_of(request.ec_transfer_params, request.kv_transfer_params)
-        # With other weights, another engine's records may not have this one's keys.
+        # After a change of weights, another engine's keys may differ from this one's.
         waits = wishes.wait and self._loads and self._weights_now is None
         ours = _Request(request, wishes.load, wishes.store and self._saves, waits)
         self._requests[request.request_id] = ours
@@ -149,13 +149,13 @@ class EncoderScheduler:
         ours.identifying = self._identifying.submit(lambda _: self._identify(request, features, namespace))
 
     def _identify(self, request: Request, features: list[Any], namespace: Namespace) -> list[OutputKey | None]:
-        """The keys of the outputs of a request's items. Runs beside the scheduler."""
+        """The keys of the outputs of a request's items. Runs on a lane, in parallel with the scheduler."""
         keys: list[OutputKey | None] = [None] * len(features)
         try:
             lora = self._adapters.digest(request.lora_request) if self._lora_changes_encoder else None
             salt = request.cache_salt or None
             root, owner = namespace.root(salt, lora), owner_of(salt)
-        except Exception as error:  # of whatever the request names
+        except Exception as error:  # from anything that the request refers to
             logger.warning("%s: request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
             return keys
         for i, feature in enumerate(features):
@@ -163,12 +163,12 @@ class EncoderScheduler:
                 continue
             try:
                 keys[i] = OutputKey(output_key(root, identity.digest_of_item(feature), feature.modality), owner)
-            except Exception as error:  # of the item's data, whatever they are
+            except Exception as error:  # from the item's data, which can be anything
                 logger.warning("%s: an item of request %s is not cached: %s", ENCODER_NAME, request.request_id, error)
         return keys
 
     def _fetch(self, request: Request, ours: _Request, item: int) -> bool:
-        """Whether it is known what the store has of an item."""
+        """Whether it is known if the store has an item's output."""
         key = ours.keys[item]
         if key is None or item in ours.outputs:
             return True
@@ -192,7 +192,7 @@ class EncoderScheduler:
         return True
 
     def _read(self, ours: _Request, key: OutputKey) -> Packed | None:
-        """An output in memory, verified, and shared by all requests that wait for it. A request does not wait for one
+        """A verified output in memory, shared by all requests that wait for it. A request does not wait for an output
         that is in the store but cannot be read."""
         output = self._held.get(key.key)
         if output is not None:
@@ -220,7 +220,7 @@ class EncoderScheduler:
         return output
 
     def _is_done(self, work: Work) -> bool:
-        """Waits for it, all together for a moment in each step."""
+        """Whether the work is done. Waits for it; all such waits of one step take at most AT_ONCE_S together."""
         if not work.future.done() and self._at_once_left_s > 0:
             begun = time.monotonic()
             wait([work.future], self._at_once_left_s)
@@ -228,7 +228,7 @@ class EncoderScheduler:
         return work.future.done()
 
     def _give_up(self, ours: _Request, lane: Lane) -> bool:
-        """False: ask again. True if the request has waited for too long, or waits for what does not move."""
+        """True if the request has waited too long, or its lane makes no progress; False: ask again."""
         timeout_s = self._options.timeout_s
         if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
             return False
@@ -240,13 +240,13 @@ class EncoderScheduler:
         return True
 
     def _abandon(self, ours: _Request) -> None:
-        """What is under way need not begin any more."""
+        """Abandons the request's work under way."""
         for work in [*ours.fetching.values(), *([ours.identifying] if ours.identifying else [])]:
             work.abandon()
         ours.fetching.clear()
 
     def _claim(self, request: Request, ours: _Request, needed: list[int]) -> None:
-        """Sets what vLLM will be told. An identifier that stands for two contents in one request stands for none."""
+        """Sets the claims. An identifier that stands for two contents in one request is not claimed."""
         keys: dict[str, set[bytes]] = {}
         for i in needed:
             output, key = ours.outputs.get(i), ours.keys[i]
@@ -259,13 +259,13 @@ class EncoderScheduler:
         self._claims = {name: output for name, output in self._claims.items() if len(keys[name]) == 1}
 
     def claims(self, identifier: str) -> bool:
-        """Of the request that `ensure` was asked about last."""
+        """Whether the item is claimed, for the request of the last call of `ensure`."""
         return identifier in self._claims
 
     # --- When it is scheduled
 
     def plan(self, request: Request, item: int) -> None:
-        """The item's output is in vLLM's cache after the next step: from here if it was claimed, else encoded."""
+        """The item's output will be in vLLM's cache after the next step: loaded if it was claimed, else encoded."""
         identifier = request.mm_features[item].identifier
         output = self._claims.pop(identifier, None) if self._claims_of == request.request_id else None
         if output is None:
@@ -291,12 +291,12 @@ class EncoderScheduler:
             for item in items:
                 identifier = ours.request.mm_features[item].identifier
                 self._in_engine.add(identifier)
-                # vLLM may encode what it had when `ensure` was asked.
+                # vLLM may encode an item whose output it still had when `ensure` was called.
                 key = ours.keys[item] if ours.saves and item < len(ours.keys) else None
                 if key is not None:
                     metadata.saves[identifier] = key
                     ours.kept.add(key.key)
-        if step.total_num_scheduled_tokens:  # else workers do not look at it
+        if step.total_num_scheduled_tokens:  # in an empty step, workers ignore the metadata
             metadata.loads, self._planned = self._planned, {}
         return metadata
 
@@ -308,13 +308,13 @@ class EncoderScheduler:
             self.stats.add(**told.counts)
 
     def take_unavailable(self) -> set[str]:
-        """Requests with an item that neither vLLM nor the store has, and that cannot be encoded: see `Missing`."""
+        """Requests with an item that cannot be encoded: see `Missing`."""
         unavailable, self._unavailable = self._unavailable, set()
         return unavailable
 
     def promise(self, request: Request) -> dict[str, Any] | None:
-        """What an engine that only encodes answers: that the next engine may wait for all of the request's items. It
-        names no data, because an engine that loads computes the keys from its own request. `item_indices` is for vLLM's
+        """The answer of an engine that only encodes: the next engine may wait for all of the request's items. It names
+        no data, because an engine that loads computes the keys from its own request. `item_indices` is for vLLM's
         proxy, which expects every item to be listed."""
         ours = self._requests.get(request.request_id)
         if ours is None or self._loads or self._weights_now is not None:
@@ -330,6 +330,6 @@ class EncoderScheduler:
 
 
 def _fits(output: Packed, embeds: int) -> bool:
-    """Whether it is what vLLM keeps of an item: a row for each of its embeddings."""
+    """Whether the output has the shape that vLLM keeps for an item: one row per embedding."""
     tensors = output.views()
     return len(tensors) == 1 and tensors[0].ndim == 2 and len(tensors[0]) == embeds

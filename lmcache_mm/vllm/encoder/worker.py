@@ -1,4 +1,4 @@
-"""The encoder connector's side in a worker: outputs that came with the step, and outputs that were computed."""
+"""The encoder connector's side in a worker: loads outputs that came with the step, and saves computed outputs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lmcache_mm.vllm.encoder.messages import EncoderMetadata, EncoderWorkerMetad
 from lmcache_mm.vllm.metrics import EncoderStats
 from lmcache_mm.vllm.options import ENCODER_NAME, EncoderOptions
 
-MOST_WAITING_BYTES = 256 << 20  # of outputs that wait to be stored; what comes then is not
+MOST_WAITING_BYTES = 256 << 20  # memory for outputs that wait to be stored; outputs beyond it are not stored
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
 
 class EncoderWorker:
-    """See the module. The workers of an engine compute the same outputs; the first one stores them."""
+    """See the module. All workers of an engine compute the same outputs; the first worker stores them."""
 
     def __init__(self, config: VllmConfig, options: EncoderOptions) -> None:
         self._timeout_s, self._codec = options.timeout_s, options.codec
@@ -41,17 +41,17 @@ class EncoderWorker:
             self._store.close()
 
     def load(self, encoder_cache: dict[str, torch.Tensor], step: EncoderMetadata, device: torch.device) -> None:
-        """Puts what the step brought into vLLM's cache. Nothing is read from a store, and nothing can be missing. On
-        CUDA: as of `EncoderCache.load`, on the stream of the forward pass."""
+        """Puts the step's outputs into vLLM's cache. The step carries all of them: no store is read. On CUDA: as in
+        `EncoderCache.load`, on the stream of the forward pass."""
         for identifier, output in step.loads.items():
-            # A copy, for other requests may take the same, and vLLM's cache is vLLM's to change.
+            # Copy it: other requests may load the same output, and vLLM may change what is in its cache.
             own = output if device.type == "cuda" else Packed(output.description, output.payload.clone())
             loaded = own.unpack(device)
             assert isinstance(loaded, torch.Tensor)
             encoder_cache[identifier] = loaded
 
     def save(self, encoder_cache: dict[str, torch.Tensor], identifier: str, step: EncoderMetadata) -> None:
-        """Copies an output that was computed in this step; the store gets it behind the engine's back."""
+        """Copies an output that this step computed; a lane writes the copy to the store in the background."""
         key, store = step.saves.get(identifier), self._store
         if key is None or store is None:
             return
@@ -64,7 +64,7 @@ class EncoderWorker:
         try:
             as_of = store.moment()
             packed = pack(output)
-        except Exception:  # no memory, or no tensor
+        except Exception:  # out of memory, or not a tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
             self._stats.add(encoder_failed_stores=1)
             return
@@ -76,7 +76,7 @@ class EncoderWorker:
     def _put(self, store: Store, key: OutputKey, packed: Packed, as_of: int, copied: torch.cuda.Event | None) -> None:
         try:
             if copied is not None:
-                torch.cuda.set_device(copied.device)  # a new thread's is 0: to wait there would make a context on it
+                torch.cuda.set_device(copied.device)  # threads start on device 0, where a wait would make a context
                 copied.synchronize()
             begun = time.perf_counter()
             write(store, key.key, packed, key.owner, as_of, self._codec)

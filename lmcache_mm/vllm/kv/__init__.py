@@ -1,1 +1,1 @@
-"""The KV connector's two sides."""
+"""The KV connector's scheduler and worker sides."""

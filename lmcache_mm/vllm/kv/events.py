@@ -1,11 +1,11 @@
-"""Events: which of vLLM's blocks this host's stores hold, told to routers as vLLM tells of its own pool.
+"""KV events: announce to routers which of vLLM's blocks this host's stores hold, in the form of vLLM's own events.
 
 A record is announced as the whole blocks that it covers, with vLLM's own hashes, once the store has its parts from all
-ranks and the block before it is announced: routers drop a block whose parent they do not know. It makes no difference
+ranks and the preceding block is announced: routers drop a block whose parent they do not know. It does not matter
 whether this engine stored the record or found it. When a record is gone, it is announced as removed, together with
-everything that follows it, because nobody can load that any more.
+everything that follows it, because that can no longer be loaded.
 
-Looks are made by a lane. They are bounded, and do not count as asking for a record.
+A lane looks the records up in the stores. Each lookup is bounded, and does not count as a use of the record.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ from lmcache_mm.vllm.api import (
 from lmcache_mm.vllm.options import GROUPS_OF_TABLE, NAME, Group
 
 LOCAL = "LOCAL"  # locality: on the host that publishes
-ROUND_S = 1.0  # how often what waits is looked at, and all that is told, where the engine makes steps enough
-MOST_AT_ONCE = 128  # of what is told, in the look of one step
-MOST_BLOCKS = 1 << 19  # that are told
-MOST_WAITING = 1 << 12  # records that are not told yet
+ROUND_S = 1.0  # how often all waiting and announced records are looked up, if the engine runs enough steps
+MOST_AT_ONCE = 128  # announced records looked up per step
+MOST_BLOCKS = 1 << 19  # announced blocks
+MOST_WAITING = 1 << 12  # records not announced yet
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
 
 class _Id(NamedTuple):
-    """A record's blocks of one block table, in one store."""
+    """A record's blocks in one block table, in one store."""
 
     store: int
     table: int
     key: bytes  # of the prefix
-    last: ExternalBlockHash  # vLLM hashes the names that clients give their items: one prefix may have several hashes
+    last: ExternalBlockHash  # vLLM hashes clients' names for items, so one prefix may have several hashes
 
 
 class _Told(NamedTuple):
@@ -72,7 +72,7 @@ class _Waiting:
 
 
 def _stores_of_host(store: Store) -> Iterator[tuple[Store, str]]:
-    """With their mediums. What all hosts share, or lies on another one, says nothing about this host."""
+    """This host's stores and their mediums. Leaves out stores that hosts share or that are on another host."""
     if isinstance(store, TieredStore):
         for tier in store.tiers:
             yield from _stores_of_host(tier)
@@ -83,34 +83,34 @@ def _stores_of_host(store: Store) -> Iterator[tuple[Store, str]]:
 
 
 class Events:
-    """See the module. timeout_s: for how long a store may do nothing while the engine makes steps for it alone."""
+    """See the module. timeout_s: how long a store may do nothing while the engine runs steps only to wait for it."""
 
     def __init__(self, store: Store, groups: Iterable[Group], timeout_s: float) -> None:
         self._stores = list(_stores_of_host(store))
         groups = {group.table: group for group in groups}.values()
         whole = [group for group in groups if group.window is None and not group.states]
         self._groups = [*whole, *(group for group in groups if group not in whole)]  # parents first
-        self._parents = {group.table for group in whole or groups}  # tables that tell whether a parent is known
+        self._parents = {group.table for group in whole or groups}  # tables that decide whether a parent is announced
         self._timeout_s = timeout_s
         self._places: dict[int, list[tuple[int, int]]] = {}
         self._pool: BlockPool | None = None
         self._pool_map: object = None
         self._waiting: dict[_Id, _Waiting] = {}
-        self._told: dict[_Id, _Told] = {}  # what was used last comes last
+        self._told: dict[_Id, _Told] = {}  # announced records, the most recently used last
         self._blocks: defaultdict[tuple[int, int], Counter[ExternalBlockHash]] = defaultdict(Counter)
         self._children: defaultdict[tuple[int, ExternalBlockHash | None], set[_Id]] = defaultdict(set)
         self._blocks_told = 0
         self._lane = Lane("lmcache_mm events")
         self._looking: Work | None = None
-        self._at_waiting = False  # whether that is a look at what waits
-        self._wanted = False  # whether another one is to be made
-        self._round: list[_Id] = []  # what is told and not looked at yet
+        self._at_waiting = False  # whether the lookup under way includes the waiting records
+        self._wanted = False  # whether the waiting records need another lookup
+        self._round: list[_Id] = []  # announced records that this round has not looked up yet
         self._next_round = 0.0
         self._events: list[KVCacheEvent] = []
 
     @classmethod
     def of(cls, config: VllmConfig, store: Store, groups: Iterable[Group], timeout_s: float) -> Events | None:
-        """None if events are off, or if no store has any to send."""
+        """None if events are off, or if no store is on this host."""
         if config.kv_events_config is None or not config.kv_events_config.enable_kv_cache_events:
             return None
         if not any(True for _ in _stores_of_host(store)):
@@ -119,11 +119,11 @@ class Events:
         return cls(store, groups, timeout_s)
 
     def bind(self, pool: BlockPool) -> None:
-        """vLLM's own, whose hashes are used, and with which routers forget everything."""
+        """Takes vLLM's block pool. Events use its hashes; when it is reset, routers forget this engine's blocks."""
         self._pool, self._pool_map = pool, pool.cached_block_hash_to_block
 
     def learn_places(self, places: Iterable[tuple[int, int]]) -> None:
-        """Of a record: groups' numbers and ranks."""
+        """Takes the group numbers and ranks that a record has parts for."""
         by_table: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for number, rank in places:
             by_table[number // GROUPS_OF_TABLE].append((number, rank))
@@ -132,11 +132,11 @@ class Events:
     def close(self) -> None:
         self._lane.close(self._timeout_s)
 
-    # --- What is told of
+    # --- Announcements
 
     def expect(self, request: Request, records: Iterable[Record], found: bool, states: Collection[int] = ()) -> None:
-        """Records of the request, ascending, that a store has or, if they are not `found` there, will have; and at
-        which of their ends it has states, which are told as the block that ends there."""
+        """Takes records of the request, ascending, that a store has (`found`) or will have. states: the ends of records
+        at which it has states; a state is announced as the block that ends there."""
         if self._pool is None:
             return
         until = time.monotonic() + 2 * self._timeout_s
@@ -165,24 +165,24 @@ class Events:
         return one in self._waiting
 
     def look(self) -> None:
-        """Saves have ended: something that waits may be there."""
+        """Requests a lookup of the waiting records, because saves have ended."""
         self._wanted = bool(self._waiting)
 
     def are_under_way(self) -> bool:
-        """Whether it pays to make another step."""
+        """Whether the engine should run another step for events."""
         looked_for = self._wanted or (self._looking is not None and self._at_waiting)
         return looked_for and self._lane.stalled_s() < self._timeout_s
 
     def forget(self) -> None:
-        """This engine will use nothing of what is told any more."""
+        """Announces all records as removed: this engine will not use them any more."""
         self._remove(list(self._told))
         self._waiting.clear()
         self._wanted = False
 
     def take(self) -> list[KVCacheEvent]:
         if self._pool is not None and self._pool.cached_block_hash_to_block is not self._pool_map:
-            # A reset of vLLM's own cache. It has told routers to forget all blocks of this engine, whatever the medium;
-            # what a request finds is told anew.
+            # vLLM has reset its own cache and told routers to forget all blocks of this engine, in all mediums. Records
+            # that a request finds from now on are announced again.
             self._pool_map = self._pool.cached_block_hash_to_block
             self._told.clear()
             self._blocks.clear()
@@ -207,7 +207,7 @@ class Events:
             return
         del self._waiting[one]
         told = self._blocks[one.store, one.table]
-        known = sum(1 for _ in takewhile(told.__contains__, hashes))  # a shorter record had them
+        known = sum(1 for _ in takewhile(told.__contains__, hashes))  # announced with a shorter record
         if known < len(hashes):
             event = copy.copy(event)
             event.medium = self._stores[one.store][1]
@@ -228,7 +228,7 @@ class Events:
         return any(block in self._blocks[store, table] for table in self._parents)
 
     def _remove(self, ids: list[_Id]) -> None:
-        """These, as far as they are told, and all that follows them."""
+        """Announces these records, if they were announced, and all that follow them as removed."""
         gone: defaultdict[tuple[int, int], list[ExternalBlockHash]] = defaultdict(list)
         left = ids[::-1]
         while left:
@@ -245,7 +245,7 @@ class Events:
             for block in told.hashes:
                 blocks[block] -= 1
                 if blocks[block]:
-                    continue  # another record has it too
+                    continue  # another record has this block too
                 del blocks[block]
                 gone[one.store, one.table].append(block)
                 if not self._is_told(one.store, block):
@@ -255,7 +255,7 @@ class Events:
             # Children first.
             self._events.append(BlockRemoved(hashes[::-1], medium, group_idx=table, locality=LOCAL))
 
-    # --- Looks
+    # --- Lookups
 
     def _look_further(self) -> None:
         now = time.monotonic()
@@ -275,7 +275,7 @@ class Events:
             self._looking = self._lane.submit(lambda _: self._look(ids))
 
     def _look(self, ids: list[_Id]) -> dict[_Id, bool]:
-        """Which of them are whole. What a store cannot say is left out."""
+        """Whether the store has all parts of each record. Records whose lookup fails are left out."""
         there: dict[_Id, bool] = {}
         for number, (store, _) in enumerate(self._stores):
             of_store = [one for one in ids if one.store == number]
@@ -293,7 +293,8 @@ class Events:
 
 
 def _stored(request: Request, group: Group, hashes: list[bytes], first: int, end: int) -> BlockStored:
-    """Blocks [first, end) of a request, as vLLM's pool tells of them. hashes: theirs, and of the block before."""
+    """The event for blocks [first, end) of a request, as vLLM's pool makes it. hashes: of the block before, if there is
+    one, and of these blocks."""
     size = group.page_tokens
     extra_keys, item = [], 0
     for begin in range(first * size, end * size, size):

@@ -1,4 +1,4 @@
-"""What the KV connector's sides in the scheduler and in the workers tell each other."""
+"""Messages between the scheduler and worker sides of the KV connector."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ NULL_BLOCK = 0
 
 
 class Layout(NamedTuple):
-    """What a worker's pages are like, and its weights."""
+    """The layout of a worker's pages, and its weights."""
 
     fingerprint: bytes
     groups: tuple[int, ...]  # numbers of its groups, see Group
-    weights: bytes  # their digest at start, see weights.digest_of
+    weights: bytes  # their digest at startup, see weights.digest_of
 
 
 @dataclass
 class RecordPages:
-    """A record, in pages of one block table: those of NULL_BLOCK are left out of a load."""
+    """A record's pages in one block table. Loads skip NULL_BLOCK."""
 
     table: int
     key: bytes  # of the prefix
@@ -34,7 +34,7 @@ class RecordPages:
 
 @dataclass
 class Load:
-    """What one request loads in one go."""
+    """What one request loads at once."""
 
     serial: int
     request_id: str
@@ -52,28 +52,28 @@ class Save:
 
 @dataclass
 class Metadata(KVConnectorMetadata):
-    """One step's work for the workers."""
+    """The workers' work in one step."""
 
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
-    written: set[int] = field(default_factory=set)  # pages that the step writes; saves under way must have read them
+    written: set[int] = field(default_factory=set)  # pages that the step writes, after saves have read them
     look: int | None = None  # workers digest their weights and report the digest under this number
 
 
 @dataclass
 class Handshake(KVConnectorHandshakeMetadata):
-    """A worker's layout, told once, at start."""
+    """A worker's layout, reported once, at startup."""
 
     layout: Layout
 
 
 @dataclass
 class WorkerMetadata(KVConnectorWorkerMetadata):
-    """What a worker, or several together, did since the last report."""
+    """What a worker, or several combined, did since the last report."""
 
-    layouts: dict[int, Layout] = field(default_factory=dict)  # of ranks, told once
-    loaded: set[int] = field(default_factory=set)  # serials of loads within a step that ended, well or not
-    saves: int = 0  # that ended
+    layouts: dict[int, Layout] = field(default_factory=dict)  # by rank, reported once
+    loaded: set[int] = field(default_factory=set)  # serials of loads within a step that have succeeded or failed
+    saves: int = 0  # how many have ended
     weights: dict[tuple[int, int], bytes] = field(default_factory=dict)  # digests, by Metadata.look and rank
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMetadata:

@@ -11,12 +11,12 @@ from lmcache_mm.prompt import Item
 
 
 class RequestTracker:
-    """The records of a request's tokens so far, ascending by their ends. Keys are extended by what is new, whatever
-    happens to the request: prefill in chunks, decode, preemption.
+    """The records of a request's tokens so far, ascending by end. Only new tokens are hashed, whatever happens to the
+    request: chunked prefill, decode, preemption.
 
-    items: of the whole prompt. root: of its namespace. prompt_tokens: where the prompt ends. whole: ends that are no
-    multiple of chunk_tokens are rounded down to a multiple of it. states: the layers keep a state, which cannot step
-    back, so that another request for the same prompt needs a record that leaves a token to be computed.
+    items: of the whole prompt. root: of the request's namespace. prompt_tokens: where the prompt ends. whole: ends that
+    are not multiples of chunk_tokens are rounded down to a multiple of `whole`. states: layers keep a state, which
+    cannot be rolled back, so another request for the same prompt needs a record that leaves one token to compute.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class RequestTracker:
     ) -> None:
         self.items = tuple(items)
         self.owner = owner
-        self.stored_tokens = 0  # up to here records were handed to the store, or came from it
+        self.stored_tokens = 0  # records up to here were handed to the store, or came from it
         self._running = RunningKeys(items, root)
         self._root, self._chunk_tokens, self._whole, self._states = root, chunk_tokens, whole, states
         end_of_items = min(prompt_tokens, max((item.offset + item.length for item in items), default=0))
@@ -41,12 +41,12 @@ class RequestTracker:
 
     @property
     def tokens(self) -> int:
-        """How many tokens have been named."""
+        """How many tokens have been hashed."""
         return self._running.tokens
 
     def grown(self, items: Sequence[Item], token_ids: Sequence[int]) -> RequestTracker:
-        """A tracker of the same request, with `items` behind those it has had and a prompt that is `token_ids` now. It
-        names all tokens again: running keys must know the items from the start."""
+        """A tracker of the same request with `items` appended and with `token_ids` as its prompt. It hashes all tokens
+        again, because running keys must know all items from the start."""
         grown = RequestTracker(
             [*self.items, *items], self._root, self.owner, len(token_ids), self._chunk_tokens, self._whole, self._states
         )
@@ -56,12 +56,12 @@ class RequestTracker:
 
     @property
     def ends(self) -> set[int]:
-        """Of the prompt, those of its parts and of its items: whole, and above 0."""
+        """The ends of records that the prompt and its items give: multiples of `whole`, above 0."""
         return self._ends
 
     def records(self, token_ids: Sequence[int], until: int, after: int = 0) -> list[Record]:
-        """Those that end within the first `until` tokens, and behind the first `after`. token_ids: all of the
-        request's, at least so many."""
+        """The records that end after the first `after` tokens and within the first `until`. token_ids: all of the
+        request's, at least `until`."""
         seen = self._running.tokens
         if until > seen:
             size = self._chunk_tokens

@@ -1,4 +1,4 @@
-"""The connector's side in the scheduler: what the store has of a request, and what each step loads and stores."""
+"""The connector's side in the scheduler: looks up requests in the store, and plans what each step loads and stores."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from lmcache_mm.vllm.options import (
 )
 
 NO_RECORD = bytes(32)  # a prefix key that no store holds
-STATES_AT_ONCE = 64  # cuts at which a store is asked for states, the last ones first
-AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; longer, and it asks again in its next step
+STATES_AT_ONCE = 64  # cuts per lookup of states, the last cuts first
+AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; after that, it asks again in its next step
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
@@ -55,25 +55,25 @@ class _Request:
     request: Request
     loads: bool
     saves: bool
-    waits: bool  # for what another engine promised
-    prompt_tokens: int  # as identified, or being identified
+    waits: bool  # for records that another engine promised
+    prompt_tokens: int  # in the prompt that is identified or being identified
     items: int
-    identifying: Work | None = None  # its tracker under way
-    tracker: RequestTracker | None = None  # if there is none and none under way, it is not cached
-    planned_until: int = 0  # tokens up to which saves are planned
-    asked_at: float = 0.0  # when it was matched first
-    ask_at: float = 0.0  # not before, if it waits
+    identifying: Work | None = None  # the work that makes its tracker
+    tracker: RequestTracker | None = None  # without one, and without one being made, the request is not cached
+    planned_until: int = 0  # saves are planned for tokens up to here
+    asked_at: float = 0.0  # when it was first matched
+    ask_at: float = 0.0  # if it waits: do not ask the store before this time
     counted: bool = False
-    lookup: Work | None = None  # its next hit under way
+    lookup: Work | None = None  # the lookup under way
     hit: list[Record] = field(default_factory=list)
-    local_tokens: int = 0  # when it was matched last
-    reach: int = 0  # of what was found, up to where it could go on if there were states
-    stops: list[int] = field(default_factory=list)  # where steps of its prompt are to end, for states, ascending
+    local_tokens: int = 0  # tokens that vLLM had at the last match
+    reach: int = 0  # how far the hit would reach if the store had all states
+    stops: list[int] = field(default_factory=list)  # where steps of its prompt should end, to have states; ascending
     states_at: set[int] = field(default_factory=set)  # ends of states that were handed to the store, or came from it
 
 
 class Scheduler:
-    """See the module. unit: tokens that are whole pages in all groups."""
+    """See the module. unit: a number of tokens that is a whole number of pages in every group."""
 
     def __init__(self, config: VllmConfig, options: Options, groups: list[Group], chunk_tokens: int, unit: int) -> None:
         self.stats = Stats()
@@ -86,36 +86,36 @@ class Scheduler:
         self._store: Store = open_store(options.store)
         self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
         self._sends_all_items = not config.use_v2_model_runner
-        self._layouts: dict[int, Layout] = {}  # of ranks
-        self._places: list[tuple[int, int]] = []  # of a record: groups' numbers and ranks
-        self._state_places: list[tuple[int, int]] = []  # of the state at its end
+        self._layouts: dict[int, Layout] = {}  # by rank
+        self._places: list[tuple[int, int]] = []  # of a record's parts: group numbers and ranks
+        self._state_places: list[tuple[int, int]] = []  # the same for the state at its end
         self._weights_now: str | None = None
         self._engine = config.instance_id
         self._resets = 0
-        self._look = False  # this step is to look at the weights
-        self._looked: dict[int, bytes] = {}  # what ranks have told since the last reset
+        self._look = False  # whether workers should digest the weights in this step
+        self._looked: dict[int, bytes] = {}  # by rank: digests of the weights since the last reset
         self._pool: BlockPool | None = None
         self._cached_blocks: object = None
-        self._namespace: Namespace | None = None  # once all layouts and the weights are known
+        self._namespace: Namespace | None = None  # set once all layouts and the weights are known
         self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
-        self._unknown: dict[Work, set[str]] = {}  # identifiers of items that are computed before they are known
-        # A stop token that is seen a step late has gone through a running state, which cannot step back.
+        self._unknown: dict[Work, set[str]] = {}  # identifiers of items that are computed before they are identified
+        # If a stop token is noticed one step late, the running state has already consumed it and cannot be rolled back.
         late = bool(self._states) and bool(config.scheduler_config.async_scheduling)
         self._session_ends_caching = late or (SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None)
-        self._failed: set[str] = set()  # requests that are matched no more
+        self._failed: set[str] = set()  # requests that are not matched any more
         self._planned: list[Load] = []  # for the next step
-        self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # not ended, and what gives its records free
+        self._loading: dict[int, tuple[Load, Callable[[], object]]] = {}  # by serial: load and release of its records
         self._serials = count()
-        self._at_once_left_s = AT_ONCE_S  # of this step
-        self._saving = 0  # saves that workers have not told about
+        self._at_once_left_s = AT_ONCE_S  # left in this step
+        self._saving = 0  # saves that workers have not reported as ended
         self._saves_until = 0.0
         self.events = Events.of(config, self._store, groups, options.timeout_s)
 
     def learn_layouts(self, layouts: dict[int, Layout]) -> None:
-        """Takes the layouts that ranks report. In MultiConnector, a handshake may be another connector's, so workers
-        report again in their first step; requests that arrive before that are not cached."""
+        """Takes the layouts that ranks report. In MultiConnector, the handshake may belong to another connector, so
+        workers report again in their first step; requests that arrive earlier are not cached."""
         if self._layouts | layouts == self._layouts:
             return
         for layout in layouts.values():
@@ -142,17 +142,17 @@ class Scheduler:
                 if ours.tracker is None and (ours.loads or ours.saves):
                     self._begin_identifying(ours)
 
-    # --- Weights, which may change under a running engine
+    # --- Weights, which may change while the engine runs
 
     def watch(self, pool: BlockPool) -> None:
-        """The engine's pages. Of a reset of vLLM's own cache alone, this is where it shows."""
+        """Takes vLLM's block pool, which is the only place that shows a reset of vLLM's own cache alone."""
         self._pool, self._cached_blocks = pool, _cached_blocks(pool)
         if self.events:
             self.events.bind(pool)
 
     def reset(self) -> None:
-        """The weights may have changed. Nothing is matched or stored until workers have looked at them; requests that
-        are already partly computed go on without the store."""
+        """Handles a reset, after which weights may differ. Nothing is matched or stored until workers have digested
+        them; requests that are already partly computed continue without the store."""
         if self._pool is not None:
             self._cached_blocks = _cached_blocks(self._pool)
         self._resets += 1
@@ -169,8 +169,8 @@ class Scheduler:
                 ours.loads = ours.saves = False
 
     def _learn_weights(self, told: dict[tuple[int, int], bytes]) -> None:
-        """Decides what the weights are called from now on: as at start if they are the same, else by their digest, so
-        that engines with the same update share what they store."""
+        """Names the weights: as at startup if they are the same, else by their digest, so that engines with the same
+        update share records."""
         self._looked |= {rank: digest for (number, rank), digest in told.items() if number == self._resets}
         if self._weights_now != identity.UNKNOWN or len(self._looked) < self._ranks:
             return
@@ -205,7 +205,7 @@ class Scheduler:
         wishes = wishes_of(request.kv_transfer_params)
         cached = len(self._layouts) == self._ranks
         loads, saves = cached and self._loads and wishes.load, cached and self._saves and wishes.store
-        # With other weights, another engine's records may not have this one's keys.
+        # After a change of weights, another engine's keys may differ from this one's.
         waits = wishes.wait and self._weights_now is None
         ours = _Request(request, loads, saves, waits, request.num_prompt_tokens, len(request.mm_features))
         self._requests[request.request_id] = ours
@@ -217,9 +217,9 @@ class Scheduler:
         ours.identifying = self._identifying.submit(lambda _: self._identify(ours.request, namespace))
 
     def _identify(self, request: Request, namespace: Namespace | None) -> RequestTracker | None:
-        """The tracker of a request, which has the keys of its prompt then; None if what decides its KV is not known.
-        Runs beside the scheduler. Items are looked at whether the request is cached or not: vLLM's caches hold under
-        their identifiers what they were computed from."""
+        """The tracker of a request, with the keys of its prompt; None if it is unknown what determines the request's
+        KV. Runs on a lane, in parallel with the scheduler. Items are digested even if the request is not cached,
+        because vLLM caches what it computes from them under their identifiers."""
         try:
             items = self._items(request.mm_features)
             if namespace is None:
@@ -234,15 +234,15 @@ class Scheduler:
                 items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole, bool(self._states)
             )
             tracker.records(request.all_token_ids, prompt_tokens)
-        except Exception as error:  # of whatever the request holds
+        except Exception as error:  # from anything in the request
             logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
             return None
         return tracker
 
     def follow(self, request: Request) -> None:
-        """Sees whether the request is a session (`resumable`) that goes on: its last token is gone, those before it are
-        part of the prompt, more tokens and items have come, and vLLM has told nobody. Called whenever it is scheduled
-        anew, before anything of the new part is computed or named."""
+        """Checks whether the request is a session (`resumable`) that continues: its last token is gone, the tokens
+        before it are part of the prompt, and more tokens and items have come. vLLM does not tell connectors. Called
+        whenever the request is scheduled again, before any new token is computed or hashed."""
         ours = self._requests.get(request.request_id)
         if ours is None or (ours.prompt_tokens, ours.items) == (request.num_prompt_tokens, len(request.mm_features)):
             return
@@ -255,7 +255,7 @@ class Scheduler:
         request = ours.request
         tracker, before = self._tracker(ours), ours.identifying
         named = tracker.tokens if tracker else 0
-        # What is computed stays. What has a name and is not computed may be gone, after a preemption in mid-step.
+        # Computed tokens stay. Tokens that are hashed but not computed may be gone, after a preemption within a step.
         if self._session_ends_caching or named > request.num_computed_tokens:
             ours.loads = ours.saves = False
         features, token_ids = request.mm_features[ours.items :], list(request.all_token_ids)
@@ -277,12 +277,13 @@ class Scheduler:
         tracker: RequestTracker | None,
         before: Work | None,
     ) -> RequestTracker | None:
-        """As `_identify`, of a session's next part. tracker: of what comes before, or what has come of `before`."""
+        """Like `_identify`, for the next part of a session. tracker: of the earlier parts; the result of `before`
+        replaces it."""
         try:
             items = self._items(features)
             tracker = before.future.result() if before else tracker
             return tracker.grown(items, token_ids) if tracker else None
-        except Exception as error:  # of the part's data, whatever they are
+        except Exception as error:  # from the part's data, which can be anything
             logger.warning("%s: request %s is no longer cached: %s", NAME, request_id, error)
             return None
 
@@ -293,14 +294,14 @@ class Scheduler:
         ]
 
     def _names_of_items(self, features: Sequence[Any]) -> list[str]:
-        """Unknown if one of them has no digest, or an identifier that has stood for something else."""
+        """The items' names. Raises Unknown if an item has no digest, or its identifier has stood for other data."""
         if self._options.identifiers == "trust":
             return [feature.identifier for feature in features]
         names = []
         for feature in features:
             try:
                 names.append(identity.digest_of_item(feature))
-            except Exception:  # whatever data they are
+            except Exception:  # the data can be anything
                 names.append("")
         agreed = [
             bool(name) and self._identifiers.agree(feature.identifier, name)
@@ -315,13 +316,14 @@ class Scheduler:
         return names
 
     def _still_agreed(self, features: Sequence[Any]) -> bool:
-        """Whether all items' identifiers still stand for one content each."""
+        """Whether each item's identifier still stands for one content."""
         if self._options.identifiers == "trust":
             return True
         return not any(self._identifiers.distrusted(feature.identifier) for feature in features)
 
     def _tracker(self, ours: _Request) -> RequestTracker | None:
-        """None if the request is not cached, or not known yet; of a session, what is known of it so far."""
+        """The request's tracker; for a session, with the parts identified so far. None if the request is not cached or
+        not identified yet."""
         if ours.identifying is not None and ours.identifying.future.done():
             stored_tokens = ours.tracker.stored_tokens if ours.tracker else 0
             ours.tracker, ours.identifying, ours.planned_until = ours.identifying.future.result(), None, 0
@@ -330,8 +332,8 @@ class Scheduler:
         return ours.tracker if ours.loads or ours.saves else None
 
     def promise(self, request: Request) -> dict[str, Any] | None:
-        """Of the answer to a request that another engine is to decode: what that engine may wait for. It names nothing,
-        since a loader computes the keys from its own request."""
+        """The answer to a request that another engine will decode: that engine may wait for its KV. It names no keys,
+        because an engine that loads computes them from its own request."""
         ours = self._requests.get(request.request_id)
         if ours is None or not ours.saves or self._weights_now is not None:
             return None
@@ -350,15 +352,15 @@ class Scheduler:
         return {"lmcache_mm": {"wait": True}}
 
     def drop(self, request: Request) -> None:
-        """A load that is under way stays: until workers report it vLLM keeps the pages."""
+        """Forgets a request, but not its load under way: vLLM keeps the pages until workers report the load."""
         self._requests.pop(request.request_id, None)
         self._failed.discard(request.request_id)
 
     # --- Matching
 
     def match(self, request: Request, local_tokens: int) -> tuple[int | None, bool]:
-        """How many tokens behind the first `local_tokens` could be loaded, None if that is not known yet, and whether
-        in the background."""
+        """How many tokens after the first `local_tokens` can be loaded (None if not known yet), and whether in the
+        background."""
         if self._pool is not None and _cached_blocks(self._pool) is not self._cached_blocks:
             self.reset()
         ours = self._requests.get(request.request_id)
@@ -410,18 +412,18 @@ class Scheduler:
             ours.counted = True
             self.stats.add(queried_tokens=request.num_tokens)
         end = ours.hit[-1].end if ours.hit else 0
-        # After a hit of all tokens, vLLM computes the last one again. Loading only that one is useless, and for a
-        # prompt of one token vLLM would ask forever.
+        # After a hit of all tokens, vLLM recomputes the last one. Loading only that token is useless, and with a prompt
+        # of one token vLLM would ask forever.
         if min(end, request.num_tokens - 1) <= local_tokens:
             return 0, False
-        if self._windows:  # vLLM has dropped a page by then that the last token's window needs
+        if self._windows:  # by then, vLLM has dropped a page that the last token's window needs
             end = min(end, request.num_tokens - 1)
         return end - local_tokens, self._options.load == "async"
 
     def _plan_stops(self, ours: _Request, computed: int) -> None:
-        """Decides where steps are to end, behind the first `computed` tokens, so that there is a state to be stored:
-        the last item's end, where the store has KV of another prompt but no state to go on with, and every
-        `state_tokens`. vLLM adds what it does by itself: where its own pages part, and the prompt's end."""
+        """Decides where steps should end after the first `computed` tokens, so that there are states to store: at the
+        last item's end, where the store has another prompt's KV but no state to continue from, and every
+        `state_tokens`. vLLM itself adds the point where its own pages diverge, and the prompt's end."""
         request, tracker = ours.request, self._tracker(ours)
         if tracker is None or not ours.saves:
             return
@@ -434,15 +436,15 @@ class Scheduler:
         self._stop(ours, computed)
 
     def _stop(self, ours: _Request, computed: int) -> None:
-        """Tells vLLM the next one. It ends a step there, and keeps the state in its own cache, too; steps that follow
-        the last one it cuts as ever. Of generated tokens a state is kept at each whole chunk, if they are stored."""
+        """Tells vLLM the next stop. vLLM ends a step there, and also keeps the state in its own cache. After the last
+        stop, vLLM cuts steps as usual. If generated tokens are stored, each whole chunk of them is a stop."""
         following = ours.stops[bisect_right(ours.stops, computed) :]
         if not following and self._options.store_generated and computed >= ours.request.num_prompt_tokens - 1:
             following = [(computed // self._chunk_tokens + 1) * self._chunk_tokens]
         ours.request.shared_prefix_boundary = following[0] if following else 0
 
     def _more_may_come(self, ours: _Request, tracker: RequestTracker, tokens: int) -> bool:
-        """Whether the store is to be asked again, for a prompt of which `tokens` are there."""
+        """Whether to ask the store again for a prompt of which it has `tokens`."""
         prompt_tokens = ours.request.num_prompt_tokens
         ends = [record.end for record in self._loadable(ours.request, tracker) if record.end <= prompt_tokens]
         if not ends or tokens >= ends[-1]:
@@ -454,7 +456,7 @@ class Scheduler:
         return False
 
     def _is_done(self, work: Work) -> bool:
-        """Waits for it, all together for a moment in each step."""
+        """Whether the work is done. Waits for it; all such waits of one step take at most AT_ONCE_S together."""
         if not work.future.done() and self._at_once_left_s > 0:
             begun = time.monotonic()
             wait([work.future], self._at_once_left_s)
@@ -462,7 +464,7 @@ class Scheduler:
         return work.future.done()
 
     def _found(self, ours: _Request, tracker: RequestTracker) -> list[Record] | None:
-        """What the store has of the request; None if it has not told yet."""
+        """The request's records that the store has; None if the lookup is still under way."""
         if ours.lookup is None:
             records = self._loadable(ours.request, tracker)
             if self._store.local:
@@ -485,11 +487,11 @@ class Scheduler:
             return []
 
     def _later(self, ours: _Request, stalled_s: float) -> tuple[int | None, bool]:
-        """Ask again, unless the request has waited for too long, or waits for what does not move."""
+        """Tells vLLM to ask again, unless the request has waited too long or its lane makes no progress."""
         timeout_s = self._options.timeout_s
         if stalled_s < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
             return None, False
-        if ours.identifying is not None:  # what its items are will be known when vLLM's caches have them
+        if ours.identifying is not None:  # vLLM's caches will have its items before they are identified
             self._identifiers.distrust(feature.identifier for feature in ours.request.mm_features)
             ours.saves = False
         ours.loads = False
@@ -498,26 +500,26 @@ class Scheduler:
         return 0, False
 
     def _loadable(self, request: Request, tracker: RequestTracker) -> list[Record]:
-        """The request's records that a hit may end with."""
+        """The request's records that can end a hit."""
         limit = request.num_tokens
         if self._options.load != "async" or self._states:
-            limit -= 1  # which is computed in the same step, or which a state must not have seen
+            limit -= 1  # the last token is computed in the same step, or the state must not include it
         records = tracker.records(request.all_token_ids, limit)
         if self._options.load == "layers":
-            # A layer's pages are written whole, when the step's new tokens are in them already.
+            # A layer's pages are written whole, after the step has put its new tokens into them.
             records = [record for record in records if record.end % self._unit == 0]
         return records
 
     def _longest(self, records: list[Record]) -> tuple[list[Record], int]:
-        """Those of `records` that cover the longest prefix whose KV the store has, as far as each group needs it, and
-        the state at its end; and where that prefix could end if all states were there."""
+        """The records that cover the longest prefix for which the store has the KV that each group needs and the state
+        at its end; and where that prefix would end if the store had all states."""
         present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
         tables = set(self._tables)
         there = {
             r.end: tables - {number // GROUPS_OF_TABLE for number, _ in self._places if not next(present)}
             for r in records
         }
-        whole = tables - set(self._windows) or tables  # without full attention, every record of every group
+        whole = tables - set(self._windows) or tables  # without full attention: every record of every group
         usable = [record for record in records if whole <= there[record.end]]
         chunks = [one for one in chain(usable, self._chunk_tokens) if one.end - one.begin == self._chunk_tokens]
         covered = chunks[-1].end if chunks else 0
@@ -558,8 +560,8 @@ class Scheduler:
     # --- Loads
 
     def plan_load(self, request: Request, block_ids: tuple[list[int], ...], tokens: int) -> None:
-        """Of what was matched last, the first `tokens` that vLLM does not have. The records stay in the store until
-        workers report it."""
+        """Plans a load of the first `tokens` of the last match that vLLM does not have. The store keeps the records
+        until workers report the load."""
         ours = self._requests.get(request.request_id)
         if ours is not None:
             try:
@@ -567,7 +569,7 @@ class Scheduler:
                 return
             except Exception:
                 self._leave_out(ours)
-        # vLLM has pages for the load and waits for it: it gets one that fails.
+        # vLLM has allocated pages for the load and waits for it, so give it a load that fails.
         pages = [
             RecordPages(table, NO_RECORD, [page], group.page_tokens)
             for table, group in (self._tables | self._states).items()
@@ -598,7 +600,7 @@ class Scheduler:
         self.stats.add(hit_tokens=tokens)
 
     def _hold(self, keys: list[bytes]) -> Callable[[], object]:
-        """Store.hold; on a lane, for stores that may wait."""
+        """Calls Store.hold; on a lane if the store may block."""
         if self._store.local:
             return self._store.hold(keys)
         held = self._lookups.submit(lambda _: self._store.hold(keys))
@@ -607,8 +609,8 @@ class Scheduler:
     def _pages(
         self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0, end: int | None = None
     ) -> list[RecordPages]:
-        """The records of every group, less pages that are null or wholly outside of tokens [first, end), and records
-        without a page."""
+        """The records' pages in every group, without null pages and pages wholly outside of tokens [first, end).
+        Records without any page are left out."""
         out = []
         for table, group in self._tables.items():
             size, blocks = group.page_tokens, block_ids[table]
@@ -621,8 +623,8 @@ class Scheduler:
         return out
 
     def _state_pages(self, last: Record, end: int, block_ids: tuple[list[int], ...]) -> list[RecordPages]:
-        """The state behind the first `end` tokens, of every group. LookupError if vLLM has taken less than it was told
-        of, since that has another state, or has no page for it."""
+        """The page of every group's state after the first `end` tokens. LookupError if vLLM takes fewer tokens than
+        were matched, because their state is a different one, or if it has no page for the state."""
         out = []
         for table, group in self._states.items():
             blocks = block_ids[table][end // group.page_tokens - 1 :]
@@ -637,19 +639,19 @@ class Scheduler:
         self._send_all_items(step)
         metadata = Metadata(loads=self._planned)
         if self._weights_now == identity.UNKNOWN and (self._look or step.total_num_scheduled_tokens):
-            # Not in a step of a paused engine, whose weights may be about to change.
+            # Not in other empty steps: the engine may be paused, and its weights about to change.
             metadata.look = self._resets
         self._planned, self._look = [], False
         self._at_once_left_s = AT_ONCE_S
         if self._saving > 0:
             metadata.written = self._written(step, metadata.loads)
         if self._loading and self._options.load != "async":
-            # Tokens computed with pages that are being loaded are valid only if all ranks report the loads as good.
-            # They are saved after that.
+            # Tokens computed from pages that are being loaded are valid only if all ranks report that the loads
+            # succeeded. They are saved after that.
             return metadata
         self._unknown = {work: names for work, names in self._unknown.items() if not work.future.done()}
         for request_id in step.num_scheduled_tokens:
-            # vLLM computes requests that read no cache, as for prompt_logprobs, without asking whether they are known.
+            # vLLM computes requests that read no cache, such as those with prompt_logprobs, without calling `match`.
             ours = self._requests.get(request_id)
             if ours is not None and ours.items and ours.identifying and not ours.identifying.future.done():
                 self._unknown.setdefault(ours.identifying, {one.identifier for one in ours.request.mm_features})
@@ -660,7 +662,7 @@ class Scheduler:
             try:
                 save = self._save_of(ours, scheduled, step)
                 if self._states and ours.tracker is not None:
-                    # What vLLM does not know yet it has not kept.
+                    # vLLM cannot have kept states of tokens that it does not know yet.
                     self._stop(ours, min(ours.request.num_computed_tokens + scheduled, ours.request.num_tokens))
             except Exception:
                 self._leave_out(ours)
@@ -673,14 +675,14 @@ class Scheduler:
         return metadata
 
     def _written(self, step: SchedulerOutput, loads: list[Load]) -> set[int]:
-        """Pages that a step computes into, or loads into."""
+        """Pages that a step writes, by computing or loading."""
         written = {page for load in loads for one in load.records for page in one.pages}
         for request_id in step.num_scheduled_tokens:
             block_ids = step.kv_connector_block_state.get_block_ids(request_id)
             if block_ids is None:
                 continue
             ours = self._requests.get(request_id)
-            # What vLLM counts as computed may hold drafts that are rejected in the end.
+            # Tokens that vLLM counts as computed may include drafts that it rejects later.
             computed = min(ours.request.num_computed_tokens, ours.request.num_tokens - 1) if ours is not None else 0
             for table, pages in enumerate(block_ids):
                 group = self._tables.get(table) or self._states.get(table)
@@ -688,7 +690,7 @@ class Scheduler:
         return written
 
     def _save_of(self, ours: _Request, scheduled: int, step: SchedulerOutput) -> Save | None:
-        """What a request stores of the tokens that this step computes, and of those before that it could not store."""
+        """The save of tokens that this step computes, and of earlier tokens that could not be saved before."""
         request, tracker = ours.request, self._tracker(ours)
         if tracker is None:
             return None
@@ -700,7 +702,7 @@ class Scheduler:
         until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
         if not self._options.store_generated:
             until = min(until, request.num_prompt_tokens)
-        # A session's next items are not known yet.
+        # The next items of a session are not identified yet.
         until = min([until, *(f.mm_position.offset for f in request.mm_features[len(tracker.items) :])])
         states = self._states_of(ours, tracker, until, step) if self._states else []
         if until <= ours.planned_until and not states:
@@ -730,10 +732,10 @@ class Scheduler:
     def _states_of(
         self, ours: _Request, tracker: RequestTracker, until: int, step: SchedulerOutput
     ) -> list[tuple[Record, list[RecordPages]]]:
-        """The states that vLLM has in this step of the request, at records' ends among the first `until` tokens. vLLM
-        says in which page each of them is when the step has ended: that of the step's end, or one that the step has
-        written on its way."""
-        offered: dict[int, dict[int, int]] = {}  # pages, by table, by tokens
+        """The request's states that vLLM has in this step at ends of records within the first `until` tokens. vLLM says
+        which page holds each state once the step has ended: the state at the step's end, or one that the step has
+        passed."""
+        offered: dict[int, dict[int, int]] = {}  # tokens -> table -> page
         of_step = step.kv_connector_block_state.boundary_state_offloads
         last = max(ours.states_at, default=0)
         for table, page, tokens in of_step.get(ours.request.request_id, ()):
@@ -749,9 +751,9 @@ class Scheduler:
         return out
 
     def _send_all_items(self, step: SchedulerOutput) -> None:
-        """vLLM leaves out the data of items that lie wholly within a hit, and its workers then have none if the hit is
-        lost, to a load within the step that fails or to a preemption. Encoding such an item would end the engine.
-        Model Runner V2 gets them when it needs them."""
+        """Adds the data of items that vLLM leaves out because they lie wholly within a hit. If the hit is lost, to a
+        failed load within the step or to a preemption, workers would have to encode an item without data, which ends
+        the engine. Model Runner V2 gets the data when it needs it."""
         if not self._sends_all_items:
             return
         for new in step.scheduled_new_reqs:
@@ -759,13 +761,13 @@ class Scheduler:
                 new.mm_features = ours.request.mm_features
 
     def saves_are_under_way(self) -> bool:
-        """Whether it pays to make another step, so that workers can tell what they have stored."""
+        """Whether the engine should run another step, so that workers can report what they have stored."""
         saving = self._saving > 0 and time.monotonic() < self._saves_until
         return saving or (self.events is not None and self.events.are_under_way())
 
     def take_output(self, output: KVConnectorOutput) -> None:
-        """Requests whose load failed are computed and never matched again. Otherwise a store that claims records and
-        does not deliver them would be asked forever."""
+        """Takes the workers' reports. Requests whose load failed are computed and never matched again. Otherwise, a
+        store that claims to have records but does not deliver them would be asked forever."""
         finished = set(output.finished_recving or ()) | set(output.failed_recving or ())
         ended = {serial for serial, (load, _) in self._loading.items() if load.request_id in finished}
         failed = {serial for serial in ended if self._loading[serial][0].request_id in (output.failed_recving or ())}
@@ -782,7 +784,7 @@ class Scheduler:
             self._saving -= told.saves
             if self.events and told.saves:
                 self.events.look()
-        for serial in ended:  # what else has ended is another connector's
+        for serial in ended:  # other loads belong to another connector
             load, release = self._loading.pop(serial)
             release()
             ours = self._requests.get(load.request_id)
@@ -799,5 +801,5 @@ class Scheduler:
 
 
 def _cached_blocks(pool: BlockPool) -> object:
-    """What vLLM finds cached pages in: a reset makes it anew."""
+    """The map in which vLLM finds cached pages. A reset replaces it."""
     return getattr(pool, "cached_block_hash_to_block", None)

@@ -1,8 +1,8 @@
-"""What an engine's weights are while it runs.
+"""Identifies an engine's weights while it runs.
 
 Weights can change in place: by a trainer's updates, by a reload, by any code that a worker is told to run. vLLM tells
-connectors only that it resets its caches. An operator who changes weights must reset them, but a pause or sleep resets
-them, too, and changes nothing. So after every reset, workers look at the weights. A change without a reset goes
+connectors only that it resets its caches. An operator who changes weights must reset the caches, but a pause or sleep
+also resets them and changes no weights. So workers digest the weights after every reset. A change without a reset goes
 unnoticed.
 """
 
@@ -23,12 +23,12 @@ from lmcache_mm.vllm.api import VllmConfig, WorkerBase
 logger = logging.getLogger("vllm.lmcache_mm")
 
 WEIGHTS_CONTEXT = "lmcache_mm v1 vllm weights in memory"
-PAGE_BYTES, PIECE_BYTES = 1 << 16, 8 << 20  # in which weights are read
+PAGE_BYTES, PIECE_BYTES = 1 << 16, 8 << 20  # weights are read in pieces, as pages
 
 
 def worker_of(config: VllmConfig) -> WorkerBase | None:
-    """The worker that is making its connector, up the stack: vLLM hands connectors no way to the model. None if there
-    is none, or it is not of that engine."""
+    """The worker that is creating its connector, found in the call stack: vLLM gives connectors no access to the model.
+    None if there is none, or if it belongs to another engine."""
     frame = sys._getframe()
     while frame is not None:
         owner = frame.f_locals.get("self")
@@ -40,13 +40,13 @@ def worker_of(config: VllmConfig) -> WorkerBase | None:
 
 def digest_of(worker: WorkerBase | None) -> bytes:
     """A digest of all parameters and buffers that a worker's models have in memory now: names, dtypes, shapes, strides,
-    and checksums (docs/design.md) of the memory that they are views of. It tells updates apart, not attacks. Empty if
-    they cannot be seen. It takes as long as reading the weights once."""
+    and checksums (docs/design.md) of the memory that they are views of. It tells updates apart, but does not resist
+    attacks. Empty if the weights cannot be read. Takes as long as reading the weights once."""
     if worker is None:
         return b""
     try:
         return _digest_of_models(worker.get_model(), getattr(worker, "get_draft_model", lambda: None)())
-    except Exception:  # of tensors that have no memory of their own, say
+    except Exception:  # for example, from tensors without memory of their own
         logger.warning(
             "the weights cannot be read: after a reset of vLLM's caches, records count as old", exc_info=True
         )
@@ -69,7 +69,8 @@ def _digest_of_models(*models: torch.nn.Module | None) -> bytes:
 
 
 def _checksums(flat: torch.Tensor) -> Iterator[int]:
-    """Of the pieces of bytes, where they lie: a gather makes them beside a copy that nobody keeps."""
+    """The checksums of the pieces of `flat`, computed on its device: a gather returns them with a copy, which is
+    dropped."""
     copy = torch.empty(min(len(flat), PIECE_BYTES), dtype=torch.uint8, device=flat.device)
     sums = torch.empty(1, dtype=torch.int64, device=flat.device)
     for piece in flat.split(PIECE_BYTES):

@@ -1,4 +1,4 @@
-"""The connector's side in a worker: the copies."""
+"""The connector's side in a worker: copies KV between pages and the store."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from lmcache_mm.vllm.kv.weights import digest_of, worker_of
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import NAME, Group, Options
 
-SAVE_S = 0.1  # for how long a step waits in all for saves that have not read the pages that it writes
-STEP_SAVE_S = 1.0  # for how long, where all saves have to be read within their step
+SAVE_S = 0.1  # total time that a step waits for saves that still have to read pages that it writes
+STEP_SAVE_S = 1.0  # the same, if all saves have to read their pages within their step
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
 
 class Part(NamedTuple):
-    """What a load moves of one group."""
+    """The part of a load for one group."""
 
     layers: Collection[str]
     chunks: int
@@ -71,7 +71,7 @@ class Worker:
         alone: bool = True,
     ) -> None:
         self.stats = Stats()
-        self._counted: dict[str, int] = {}  # of what the transfers count
+        self._counted: dict[str, int] = {}  # the transfers' counters at the last take_stats
         self.layout = Layout(b"", (), b"")
         self._engine = worker_of(config)
         self._options, self._groups = options, groups
@@ -81,12 +81,12 @@ class Worker:
         self._store: Store | None = None
         self._transfers: list[Transfer] = []
         self._loading: dict[str, Loading] = {}  # in the background
-        self._in_step: list[Loading] = []  # those that this step waits for
+        self._in_step: list[Loading] = []  # that this step waits for
         self._bad_pages: set[int] = set()
         self._asleep = False  # the pages are not mapped
-        self._warned = False  # of a store that is too slow
-        # Whether saves may go on behind a step: not where pages are written before the step is told of, to zero or to
-        # copy them, nor where other connectors load into them, nor where they are unmapped without a word.
+        self._warned = False  # that the store is too slow
+        # Whether saves may continue after their step. They may not if vLLM writes pages before the connector learns of
+        # the step (to zero or copy them), if other connectors load into pages, or if pages are unmapped without notice.
         sleeps = config.model_config is not None and config.model_config.enable_sleep_mode
         self._saves_behind_steps = (
             alone
@@ -96,7 +96,7 @@ class Worker:
         )
         self._prepared: list[Saving] = []  # of this step
         self._saving: list[Saving] = []
-        self._handled: BaseException | None = None  # that somebody further up handles
+        self._handled: BaseException | None = None  # the exception that a caller was handling when the step began
         self._news = WorkerMetadata()
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -104,7 +104,7 @@ class Worker:
         for group in self._groups:
             views = {name: group_kernel_blocks(kv_caches[name], self._num_blocks) for name in group.layers}
             layout = KVLayout.from_tensors(views, page_tokens=group.page_tokens, page_dim=0, opaque=True)
-            # vLLM shows states as plain bytes.
+            # vLLM passes states as plain bytes, so the tensor does not show their dtypes.
             layouts.append(replace(layout, spec=f"{layout.spec}; {group.kv_dtype}") if group.states else layout)
         codecs = [codec.of_layout(self._options.codec, layout) for layout in layouts]
         fingerprint = fingerprint_of_groups(layouts, self._chunk_tokens, codecs=codecs)
@@ -124,7 +124,7 @@ class Worker:
         ]
 
     def fall_asleep(self) -> None:
-        """When it returns, no page is touched any more. Loads and saves fail until `wake_up`."""
+        """Returns when no load or save touches pages any more. New ones fail until `wake_up`."""
         self._asleep = True
         deadline = time.monotonic() + min(STEP_SAVE_S, self._options.timeout_s)
         for _, parts in self._loading.values():
@@ -141,7 +141,7 @@ class Worker:
             self._store.close()
 
     def _chunks(self, records: Sequence[RecordPages]) -> Iterator[tuple[Transfer, list[Chunk]]]:
-        """Of every group that has some of the records, in its layout."""
+        """The chunks of each group that has some of the records, and the group's transfer."""
         for group, transfer in zip(self._groups, self._transfers, strict=True):
             of_group = [one for one in records if one.table == group.table]
             if not of_group:
@@ -180,7 +180,7 @@ class Worker:
                     part.job.layer_ready(layer, self._options.timeout_s)
 
     def _end_loads_of_step(self) -> None:
-        """Waits for them; what failed is told when the step has ended."""
+        """Waits for the step's loads. Failed ones are reported when the step has ended."""
         for load, parts in self._in_step:
             for part in parts:
                 part.job.pages_free(self._options.timeout_s)
@@ -190,7 +190,7 @@ class Worker:
         self._in_step = []
 
     def _succeeded(self, load: Load, parts: list[Part]) -> bool:
-        """Whether a load that no longer touches its pages has filled them all."""
+        """Whether a load has filled all its pages. It must not touch them any more."""
         if not parts:
             return False
         if not all(part.job.done() for part in parts):
@@ -211,8 +211,8 @@ class Worker:
         return good
 
     def results(self) -> KVConnectorTransferResults:
-        """Background loads that have ended, each once, or are given up."""
-        self._end_loads_of_step()  # with speculative decoding this comes before wait_for_save
+        """Background loads that have ended or were given up, each reported once."""
+        self._end_loads_of_step()  # with speculative decoding, vLLM calls this before wait_for_save
         results = KVConnectorTransferResults()
         for request_id, (load, parts) in list(self._loading.items()):
             if all([part.job.done() or part.job.give_up(self._options.timeout_s) for part in parts]):
@@ -229,8 +229,8 @@ class Worker:
     # --- Saves
 
     def begin_step(self, step: Metadata) -> None:
-        """Runs before the step computes anything. Saves read pages after the step that computed them has ended, until
-        the pages are written again. So here a step waits for saves that still read the pages it will write."""
+        """Runs before the step computes anything. Saves may read pages after the step that computed them, until the
+        pages are written again. So this waits for saves that still have to read pages that the step will write."""
         self._drop_prepared()
         self._leave(step.written, SAVE_S)
         self._handled = sys.exc_info()[1]
@@ -238,16 +238,16 @@ class Worker:
             if self._asleep or any(t.stores_stalled_s() >= self._options.timeout_s for t in self._transfers):
                 self._saved(save, stored=False)
                 continue
-            # Stores find room while the step is computed.
+            # The store allocates room while the step is computed.
             jobs = [transfer.store(chunks, save.owner, early=True) for transfer, chunks in self._chunks(save.records)]
             pages = frozenset(page for record in save.records for page in record.pages)
             self._prepared.append(Saving(save, jobs, pages))
 
     def save(self) -> None:
-        """What the step has computed is read from here on."""
+        """Starts reading what the step has computed."""
         self._end_loads_of_step()
         if sys.exc_info()[1] is not self._handled:
-            self._drop_prepared()  # vLLM calls this on the way out of a forward pass that failed, too
+            self._drop_prepared()  # vLLM also calls this after a forward pass that failed
         prepared, self._prepared = self._prepared, []
         for saving in prepared:
             for job in saving.jobs:
@@ -258,8 +258,8 @@ class Worker:
         self._see_saves()
 
     def _leave(self, pages: set[int] | None, patience_s: float) -> None:
-        """Returns when no save reads any of the pages, or of all. Saves that have not by then are given up, and so are
-        all at once where the store has done nothing for that long."""
+        """Returns when no save reads any of `pages` any more (None: any page). Saves that take longer than `patience_s`
+        in all are given up, at once if the store has already done nothing for that long."""
         stalled_s = max((transfer.stores_stalled_s() for transfer in self._transfers), default=0.0)
         deadline = time.monotonic() + max(0.0, min(patience_s, self._options.timeout_s) - stalled_s)
         for saving in self._saving:
@@ -270,7 +270,7 @@ class Worker:
                 logger.warning("%s: the store is too slow for the engine: saves are given up (failed_stores)", NAME)
 
     def _drop_prepared(self) -> None:
-        """Their pages were not computed."""
+        """Abandons the step's saves, because their pages were not computed."""
         prepared, self._prepared = self._prepared, []
         for saving in prepared:
             for job in saving.jobs:
@@ -289,7 +289,7 @@ class Worker:
 
     def _stored(self, jobs: list[Job[int]]) -> bool:
         try:
-            tokens = max((job.result() for job in jobs), default=0)  # none: a record of layers of other ranks
+            tokens = max((job.result() for job in jobs), default=0)  # no jobs: only other ranks have these layers
         except Abandoned:
             return False
         except Exception:
@@ -307,7 +307,7 @@ class Worker:
     # --- Both
 
     def look(self, number: int) -> None:
-        """At the weights: see Metadata.look."""
+        """Digests the weights: see Metadata.look."""
         self._news.weights[number, self._rank] = digest_of(self._engine)
 
     def take_stats(self) -> Stats | None:
