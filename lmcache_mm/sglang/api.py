@@ -1,4 +1,4 @@
-"""SGLang as this package sees it: its names come from here only."""
+"""SGLang as this package sees it: the only module that imports names from SGLang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SUPPORTED = "0.5.23"
 
 
 def check_version(version: str) -> None:
-    """RuntimeError for an SGLang that the backend was not tested with, whose hooks may mean something else."""
+    """RuntimeError for an SGLang that the backend was not tested with: its hooks may mean something else."""
     if version.split(".")[:3] == SUPPORTED.split(".") or os.environ.get("LMCACHE_MM_ANY_SGLANG") == "1":
         return
     raise RuntimeError(

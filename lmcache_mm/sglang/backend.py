@@ -1,4 +1,4 @@
-"""HiCacheBackend: SGLang's hierarchical cache over any store."""
+"""HiCacheBackend: a storage backend for SGLang's hierarchical cache, over any store."""
 
 from __future__ import annotations
 
@@ -45,28 +45,27 @@ Begin = Callable[[], Iterable[Work]]
 
 
 class HiCacheBackend(HiCacheStorage):
-    """See the module. --hicache-storage-backend dynamic, and in --hicache-storage-backend-extra-config beside
-    "backend_name": "lmcache_mm", "module_path": "lmcache_mm.sglang", "class_name": "HiCacheBackend":
+    """See the module. Use it with --hicache-storage-backend dynamic; --hicache-storage-backend-extra-config takes
+    "backend_name": "lmcache_mm", "module_path": "lmcache_mm.sglang", "class_name": "HiCacheBackend", and these options:
 
     store: a URL that every process of the engine can open, or a list of them (see `open_store`). weights: a name for
     the weights, if neither files nor a commit identify them. timeout_s: how long a store may do nothing (5, at most 8):
-    then the call is a miss, or its pages are not stored, and the store is left alone for 10 s. So it is with a call
-    that takes 8 s in all. identifiers: "trust", if no
-    client can name the items or adapters of another's requests; models with items, and engines with adapters, do not
-    start without it.
+    after that the call is a miss, or its pages are not stored, and the store is not asked for 10 s. The same applies to
+    a call that takes 8 s in all. identifiers: "trust", if no client can name the items or adapters of another client's
+    requests; models with items and engines with adapters do not start without it.
 
-    A page of a pool is read and written in place where SGLang says where its pieces are, and else by value. Methods
-    raise nothing that a store does; TypeError or ValueError for arguments that are wrong.
+    A pool's pages are read and written in place if SGLang says where their pieces are, else by value. Methods never
+    raise for failures of a store; they raise TypeError or ValueError for wrong arguments.
     """
 
     def __init__(self, storage_config: HiCacheStorageConfig, _: Mapping[str, Any] | None = None) -> None:
         extra = storage_config.extra_config or {}
         self._options = Options.of(extra)
-        # SGLang looks at this when the backend is made. Without it, it hands over copies of pages, without a place.
+        # SGLang reads this when it creates the backend. Without it, SGLang passes copies of pages, not their places.
         if not extra.setdefault("interface_v1", 1):
             raise ValueError(f"{NAME}: interface_v1: expected 1 or nothing, got {extra['interface_v1']!r}")
         model = ModelConfig.from_server_args(get_server_args())
-        args = resolving_view(get_server_args())  # as SGLang itself goes by them
+        args = resolving_view(get_server_args())  # the values that SGLang itself uses
         check_clients(bool(model.is_multimodal), bool(args.enable_lora), self._options)
         self._config = storage_config
         self._namespace = namespace_of(args, model, storage_config, self._options.weights)
@@ -78,7 +77,7 @@ class HiCacheBackend(HiCacheStorage):
         self._metrics = StorageMetrics()
         self._counting = threading.Lock()
         self._closed = False
-        # The store last: nothing closes it if a thread cannot start.
+        # Open the store last: if a thread could not start, nothing would close it.
         self._lookups, self._clears = Lane("lmcache_mm lookup"), Lane("lmcache_mm clear")
         self._store = open_store(self._options.store)
 
@@ -89,7 +88,7 @@ class HiCacheBackend(HiCacheStorage):
         self.register_mem_host_pool_v2(mem_pool_host, PoolName.KV)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: str) -> None:
-        """ValueError for a pool that cannot be stored."""
+        """Takes a pool; ValueError if it cannot be stored."""
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         name = PoolName(host_pool_name).value
         if self._hosts.get(name) is host_pool:
@@ -97,7 +96,7 @@ class HiCacheBackend(HiCacheStorage):
         if isinstance(host_pool, PageInterleaveHostPool):
             raise ValueError(f"{NAME}: pool {name}: pages that ranks share between them are not supported")
         if isinstance(host_pool, MHATokenToKVPoolHost) and self._config.is_mla_model and self._config.tp_size > 1:
-            # SGLang writes back the first rank's pages alone, so no other rank would find its own.
+            # SGLang writes back only the first rank's pages, so the other ranks would not find theirs.
             raise ValueError(
                 f"{NAME}: pool {name}: a drafter without MLA beside a model with MLA is not supported with tensor "
                 "parallelism; start without the drafter, or without the backend"
@@ -131,7 +130,7 @@ class HiCacheBackend(HiCacheStorage):
             logger.info("%s: pool %s: pages of %d bytes, %s", NAME, name, pages.page_bytes, pages.how)
 
     def _meaning(self, name: str, pool: Any) -> str:
-        """What the bytes of a page mean, but for their number."""
+        """What the bytes of a page mean, without their number."""
         facts = {
             "pool": name,
             "class": type(pool).__name__,
@@ -144,27 +143,27 @@ class HiCacheBackend(HiCacheStorage):
         return "sglang " + " ".join(f"{fact}={value}" for fact, value in facts.items())
 
     def _rank(self, name: str) -> int:
-        """Of whom the pages are: 0 for the tensor-parallel rank where all ranks have the same ones."""
+        """The rank that the pages belong to. Its tensor-parallel rank is 0 if all those ranks have the same pages."""
         config = self._config
         tp_rank = config.tp_rank if self._of_each_rank(name) else 0
         return int((config.pp_rank * config.attn_cp_size + config.attn_cp_rank) * config.tp_size + tp_rank)
 
     def _of_each_rank(self, name: str) -> bool:
-        """Whether tensor-parallel ranks have pages of their own. With MLA only states of linear attention are."""
+        """Whether each tensor-parallel rank has its own pages. With MLA, only states of linear attention differ."""
         return not self._config.is_mla_model or name == PoolName.MAMBA.value
 
     def _writes(self, name: str) -> bool:
-        """Of pages that all ranks have, one rank's are stored."""
+        """Whether this rank stores the pool's pages. If all ranks have the same pages, only one rank stores them."""
         return bool(self._config.is_storage_writer) or self._of_each_rank(name)
 
     # --- Lookups
 
     def exists(self, key: str) -> bool:
-        """Whether a page of the KV pool could be read now."""
+        """Whether a page of the KV pool can be read now."""
         return self.batch_exists([key]) == 1
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many pages of the KV pool, from the first on, could be read now."""
+        """How many pages of the KV pool, from the first on, can be read now."""
         return _leading(self._contains(self._keys(PoolName.KV.value, keys)))
 
     def batch_exists_v2(
@@ -173,8 +172,8 @@ class HiCacheBackend(HiCacheStorage):
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """Which prefixes of the pages could be restored now, of the KV pool and all others. ValueError for a hit policy
-        that SGLang's own backends do not know either."""
+        """Which prefixes of the pages can be restored now, in the KV pool and all other pools. ValueError for a hit
+        policy that SGLang's own backends do not know either."""
         transfers = pool_transfers or []
         for transfer in transfers:
             if transfer.hit_policy not in (PoolHitPolicy.ALL_PAGES, PoolHitPolicy.TRAILING_PAGES):
@@ -196,17 +195,17 @@ class HiCacheBackend(HiCacheStorage):
         return PoolTransferResult(max(restorable, default=0), hits, sorted(restorable))
 
     def _keys(self, name: str, hashes: Sequence[str]) -> list[list[bytes]]:
-        """Of each page of a pool the keys of its records."""
+        """The keys of the records of each page of a pool."""
         return self._pages(name).keys(hashes)
 
     def _pages(self, name: str) -> Pages:
-        """ValueError for a pool that was not registered."""
+        """A registered pool; ValueError for any other."""
         if name not in self._pools:
             raise ValueError(f"pool: expected one of {', '.join(self._pools)}, got {name}")
         return self._pools[name]
 
     def _contains(self, records: Sequence[Sequence[bytes]]) -> list[bool]:
-        """Of pages, each of so many records, which are there; none where the store does not answer."""
+        """Whether the store has all records of each page; all False if it does not answer. records: keys by page."""
         there = self._there(records, "failed_lookups", time.monotonic() + CALL_S) or [False] * len(records)
         self._count(looked_up_pages=len(there), found_pages=there.count(True))
         return there
@@ -231,13 +230,14 @@ class HiCacheBackend(HiCacheStorage):
     def batch_get_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        """Fills pages of the KV pool, until one is not there or damaged. host_indices: int64, of all their slots."""
+        """Fills pages of the KV pool, up to the first that is missing or damaged. host_indices: int64, all their slots.
+        The result: for each page, whether it was filled."""
         return self._load(PoolName.KV.value, keys, host_indices, time.monotonic() + CALL_S)
 
     def batch_set_v1(
         self, keys: list[str], host_indices: torch.Tensor, extra_info: HiCacheStorageExtraInfo | None = None
     ) -> list[bool]:
-        """Stores pages of the KV pool; which the store has now, or has been handed."""
+        """Stores pages of the KV pool. The result: for each page, whether the store now has it or was handed it."""
         return self._save(PoolName.KV.value, keys, host_indices, time.monotonic() + CALL_S)
 
     def batch_get_v2(
@@ -262,7 +262,7 @@ class HiCacheBackend(HiCacheStorage):
         if places is None:
             return [False] * len(keys)
         if not (keys and pages.page_bytes):
-            return [True] * len(keys)  # The store is not asked, so this says nothing about it.
+            return [True] * len(keys)  # do not tell the breaker: the store was not asked
         begun = time.perf_counter()
         loaded = self._ask("failed_loads", lambda: pages.load(keys, places), until) or 0
         self._measure("prefetch", pages, loaded, begun)
@@ -282,7 +282,7 @@ class HiCacheBackend(HiCacheStorage):
         if self._ask("failed_stores", lambda: pages.store(keys, places), until) is None:
             return [False] * len(keys)
         stored = [True] * len(keys)
-        if self._store.local:  # what it dropped, for want of room, is not there
+        if self._store.local:  # a local store may have dropped pages for lack of room
             stored = self._there(pages.keys(keys), "failed_stores", until, peek=True) or [False] * len(keys)
         self._measure("backup", pages, stored.count(True), begun)
         self._count(stored_pages=stored.count(True))
@@ -291,8 +291,8 @@ class HiCacheBackend(HiCacheStorage):
     def _places(
         self, name: str, pages: Pages, keys: Sequence[str], host_indices: torch.Tensor | None
     ) -> list[int] | None:
-        """Of each page its first slot; None for another number of slots than the pages have, or for other slots than
-        those of whole pages."""
+        """The first slot of each page; None if the number of slots does not match the pages, or if they are not the
+        slots of whole pages."""
         slots = torch.empty(0, dtype=torch.int64) if host_indices is None else host_indices
         size = pages.page_tokens
         if slots.numel() != len(keys) * size:
@@ -304,7 +304,7 @@ class HiCacheBackend(HiCacheStorage):
         return slots[::size].tolist()
 
     def _by_value(self, *_: Any, **__: Any) -> Any:
-        """SGLang declares these abstract and deprecated, and calls them with "interface_v1": 0 only."""
+        """SGLang declares these methods abstract and deprecated, and calls them only with "interface_v1": 0."""
         raise NotImplementedError(f"{NAME}: pages are read and written by batch_get_v1, batch_set_v1 and their like")
 
     get = batch_get = set = batch_set = _by_value
@@ -312,9 +312,9 @@ class HiCacheBackend(HiCacheStorage):
     # --- Budgets
 
     def _ask(self, failure: str, begin: Begin, until: float) -> int | None:
-        """The least of what the works, one or more, return; None, counted as `failure`, if the store raises, does
-        nothing for timeout_s, is not done by `until`, or failed so less than 10 s ago. No work touches pages when it
-        returns."""
+        """The minimum of what the works (at least one) return. None, counted as `failure`, if the store raises, does
+        nothing for timeout_s, is not done by `until`, or failed like this less than 10 s ago. No work touches pages
+        after this returns."""
         if not self._breaker.admit():
             self._count(**{failure: 1})
             return None
@@ -323,7 +323,7 @@ class HiCacheBackend(HiCacheStorage):
         good = True
         try:
             for work in begin():
-                works.append(work)  # as it begins: if the next one cannot, this one is waited for
+                works.append(work)  # at once: if the next work cannot begin, this one must still be waited for
         except Exception:
             logger.exception("%s: the store failed", NAME)
             good = False
@@ -341,7 +341,7 @@ class HiCacheBackend(HiCacheStorage):
         return min(results)
 
     def _result(self, work: Work, until: float) -> int:
-        """Abandoned for work that makes no progress for timeout_s, or is not done by `until`."""
+        """The work's result. Raises Abandoned if it makes no progress for timeout_s, or is not done by `until`."""
         timeout_s = self._options.timeout_s
         while not work.future.done():
             left = until - time.monotonic()
@@ -356,8 +356,8 @@ class HiCacheBackend(HiCacheStorage):
     # --- The rest
 
     def clear(self) -> bool:
-        """Removes what engines of this model, with these weights and settings, have stored, be it other engines; what
-        else is in the store stays. False: it could not be done, or took longer than timeout_s and may still go on."""
+        """Removes everything that engines with this model, these weights and settings have stored, including other
+        engines; other records stay. False: it failed, or took longer than timeout_s and may still continue."""
         try:
             work = self._clears.submit(lambda _: self._store.forget(self._owner))
             work.future.result(self._options.timeout_s)
@@ -367,19 +367,19 @@ class HiCacheBackend(HiCacheStorage):
         return True
 
     def get_stats(self) -> StorageMetrics:
-        """Pages and GB/s of each call since this was last asked, for SGLang's metrics."""
+        """Pages and GB/s of each call since the last `get_stats`, for SGLang's metrics."""
         with self._counting:
             metrics, self._metrics = self._metrics, StorageMetrics()
         return metrics
 
     def stats(self) -> dict[str, int]:
-        """Counters since it was made, and the store's own as store.NAME."""
+        """Counters since the backend was created, and the store's counters as store.NAME."""
         with self._counting:
             counts = dict(self._counts)
         return counts | {f"store.{name}": number for name, number in self._store.stats().items()}
 
     def close(self) -> None:
-        """Ends what is under way, within timeout_s in all, and closes the store."""
+        """Ends work under way, within timeout_s in all, and closes the store."""
         if self._closed:
             return
         self._closed = True

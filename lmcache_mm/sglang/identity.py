@@ -1,4 +1,4 @@
-"""What the backend is asked for, and what determines the bytes of SGLang's pages besides the hash of their tokens."""
+"""The backend's options, and what determines the bytes of SGLang's pages besides the hash of their tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lmcache_mm.secret import secret
 
 NAME = "HiCacheBackend"
 EXAMPLE = "shm:///sglang?capacity=32GiB"
-# How long one call may take. SGLang raises, and its engine ends, if a call lasts 10 s while it flushes its cache.
+# The longest that one call may take. If a call takes 10 s while SGLang flushes its cache, SGLang raises and ends.
 CALL_S = 8.0
-# Of --hicache-storage-backend-extra-config, what is SGLang's own.
-# A decode server that offloads KV leaves the last four in it; others take them out first.
+# SGLang's own options in --hicache-storage-backend-extra-config. A decode server that offloads KV leaves the last four
+# in; other servers remove them first.
 SGLANG_OPTIONS = (
     *("backend_name", "module_path", "class_name", "interface_v1", "allocator"),
     *(
@@ -34,7 +34,7 @@ FROM_THE_MODEL = (
 )
 # Options that change the weights or how they are quantized.
 QUANTISATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
-# Options that name a file of which KV depends.
+# Options that name a file that KV depends on.
 FILES = ("quantization_param_path", "decrypted_config_file")
 
 
@@ -59,9 +59,10 @@ class Options:
 
 
 def check_clients(multimodal: bool, adapters: bool, options: Options) -> None:
-    """ValueError for an engine in which one client can answer for another, unless the options say that none can.
+    """ValueError for an engine in which one client's pages can serve another's request, unless the options say that
+    this cannot happen.
 
-    The backend sees hashes of pages and nothing that they were made of, so it cannot tell what they stand for."""
+    The backend sees only hashes of pages, not their inputs, so it cannot tell what they stand for."""
     if options.identifiers == "trust" or not (multimodal or adapters):
         return
     what = 'images by the "mm_hashes" of requests' if multimodal else 'adapters by the "extra_key" of requests'
@@ -74,8 +75,8 @@ def check_clients(multimodal: bool, adapters: bool, options: Options) -> None:
 
 
 def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Namespace:
-    """The namespace of an engine, but for the layout of a pool. `args`: ServerArgs, resolved; `model`: ModelConfig;
-    `config`: HiCacheStorageConfig; `weights`: what the user says they are."""
+    """The namespace of an engine, without the layout of a pool. `args`: ServerArgs, resolved; `model`: ModelConfig;
+    `config`: HiCacheStorageConfig; `weights`: the user's name for them."""
     overrides = args.json_model_override_args
     speculative = args.speculative_algorithm
     encoder = args.mm_process_config
@@ -96,13 +97,13 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
 
 
 def _given(args: Any, names: Sequence[str]) -> str | None:
-    """The options that are given, as JSON."""
+    """The options that are set, as JSON."""
     given = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "", "{}")}
     return json.dumps(given, sort_keys=True, default=str) if given else None
 
 
 def _weights(args: Any, model: Any, weights: str | None) -> str:
-    """Of the model, of files that change its KV, and of adapters whose names in keys are made of their paths."""
+    """A name for the model's weights, files that change its KV, and adapters whose names in keys come from paths."""
     named = (
         f"{weights or _weights_of_model(args, model)} {_given(args, ('weight_version', 'model_loader_extra_config'))}"
     )
@@ -112,7 +113,7 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
     folders = sorted({str(adapter.lora_path) for adapter in args.lora_paths or []}) if args.enable_lora else []
     for folder in folders:
         if weights and not Path(folder).is_dir():
-            continue  # an adapter of the hub, whose name is in the keys
+            continue  # an adapter from the hub: keys contain its name
         files = [path for path in Path(folder).glob("*") if path.is_file()]
         if not any(path.suffix in (".safetensors", ".bin", ".pt") for path in files):
             raise ValueError(

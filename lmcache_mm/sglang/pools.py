@@ -1,4 +1,4 @@
-"""SGLang's host pools as a store sees them: the records of a page, and how its bytes get there and back."""
+"""SGLang's host pools as a store sees them: the records of a page, and the copies between pages and records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Chunk, Transfer
 
 PAGE_CONTEXT = "lmcache_mm v1 sglang page"
-STEP_BYTES = 16 << 20  # of pages that are moved by value at once
+STEP_BYTES = 16 << 20  # most bytes of pages moved by value at once
 
 
 def page_key(root: bytes, page_hash: str) -> bytes:
@@ -31,32 +31,32 @@ def left_s(until: float) -> float:
 
 
 class Pages(Protocol):
-    """A host pool. A page is named by its hash, and its place is the first of its slots in the pool."""
+    """A host pool. A page is named by its hash; its place is its first slot in the pool."""
 
     page_tokens: int
-    page_bytes: int  # of all of a page's records
-    how: str  # bytes are moved, for people
+    page_bytes: int  # of all records of a page
+    how: str  # how bytes are moved, for logs
 
     def keys(self, hashes: Sequence[str]) -> list[list[bytes]]:
-        """Of each page the keys of its records, of which a page needs all."""
+        """The keys of each page's records. A page needs all of its records."""
         ...
 
     def load(self, hashes: Sequence[str], places: Sequence[int]) -> Iterable[Work]:
-        """Fills pages, by works that begin as they are iterated. Of each work the result says how many, from the first
-        on, it has filled and verified; pages behind them hold garbage."""
+        """Fills pages. Each work begins when the iteration reaches it. Its result is how many pages, from the first on,
+        it has filled and verified; later pages hold garbage."""
         ...
 
     def store(self, hashes: Sequence[str], places: Sequence[int]) -> Iterable[Work]:
-        """Hands pages to the store that it lacks, by works that begin as they are iterated."""
+        """Hands the store the pages that it lacks. Each work begins when the iteration reaches it."""
         ...
 
     def close(self, until: float) -> bool:
-        """Ends what is under way, until then by time.monotonic(). Whether all work is done."""
+        """Ends work under way, until `until` by time.monotonic(). Whether all work is done."""
         ...
 
 
 def pages_of(pool: Any, what: str, root_of: Callable[[bytes], bytes], store: Store, owner: bytes, rank: int) -> Pages:
-    """`what`: the pool's name and whatever else its bytes mean. root_of: a namespace's root, given a fingerprint."""
+    """The Pages for a pool. `what`: its name, and what its bytes mean. root_of: namespace root for a fingerprint."""
     layouts = layouts_of(pool, what)
     if layouts:
         root = root_of(fingerprint_of_groups(layouts, chunk_tokens=1))
@@ -70,11 +70,11 @@ def pages_of(pool: Any, what: str, root_of: Callable[[bytes], bytes], store: Sto
 
 
 def layouts_of(pool: Any, what: str) -> list[KVLayout]:
-    """Where the pool's pages are: a layout for each group of pieces that are of one size and one stride apart. None,
-    for a pool that does not say or whose pages are not evenly spaced."""
+    """Where the pool's pages are: one layout for each group of pieces with the same size and stride. [] for a pool that
+    does not say, or whose pages are not evenly spaced."""
     size, last = int(pool.page_size), int(pool.size) // int(pool.page_size) - 1
     if getattr(pool, "shared_allocation_domain", None) is not None or last < 1:
-        return []  # of pages that move
+        return []  # its pages move
     try:
         found = [pool.get_page_buffer_meta(torch.arange(p * size, (p + 1) * size)) for p in (0, 1, last)]
     except (ValueError, NotImplementedError, AttributeError):
@@ -97,7 +97,7 @@ def layouts_of(pool: Any, what: str) -> list[KVLayout]:
 
 
 def _layout(planes: tuple[int, ...], num_pages: int, page_stride: int, piece_bytes: int, spec: str) -> KVLayout:
-    """Pages of which nobody looks at single tokens."""
+    """A layout of pages that are only copied whole."""
     return KVLayout(
         planes=planes,
         num_pages=num_pages,
@@ -112,7 +112,7 @@ def _layout(planes: tuple[int, ...], num_pages: int, page_stride: int, piece_byt
 
 
 class AddressedPages:
-    """Pages that are copied between the pool's memory and the store's slots, or staging memory, by native calls."""
+    """Pages that native calls copy between the pool's memory and the store's slots, or staging memory."""
 
     how = "in place"
 
@@ -122,7 +122,7 @@ class AddressedPages:
         self.page_tokens = int(pool.page_size)
         self.page_bytes = sum(layout.payload_bytes(1) for layout in layouts)
         self._root, self._owner, self._rank = root, owner, rank
-        # Layouts are addresses: the memory has to stay, whatever SGLang does with the pool.
+        # Layouts hold only addresses, so keep the memory alive, whatever SGLang does with the pool.
         buffers: Any = getattr(pool, "get_hybrid_pool_buffer", list)()
         self._memory = (pool, getattr(pool, "kv_buffer", None), buffers)
         self._transfers = [Transfer(layout, store, layout.payload_bytes(1)) for layout in layouts]
@@ -216,7 +216,7 @@ class FlatPages:
 
 
 class NoPages:
-    """A pool without memory, which only counts slots for others."""
+    """A pool without memory, which only counts slots for other pools."""
 
     how, page_bytes = "without memory", 0
 
