@@ -29,23 +29,23 @@ class Record:
 
 
 def record_key(prefix_key: bytes, group: int = 0, rank: int = 0) -> bytes:
-    """What a store sees: prefix key, u16 KV cache group, u16 rank."""
+    """The key in a store: prefix key, u16 KV cache group, u16 rank."""
     return prefix_key + group.to_bytes(2, "little") + rank.to_bytes(2, "little")
 
 
 class KVCache:
     """Reuse of the KV of `layout`'s pages across prompts, through a store.
 
-    layout: where the pages are. store: a URL or a list of them (see `open_store`), or an open store, which stays the
-    caller's to close. namespace: everything beside prompt and layout that decides the KV bytes. chunk_tokens: the unit
-    that is stored, a multiple of layout.page_tokens. opaque_tails: also store partial pages of an opaque layout, whole,
-    with whatever their unused slots hold; without it hits end at whole pages there. codec: "split" stores payloads of
-    bf16 numbers in 0.78 of their length, bit for bit the same when they are restored; others stay as they are. It makes
-    room in a store that is small or far. `codec` says whether it is used. ValueError for a layout of bf16
-    on a GPU, for which there are no kernels yet.
+    layout: where the pages are. store: a URL or a list of them (see `open_store`), or an open store, which the caller
+    closes. namespace: everything besides prompt and layout that determines the KV bytes. chunk_tokens: the number of
+    tokens per chunk, a multiple of layout.page_tokens. opaque_tails: also store partial pages of an opaque layout,
+    whole, with whatever their unused slots hold; without it, hits in an opaque layout end at whole pages. codec:
+    "split" stores payloads of bf16 numbers in 0.78 of their length and restores them bit for bit; other payloads are
+    stored as they are. It saves space in a small store, and bandwidth to a distant one. The attribute `codec` says
+    whether it is used. ValueError for a bf16 layout on a GPU, for which there are no kernels yet.
 
     Block ids are always those of the whole prompt: block_ids[i] is the page of tokens
-    [i * page_tokens, (i + 1) * page_tokens). Methods may be called from several threads; RuntimeError after `close`.
+    [i * page_tokens, (i + 1) * page_tokens). Several threads may call methods; RuntimeError after `close`.
     """
 
     def __init__(
@@ -104,25 +104,25 @@ class KVCache:
         self.close()
 
     def match(self, prompt: Prompt) -> int:
-        """How many tokens of `prompt` could be restored now, up to all of them. A loop that needs logits retrieves one
-        token less, and computes the last one again. Nothing is reserved: a record may be gone when it is retrieved."""
+        """How many tokens of `prompt` can be restored now, up to all of them. A loop that needs logits retrieves one
+        token less and recomputes the last one. Nothing is reserved: a record may be gone when it is retrieved."""
         records = unless_lacking(lambda: self._present(self._records(prompt, turns=True)), list[Record]())
         hit = records[-1].end if records else 0
         self._count(queried_tokens=len(prompt), hit_tokens=hit)
         return hit
 
     def _present(self, records: list[Record]) -> list[Record]:
-        """Those of a prompt's records that the store has and that cover its longest prefix."""
+        """The records of a prompt that the store has and that cover its longest prefix."""
         present = self.backend.contains([record.key for record in records])
         return chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
     def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None, by_layer: bool = False) -> Job[int]:
-        """Scatters the KV of the first `hit` tokens (what `match` said, or less; None: all that is there) into the
-        pages.
+        """Scatters the KV of the first `hit` tokens (the result of `match`, or less; None: all that the store has) into
+        the pages.
 
-        Pages of block id -1 are left out. The result: how many tokens, from the first on, were restored and verified,
-        at most `hit`; what is missing or damaged is no exception. What pages hold behind them is garbage until
-        computed. by_layer: one layer after the other (`Job.layer_ready`), and all of `hit` or nothing.
+        Pages with block id -1 are skipped. The result: how many tokens, from the first on, were restored and verified,
+        at most `hit`; missing or damaged records raise no exception. Pages past these tokens hold garbage until they
+        are computed. by_layer: loads one layer after the other (`Job.layer_ready`), and all of `hit` or nothing.
 
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
@@ -136,7 +136,7 @@ class KVCache:
                 limit = count("hit", hit)
                 if limit > len(prompt):
                     raise ValueError(f"hit: expected at most the prompt's {len(prompt)} tokens, got {limit}")
-                # Up to the first cut that reaches it: the tokens behind `hit` that come along are the prompt's own.
+                # Up to the first cut at or past `hit`: the extra tokens also belong to the prompt.
                 behind = next((r.end for r in records if r.end >= limit), limit)
                 records = chain((r for r in records if r.end <= behind), self.chunk_tokens) if limit else []
             return records, self._chunks(records, self._pages(block_ids, limit)), limit
@@ -150,11 +150,11 @@ class KVCache:
         return restored
 
     def store(self, prompt: Prompt, block_ids: ops.Ids, by_layer: bool = False) -> Job[int]:
-        """Gathers the KV of `prompt` that the store lacks. The result: how many tokens a store of this host holds now
-        that it did not hold before, or how many were handed to a store beyond it.
+        """Gathers the KV of `prompt` that the store lacks. The result: for a store on this host, how many tokens it now
+        holds that it did not hold before; for a store elsewhere, how many were handed to it.
 
-        Block id -1 marks KV that is not there; chunks with such a page are left out. by_layer: asked for before the
-        forward pass that computes it, which then says `Job.layer_written` of one layer after the other.
+        Block id -1 marks missing KV; chunks with such a page are skipped. by_layer: call this before the forward pass
+        that computes the KV, and call `Job.layer_written` after each layer.
         Raises TypeError or ValueError for block ids that are wrong or too few.
         """
         chunks = unless_lacking(
@@ -165,14 +165,14 @@ class KVCache:
         return job
 
     def forget(self, salt: str | bytes) -> int:
-        """Removes all records that were stored under a tenant's salt from the store; returns their number."""
+        """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
         return self.backend.forget(owner_to_forget(salt))
 
     def stats(self) -> dict[str, float]:
-        """What was asked of this cache since it was made: queried_tokens and hit_tokens (of `match`, and of `retrieve`
-        without `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens; of the latter raw_bytes, as
-        pages held them, stored_bytes, as the store has them, and codec_ratio, 1 without a codec. The store's own
-        counters are `backend.stats()`."""
+        """Counters since this cache was created: queried_tokens and hit_tokens (of `match`, and of `retrieve` without
+        `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens; for stored tokens also raw_bytes
+        (before coding), stored_bytes (after coding) and codec_ratio (1 without a codec). `backend.stats()` has the
+        store's own counters."""
         with self._counting:
             counts: dict[str, float] = dict(self._counts)
         counts |= {"raw_bytes": self._transfer.raw_bytes, "stored_bytes": self._transfer.stored_bytes}
@@ -200,7 +200,7 @@ class KVCache:
         ]
 
     def _pages(self, block_ids: ops.Ids, tokens: int) -> torch.Tensor:
-        """The checked block ids of the first `tokens` tokens: int64 on the host, a copy."""
+        """A checked copy of the block ids of the first `tokens` tokens: int64, on the host."""
         pages = ops.ids_tensor("block_ids", block_ids)
         needed = -(-tokens // self.layout.page_tokens)
         if len(pages) < needed:
@@ -214,7 +214,7 @@ class KVCache:
         return pages
 
     def _chunks(self, records: list[Record], pages: torch.Tensor) -> list[Chunk]:
-        """-1, a page to be left out, where the last record reaches beyond `pages`."""
+        """The records' chunks. If the last record reaches past `pages`, its missing pages are -1."""
         size = self.layout.page_tokens
         if records and len(pages) < (needed := -(-records[-1].end // size)):
             pages = torch.cat([pages, torch.full((needed - len(pages),), -1)])
@@ -222,7 +222,7 @@ class KVCache:
 
 
 def chain(records: Iterable[Record], chunk_tokens: int) -> list[Record]:
-    """Those of `records` (ascending by end) that cover the longest prefix together: whole chunks, then one tail."""
+    """The `records` (ascending by end) that together cover the longest prefix: whole chunks, then one tail."""
     chunks: list[Record] = []
     tail: list[Record] = []
     for record in records:

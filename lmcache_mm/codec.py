@@ -1,7 +1,7 @@
 """The codec "split", payload version 2: payloads of bf16 numbers, 22 % shorter and bit for bit the same when restored.
 
-docs/design.md has the format. A payload has one of two lengths, its coded one or, where its numbers do not fit, its raw
-one, so that a reader knows by the length which it has found.
+docs/design.md specifies the format. A payload has its coded length or, if its numbers do not fit, its raw length, so a
+reader knows by the length whether it is coded.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from lmcache_mm.layout import KVLayout
 
 SPLIT = "split"
 HEADER_BYTES = 64
-LANE_BYTES = 16  # of the checksum
-SUMS = 3  # of a chunk: the checksums of its raw payload and of its coded tiles, and whether a tile does not fit
+LANE_BYTES = 16  # size of a checksum lane
+SUMS = 3  # per chunk: the checksums of its raw payload and of its coded tiles, and whether a tile does not fit
 
 
 def check_name(codec: str | None) -> None:
-    """ValueError for what is no codec."""
+    """ValueError for a codec that does not exist."""
     if codec not in (None, SPLIT):
         raise ValueError(f"codec: expected {SPLIT!r} or None, got {codec!r}")
 
 
 def of_layout(codec: str | None, layout: KVLayout) -> str | None:
-    """The codec that payloads of a layout have where `codec` is asked for: None, they stay raw, unless they consist of
-    bf16 numbers. ValueError for a codec that does not exist, and for a layout on a GPU."""
+    """The codec for payloads of a layout if the user asks for `codec`: None (raw) unless they are bf16 numbers.
+    ValueError for a codec that does not exist, and for a bf16 layout on a GPU."""
     check_name(codec)
     if codec is None or layout.spec.partition(";")[0] != "bfloat16" or layout.page_bytes % LANE_BYTES:
         return None
@@ -40,26 +40,27 @@ def of_layout(codec: str | None, layout: KVLayout) -> str | None:
 
 
 def coded_bytes(planes: int, plane_bytes: int) -> int | None:
-    """The length of a coded payload; None where it would not be shorter than the raw one, which is stored then."""
+    """The length of a coded payload; None if it would not be shorter than the raw payload, which is then stored."""
     size = HEADER_BYTES + planes * _C.coded_plane_bytes(plane_bytes)
     return size if size < planes * plane_bytes else None
 
 
 def header(checksum: int, raw_bytes: int) -> bytes:
-    """What a coded payload begins with; `checksum` is the raw one's."""
+    """The header of a coded payload. `checksum`: of the raw payload."""
     facts = (checksum % 2**64).to_bytes(8, "little") + raw_bytes.to_bytes(8, "little")
     return (b"lmcache_mm" + (2).to_bytes(2, "little") + bytes(4) + facts).ljust(HEADER_BYTES, b"\0")
 
 
 def put_header(payload: torch.Tensor, raw_sum: int, tiles_sum: int, raw_bytes: int) -> int:
-    """Completes a coded payload; its own checksum, signed. raw_sum, tiles_sum: see `gather_coded` in csrc/ops.h."""
+    """Writes a coded payload's header. Returns the coded payload's checksum, signed. raw_sum, tiles_sum: see
+    `gather_coded` in csrc/ops.h."""
     payload[:HEADER_BYTES].numpy().data[:] = header(raw_sum, raw_bytes)
     of_header = _C.checksum_part(payload.data_ptr(), HEADER_BYTES, 0, HEADER_BYTES)
     return ops.checksum_of_parts([of_header, tiles_sum])
 
 
 def encode(raw: torch.Tensor) -> torch.Tensor | None:
-    """The coded payload of contiguous bf16 numbers on the CPU, uint8 [n], as one plane; None if it has to be raw."""
+    """The coded payload of contiguous bf16 numbers on the CPU, uint8 [n], as one plane; None if it must stay raw."""
     size = coded_bytes(1, len(raw))
     if size is None:
         return None
@@ -72,7 +73,7 @@ def encode(raw: torch.Tensor) -> torch.Tensor | None:
 
 
 def decode(raw: torch.Tensor, coded: torch.Tensor) -> bool:
-    """Fills `raw` with what was encoded. False: `coded` is damaged, and `raw` holds garbage."""
+    """Decodes `coded` into `raw`. False: `coded` is damaged, and `raw` holds garbage."""
     raw_sum = _copy(_C.scatter_coded, raw, coded)[0]
     return coded[:HEADER_BYTES].numpy().tobytes() == header(raw_sum, len(raw))
 

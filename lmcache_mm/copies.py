@@ -1,4 +1,4 @@
-"""Copies of chunks between pages and payloads: by the CPU, or by the ring of a GPU."""
+"""Copies of chunks between pages and payloads: by the CPU, or through a ring of buffers on a GPU."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ import torch
 from lmcache_mm import _C, codec, ops, transfer_paths
 from lmcache_mm.layout import KVLayout
 
-RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in a GPU's memory, for each direction
-Part = tuple[int, bool, int, int, int, int]  # ids, that they are int64, pages, tokens, payload, offset: see csrc
+RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in GPU memory, per direction
+Part = tuple[int, bool, int, int, int, int]  # ids, whether they are int64, pages, tokens, payload, offset: see csrc
 
 
 class Copies(Protocol):
-    """Copies of chunks between pages and payloads, begun layer by layer. `behind`: a `current_event`."""
+    """Copies of chunks between pages and payloads, started layer by layer. `behind`: a `current_event`."""
 
     def go_on(self, planes: int, behind: Any = None) -> None:
-        """Begins those of the first `planes` planes that have not been begun, behind `behind`; on CUDA a store's that
-        make a step. After an exception nothing is under way."""
+        """Starts the copies of the first `planes` planes that have not started, ordered after `behind`. On CUDA, a
+        store's copies start only once they make a step. After an exception nothing is under way."""
         ...
 
     def order(self, stream: int, planes: int) -> None:
-        """Returns when those of the first `planes` planes have been begun, or it is over; what `stream` is given from
-        now on comes behind them."""
+        """Returns when the copies of the first `planes` planes have started, or the job is over. Work that `stream` is
+        given after this call runs after them."""
         ...
 
     def wait(self) -> list[int]:
-        """Waits for those that were begun. The payloads' checksums, if they were asked for; RuntimeError if not all
-        were begun."""
+        """Waits for the copies that have started. Returns the payloads' checksums, if they were requested; RuntimeError
+        if not all copies have started."""
         ...
 
 
 @contextmanager
 def ending(copies: Copies) -> Iterator[None]:
-    """None is under way when an exception leaves: what they read and write is given back."""
+    """Waits for the copies before an exception propagates, because the memory that they use is released then."""
     try:
         yield
     except BaseException:
@@ -51,11 +51,11 @@ def ending(copies: Copies) -> Iterator[None]:
 
 
 class HostCopy:
-    """Copies between pages and payloads on the CPU, by the threads that say `go_on`. See `Copies`."""
+    """Copies between pages and payloads on the CPU, on the threads that call `go_on`. See `Copies`."""
 
     def __init__(self, copy_layer: Callable[[int, int], list[int]], ends: list[int]) -> None:
         self._copy_layer, self._layers = copy_layer, list(pairwise([0, *ends]))
-        self._sums: list[list[int]] = []  # of each layer's parts of payloads, which add up
+        self._sums: list[list[int]] = []  # by layer: checksums of its parts of the payloads, which add up
         self._planes, self._over = 0, False
         self._changed = threading.Condition()
 
@@ -94,7 +94,7 @@ class HostCopies:
         return HostCopy(partial(self._copy, _C.scatter, parts, checksums), ends)
 
     def _copy(self, copy: Callable[..., None], parts: list[Part], checksums: bool, begin: int, end: int) -> list[int]:
-        """Planes from `begin` to `end`; the checksums of the payloads' parts, unsigned."""
+        """Copies planes [begin, end). Returns the unsigned checksums of the payloads' parts."""
         layout = self._layout_of(begin, end)
         sums = torch.empty(len(parts) if checksums else 0, dtype=torch.uint64)
         of_layer = []
@@ -106,13 +106,13 @@ class HostCopies:
 
 
 class CodedCopies:
-    """Copies on the CPU between pages and payloads, some of which are coded. See csrc/tile_codec.h."""
+    """Copies on the CPU between pages and payloads, of which some are coded. See csrc/tile_codec.h."""
 
     def __init__(self, layout: KVLayout) -> None:
         self._layout, self._raw = layout, HostCopies(layout)
 
     def store(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
-        """Of each chunk it makes codec.SUMS sums; of a raw one only the first counts."""
+        """The copies return codec.SUMS sums per chunk; only the first counts for a raw chunk."""
         return HostCopy(partial(self._copy, _C.gather_coded, _C.gather, parts, coded), ends)
 
     def load(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
@@ -156,11 +156,11 @@ class Ring:
         self._layout = layout
         buffer_bytes = max(RING_BUFFER_BYTES, whole_pages(largest))
         memory = torch.empty(RING_BUFFERS * buffer_bytes, dtype=torch.uint8, device=layout.device)
-        torch.cuda.current_stream(layout.device).synchronize()  # what had this memory before is done with it
+        torch.cuda.current_stream(layout.device).synchronize()  # wait for earlier users of this memory
         self.paths = transfer_paths.of_device(layout.device)
         ring = (memory.data_ptr(), buffer_bytes, RING_BUFFERS)
         self._staging = _C.CudaStaging(layout.device.index, *ring, urgent, self.paths.ring_blocks)
-        self._memory = memory  # let go behind what uses it
+        self._memory = memory  # after _staging, so that it is released last
 
     def store(self, parts: list[Part], ends: list[int], checksums: bool) -> Copies:
         least = self.paths.store_fragment_bytes(self._bytes_of(parts))
@@ -177,12 +177,13 @@ class Ring:
 
 
 def current_stream(device: torch.device) -> int:
-    """Its handle; 0 where there are none."""
+    """The handle of the current stream; 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def current_event(device: torch.device) -> Any:
-    """What the current stream holds now; None where there is none. RuntimeError if it is being captured."""
+    """An event after the work that the current stream holds now; None on the CPU. RuntimeError if the stream is being
+    captured."""
     return _C.CudaEvent(device.index, current_stream(device)) if device.type == "cuda" else None
 
 

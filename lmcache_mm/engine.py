@@ -1,4 +1,4 @@
-"""What the packages for engines share: what names a model's weights, and the options that all of them take."""
+"""Code that the packages for engines share: digests of a model's weights, and checks of the common options."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from blake3 import blake3
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
-_digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, as long as they are the same
+_digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, by path, device, inode, size and time
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:
-    """A digest of names and contents; contents are read again when a file's inode, size or time changes."""
+    """A digest of files' names and contents. Contents are read again when a file's inode, size or time changes."""
     hasher = blake3(derive_key_context=FILES_CONTEXT)
     for path in sorted(paths):
         found = path.stat()
@@ -28,15 +28,15 @@ def digest_of_files(paths: Iterable[Path]) -> str:
 
 
 def digest_of_folder(model: str) -> str | None:
-    """Of the weights and the configuration of a model in a local folder; None for anything else."""
+    """A digest of the weights and configuration of a model in a local folder; None for anything else."""
     folder = Path(model)
     files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)] if folder.is_dir() else []
     return digest_of_files([*files, *folder.glob("config.json")]) if files else None
 
 
 def check_options(owner: str, given: Mapping[str, Any], known: Sequence[str], example: str) -> None:
-    """Of `given`, options for `owner`: that all are known, and those that every engine takes: store, of which `example`
-    is one, weights and timeout_s. ValueError that names what is wrong."""
+    """Checks that all options `given` for `owner` are known, and the values of those that every engine takes: store
+    (for instance `example`), weights and timeout_s. ValueError that names the wrong option."""
     for name in given:
         if name not in known:
             raise ValueError(f"{owner}: unknown option {name!r}; the options are {', '.join(known)}")
@@ -53,7 +53,7 @@ def check_options(owner: str, given: Mapping[str, Any], known: Sequence[str], ex
 
 
 def check_number(owner: str, name: str, value: Any, whole: bool = False) -> None:
-    """ValueError for what is no number above 0, or no whole one."""
+    """ValueError unless `value` is a number above 0 and, if `whole`, an integer."""
     if not isinstance(value, int if whole else (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
         what = "a whole number" if whole else "a number"
         raise ValueError(f"{owner}: {name}: expected {what} above 0, got {value!r}")

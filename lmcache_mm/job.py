@@ -1,4 +1,4 @@
-"""What callers hold of a retrieve or store under way."""
+"""Job: a caller's handle of a retrieve or store."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lmcache_mm.layout import KVLayout
 
 S = TypeVar("S")
 T = TypeVar("T")
-PATIENCE_S = 30.0  # with a store that does not move, where the caller does not say
+PATIENCE_S = 30.0  # default patience with a store that makes no progress
 
 
 class Job(Generic[T]):
-    """A retrieve or store under way. Pages it reads or writes must be left alone until `pages_free`; on CUDA it begins
-    behind the work that the caller's current stream held when it was asked for."""
+    """A retrieve or store under way. Do not touch the pages that it reads or writes until `pages_free`. On CUDA it runs
+    after the work that the caller's current stream held when it was requested."""
 
     def __init__(
         self,
@@ -34,19 +34,19 @@ class Job(Generic[T]):
         return self.work.future.done()
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if it is not there after `timeout_s` seconds, Abandoned if it never will. Of
-        a store that was asked for early or by layers, it reads the pages that have not been read."""
+        """The job's result; TimeoutError if there is none after `timeout_s` seconds, Abandoned if there will never be
+        one. For a store that is early or by layers, this reads the pages that have not been read."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self.work.early:
             self.work.read_pages(deadline)
         return self._result_of(self.work.future.result(None if deadline is None else deadline - time.monotonic()))
 
     def __await__(self) -> Generator[Any, None, T]:
-        """`result`, on another thread."""
+        """Awaits `result`, which runs on another thread."""
         return asyncio.to_thread(self.result).__await__()
 
     def when_done(self, tell: Callable[[T], None]) -> None:
-        """Calls `tell` with the result once, on whatever thread ends the job; not if it fails or is given up."""
+        """Calls `tell` with the result once, on the thread that ends the job; not if the job fails or is given up."""
 
         def told(future: Future[Any]) -> None:
             if not future.cancelled() and future.exception() is None:
@@ -55,36 +55,38 @@ class Job(Generic[T]):
         self.work.future.add_done_callback(told)
 
     def then(self, result_of: Callable[[T], S]) -> Job[S]:
-        """The same job with another result, made from this one's."""
+        """The same job with the result `result_of(result)`."""
         return Job(self.work, self._layout, self._by_layer, lambda result: result_of(self._result_of(result)))
 
     def give_up(self, patience_s: float = PATIENCE_S) -> bool:
-        """Whether the job was abandoned, for nothing moved for `patience_s` seconds: its pages are left alone then."""
+        """Abandons the job if it made no progress for `patience_s` seconds, and returns whether it did. An abandoned
+        job does not touch its pages any more."""
         return self.work.give_up(patience_s)
 
     def abandon(self) -> bool:
-        """Gives the job up, unless it is at its pages this moment. True: it will leave them alone."""
+        """Gives the job up, unless it is using its pages right now. True: it will not touch them any more."""
         return self.work.abandon()
 
     def pages_free(self, patience_s: float = PATIENCE_S) -> bool:
-        """Returns when the job has done with its pages, though it may go on with what it has read. False: it made no
-        progress for `patience_s` seconds (a store hangs, say) and was abandoned: its pages are left alone too.
+        """Returns when the job is done with its pages, though it may still process what it has read. False: it made no
+        progress for `patience_s` seconds (for example, a store hangs) and was abandoned; then it does not touch its
+        pages any more either.
 
-        The pages of a store that was asked for early are read in here."""
+        For an early store, this call reads the pages."""
         return self.work.leave_pages(patience_s)
 
     def leave_pages(self, deadline: float) -> bool:
-        """Returns when the job will not touch its pages any more; False: it had not done with them by `deadline`, by
-        time.monotonic(), and was abandoned."""
+        """Returns when the job will not touch its pages any more. False: it was not done with them by `deadline` (by
+        time.monotonic()) and was abandoned."""
         if self.work.pages_left(max(0.0, deadline - time.monotonic())):
             return True
         self.work.stop_touching()
         return False
 
     def layer_ready(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
-        """Returns when a load by layers has filled the layer's pages, which are not verified before `result`, or ended;
-        on CUDA, when what the caller's current stream is given from now on comes behind that. False: as of
-        `pages_free`. ValueError for a layer that the layout does not name."""
+        """Returns when a load by layers has filled the layer's pages or has ended. The pages are not verified before
+        `result`. On CUDA, returns when work that the caller's current stream is given from now on runs after the fill.
+        False: as in `pages_free`. ValueError for a layer that the layout does not name."""
         planes = self._planes_until(layer)
         ready = self.work.wait_for(lambda: bool(self._by_layer) or self.work.left_pages, patience_s)
         for copies in self._by_layer:
@@ -92,17 +94,16 @@ class Job(Generic[T]):
         return ready
 
     def written(self) -> None:
-        """Says that the pages hold what an early store is to keep; on CUDA, once the caller's current stream has done
-        what it holds. The store's own thread reads them from now on."""
+        """Tells an early store that its pages are written; on CUDA, once the caller's current stream has finished its
+        present work. The store's own thread reads them from now on."""
         self.work.written = current_event(self._layout.device)
         self.work.be_late()
 
     def layer_written(self, layer: str, patience_s: float = PATIENCE_S) -> bool:
-        """Says that the layer's pages, and those of all layers before it, hold what a store by layers is to keep; on
-        CUDA, once the caller's current stream has done what it holds. They are read at once, by this thread, as far as
-        there is room for all of the job's payloads: in a store with slots in memory there is, elsewhere for 16 MiB; the
-        rest is read with the last layer's. False: as of `pages_free`. ValueError for a layer that the layout does not
-        name."""
+        """Tells a store by layers that the pages of this layer and of all layers before it are written; on CUDA, once
+        the caller's current stream has finished its present work. This thread reads them at once, for the payloads that
+        there is room for: all of the job's in a store with slots in memory, 16 MiB elsewhere. The rest is read with the
+        last layer. False: as in `pages_free`. ValueError for a layer that the layout does not name."""
         return self.work.leave_pages(patience_s, self._planes_until(layer))
 
     def _planes_until(self, layer: str) -> int:

@@ -24,8 +24,8 @@ PAYLOAD_VERSION, CODED_PAYLOAD_VERSION = 1, 2
 
 def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
     """`value` as a torch tensor that shares its memory: torch, numpy, cupy, anything with DLPack or
-    __cuda_array_interface__. A read-only numpy array is copied, or refused if it is to be written; so is a tensor whose
-    storage has been resized to less than it needs."""
+    __cuda_array_interface__. A read-only numpy array is copied, or refused if it is to be written. A tensor whose
+    storage has been resized to less than it needs is refused."""
     if isinstance(value, torch.Tensor):
         check_storage(name, value)
         return value.detach()
@@ -44,7 +44,7 @@ def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
 
 
 def check_storage(name: str, tensor: torch.Tensor) -> None:
-    """ValueError for a tensor that reaches beyond its storage: resizing the storage to 0 frees the memory."""
+    """ValueError for a tensor that reaches beyond its storage, because resizing the storage to 0 frees the memory."""
     if tensor.layout != torch.strided or tensor.numel() == 0:
         return
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -58,18 +58,18 @@ def check_storage(name: str, tensor: torch.Tensor) -> None:
 class KVLayout:
     """Where the bytes of one paged KV cache are.
 
-    Plane i begins at address planes[i] and its page p at planes[i] + p * page_stride, p in [0, num_pages). A page is
-    `runs` runs of `run_bytes` bytes, run_stride apart, together page_bytes. Of a page's bytes in that order, byte x
-    belongs to slot (x // token_bytes) % page_tokens; token_bytes = 0 makes pages opaque: they are copied whole and no
-    slot is looked for in them.
+    Plane i begins at address planes[i], and its page p at planes[i] + p * page_stride, p in [0, num_pages). A page is
+    `runs` runs of `run_bytes` bytes, run_stride apart, together page_bytes. Byte x of a page, in that order, belongs to
+    slot (x // token_bytes) % page_tokens; token_bytes = 0 makes pages opaque: they are only copied whole, and have no
+    slots.
 
-    A payload of page mode is [plane, page, page byte], one of token mode [plane, token, row byte], row_bytes a row.
-    All sizes and strides are in bytes. `device` says where the planes are. `spec` says what the bytes mean (dtype, and
-    which dimensions in which order) and `layers` names the layers; both enter the fingerprint only. `planes_until`: of
-    each layer how many planes, from the first on, hold it and those before it.
+    A payload in page mode is [plane, page, page byte]; in token mode it is [plane, token, row byte], with row_bytes per
+    row. All sizes and strides are in bytes. `device`: where the planes are. `spec` says what the bytes mean (dtype, and
+    which dimensions in which order), and `layers` names the layers; both are used only in the fingerprint.
+    `planes_until`: for each layer, how many planes, from the first on, hold it and the layers before it.
 
-    `memory` and `description` are what torch.compile takes for the layout, see operators.py: contiguous tensors over
-    the storages that the planes lie in, and where in them these lie; "" if there is a plane that does not.
+    `memory` and `description` stand for the layout in torch.compile, see operators.py: contiguous tensors over the
+    storages that contain the planes, and where in them the planes are; "" if a plane is outside of them.
 
     The layout keeps no copy: the cache must outlive it and every operation on it. `from_tensors` holds references.
     """
@@ -150,7 +150,7 @@ class KVLayout:
 
     @cached_property
     def compiled(self) -> _C.PagedCache:
-        """The same layout as kernels take it."""
+        """The same layout in the form that kernels take."""
         return _C.PagedCache(
             planes=self.planes,
             num_pages=self.num_pages,
@@ -163,8 +163,8 @@ class KVLayout:
         )
 
     def fingerprint(self, chunk_tokens: int, mode: str = "page", codec: str | None = None) -> bytes:
-        """32 bytes, equal for caches whose payloads of `chunk_tokens` tokens mean the same. `mode`: page or token.
-        codec: of the payloads."""
+        """32 bytes, equal for caches whose payloads of `chunk_tokens` tokens mean the same. `mode`: "page" or "token".
+        codec: the payloads' codec."""
         return fingerprint_of_groups([self], chunk_tokens, mode, [codec])
 
     @classmethod
@@ -177,14 +177,14 @@ class KVLayout:
         token_dim: int | None = None,
         opaque: bool = False,
     ) -> KVLayout:
-        """The layout of one tensor a layer, of equal shape, strides and dtype.
+        """The layout of tensors of equal shape, strides and dtype, one per layer.
 
-        kv_caches: torch or cupy tensors (or anything with DLPack), a dict to name the layers. Any strides: dimensions
-        that lie outside a page in memory (K and V apart, say) become planes, those inside it are taken in memory
-        order, and what is contiguous is joined, layers that share their pages included. Layers that are views of the
-        same bytes are kept once.
-        page_dim: the dimension of pages; token_dim: that of the `page_tokens` slots of a page, or opaque=True when
-        nothing may look inside a page.
+        kv_caches: torch or cupy tensors (or anything with DLPack); a dict names the layers. All strides are supported:
+        dimensions that lie outside a page in memory (for example, separate K and V) become planes, dimensions inside a
+        page keep their order in memory, and contiguous bytes are joined, even across layers that share their pages.
+        Layers that are views of the same bytes are kept once.
+        page_dim: the dimension of pages. token_dim: the dimension of the `page_tokens` slots of a page; or opaque=True,
+        if pages must only be copied whole.
 
         Raises TypeError or ValueError for tensors that differ, overlap themselves, or are expanded.
         """
@@ -208,7 +208,7 @@ class KVLayout:
         view = _PageView(first, page_tokens, page_dim, token_dim, opaque)
         layers: list[str] = []
         planes: list[int] = []
-        ends: dict[int, int] = {}  # of the layer at an address
+        ends: dict[int, int] = {}  # by address of a layer: where its planes end
         for name, tensor in tensors.items():
             if tensor.data_ptr() in ends and tensor.numel():
                 continue
@@ -235,8 +235,8 @@ class KVLayout:
 
 
 def _storages(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """One contiguous tensor over each storage of `tensors`: one that the caller has where there is such, for a graph
-    copies a storage that it knows by several tensors."""
+    """One contiguous tensor over each storage of `tensors`. It is one of the caller's tensors if possible, because a
+    graph copies a storage that it knows by several tensors."""
     wholes: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -253,8 +253,8 @@ def _storages(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
 def fingerprint_of_groups(
     layouts: Sequence[KVLayout], chunk_tokens: int, mode: str = "page", codecs: Sequence[str | None] = ()
 ) -> bytes:
-    """The fingerprint of several KV cache groups, whose layers keep their KV in pages of their own. codecs: of each
-    group's payloads, or none at all."""
+    """The fingerprint of several KV cache groups, whose layers keep their KV in separate pages. codecs: one per group,
+    of its payloads, or empty."""
     if mode not in ("page", "token"):
         raise ValueError(f"mode: expected 'page' or 'token', got {mode!r}")
     fields: dict[str, Any] = {
@@ -282,7 +282,7 @@ def fingerprint_of_groups(
 
 
 class _PageView:
-    """One layer's tensor seen as planes of pages of runs. Strides in bytes; dimensions of size 1 are dropped."""
+    """One layer's tensor as planes of pages of runs. Strides are in bytes; dimensions of size 1 are dropped."""
 
     def __init__(
         self, tensor: torch.Tensor, page_tokens: int, page_dim: int, token_dim: int | None, opaque: bool
@@ -320,8 +320,8 @@ class _PageView:
         paged = self.num_pages > 1
         outside = [d for d in others if paged and stride[d] > self.page_stride]
         inside = sorted((d for d in others if d not in outside), key=lambda d: -stride[d])
-        # From the innermost dimension outwards: first a contiguous run, then runs of one stride. What is left makes
-        # planes.
+        # From the innermost dimension outward: first a contiguous run, then runs of one stride. The remaining
+        # dimensions become planes.
         self.run_bytes, self.runs, self.run_stride = itemsize, 1, 0
         kept = len(inside)
         while kept and stride[inside[kept - 1]] == self.run_bytes:
@@ -363,7 +363,7 @@ def _dimension(name: str, dim: int, tensor: torch.Tensor) -> int:
 
 
 def _joined_planes(planes: list[int], view: _PageView) -> int:
-    """How many neighbouring planes make one plane of longer contiguous pages, all of them alike; 1 if none do."""
+    """How many adjacent planes form one plane of longer contiguous pages, the same number everywhere; 1 if none do."""
     if view.runs > 1:
         return 1
     for joined in range(len(planes), 1, -1):

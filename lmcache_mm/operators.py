@@ -1,8 +1,9 @@
 """The operations as operators of torch.library, which torch.compile puts into its graphs for calls of `ops`.
 
-A compiler moves and reorders memory, and knows what an operator reads and writes by its arguments alone. So a layout is
-handed over as its tensors (`KVLayout.memory`), which scatters declare to write, and as text that says where in them the
-planes lie (`KVLayout.description`). An operator calls the function of `ops` that it stands for, with all its checks.
+A compiler moves and reorders memory, and knows only by an operator's arguments what it reads and writes. So operators
+take a layout as its tensors (`KVLayout.memory`), which scatters declare as written, and as text that says where in them
+the planes are (`KVLayout.description`). An operator calls the function of `ops` that it stands for, with all its
+checks.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Item, checked_items
 
 Tensors = Sequence[torch.Tensor]
-ops: Any = None  # the module above this one, which hands itself to `define`
+ops: Any = None  # the module lmcache_mm.ops, which passes itself to `define`
 
-# --- the operators, as they run
+# --- The operators at run time
 
 
 def _apply_mm_hashes(
@@ -54,7 +55,7 @@ def _scatter(memory: Tensors, layout: str, token_mode: bool, ids: Any, payload: 
 
 
 def _layout(memory: Tensors, description: str) -> KVLayout:
-    """The layout in the tensors that a graph brings along."""
+    """The layout in the tensors that a graph passes."""
     if not all(tensor.is_contiguous() for tensor in memory):
         raise RuntimeError("layout: expected contiguous tensors, but the compiler has given one other strides")
     return _layout_at(description, tuple(tensor.data_ptr() for tensor in memory), memory[0].device)
@@ -69,7 +70,7 @@ def _layout_at(description: str, addresses: tuple[int, ...], device: torch.devic
 
 ITEMS = "str[] identifiers, SymInt[] offsets, SymInt[] lengths, str[]"
 LIMITS = "SymInt threads, SymInt max_blocks"
-# A CUDA graph of Inductor's own would have the caches copied to a place of its own.
+# Otherwise Inductor's own CUDA graphs would copy the caches into their memory.
 TAGS: Any = {"tags": [torch.Tag.cudagraph_unsafe]} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 OPERATORS: Any = (
     (_apply_mm_hashes, "token_ids", f"(Tensor(a!) token_ids, {ITEMS}? modalities, bool validate) -> ()", None),
@@ -97,7 +98,7 @@ OPERATORS: Any = (
 
 
 def define(operations: ModuleType) -> None:
-    """Makes the operators, of these operations."""
+    """Defines the operators, for the functions of `operations`."""
     global ops  # noqa: PLW0603
     ops = operations
     for run, mutates, schema, fake in OPERATORS:
@@ -106,7 +107,7 @@ def define(operations: ModuleType) -> None:
         operator.register_fake(fake or (lambda *_: None))
 
 
-# --- what `ops` calls while torch.compile traces it
+# --- The functions that `ops` calls while torch.compile traces it
 
 
 def apply_mm_hashes_to_token_ids(

@@ -1,15 +1,14 @@
-"""The operations on tensors: content ids, prefix keys (of a growing prompt too), gathering and scattering of paged KV.
+"""The operations on tensors: content ids, prefix keys (also for growing prompts), gather and scatter of paged KV.
 
-Tensors are torch tensors or anything with DLPack (numpy, cupy); lists of integers stand for host ids. What a call is
-given and finds wrong is a TypeError or ValueError that names the argument, and nothing has been written then.
+Tensors are torch tensors or anything with DLPack (numpy, cupy); lists of integers stand for host ids. Wrong arguments
+raise a TypeError or ValueError that names the argument, before anything is written.
 
-torch.compile puts operators (operators.py) into its graphs for calls of these functions, fullgraph=True included; only
-`checksum` and `RunningKeys` break a graph. Arguments are torch tensors then, or lists of integers, which are constants
-of the graph, as identifiers, modalities and roots are: each new one compiles another graph. Layouts are made by
-`KVLayout.from_tensors`, outside the compiled function. Wrong ids, sizes and dtypes raise when the graph runs.
-A function that reads or writes the caches itself does so through the tensors in `layout.memory`: where a graph has two
-tensors of one storage and writes one of them, torch copies it or raises, and with dynamic=True computes wrong values
-(torch 2.14).
+torch.compile puts operators (operators.py) into its graphs for calls of these functions, even with fullgraph=True; only
+`checksum` and `RunningKeys` break a graph. Arguments must then be torch tensors or lists of integers. Lists are
+constants of the graph, like identifiers, modalities and roots: each new value compiles another graph. Create layouts
+with `KVLayout.from_tensors`, outside the compiled function. Wrong ids, sizes and dtypes raise when the graph runs.
+A function that reads or writes the caches itself must use the tensors in `layout.memory`: if a graph has two tensors of
+one storage and writes one of them, torch copies it or raises, and with dynamic=True computes wrong values (torch 2.14).
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from lmcache_mm import _C, operators
 from lmcache_mm.layout import KVLayout, as_tensor
 from lmcache_mm.prompt import Item, checked_items, count
 
-# How many threads a copy on the CPU may use: one a core of the process, at most 8, for past that memory and not threads
-# set the pace. The environment variable LMCACHE_MM_THREADS overrides.
+# How many threads a copy on the CPU may use: one per core of the process, at most 8, because more threads do not help
+# when memory is the limit. The environment variable LMCACHE_MM_THREADS overrides this.
 THREADS = min(8, len(os.sched_getaffinity(0)))
 if setting := os.environ.get("LMCACHE_MM_THREADS"):
     if not setting.isdecimal() or int(setting) == 0:
@@ -46,8 +45,8 @@ def _check_device(name: str, device: torch.device) -> None:
 
 
 def _launch(device: torch.device) -> dict[str, Any]:
-    """Where a CUDA operation runs: torch's current stream of `device`. What kernel parameters cannot hold is uploaded
-    in its order, through pinned memory that torch keeps until the copy is done."""
+    """Where a CUDA operation runs: torch's current stream of `device`. Tables too large for kernel parameters are
+    uploaded on that stream, through pinned memory that torch keeps until the copy is done."""
     uploaded = []
 
     def upload(table: bytes) -> int:
@@ -96,16 +95,16 @@ def apply_mm_hashes_to_token_ids(
 ) -> torch.Tensor:
     """Overwrites, in place, the ids of every position that an item covers with content ids; returns `token_ids`.
 
-    token_ids: int64 [n], contiguous. mm_hashes: an identifier an item. mm_positions: (offset, length) pairs or objects
-    with .offset and .length. modalities: one a item, "image" where none is given.
-    A content id has bit 63 set: as int64 it is negative, and never a token id. Spans are cut at the tensor's end and
-    spans beyond it are ignored, so that a prefix of the prompt gives the prefix of the result.
+    token_ids: int64 [n], contiguous. mm_hashes: one identifier per item. mm_positions: (offset, length) pairs or
+    objects with .offset and .length. modalities: one per item, "image" if omitted.
+    A content id has bit 63 set: as int64 it is negative, so it never equals a token id. Spans are cut at the tensor's
+    end, and spans beyond it are ignored, so that a prefix of the prompt gives the prefix of the result.
 
-    Raises TypeError or ValueError for ids outside `[0, 2**32)`, overwritten ones among them, and for hashes, positions
-    and modalities of different number: an item without its hash would share its KV with every other.
+    Raises TypeError or ValueError for ids outside `[0, 2**32)`, including overwritten ones, and for hashes, positions
+    and modalities of different number: an item without its hash would share its KV with every other item.
     On CUDA the work is put on torch's current stream and nothing waits for it: a bad id stays as it is, unless
-    validate=True, which waits and raises before anything is written. A CUDA graph can capture a call with up to some 20
-    items, which the graph keeps; a capture of more, or with validate=True, is a RuntimeError.
+    validate=True, which waits and raises before anything is written. A CUDA graph can capture a call with up to about
+    20 items, which the graph keeps; capturing more, or with validate=True, is a RuntimeError.
     Source: docs/design.md, "Identity".
     """
     if torch.compiler.is_compiling():
@@ -166,10 +165,10 @@ def prefix_keys(
 
     Raises TypeError or ValueError for an id outside `[0, 2**32)` before the last cut, for cuts that do not ascend or
     lie beyond the prompt, and for a root of another size. On CUDA the work is put on torch's current stream, for
-    prompts of at most `2**21` tokens, and nothing waits for it: from the first cut behind a bad id on, keys are zeros,
-    which no store holds; validate=True waits and raises instead. A CUDA graph can capture a call, and keeps items and
-    cuts: up to some 20 items, or 900 cuts beside those that have one step from the first on. A capture of more is a
-    RuntimeError. Source: docs/design.md, "Identity".
+    prompts of at most `2**21` tokens, and nothing waits for it: from the first cut after a bad id on, keys are zeros,
+    which no store holds; validate=True waits and raises instead. A CUDA graph can capture a call and keeps its items
+    and cuts: up to about 20 items, or 900 cuts besides those at one constant step from the first on. Capturing more is
+    a RuntimeError. Source: docs/design.md, "Identity".
     """
     if torch.compiler.is_compiling():
         return operators.prefix_keys(token_ids, items, root, cuts, validate)
@@ -199,10 +198,10 @@ def prefix_keys(
 
 
 class RunningKeys:
-    """The prefix keys of a prompt that grows: `extend` gives what `prefix_keys` gives for all tokens so far, at the
-    cost of the new ones. On the host; one thread at a time.
+    """The prefix keys of a growing prompt: `extend` returns the keys that `prefix_keys` returns for all tokens so far,
+    but hashes only the new ones. On the host; one thread at a time.
 
-    items: all of the prompt's, those behind its present end too. root: 32 bytes, see `Namespace.root`.
+    items: all items of the prompt, including those past its present end. root: 32 bytes, see `Namespace.root`.
     """
 
     def __init__(self, items: Sequence[Item], root: bytes) -> None:
@@ -210,15 +209,15 @@ class RunningKeys:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it has seen."""
+        """How many tokens have been appended."""
         return self._running.tokens
 
     def extend(self, token_ids: Ids, cuts: Sequence[int] = ()) -> torch.Tensor:
         """Appends tokens; returns the keys at `cuts`: uint8 [len(cuts), 32].
 
-        token_ids: as of `prefix_keys`, on the host, the new ones only. cuts: counted from the prompt's begin, strictly
-        ascending, from the number of tokens before the call to that after it.
-        Raises TypeError or ValueError as `prefix_keys` does; nothing is appended then.
+        token_ids: as in `prefix_keys`, on the host, only the new ones. cuts: token counts from the beginning of the
+        prompt, strictly ascending, between the number of tokens before the call and the number after it.
+        Raises TypeError or ValueError as `prefix_keys` does; then nothing is appended.
         """
         tensor = ids_tensor("token_ids", token_ids)
         ends = ids_tensor("cuts", cuts).to(torch.int64)
@@ -250,22 +249,22 @@ def gather_pages(
     threads: int = 0,
     max_blocks: int = 0,
 ) -> Any:
-    """Copies pages into contiguous payloads [plane, page, page byte]; returns the payload, or one a chunk.
+    """Copies pages into contiguous payloads [plane, page, page byte]; returns the payload, or one per chunk.
 
-    block_ids: the pages of a chunk, int32 or int64 or a list of integers, or a list of such for many chunks in one
-    call. -1 stands for a page that is not there: its bytes are zeros.
+    block_ids: the pages of a chunk, as an int32 or int64 tensor or a list of integers; or a list of these, for many
+    chunks in one call. -1 stands for a missing page: its bytes are zeros.
     out: uint8 [layout.payload_bytes(pages)] (a list of them for many chunks); allocated if None.
-    tokens: how many tokens of each chunk count; the slots of its last page past them are zeroed, for they hold other
-    requests' KV. All of them if None; opaque pages allow nothing else.
+    tokens: how many tokens of each chunk are valid. The slots past them in its last page are zeroed, because they hold
+    other requests' KV. None: all tokens, the only choice for opaque pages.
     checksums: int64 [chunks], filled with the payloads' checksums.
-    threads: on the CPU, how many threads at most; 0: THREADS.
-    max_blocks: caps the CUDA grid, to leave multiprocessors to other work; 0: no cap.
+    threads: the most threads on the CPU; 0: THREADS.
+    max_blocks: limits the CUDA grid, to leave multiprocessors to other work; 0: no limit.
 
     On CUDA the copy is put on torch's current stream of layout.device and nothing waits for it. Block ids may be on the
-    host or on that device; ids on the device that are outside the cache count as not there, memory outside is never
-    touched. All tensors must stay alive and unchanged until the stream has passed.
-    A CUDA graph can capture the call: it keeps host ids, and reads ids on the device whenever it runs. To capture a
-    chunk with more than some 800 host ids is a RuntimeError; give its ids on the device.
+    host or on that device; ids on the device that are outside the cache count as missing, and memory outside it is
+    never touched. All tensors must stay alive and unchanged until the stream has passed.
+    A CUDA graph can capture the call: it keeps host ids, and reads ids on the device on each run. Capturing a chunk
+    with more than about 800 host ids is a RuntimeError; put its ids on the device.
     Raises TypeError or ValueError for host ids outside the cache, sizes that do not fit and tensors on other devices.
     """
     if torch.compiler.is_compiling():
@@ -284,11 +283,11 @@ def scatter_pages(
     threads: int = 0,
     max_blocks: int = 0,
 ) -> torch.Tensor | None:
-    """Copies payloads of `gather_pages` into pages; block id -1 leaves its page's part of the payload out.
+    """Copies payloads of `gather_pages` into pages; block id -1 skips its page's part of the payload.
 
-    Whole pages are written: the zeros past a payload's tail too. checksums: int64 [chunks], expected; the result then
-    is a bool tensor [chunks] that tells which payloads have theirs. A page of one that has not holds what the payload
-    held: to be treated as garbage.
+    Writes whole pages, including the zeros past a payload's last token. checksums: int64 [chunks], the expected ones;
+    the result is then a bool tensor [chunks] that says which payloads match. Pages of a payload that does not match
+    hold its bytes: treat them as garbage.
 
     Raises as `gather_pages` does.
     """
@@ -308,8 +307,8 @@ def gather_tokens(
 ) -> Any:
     """Copies tokens by slot (page * page_tokens + position in it) into contiguous payloads [plane, token, row byte].
 
-    slots: as block_ids of `gather_pages`, -1 for a token that is not there. out: uint8
-    [planes * tokens * layout.row_bytes]. Raises as `gather_pages` does, and ValueError for opaque layouts.
+    slots: like block_ids of `gather_pages`; -1 for a missing token. out: uint8 [planes * tokens * layout.row_bytes].
+    Raises as `gather_pages` does, and ValueError for opaque layouts.
     """
     if torch.compiler.is_compiling():
         return operators.gather(layout, True, slots, out, None, checksums, threads, max_blocks)
@@ -325,14 +324,14 @@ def scatter_tokens(
     threads: int = 0,
     max_blocks: int = 0,
 ) -> torch.Tensor | None:
-    """Copies payloads of `gather_tokens` into slots. Otherwise as `scatter_pages`."""
+    """Copies payloads of `gather_tokens` into slots; otherwise like `scatter_pages`."""
     if torch.compiler.is_compiling():
         return operators.scatter(layout, True, slots, payload, checksums, threads, max_blocks)
     return _Chunks.of_slots(layout, slots).scatter(payload, checksums, layout.row_bytes, threads, max_blocks)
 
 
 def checksum(payload: Any) -> int:
-    """The checksum, version 1, of a contiguous uint8 tensor, as a signed 64-bit integer. Source: docs/design.md."""
+    """The checksum (version 1) of a contiguous uint8 tensor, as a signed 64-bit integer. Source: docs/design.md."""
     tensor = as_tensor("payload", payload)
     if tensor.dtype != torch.uint8 or not tensor.is_contiguous():
         raise TypeError(f"payload: expected contiguous uint8, got {tensor.dtype}, strides {tensor.stride()}")
@@ -342,12 +341,12 @@ def checksum(payload: Any) -> int:
 
 
 def checksum_of_parts(parts: Iterable[int]) -> int:
-    """The checksum of a payload from the unsigned ones of all its parts (`_C.checksum_part`)."""
+    """The checksum of a payload from the unsigned checksums of all its parts (`_C.checksum_part`)."""
     return (sum(parts) + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class _Chunks:
-    """The checked arguments of one gather or scatter: of each chunk its ids, tokens and payload."""
+    """The checked arguments of one gather or scatter: the ids, tokens and payload of each chunk."""
 
     def __init__(self, layout: KVLayout, name: str, ids: Ids | Sequence[Ids], token_mode: bool = False):
         if not isinstance(layout, KVLayout):

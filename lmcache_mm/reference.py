@@ -1,6 +1,6 @@
 """The specification: every operation in plain torch, numpy and the `blake3` package, written to be read.
 
-Kernels and their host twins are compared with this file bit by bit. Nothing else uses it.
+Tests compare kernels and their host twins with this file bit by bit. Nothing else uses it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _material(item: Item) -> bytes:
 
 
 def lanes(item: Item, first: int, count: int) -> list[int]:
-    """lane(item, j) for j in [first, first + count): words of the extended output, read at any j."""
+    """lane(item, j) for j in [first, first + count): words of the extended output, which can be read from any j."""
     output = blake3(_material(item), derive_key_context="lmcache_mm v1 item").digest(length=8 * count, seek=8 * first)
     return [int.from_bytes(output[8 * k : 8 * k + 8], "little") for k in range(count)]
 
@@ -91,7 +91,7 @@ def checksum(payload: torch.Tensor) -> int:
 
 
 def encoder_key(root: bytes, item: Item) -> bytes:
-    """The key of the output of an item's encoder; the item's place does not matter."""
+    """The key of the output of an item's encoder. It does not depend on the item's position."""
     return blake3(root + item_digest(item), derive_key_context="lmcache_mm v1 encoder output").digest()
 
 
@@ -118,13 +118,13 @@ def encoder_payload_key(key: bytes, description: bytes) -> bytes:
 
 
 def page_addresses(layout: KVLayout) -> np.ndarray:
-    """int64 [page byte]: where each byte of a page lies behind the page's beginning."""
+    """int64 [page byte]: the offset of each byte of a page from the page's beginning."""
     runs = np.arange(layout.runs, dtype=np.int64)[:, None] * layout.run_stride
     return (runs + np.arange(layout.run_bytes, dtype=np.int64)).reshape(-1)
 
 
 def page_slots(layout: KVLayout) -> np.ndarray:
-    """int64 [page byte]: the slot each byte of a page belongs to. Not for opaque layouts."""
+    """int64 [page byte]: the slot that each byte of a page belongs to. Not for opaque layouts."""
     return np.arange(layout.page_bytes, dtype=np.int64) // layout.token_bytes % layout.page_tokens
 
 
@@ -153,7 +153,7 @@ def scatter_pages(layout: KVLayout, memory: torch.Tensor, block_ids: Sequence[in
 
 
 def row_addresses(layout: KVLayout, slot: int) -> torch.Tensor:
-    """int64 [row byte]: where each byte of a slot's row lies behind a plane's beginning."""
+    """int64 [row byte]: the offset of each byte of a slot's row from the plane's beginning."""
     in_page = page_addresses(layout)[page_slots(layout) == slot % layout.page_tokens]
     return torch.from_numpy(slot // layout.page_tokens * layout.page_stride + in_page)
 
@@ -201,7 +201,7 @@ def encode_tile(numbers: np.ndarray) -> bytes | None:
 
 
 def decode_tile(coded: bytes, count: int) -> np.ndarray:
-    """The `count` numbers of a coded tile; some numbers, whatever its bytes are."""
+    """The `count` numbers of a coded tile. Any bytes decode to some numbers."""
     padded, head = -(-count // 32) * 32, 4 + 3 * TILE_EXCEPTIONS
     assert len(coded) == head + padded + padded // 2
     rest = np.frombuffer(coded, np.uint8, padded, head).astype(int)
@@ -216,13 +216,13 @@ def decode_tile(coded: bytes, count: int) -> np.ndarray:
 
 
 def coded_header(raw: torch.Tensor) -> bytes:
-    """What the coded payload of `raw` begins with."""
+    """The header of the coded payload of `raw`."""
     facts = (checksum(raw) % 2**64).to_bytes(8, "little") + len(raw).to_bytes(8, "little")
     return b"lmcache_mm" + (2).to_bytes(2, "little") + bytes(4) + facts + bytes(32)
 
 
 def encode_payload(raw: torch.Tensor, planes: int) -> bytes | None:
-    """The coded payload of a raw one of `planes` planes; None if it is stored raw."""
+    """The coded payload of a raw payload of `planes` planes; None if it is stored raw."""
     tiles: list[bytes | None] = []
     for plane in raw.reshape(planes, -1):
         numbers = plane.numpy().view(np.uint16)

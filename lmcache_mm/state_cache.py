@@ -1,4 +1,4 @@
-"""StateCache: the states of recurrent layers, as of Mamba or linear attention, under the keys of prompts' prefixes."""
+"""StateCache: stores states of recurrent layers (Mamba, linear attention) under the keys of prompts' prefixes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LAYOUT_CONTEXT = "lmcache_mm v1 state layout"
 
 
 class StateCache:
-    """Reuse of states across prompts, through a store; beside a KVCache for the attention layers, if there are any.
+    """Reuse of states across prompts, through a store. Use it together with a KVCache if there are attention layers.
 
-    layout: an opaque one, a page of which is one state, of all layers. Where a layer's state consists of several
-    tensors, these are views of its page's bytes. store: as of KVCache, which may share it. namespace: everything beside
-    prompt and layout that decides the bytes of a state; say in it what the tensors of a page are. every_tokens: at
-    multiples of it, and at the ends of the prompt, its items and turns, `match` looks for states.
+    layout: an opaque layout, with one state of all layers per page. If a layer's state consists of several tensors,
+    they are views of its page's bytes. store: as in KVCache, which may share it. namespace: everything besides prompt
+    and layout that determines the bytes of a state; name the tensors of a page in it. every_tokens: `match` looks for
+    states at multiples of it, and at the ends of the prompt, its items and turns.
 
-    A state's bytes may also depend on how the tokens before it were cut into steps: what is retrieved is what was
-    stored first. Methods may be called from several threads; RuntimeError after `close`.
+    A state's bytes may also depend on how the tokens before it were split into steps: `retrieve` restores the state
+    that was stored first. Several threads may call methods; RuntimeError after `close`.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class StateCache:
         if not self._every:
             raise ValueError("every_tokens: expected at least 1, got 0")
         self.layout = layout
-        # Not the fingerprint itself, which a KVCache of equal pages has too.
+        # The fingerprint itself would collide with that of a KVCache with equal pages.
         of_states = blake3(layout.fingerprint(layout.page_tokens), derive_key_context=LAYOUT_CONTEXT).digest()
         self._namespace = namespace.with_layout(of_states)
         self._open = True
@@ -67,29 +67,29 @@ class StateCache:
         self.close()
 
     def match(self, prompt: Prompt, limit: int | None = None) -> int:
-        """The most tokens, at most `limit`, behind which the store has a state of `prompt`; 0 if there is none. limit:
-        what a KVCache has matched, or less; None: all but the last token, which is computed for its logits."""
+        """The most tokens of `prompt`, at most `limit`, after which the store has a state; 0 if there is none. limit:
+        what a KVCache has matched, or less; None: all but the last token, which must be computed for its logits."""
         limit = len(prompt) - 1 if limit is None else min(count("limit", limit), len(prompt))
         cuts = [cut for cut in prompt.cuts(self._every, turns=True) if cut <= limit]
         present = unless_lacking(lambda: self.backend.contains(self._keys(prompt, cuts), peek=True), list[bool]())
         return max((cut for cut, there in zip(cuts, present, strict=False) if there), default=0)
 
     def retrieve(self, prompt: Prompt, tokens: int, page: int) -> Job[bool]:
-        """Fills the page with the state behind the first `tokens` tokens. The result: whether it was there, and was
-        verified; if not, the page is garbage. ValueError for a page or a number of tokens that do not exist."""
+        """Fills the page with the state after the first `tokens` tokens. The result: whether it was found and verified;
+        if not, the page holds garbage. ValueError for a page or a number of tokens that does not exist."""
         job = self._transfer.load([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))
         return job.then(bool)
 
     def store(self, prompt: Prompt, tokens: int, page: int) -> Job[bool]:
-        """Stores the page as the state behind the first `tokens` tokens, if the store has none: a multiple of
-        `every_tokens`, or an end of the prompt, its items or turns, else nothing will match it. The result: whether a
-        store of this host holds it now and did not before, or whether it was handed to one beyond it. ValueError as of
-        `retrieve`."""
+        """Stores the page as the state after the first `tokens` tokens, if the store has none. `tokens` must be a
+        multiple of `every_tokens` or an end of the prompt, its items or turns, else nothing will match it. The result:
+        for a store on this host, whether it now holds a state that it did not hold before; for a store elsewhere,
+        whether the state was handed to it. ValueError as in `retrieve`."""
         job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))
         return job.then(bool)
 
     def forget(self, salt: str | bytes) -> int:
-        """Removes all records that were stored under a tenant's salt from the store; returns their number."""
+        """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
         return self.backend.forget(owner_to_forget(salt))
 
     def _chunk(self, prompt: Prompt, tokens: int, page: int) -> Chunk:

@@ -1,4 +1,4 @@
-"""Chunks between pages and a store: in place where the store has slots in memory, else through staging memory."""
+"""Moves chunks between pages and a store: in place if the store has slots in memory, else through staging memory."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ from lmcache_mm.stores.store import SlotStore, Store
 if TYPE_CHECKING:
     from lmcache_mm.stores.local.slab import Slot
 
-STAGING_BYTES = 16 << 20  # least memory for the payloads of one step between pages and store
-SLOTS_BYTES = 256 << 20  # of slots that are held at once
-LANE_BYTES = 16  # of the checksum
+STAGING_BYTES = 16 << 20  # least staging memory for the payloads of one step
+SLOTS_BYTES = 256 << 20  # most bytes of slots held at once
+LANE_BYTES = 16  # size of a checksum lane
 
 
 class Chunk(NamedTuple):
-    """What is stored under one key: the pages of `tokens` consecutive tokens."""
+    """The pages of `tokens` consecutive tokens, stored under one key."""
 
     key: bytes
-    pages: torch.Tensor  # block ids, int64 on the host; -1: a page to be left out
+    pages: torch.Tensor  # block ids, int64 on the host; -1: skip the page
     tokens: int
 
 
 class Transfer:
-    """Moves chunks of at most `largest` bytes between the pages of `layout` and `store`, loads and stores on a thread
-    each; both may be under way at once.
+    """Moves chunks of at most `largest` bytes between the pages of `layout` and `store`. Loads and stores have one
+    thread each, and both may run at once.
 
-    moved: is told of what moved, as moved("load" or "store", seconds, bytes), on those threads: of a load since it was
-    asked for, of a store since its first page was read. coding: what `codec.of_layout` says."""
+    moved: called on those threads as moved("load" or "store", seconds, bytes). The seconds of a load count from the
+    request for it, those of a store from the first page read. coding: the result of `codec.of_layout`."""
 
     def __init__(
         self,
@@ -65,26 +65,26 @@ class Transfer:
         self.layout, self._store, self._moved = layout, store, moved
         self._in_place = isinstance(store, SlotStore)
         self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, whole_pages(largest))
-        # Memory for one step's payloads, one a direction, each touched by its one thread only.
+        # Memory for one step's payloads, one tensor per direction, each used only by that direction's thread.
         self._load_staging, self._store_staging = self._staging(), self._staging()
-        self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores
+        self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores by layers
         self._loading, self._storing = (
             Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
             for urgent in (True, False)
         )
         self._coded = CodedCopies(layout) if coding else None
-        self.raw_bytes = self.stored_bytes = 0  # handed to the store: as pages held them, and as the store has them
+        self.raw_bytes = self.stored_bytes = 0  # of stored chunks: before and after coding
         self._counting = threading.Lock()
         self._planes = len(layout.planes)
-        self._ends = sorted({*layout.planes_until.values(), self._planes})  # of layers
+        self._ends = sorted({*layout.planes_until.values(), self._planes})  # where each layer's planes end
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
         close_at_exit(self.close)
 
     def close(self, patience_s: float | None = None) -> bool:
-        """Finishes all jobs; with a patience, those that end within it. Whether these are all. Stores by layers whose
-        layers have not all been written are given up."""
+        """Finishes all jobs, or those that end within patience_s if given. Returns whether all are done. Gives up
+        stores by layers whose layers have not all been written."""
         by_layer = list(self._by_layer)
         for work in by_layer:
             work.abandon()
@@ -92,13 +92,13 @@ class Transfer:
         return all([*given_up, *(lane.close(patience_s) for lane in (self._loads, self._stores))])
 
     def stores_stalled_s(self) -> float:
-        """For how long there has been something to store and nothing has moved."""
+        """How long stores have been pending without progress."""
         return self._stores.stalled_s()
 
     def load(self, chunks: Sequence[Chunk], owner: bytes, by_layer: bool = False) -> Job[int]:
-        """Scatters chunks into their pages, until one is not there or damaged. The result: how many, from the first on,
-        were restored and verified. `owner`: as of Store.get_into. by_layer: one layer after the other, for those who
-        wait by `Job.layer_ready`; then it is all chunks or none."""
+        """Scatters chunks into their pages, up to the first that is missing or damaged. The result: how many, from the
+        first on, were restored and verified. `owner`: as in Store.get_into. by_layer: loads one layer after the other,
+        for callers that wait with `Job.layer_ready`; then it restores all chunks or none."""
         copies: list[Copies] = []
         asked = time.perf_counter()
         return self._submit(
@@ -106,19 +106,19 @@ class Transfer:
         )
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
-        """Gathers the chunks that the store lacks and has room for, and that have all their pages. The result: how many
-        tokens were handed to the store. `owner`: as of Store.put. early: the pages are still being written; the store
-        is asked already, and they are read by the thread that waits for `Job.pages_free` or, by_layer, that says
-        `Job.layer_written`; or by the store's own thread once somebody says `Job.written`. What was forgotten since
-        the store was asked for is not stored."""
+        """Gathers the chunks that have all their pages and that the store lacks and has room for. The result: how many
+        tokens were handed to the store. `owner`: as in Store.put. early: the pages are still being written. The store
+        is queried at once; the pages are read by the thread that calls `Job.pages_free` (by_layer:
+        `Job.layer_written`), or by the store's own thread after a call of `Job.written`. Does not store for an owner
+        that was forgotten after this call."""
         try:
             as_of = self._store.moment()
-        except Exception:  # it is closed, say, as the job will find
+        except Exception:  # for example, the store is closed; the job will fail for the same reason
             as_of = 0
         if not by_layer:
             return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
-        # On a thread and with memory of its own: it waits for a forward pass, in which others may be under way.
-        name = "lmcache_mm store by layers"  # which `close` gives up
+        # It needs its own thread and memory: it waits for a forward pass, while other stores may run.
+        name = "lmcache_mm store by layers"  # `close` gives it up
         made = unless_lacking(lambda: (Lane(name, at_exit=False), self._staging()), None)
         if made is None:
             return Job(_nothing(self._stores), self.layout, ())
@@ -128,7 +128,7 @@ class Transfer:
         return job
 
     def _staging(self) -> torch.Tensor:
-        """uint8 of host memory for the payloads of one step, beginning at a page, pinned where pages are on a GPU."""
+        """Host memory for the payloads of one step, uint8, page-aligned, pinned if pages are on a GPU."""
         size = 0 if self._in_place else self._step_bytes
         if self.layout.device.type == "cuda" or size == 0:
             return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
@@ -142,9 +142,9 @@ class Transfer:
         early: bool = False,
         by_layer: Sequence[Copies] = (),
     ) -> Job[int]:
-        """Runs `run` on a lane's thread, with what the caller's stream holds now."""
+        """Runs `run` on the lane's thread, with an event after the work that the caller's stream holds now."""
         behind = current_event(self.layout.device)
-        # Nothing is moved where there is no memory for it: that is a miss, or something not stored.
+        # Without memory, nothing is moved: a load is a miss, and a store stores nothing.
         moved = lane.submit(lambda work: unless_lacking(lambda: run(work, behind, *arguments), 0), early)
         return Job(moved, self.layout, by_layer)
 
@@ -177,7 +177,7 @@ class Transfer:
     def _load_slots(
         self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
     ) -> int:
-        """Scatters straight from the store's slots; if `whole`, all of them or none."""
+        """Scatters directly from the store's slots; if `whole`, all chunks or none."""
         store = cast(SlotStore, self._store)
         lent: list[Slot] = []
         try:
@@ -200,7 +200,7 @@ class Transfer:
     def _lend(
         self, store: SlotStore, step: list[Chunk], owner: bytes, lent: list[Slot]
     ) -> tuple[list[Slot | None], list[bool]]:
-        """Of each chunk its slot, and whether it is coded; those that there are go to `lent` too."""
+        """The slot of each chunk, and whether its payload is coded. Also appends the slots found to `lent`."""
         sizes = [self._coded_bytes(chunk) for chunk in step]
         first = [size or self._payload_bytes(chunk) for size, chunk in zip(sizes, step, strict=True)]
         slots = store.lend([chunk.key for chunk in step], first, owner)
@@ -221,8 +221,8 @@ class Transfer:
         found: list[int],
         expected: Sequence[int | None],
     ) -> list[bool]:
-        """Which payloads are what was stored. found: the checksums of what pages hold now; expected: those of raw
-        payloads, None for what the store has verified."""
+        """Whether each payload is what was stored. found: checksums of what the pages now hold; expected: checksums of
+        raw payloads, None for those that the store has verified."""
         matches = []
         for i, chunk in enumerate(chunks):
             if coded[i]:
@@ -242,8 +242,8 @@ class Transfer:
         checksums: bool,
         by_layer: list[Copies] | None,
     ) -> list[int]:
-        """Fills pages, layer after layer for those who wait for the copies `by_layer`; the payloads' checksums, if
-        they are asked for."""
+        """Fills pages. by_layer: takes the copies, for callers that wait for layers; copies then go layer by layer.
+        Returns the payloads' checksums, if `checksums`."""
         ends, on_the_way = self._layers(by_layer is not None)
         sums: list[int] = []
 
@@ -265,8 +265,8 @@ class Transfer:
         return sums if on_the_way or not checksums else [ops.checksum(payload) for payload in payloads]
 
     def _layers(self, by_layer: bool) -> tuple[list[int], bool]:
-        """The planes up to which each layer reaches, all of them being one if not `by_layer`; and whether copies can
-        make checksums on the way: layers' parts of payloads have to begin at lanes of them."""
+        """Where each layer's planes end (one end for all planes if not `by_layer`); and whether copies can compute
+        checksums, which requires that each layer's part of a payload begins at a checksum lane."""
         return (self._ends, self.layout.page_bytes % LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
     def _load_staged(
@@ -314,7 +314,7 @@ class Transfer:
         gather = partial(self._gather, work, behind, by_layer, begun)
         store = self._store_slots if self._in_place else partial(self._store_staged, staging)
         stored = [one for step in steps for one in store(step, owner, as_of, partial(gather, step is steps[-1]))]
-        if self._store.local:  # what it dropped, or evicted for what came after it, is not there
+        if self._store.local:  # it may have dropped some, or evicted them for later ones
             there = self._store.contains([chunk.key for chunk, _ in stored], peek=True)
             stored = [one for one, is_there in zip(stored, there, strict=True) if is_there]
         if begun:
@@ -325,7 +325,7 @@ class Transfer:
         return sum(chunk.tokens for chunk, _ in stored)
 
     def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[_Stored]:
-        """Gathers straight into slots of the store, the chunks that there is room for."""
+        """Gathers the chunks that the store has room for, directly into its slots."""
         store = cast(SlotStore, self._store)
         sizes = [self._coded_bytes(chunk) or self._payload_bytes(chunk) for chunk in step]
         slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
@@ -380,9 +380,9 @@ class Transfer:
         payloads: list[torch.Tensor | None],
         raw: Callable[[list[int]], list[torch.Tensor | None]],
     ) -> tuple[list[torch.Tensor | None], list[int]]:
-        """Fills host memory with the chunks' payloads, layer by layer as they are written if `by_layer`; the payloads
-        and their checksums. raw: gives memory for the raw payloads of chunks that do not fit into their coded ones, or
-        None, where there is none. begun: when the first page was read."""
+        """Fills host memory with the chunks' payloads, layer by layer as layers are written if `by_layer`. Returns the
+        payloads and their checksums. raw: returns memory for raw payloads of chunks that do not fit their coded ones,
+        None for those without room. begun: receives the time at which the first page is read."""
         ends, on_the_way = self._layers(by_layer)
         whole_pages = self.layout.opaque
         given = [payload for payload in payloads if payload is not None]
@@ -401,7 +401,7 @@ class Transfer:
                 return False
             if self._coded:
                 sums[:] = self._finish_coded(chunks, payloads, coded, copies.wait(), raw)
-            elif work.early:  # the caller's thread goes on, its stream behind the reads
+            elif work.early:  # the caller's thread continues; its stream is ordered after the reads
                 copies.order(current_stream(self.layout.device), self._planes)
             else:
                 copies.wait()
@@ -421,7 +421,7 @@ class Transfer:
         found: list[int],
         raw: Callable[[list[int]], list[torch.Tensor | None]],
     ) -> list[int]:
-        """Completes coded payloads, and puts raw ones into the place of those that do not fit; the checksums."""
+        """Completes coded payloads, and replaces those that do not fit with raw ones. Returns the checksums."""
         sums, misfits = [], []
         for i, (chunk, payload) in enumerate(zip(chunks, payloads, strict=True)):
             raw_sum, tiles_sum, unfit = found[codec.SUMS * i : codec.SUMS * (i + 1)]
@@ -445,7 +445,7 @@ class Transfer:
     def _parts(
         self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, coded: Sequence[bool] = ()
     ) -> list[Part]:
-        """What is to be copied."""
+        """The chunks and payloads as copies take them."""
         size = self.layout.page_tokens
         places = [payload.data_ptr() for payload in payloads]
         for i, behind_header in enumerate(coded):
@@ -459,12 +459,12 @@ class Transfer:
         return self.layout.payload_bytes(len(chunk.pages))
 
     def _coded_bytes(self, chunk: Chunk) -> int | None:
-        """None where it is stored raw anyway."""
+        """The length of the chunk's coded payload; None if it is always stored raw."""
         plane_bytes = len(chunk.pages) * self.layout.page_bytes
         return codec.coded_bytes(self._planes, plane_bytes) if self._coded else None
 
     def _steps(self, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
-        """The chunks in steps of at most so many bytes as there is memory for, or of one chunk."""
+        """The chunks in steps, each of one chunk or of at most as many bytes as there is memory for."""
         step: list[Chunk] = []
         room = self._step_bytes
         for chunk in chunks:
@@ -478,7 +478,7 @@ class Transfer:
             yield step
 
     def _payloads(self, step: list[Chunk], staging: torch.Tensor) -> list[torch.Tensor]:
-        """Of each chunk its payload in staging memory, each beginning at a page, as disks like it."""
+        """The payload of each chunk in staging memory, page-aligned for disks."""
         payloads = []
         begin = 0
         for chunk in step:
@@ -489,7 +489,7 @@ class Transfer:
 
 
 def _nothing(lane: Lane) -> Work:
-    """Work that is done, and was nothing."""
+    """Empty work that is already done."""
     work = Work(lane)
     work.future.set_result(0)
     work.advance(left_pages=True)
@@ -500,4 +500,4 @@ _Gather = Callable[
     [list[Chunk], list[torch.Tensor | None], Callable[[list[int]], list[torch.Tensor | None]]],
     tuple[list[torch.Tensor | None], list[int]],
 ]
-_Stored = tuple[Chunk, int]  # and the bytes that the store has of it
+_Stored = tuple[Chunk, int]  # and the length of its stored payload

@@ -1,8 +1,8 @@
-"""Which way payloads go between a GPU's pages and the host: as `lmcache-mm calibrate` measured on the device.
+"""The choice of paths between a GPU's pages and the host, as measured on the device by `lmcache-mm calibrate`.
 
-Three ways are always right: through a ring of buffers in device memory; in one batch of copies straight from or to
-pages, which spares that ring and the kernels, and pays where fragments are long; and, layer by layer, by a few blocks
-of a kernel. See docs/design.md, Transfers.
+There are three paths, and all give the same result: through a ring of buffers in device memory; in one batch of copies
+directly from or to pages, which needs neither ring nor kernels and is faster for long fragments; and, layer by layer,
+by a few blocks of a kernel. See docs/design.md, Transfers.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ logger = logging.getLogger("lmcache_mm")
 class Paths:
     """A device's choices.
 
-    store, load: (count, bytes) each: a batch of at least `count` fragments pays if they are at least so many bytes long
-    on average. Without a measurement: 256 KiB, for a fragment of a batch costs about 0.1 µs beside its bytes on an H100
-    once it is longer than 28 KiB (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at 64 KiB), 2 % there.
-    store_layer_blocks, load_layer_blocks: how many blocks of a kernel do a transfer by layers; 0: the ring does.
-    ring_blocks: how many blocks the ring's kernels have at most; 0: as many as should keep up with the device's bus.
+    store, load: pairs (count, bytes): a batch of at least `count` fragments is faster if they are at least `bytes` long
+    on average. Default without a measurement: 256 KiB, where the fixed cost of a fragment is 2 %: on an H100, each
+    fragment longer than 28 KiB costs about 0.1 µs besides its bytes (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at
+    64 KiB).
+    store_layer_blocks, load_layer_blocks: how many blocks of a kernel run a transfer by layers; 0: the ring runs it.
+    ring_blocks: the most blocks of the ring's kernels; 0: as many as should keep up with the device's bus.
     """
 
     store: tuple[tuple[int, int], ...] = ((1, 256 << 10),)
@@ -40,7 +41,7 @@ class Paths:
     ring_blocks: int = 0
 
     def store_fragment_bytes(self, total_bytes: int) -> int:
-        """How long the fragments of so many bytes have to be for a batch to pay; 0: they never are."""
+        """The least average fragment length at which a batch of `total_bytes` is faster; 0: never."""
         return _least(self.store, total_bytes)
 
     def load_fragment_bytes(self, total_bytes: int) -> int:
@@ -52,13 +53,13 @@ def _least(rows: tuple[tuple[int, int], ...], total_bytes: int) -> int:
 
 
 def file_of(device_name: str) -> Path:
-    """Where the choices for devices of this name are kept: in $XDG_CACHE_HOME/lmcache_mm, by default ~/.cache/…"""
+    """The file with the choices for devices of this name: in $XDG_CACHE_HOME/lmcache_mm, by default ~/.cache/…"""
     cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache_home) / "lmcache_mm" / f"paths-{re.sub('[^a-z0-9]+', '-', device_name.lower())}.json"
 
 
 def save(paths: Paths, device_name: str) -> Path:
-    """Keeps a measurement, instead of an earlier one, for processes that start from now on."""
+    """Saves a measurement for processes that start from now on. Replaces an earlier one."""
     file = file_of(device_name)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "device": device_name, **asdict(paths)}
@@ -69,7 +70,7 @@ def save(paths: Paths, device_name: str) -> Path:
 
 
 def load(file: Path) -> Paths | None:
-    """What was kept; None if there is none, or one of another version, which is logged."""
+    """The saved measurement; None if there is none or, with a warning, if it is invalid or of another version."""
     try:
         content = json.loads(file.read_text())
         if content["format"] != FORMAT:
@@ -88,5 +89,5 @@ def load(file: Path) -> Paths | None:
 
 @cache
 def of_device(device: torch.device) -> Paths:
-    """The choices for a CUDA device: what was measured on one of its name, else the defaults."""
+    """The choices for a CUDA device: as measured on a device of the same name, else the defaults."""
     return load(file_of(torch.cuda.get_device_name(device))) or Paths()
