@@ -1,5 +1,5 @@
-// The Python module lmcache_mm._C: addresses and counts in, nothing checked twice. ops.py has looked at every dtype,
-// device, shape and bound before it calls.
+// The Python module lmcache_mm._C. It takes addresses and counts, and checks nothing twice: ops.py has checked all
+// dtypes, devices, shapes and bounds before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,7 +42,7 @@ std::vector<Chunk> to_chunks(const py::iterable& chunks) {
 }
 
 #ifdef LMCACHE_MM_CUDA
-// upload(table): copies bytes to the device behind what its stream holds; their address there.
+// upload(table): copies bytes to the device in stream order. Returns their address there.
 cuda::Launch to_launch(int device, u64 stream, const py::function& upload, u32 max_blocks = 0) {
   cuda::Launch launch{device, reinterpret_cast<void*>(stream), max_blocks};
   launch.place_table = [&upload](const u8* table, u64 bytes) {
@@ -53,7 +53,7 @@ cuda::Launch to_launch(int device, u64 stream, const py::function& upload, u32 m
 }
 #endif
 
-// A slab's index, with the lock that it is written under.
+// A slab's index, with the lock for its writers.
 struct Slab {
   Slab(u64 file, const SlabPages& pages, const SlabIndex::Shape& shape, int lock_fd, u32 lock_byte, u32 row)
       : lock(lock_fd, lock_byte, &pages), index(reinterpret_cast<void*>(file), shape, lock, row) {}
@@ -435,7 +435,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("terms"));
 
 #ifdef LMCACHE_MM_CUDA
-  // Memory on the device is the caller's, so that it is freed in the order of the stream.
+  // The caller owns device memory, so that it is freed in stream order.
   m.def(
       "cuda_apply_mm_hashes_to_token_ids",
       [](u64 token_ids, u64 count, const py::iterable& items, int device, u64 stream, const py::function& upload) {
@@ -482,7 +482,7 @@ PYBIND11_MODULE(_C, m) {
   def_cuda_copy("cuda_gather", &cuda::gather);
   def_cuda_copy("cuda_scatter", &cuda::scatter);
 
-  // Their destructors wait for the device, or may.
+  // Their destructors may wait for the device.
   const py::release_gil_before_calling_cpp_dtor without_gil;
   py::class_<cuda::Event>(m, "CudaEvent", py::metaclass((PyObject*)&PyType_Type), without_gil)
       .def(py::init([](int device, u64 stream) {

@@ -1,6 +1,6 @@
-// Where each piece of a payload lies in a paged cache: all index arithmetic of gather and scatter, host and device.
+// Where each piece of a payload is in a paged cache: all index arithmetic of gather and scatter, host and device.
 //
-// Sizes and positions count units of 1, 4 or 16 bytes, chosen once a call; `Index` is u32 where they fit, else u64.
+// Sizes and positions are in units of 1, 4 or 16 bytes, chosen per call; `Index` is u32 if they fit, else u64.
 #pragma once
 
 #include <vector>
@@ -19,7 +19,7 @@ LMC_HOST_DEVICE u64 multiply_high(u64 a, u64 b) {
 
 LMC_HOST_DEVICE u32 multiply_high(u32 a, u32 b) { return static_cast<u32>(static_cast<u64>(a) * b >> 32); }
 
-// Division of n < 2^(w-2) by a fixed d in [1, 2^(w-2)), w the width of Index, with one high multiplication. With
+// Divides n < 2^(w-2) by a fixed d in [1, 2^(w-2)) with one high multiplication; w is the width of Index. With
 // s = ceil(log2 d) and m = floor(2^(w-2+s) / d) + 1, floor(n m / 2^(w-2+s)) is exact: n (m d - 2^(w-2+s)) < 2^(w-2+s).
 template <typename Index>
 struct Divisor {
@@ -42,15 +42,15 @@ struct Divisor {
   }
 };
 
-// Each of `blocks` blocks takes a contiguous range of `tiles`, at least one: blocks <= tiles.
+// Each of `blocks` blocks takes a contiguous range of at least one of `tiles` tiles: blocks <= tiles.
 LMC_HOST_DEVICE u64 first_tile(u64 block, u64 tiles, u64 blocks) { return tiles * block / blocks; }
 LMC_HOST_DEVICE u64 block_of_tile(u64 tile, u64 tiles, u64 blocks) { return ((tile + 1) * blocks - 1) / tiles; }
 
 enum class Mode { kPage, kToken };
 
-// One paged cache. Plane i begins at planes[i], page p of it at planes[i] + p * page_stride bytes, and unit x of a page
-// (x / run) * run_stride bytes plus x % run units behind that. `token` contiguous units of a page belong to one token,
-// and so on around: unit x belongs to slot (x / token) % page_tokens.
+// One paged cache. Plane i begins at planes[i], its page p at planes[i] + p * page_stride bytes, and unit x of a page
+// (x / run) * run_stride bytes plus x % run units after that. `token` contiguous units of a page belong to one token,
+// cyclically: unit x belongs to slot (x / token) % page_tokens.
 template <typename Index>
 struct PagedLayout {
   u8* const* planes;
@@ -61,27 +61,27 @@ struct PagedLayout {
   Divisor<Index> run;
   Divisor<Index> token;  // opaque pages: the whole page, and no chunk has a tail
   Divisor<u64> page_tokens;
-  Divisor<Index> slots;  // page_tokens again, for units
+  Divisor<Index> slots;  // also page_tokens, for division of units
   Divisor<Index> row;    // the units of one token in a plane
   u32 unit_bytes;
 };
 
-// One chunk of a call, as its caller names it. `ids`: block ids (page mode) or slots (token mode), int32 or int64.
+// One chunk of a call. `ids`: block ids (page mode) or slots (token mode), int32 or int64.
 struct Chunk {
   const void* ids;
   u64 count;   // pages or tokens
-  u64 tokens;  // page mode: how many tokens of the pages count, the rest of the last page being zeroed by a gather
+  u64 tokens;  // page mode: how many tokens of the pages are valid; a gather zeroes the rest of the last page
   u8* payload;
   bool wide;       // ids are int64
-  u64 offset = 0;  // in a longer payload of which this is a part, a multiple of 16: where it has the checksum's lanes
+  u64 offset = 0;  // of this part in a longer payload, a multiple of 16: says which checksum lanes it has
 
   LMC_HOST_DEVICE u64 id(u64 i) const {
     return static_cast<u64>(wide ? static_cast<const i64*>(ids)[i] : static_cast<const std::int32_t*>(ids)[i]);
   }
 };
 
-// A contiguous piece of the cache behind a unit of a payload; `cache` is null where the cache holds nothing for it: no
-// such page, or a slot past the tail.
+// The contiguous piece of the cache that a unit of a payload begins. `cache` is null if the cache has nothing for it: a
+// missing page, or a slot past the tail.
 template <typename Index>
 struct Span {
   u8* cache;
@@ -99,8 +99,8 @@ LMC_HOST_DEVICE u8* cache_address(const PagedLayout<Index>& layout, Index plane,
          static_cast<u64>(in_run) * layout.unit_bytes;
 }
 
-// Page mode, payload = [plane][page][page unit]: the span behind payload unit `y`, ending within its run. `count` is
-// the chunk's.
+// Page mode, payload = [plane][page][page unit]: the span of payload unit `y`, which ends within its run. `count`: of
+// the chunk.
 template <typename Index>
 LMC_HOST_DEVICE Span<Index> page_span(const PagedLayout<Index>& layout, const Chunk& chunk, Divisor<Index> count,
                                       Index y) {
@@ -122,7 +122,7 @@ LMC_HOST_DEVICE Span<Index> page_span(const PagedLayout<Index>& layout, const Ch
   return span;
 }
 
-// Token mode, payload = [plane][token][row unit]: the span behind payload unit `y`, ending within its row.
+// Token mode, payload = [plane][token][row unit]: the span of payload unit `y`, which ends within its row.
 template <typename Index>
 LMC_HOST_DEVICE Span<Index> token_span(const PagedLayout<Index>& layout, const Chunk& chunk, Divisor<Index> count,
                                        Index y) {
@@ -162,10 +162,10 @@ struct PagedCache {
     return mode == Mode::kToken || chunk.tokens < chunk.count * page_tokens;
   }
 
-  // `plane_table`: where the addresses of the planes can be read by whoever uses the result.
+  // `plane_table`: the addresses of the planes, readable where the result is used.
   template <typename Index>
   PagedLayout<Index> in_units(u32 unit_bytes, u8* const* plane_table) const {
-    // A divisor that this call does not use may be no multiple of the unit; it must only not be 0.
+    // Divisors that this call does not use need not be multiples of the unit, but must not be 0.
     const auto units = [unit_bytes](u64 bytes) { return Divisor<Index>(bytes < unit_bytes ? 1 : bytes / unit_bytes); };
     return {plane_table,
             num_pages,

@@ -1,4 +1,4 @@
-// CUDA errors as exceptions that name the operation, the error and where it was seen.
+// CUDA errors as exceptions that name the operation, the error, and the file and line.
 #pragma once
 
 #include <cudaTypedefs.h>
@@ -14,7 +14,7 @@ namespace lmc {
                            file + ":" + std::to_string(line) + ")");
 }
 
-// Clears the error it reports and no other: one that was pending before the call is its maker's.
+// Clears only the error that it reports. An error pending from before the call belongs to the code that caused it.
 #define LMC_CUDA_CHECK(op, call)                             \
   do {                                                       \
     const cudaError_t error_ = (call);                       \
@@ -30,7 +30,7 @@ inline bool is_captured(const char* op, void* stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// A function of the driver as of a CUDA version; null where the driver has none.
+// A function of the driver, as defined in a CUDA version; null if the driver has none.
 template <typename Function>
 Function driver_function(const char* op, const char* name, [[maybe_unused]] unsigned version) {
   void* function = nullptr;
@@ -43,8 +43,8 @@ Function driver_function(const char* op, const char* name, [[maybe_unused]] unsi
   return reinterpret_cast<Function>(function);
 }
 
-// Lets the calls of a scope pass while another thread captures a CUDA graph, which cudaEventSynchronize and
-// cudaHostAlloc, for example, would otherwise end. The exchange fails for arguments that are wrong only.
+// Allows the calls in a scope while another thread captures a CUDA graph. Otherwise, for example cudaEventSynchronize
+// and cudaHostAlloc would end the capture. The exchange fails only for invalid arguments.
 class RelaxedCapture {
  public:
   RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -54,10 +54,10 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Makes `device` current for a scope, whose calls are those of RelaxedCapture.
+// Makes `device` current in a scope, and relaxes capture as RelaxedCapture does.
 //
 // A thread starts with device 0 current but without a context. The guard does not set device 0 again on such a thread:
-// since CUDA 12, cudaSetDevice makes a context, which takes some 0.5 GiB of that device.
+// since CUDA 12, cudaSetDevice creates a context, which takes about 0.5 GiB of that device.
 class DeviceGuard {
  public:
   DeviceGuard(const char* op, int device) {

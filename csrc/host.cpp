@@ -1,4 +1,4 @@
-// The operations on the host, by the same functors as the kernels.
+// The operations on the host, with the same functors as the kernels.
 #include <atomic>
 #include <thread>
 
@@ -14,7 +14,7 @@
 namespace lmc::cpu {
 namespace {
 
-// What is compiled once for each instruction set.
+// The code that is compiled once per instruction set.
 struct Simd {
   const HashMany& hash_many;
   const LaneCopy& lane_copy;
@@ -26,7 +26,7 @@ const Simd kAvx2{avx2::hash_many, avx2::lane_copy, avx2::tile_codec};
 const Simd kAvx512{avx512::hash_many, avx512::lane_copy, avx512::tile_codec};
 #endif
 
-// What this machine can run, the fastest first.
+// The instruction sets that this machine can run, the fastest first.
 std::vector<const Simd*> runnable() {
   std::vector<const Simd*> all;
 #ifdef LMCACHE_MM_X86
@@ -59,17 +59,17 @@ void check_token_ids(TokenIds token_ids, u64 end) {
   }
 }
 
-// Hands out content ids in ascending windows; keeps only the items that a window can meet.
+// Computes content ids in ascending windows. Keeps only the items that can overlap later windows.
 class ContentIds {
  public:
   // token_ids[0] is position `base` of the prompt.
   ContentIds(TokenIds token_ids, const ItemTable& items, u64 base = 0)
       : token_ids_(token_ids), items_(items), base_(base) {
-    active_.reserve(items.spans.size());  // so that nothing is allocated later
+    active_.reserve(items.spans.size());  // so that `read` allocates nothing
   }
 
-  // ids[0, count) = the content ids of positions [first, first + count). False if a token id is outside [0, 2^32); the
-  // ids are worthless then.
+  // ids[0, count) = the content ids of positions [first, first + count). False if a token id is outside [0, 2^32); then
+  // the ids are garbage.
   bool read(u64 first, u64 count, u64* ids) {
     const u64 end = first + count;
     for (; next_ < items_.spans.size() && items_.spans[next_].offset < end; ++next_)
@@ -141,8 +141,8 @@ void check_cuts(const std::vector<u64>& cuts, u64 count) {
                                 std::to_string(cuts.back()));
 }
 
-// The tree of all prefixes at once: first the leaves, and the last leaf of each prefix, then the levels above, then
-// each key folds the subtrees that it needs. Everything is done in batches that fill the vectors.
+// Computes the tree of all prefixes at once: first the leaves and the last leaf of each prefix, then the levels above,
+// then each key folds the subtrees that it needs. All of it runs in batches that fill the vectors.
 void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], const std::vector<u64>& cuts,
                  u8* keys) {
   const u64 count = cuts.empty() ? 0 : cuts.back();
@@ -154,7 +154,7 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
   const u64 full_leaves = count / kLeafIds;
   std::vector<std::vector<ChainingValue>> nodes(1);
   nodes[0].resize(full_leaves);
-  std::vector<ChainingValue> folds(cuts.size());  // of each prefix: its last leaf, and at the end its hash
+  std::vector<ChainingValue> folds(cuts.size());  // by prefix: first its last leaf, in the end its hash
 
   ContentIds content(token_ids, items);
   std::size_t cut = 0;
@@ -174,7 +174,7 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
     const u32 leaves = static_cast<u32>((here + kLeafIds - 1) / kLeafIds);
     if (!content.read(first, here, ids)) check_token_ids(token_ids, count);
     std::fill(ids + here, ids + leaves * kLeafIds, 0);
-    // A prefix that ends with a full leaf needs no more than that leaf, unless it is the root.
+    // A prefix that ends with a full leaf needs only that leaf, unless the leaf is the root.
     const auto ends_leaf = [](u64 end) { return end % kLeafIds == 0 && end > kLeafIds; };
     std::size_t cuts_end = cut;
     bool within_leaves = false;
@@ -184,7 +184,7 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
     if (const u64 full = std::min<u64>(leaves, full_leaves - std::min(full_leaves, first_leaf)))
       std::memcpy(nodes[0].data() + first_leaf, leaf_cvs, 32 * full);
 
-    // The last leaf of every prefix that ends here: the chain before its last 64 bytes, finished with them.
+    // The last leaf of each prefix that ends here: continue the chain before its last 64 bytes with those bytes.
     u32 n = 0;
     for (; cut < cuts_end; ++cut) {
       const u64 last = cuts[cut] - 1 - first;
@@ -225,7 +225,7 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
 
   for (std::size_t begin = 0; begin < cuts.size(); begin += hash.lanes) {
     const u32 lanes = static_cast<u32>(std::min<u64>(hash.lanes, cuts.size() - begin));
-    u64 left[kMaxLanes];  // the leaves whose subtrees are still to be folded in, all behind them being in the fold
+    u64 left[kMaxLanes];  // how many leaves still have to be folded in; the leaves after them are in the fold
     for (u32 i = 0; i < lanes; ++i) left[i] = cuts[begin + i] ? (cuts[begin + i] - 1) / kLeafIds : 0;
     for (;;) {
       u32 n = 0;
@@ -258,13 +258,13 @@ void prefix_keys(TokenIds token_ids, const ItemTable& items, const u8 root[32], 
 
 RunningKeys::RunningKeys(const ItemTable& items, const u8 root[32]) : items_(items) {
   std::memcpy(root_, root, 32);
-  subtrees_.reserve(64);  // so that `extend` allocates nothing once it has begun
+  subtrees_.reserve(64);  // so that `extend` allocates nothing once it has started
 }
 
 // The key of the first `cut` tokens, whose last leaf begins at `leaf`; leaf_cv is its chaining value if it is full.
 void RunningKeys::put_key(u64 cut, const u64* leaf, const u32* leaf_cv, u8* key) const {
   u32 block[blake3::kBlockWords];
-  u32* x = block;  // H, and behind it T
+  u32* x = block;  // H, followed by T
   const u64 ids = cut - leaves_ * kLeafIds;
   const u32 root_flag = subtrees_.empty() ? blake3::kRoot : 0;
   if (leaf_cv && ids == kLeafIds && !root_flag) {
@@ -316,7 +316,7 @@ void RunningKeys::extend(TokenIds token_ids, const std::vector<u64>& cuts, u8* k
       push_leaf(cvs[0]);
       here = 0;
     }
-    // Whole leaves that are not the last, several at once.
+    // Several whole leaves at once, without the last leaf.
     const u64 whole = here ? 0 : std::min<u64>(hash.lanes, (end - tokens_ - 1) / kLeafIds);
     if (whole) {
       content.read(tokens_, whole * kLeafIds, ids);
@@ -337,7 +337,7 @@ void RunningKeys::extend(TokenIds token_ids, const std::vector<u64>& cuts, u8* k
 
 namespace {
 
-// Adds the lanes of `payload`, the first of which is lane `first`; a last lane may be short.
+// Adds the lanes of `payload`, numbered from `first`. The last lane may be short.
 void add_lanes(LaneSums& sums, const u8* payload, u64 bytes, u64 first) {
   const u64 rest = bytes % kLaneBytes, whole = bytes - rest;
   simd().lane_copy.sum(payload, whole, first, &sums);
@@ -373,19 +373,19 @@ void check_ids(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chu
 
 namespace {
 
-// A copy that fills the caches with nothing: the destination is written past them. That pays for what does not fit into
-// them, and a plain copy of page after page would read every destination line before it writes it.
+// From this size on, copies bypass the caches when they write. That is faster if the bytes do not fit into the caches:
+// a plain copy would read each destination line before it writes it.
 #ifndef LMC_STREAM_BYTES
 #define LMC_STREAM_BYTES (4 << 20)
 #endif
 constexpr u64 kStreamBytes = LMC_STREAM_BYTES;
-// What is asked for ahead of the copy: the hardware's prefetcher stops at the end of a 4 KiB page.
+// How far copies prefetch ahead, because the hardware's prefetcher stops at the end of a 4 KiB page.
 constexpr u64 kPrefetchBytes = 4096;
-// Threads are started for each call, none is kept: a process that forks keeps none either.
+// Each call starts its own threads and keeps none, because threads do not survive a fork.
 #ifndef LMC_THREAD_BYTES
 #define LMC_THREAD_BYTES (4 << 20)
 #endif
-constexpr u64 kThreadBytes = LMC_THREAD_BYTES;  // the least that a thread is started for
+constexpr u64 kThreadBytes = LMC_THREAD_BYTES;  // least bytes per thread
 
 void finish_streaming() {
 #ifdef __SSE2__
@@ -400,7 +400,7 @@ struct CopyCall {
   const std::vector<Chunk>& chunks;
   bool sums;
 
-  // Whether every span of the call begins and ends at a lane of its payload.
+  // Whether each span of the call begins and ends at a lane boundary of its payload.
   bool whole_lanes() const {
     u64 all = cache.run_bytes | cache.page_bytes;
     for (const Chunk& chunk : chunks)
@@ -409,8 +409,8 @@ struct CopyCall {
   }
 };
 
-// Copies payload bytes [begin, end) of a chunk, begin a multiple of 16. Returns the total of their lanes. beyond: what
-// is read next, if it is not what lies behind `end`.
+// Copies payload bytes [begin, end) of a chunk; `begin` is a multiple of 16. Returns the total of their lanes. beyond:
+// what the caller reads next, if it is not what follows `end`.
 template <bool kGather, Mode kMode>
 u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk& chunk, u64 begin, u64 end,
               bool whole_lanes, bool stream, const u8* beyond = nullptr) {
@@ -424,7 +424,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
   LaneSums sums;
   const u64 lane0 = chunk.offset / kLaneBytes;
   Span<u64> next = span_at(begin);
-  u64 summed = begin;  // without whole lanes: all before it is in the sum
+  u64 summed = begin;  // without whole lanes: the bytes before it are in the sum
   for (u64 y = begin; y < end;) {
     const Span<u64> span = next;
     u8* payload = chunk.payload + y;
@@ -464,7 +464,7 @@ u64 copy_part(const CopyCall& call, const PagedLayout<u64>& layout, const Chunk&
   return sums.total();
 }
 
-// Calls part(first, last) for ranges that make up [0, total), on up to `threads` threads.
+// Calls part(first, last) for ranges that together cover [0, total), on up to `threads` threads.
 template <typename Part>
 void in_parts(u64 total, u64 threads, const Part& part) {
   const u64 parts = std::max<u64>(1, threads);
@@ -475,7 +475,7 @@ void in_parts(u64 total, u64 threads, const Part& part) {
   } catch (const std::exception&) {  // out of threads or memory
   }
   part(0, total / parts);
-  part(total * begun / parts, total);  // what no thread was started for
+  part(total * begun / parts, total);  // the ranges without a thread
   for (std::thread& thread : others) thread.join();
 }
 
@@ -483,7 +483,7 @@ void in_parts(u64 total, u64 threads, const Part& part) {
 template <bool kGather>
 void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums) {
   const PagedLayout<u64> layout = call.cache.in_units<u64>(1, call.cache.planes.data());
-  std::vector<u64> ends;  // of the chunks, were their payloads one after another
+  std::vector<u64> ends;  // of the chunks, with their payloads one after another
   u64 total = 0;
   for (std::size_t c = 0; c < call.chunks.size(); ++c) {
     const u64 bytes = call.cache.payload_bytes(call.mode, call.chunks[c]);
@@ -495,7 +495,7 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
   const auto part = [&](u64 first, u64 last) {
     for (std::size_t c = 0; c < ends.size(); ++c) {
       const u64 chunk_begin = c ? ends[c - 1] : 0;
-      // Parts of one chunk meet at lanes of its payload.
+      // Parts of one chunk meet at lane boundaries of its payload.
       const auto in_chunk = [&](u64 at) {
         return at >= ends[c]       ? ends[c] - chunk_begin
                : at <= chunk_begin ? 0
@@ -514,8 +514,8 @@ void copy(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums
   in_parts(total, std::min<u64>(threads, total / kThreadBytes), part);
 }
 
-// As copy, of tiles: a tile is gathered into memory that stays in the first cache and is coded from there, or decoded
-// to there and scattered.
+// Like copy, but for tiles: each tile is gathered into a buffer that stays in the L1 cache and coded from there, or
+// decoded into it and scattered.
 template <bool kGather>
 void copy_coded(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>& sums) {
   const PagedLayout<u64> layout = call.cache.in_units<u64>(1, call.cache.planes.data());
@@ -550,7 +550,7 @@ void copy_coded(const CopyCall& call, u32 threads, std::vector<std::atomic<u64>>
         const u64 at = plane * plane_bytes + in_plane * kRawTileBytes;
         const u64 bytes = std::min(kRawTileBytes, plane_bytes - in_plane * kRawTileBytes);
         const u64 in_coded = plane * coded_bytes + in_plane * kCodedTileBytes;
-        // The tile is all that the chunk's payload has in memory.
+        // Only this tile of the chunk's payload is in memory.
         chunk.payload = reinterpret_cast<u8*>(reinterpret_cast<std::uintptr_t>(raw) - at);
         const u8* beyond = payload + in_coded + coded_tile_bytes(bytes / 2);
         if (kGather) beyond = tile + 1 < end ? page_span(layout, chunk, count, at + bytes).cache : nullptr;
@@ -602,7 +602,7 @@ void scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u6
 }
 
 u64 copy(u8* to, const u8* from, u64 bytes, u32 threads) {
-  // A gather of one page, whose only token it is.
+  // A gather of one page with one token.
   const PagedCache cache{{const_cast<u8*>(from)}, 1, bytes, bytes, bytes, 0, 1, bytes};
   const std::int32_t page = 0;
   u64 sum = checksum_length(0);

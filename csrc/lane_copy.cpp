@@ -1,6 +1,6 @@
-// Copies with checksums in vectors of LMC_LANES 32-bit words. The build compiles this file for every instruction set,
-// into namespace LMC_SIMD each, with its own flags; so it calls no function that another file has too, lest the linker
-// keep the copy that the machine cannot run.
+// Copies with checksums in vectors of LMC_LANES 32-bit words. The build compiles this file once per instruction set,
+// with that set's flags, into namespace LMC_SIMD. So it must not call inline functions that other files use too: the
+// linker might keep the copy that the machine cannot run.
 #include "lane_copy.h"
 
 #ifdef __SSE2__
@@ -16,7 +16,7 @@ typedef u64 Word __attribute__((aligned(1), may_alias));
 
 #define LMC_INLINE inline __attribute__((always_inline))
 
-// As LaneSums::add, which is not called for what the file's first comment says.
+// Same as LaneSums::add, which must not be called here: see the file's first comment.
 LMC_INLINE void add_lane(LaneSums& sums, u64 index, u64 a, u64 b) {
   const u64 x = a ^ (kLowKey + index * kLowStep), y = b ^ (kHighKey + index * kHighStep);
   sums.low += (x & 0xFFFFFFFF) * (x >> 32) + b;
@@ -74,7 +74,7 @@ template <To kTo, bool kSum>
 void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* all) {
   LaneSums sums;
   u64 i = 0;
-  if constexpr (kTo == To::kPastCaches)  // to where whole vectors can be streamed
+  if constexpr (kTo == To::kPastCaches)  // align `to` for streaming of whole vectors
     for (; i < bytes && reinterpret_cast<std::uintptr_t>(to + i) % kVectorBytes; i += kLaneBytes)
       copy_one<kTo, kSum>(to + i, from + i, first_lane + i / kLaneBytes, sums);
   Vector key, step, total = {};

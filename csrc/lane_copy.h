@@ -1,5 +1,5 @@
-// Copies of whole lanes that sum them up on the way. lane_copy.cpp is compiled once for each instruction set; host.cpp
-// chooses one when it first needs it.
+// Copies of whole lanes that also compute their checksum sums. lane_copy.cpp is compiled once per instruction set;
+// host.cpp chooses one when it first needs it.
 #pragma once
 
 #include "checksum.h"
@@ -7,9 +7,9 @@
 namespace lmc {
 
 struct LaneCopy {
-  // Copies `bytes`, a multiple of 16, and prefetches as much of `ahead`. sums: the lanes, from number first_lane on,
-  // are added to; null: they are not. `stream` writes past the caches where `to` is a multiple of 16, behind which a
-  // caller needs a fence before others may know of it.
+  // Copies `bytes`, a multiple of 16, and prefetches as many bytes of `ahead`. sums: the lanes, numbered from
+  // first_lane, are added to it, unless it is null. `stream` bypasses the caches if `to` is a multiple of 16; then the
+  // caller needs a fence before it publishes the bytes.
   void (*copy)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* sums);
   void (*stream)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* sums);
   void (*sum)(const u8* from, u64 bytes, u64 first_lane, LaneSums* sums);

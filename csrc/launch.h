@@ -1,8 +1,8 @@
-// What host and device code share: integer names, the host/device marker, shared memory and the kernel launch.
+// Shared by host and device code: integer names, the host/device marker, shared memory and the kernel launch.
 //
-// A .cu file compiles in two ways. By nvcc for a GPU; and by a C++ compiler against the stand-in for cuda_runtime.h in
-// tests/host_cuda, which defines LMC_HOST_CUDA and runs whole kernels on CPU threads. Three things keep that possible:
-// no <<< >>>, shared memory only through shared_memory<T>(), inline PTX only behind __CUDA_ARCH__ with a twin.
+// A .cu file compiles in two ways: with nvcc for a GPU, and with a C++ compiler against the stand-in for cuda_runtime.h
+// in tests/host_cuda, which defines LMC_HOST_CUDA and runs whole kernels on CPU threads. This requires: no <<< >>>,
+// shared memory only through shared_memory<T>(), inline PTX only under __CUDA_ARCH__ with a portable twin.
 #pragma once
 
 #include <cstddef>
@@ -34,14 +34,14 @@ using i64 = std::int64_t;
 
 #ifdef __CUDACC__
 
-// The block's dynamic shared memory, uninitialised, as one T.
+// The block's dynamic shared memory as one T, uninitialized.
 template <typename T>
 __device__ __forceinline__ T& shared_memory() {
   extern __shared__ __align__(16) u8 lmc_shared_memory[];
   return *reinterpret_cast<T*>(lmc_shared_memory);
 }
 
-// Puts one kernel on `stream`. shared_bytes: sizeof of the T that the kernel asks shared_memory for, or 0.
+// Launches one kernel on `stream`. shared_bytes: sizeof(T) if the kernel uses shared_memory<T>(), else 0.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
                    const Arguments&... arguments) {

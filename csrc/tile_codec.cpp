@@ -1,6 +1,6 @@
-// The codec's tiles on the host, in loops that compilers turn into vectors: the build compiles this file for every
-// instruction set, into namespace LMC_SIMD each, with its own flags; so it calls no function that another file has too,
-// lest the linker keep the copy that the machine cannot run.
+// The codec's tiles on the host, in loops that compilers vectorize. The build compiles this file once per instruction
+// set, with that set's flags, into namespace LMC_SIMD. So it must not call inline functions that other files use too:
+// the linker might keep the copy that the machine cannot run.
 #include "tile_codec.h"
 
 namespace lmc::LMC_SIMD {
@@ -10,7 +10,7 @@ typedef u16 Number __attribute__((may_alias));
 typedef u16 TwoCodes __attribute__((may_alias));
 typedef u64 EightFlags __attribute__((may_alias));
 
-constexpr u32 kVector = 64;  // a loop's length is a multiple of so many bytes
+constexpr u32 kVector = 64;  // loops run over a multiple of so many numbers
 
 struct Exponents {
   alignas(64) u8 values[kTileNumbers];
@@ -18,7 +18,7 @@ struct Exponents {
   alignas(64) u8 outside[kTileNumbers];  // 1 for an exception, else 0
 };
 
-// Gives each of `count` exponents its code in the window above `base`, and lists those that have none: their number.
+// Codes each of `count` exponents in the window above `base`, and lists those without a code. Returns their number.
 u32 code_exponents(Exponents& exponents, u32 count, u8 base, TileHead& head) {
   u8 any = 0;
   for (u32 i = 0; i < count; ++i) {
@@ -54,7 +54,7 @@ bool encode(u8* __restrict coded, u8* __restrict raw, u32 numbers) {
   u8 greatest = kWindow;
   for (u32 i = 0; i < end; ++i) greatest = exponents.values[i] > greatest ? exponents.values[i] : greatest;
 
-  // A few numbers that are much greater than the others become exceptions themselves.
+  // If a few numbers are much greater than the others, make those the exceptions.
   TileHead head{greatest, 0, 0, {}, {}};
   u32 exceptions;
   while ((exceptions = code_exponents(exponents, end, static_cast<u8>(head.top - kWindow), head)) > kMostExceptions)
@@ -72,7 +72,7 @@ bool encode(u8* __restrict coded, u8* __restrict raw, u32 numbers) {
 void decode(u8* __restrict raw, const u8* __restrict coded, u32 numbers) {
   alignas(64) u8 codes[kTileNumbers];
   TileHead head;
-  __builtin_memcpy(&head, coded, sizeof head);  // once: others may write to it meanwhile
+  __builtin_memcpy(&head, coded, sizeof head);  // read once: other processes may write to it meanwhile
   const u32 units = (numbers + kTileUnit - 1) / kTileUnit * kTileUnit;
   const u8* low = coded + sizeof head;
   const u8* packed = low + units;

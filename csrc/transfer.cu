@@ -1,18 +1,19 @@
 // Transfers between the pages of a GPU and pinned host memory: staged through a ring of buffers in device memory,
-// filled by kernels and emptied by the copy engine, or the other way round; by copies of long runs straight from or to
+// filled by kernels and emptied by the copy engine, or the other way round; by copies of long runs directly from or to
 // pages; or by a few blocks of a kernel that read or write the host's memory.
 //
-// A job goes in steps, each of which has a buffer b of the ring. `>` marks an event that a stream waits for:
+// A job runs in steps, each with a buffer b of the ring. `>` marks an event that a stream waits for:
 //   store  kernels:  [behind] > [free b] > gather into b, record filled b, record reached
 //          copies:   [filled b] > one batch to payloads, record free b ... record finished
 //   load   copies:   [free b] > one batch into b, record filled b
 //          kernels:  [behind] > [filled b] > scatter from b, record free b, record reached ... record finished
-// Long runs are in the same batch, without the buffer: a load's copies wait for [behind] then, and a store's record
-// reached. Kernels write partial checksums to pinned memory, for these runs in a launch that does nothing else. A job
-// by kernels alone needs no copies and no buffer.
+// Long runs are copied in the same batch, without the buffer. Then a load's copies wait for [behind], and a store's
+// copies record reached. Kernels write partial checksums to pinned memory; a separate launch computes those of long
+// runs. A job by kernels alone needs no copies and no buffer.
 //
-// A step is a range of planes of all chunks, or a range of chunks of one layer's planes. Steps begin with a layer of
-// kFirstStepBytes at most and double, so that the first layer is there early and the others take few calls.
+// A step is a range of planes of all chunks, or a range of chunks of one layer's planes. The first step is limited to
+// one layer and kFirstStepBytes; the limit doubles with each step. So the first layer ends early, and the others take
+// few calls.
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
@@ -35,17 +36,17 @@ namespace lmc::cuda {
 namespace {
 
 constexpr u64 kAlignment = 256, kFirstStepBytes = 1 << 20;
-// Of pinned memory, taken at once so that no transfer has to.
+// Pinned memory that is allocated in advance, so that no transfer has to allocate it.
 constexpr u64 kPinnedBytes = 32 << 10, kPinnedBlocks = 32;
 
 u64 align(u64 bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
-// For destructors, whose errors nobody can be told.
+// For destructors, which cannot report errors.
 void quietly(cudaError_t error) {
   if (error != cudaSuccess) cudaGetLastError();
 }
 
-// For destructors: without the guard rather than not at all.
+// For destructors: if the guard fails, does the work without it.
 template <typename Work>
 void on_device(int device, const Work& work) {
   try {
@@ -67,12 +68,12 @@ void refuse_capture(const char* op, void* stream) {
     throw std::runtime_error(std::string(op) + ": the stream is being captured, and no CUDA graph can hold a transfer");
 }
 
-// Bytes of every plane that are contiguous both in the cache and in a chunk's payload.
+// Bytes in each plane that are contiguous both in the cache and in a chunk's payload.
 struct Run {
   u64 in_plane, in_payload, bytes;
 };
 
-// The runs of a chunk of whole pages that are all there, if they are at least `least_bytes` long on average; else none.
+// The runs of a chunk of whole pages, none missing, if they are at least `least_bytes` long on average; else none.
 std::vector<Run> long_runs(const PagedCache& cache, const Chunk& chunk, u64 least_bytes) {
   std::vector<Run> runs;
   if (least_bytes == 0 || cache.splits_pages(Mode::kPage, chunk)) return runs;
@@ -91,16 +92,16 @@ std::vector<Run> long_runs(const PagedCache& cache, const Chunk& chunk, u64 leas
   return runs;
 }
 
-// So many blocks of a kernel keep up with the bus, and leave the other multiprocessors to compute: a bus has at most
-// 128 GB/s (PCIe 6) or 450 GB/s (NVLink-C2C), a block has 16 KiB under way, and takes 2 us for them at most.
+// How many blocks of a kernel keep up with the bus; the other multiprocessors are left for compute. A bus has at most
+// 128 GB/s (PCIe 6) or 450 GB/s (NVLink-C2C); a block has 16 KiB in flight, which take at most 2 us.
 u32 blocks_for_bus(const char* op, int device) {
   int is_c2c = 0;
   LMC_CUDA_CHECK(op, cudaDeviceGetAttribute(&is_c2c, cudaDevAttrHostNativeAtomicSupported, device));
   return (is_c2c ? 450'000 : 128'000) * 2 / (16 << 10) + 1;
 }
 
-// What a profiler shows beside the streams' names, docs/design.md has the picture. Without a profiler it is a test of a
-// pointer.
+// A range that profilers show next to the streams' names; docs/design.md has a picture. Without a profiler it costs one
+// test of a pointer.
 struct Range {
   explicit Range(const char* name) { nvtxRangePushA(name); }
   ~Range() { nvtxRangePop(); }
@@ -129,8 +130,8 @@ Event::~Event() {
 }
 
 struct Staging::State {
-  // Mapped pinned memory for what jobs exchange with kernels, tables and partial checksums. It is kept: to allocate and
-  // free it may wait for the device.
+  // Mapped pinned memory for tables and partial checksums, which jobs exchange with kernels. It is kept, because
+  // allocating or freeing it may wait for the device.
   struct Pinned {
     u8* host;
     u64 bytes;
@@ -141,8 +142,8 @@ struct Staging::State {
   u64 buffer_bytes;
   u32 buffers, max_blocks;
   cudaStream_t kernels = nullptr, copies = nullptr;
-  std::vector<cudaEvent_t> filled{}, free{};  // of each buffer
-  std::mutex one_job{};                       // enqueues at a time
+  std::vector<cudaEvent_t> filled{}, free{};  // by buffer
+  std::mutex one_job{};                       // one job at a time enqueues
   u32 next = 0;
   std::mutex pinned_mutex{};
   std::vector<Pinned> pinned{};
@@ -188,7 +189,7 @@ struct Staging::State {
 
 struct Staging::Job::State {
   struct Reached {
-    u64 planes;  // the first ones, which this event comes behind the last access to
+    u64 planes;  // the event comes after the last access to the first `planes` planes
     cudaEvent_t event;
   };
   struct Sums {
@@ -203,12 +204,12 @@ struct Staging::Job::State {
   PagedCache cache;
   std::vector<Chunk> chunks;
   std::vector<u64> ends;  // of layers, in planes
-  u32 kernel_blocks;      // 0: kernels leave payloads alone
+  u32 kernel_blocks;      // 0: kernels do not access payloads
   std::vector<std::vector<i64>> ids{};
-  std::vector<std::vector<Run>> runs{};  // of each chunk; none: it goes through the ring
+  std::vector<std::vector<Run>> runs{};  // by chunk; none: the chunk goes through the ring
   bool has_runs = false, is_pinned = true;
 
-  // What comes next.
+  // The position and size limit of the next step.
   u64 plane = 0;
   std::size_t chunk = 0;
   u64 budget = 0;
@@ -219,7 +220,7 @@ struct Staging::Job::State {
   cudaEvent_t finished = nullptr;
   bool under_way = false;
 
-  // For those who wait for planes.
+  // For threads that wait for planes.
   std::mutex mutex{};
   std::condition_variable changed{};
   std::vector<Reached> reached{};
@@ -254,7 +255,7 @@ struct Staging::Job::State {
       for (u64 i = 0; i < one.count; ++i) ids.back().push_back(static_cast<i64>(one.id(i)));
       one.ids = ids.back().data();
       one.wide = true;
-      void* address = nullptr;  // as devices call it; memory that is not pinned has none
+      void* address = nullptr;  // for devices; only pinned memory has one
       if (is_pinned && cudaHostGetDevicePointer(&address, one.payload, 0) == cudaSuccess) {
         one.payload = static_cast<u8*>(address);
       } else {
@@ -283,7 +284,7 @@ struct Staging::Job::State {
     while (step.last < chunks.size() && (step.last == chunk || bytes + bytes_of(step.last, plane, *end) <= budget))
       bytes += bytes_of(step.last++, plane, *end);
     const bool whole = step.last == chunks.size();
-    if (whole && chunk == 0 && plane > 0)  // the first layer goes without the others
+    if (whole && chunk == 0 && plane > 0)  // the first layer is not joined with others
       while (++end != ends.end()) {
         bytes = 0;
         for (std::size_t c = 0; c < chunks.size(); ++c) bytes += bytes_of(c, plane, *end);
@@ -307,7 +308,7 @@ struct Staging::Job::State {
     return pinned.back().host + pinned_used - bytes;
   }
 
-  // A kernel over the step's chunks that have long runs, or over the others, between pages and the buffer.
+  // Launches a kernel for the step's chunks with long runs (with_runs: checksums only), or for the other chunks.
   void run_kernel(const Step& step, bool with_runs, u8* buffer) {
     Sums made{{}, {}, nullptr};
     std::vector<Chunk> parts;
@@ -361,7 +362,7 @@ struct Staging::Job::State {
     copy_fragments(op, fragments, is_store, is_pinned, staging->copies);
   }
 
-  // Of a step's two streams the one that ends it.
+  // The stream that ends a step.
   cudaStream_t second() const { return is_store && !kernel_blocks ? staging->copies : staging->kernels; }
 
   void enqueue(const Step& step) {
@@ -412,10 +413,10 @@ void Staging::Job::go_on(u64 planes, const Event* behind) {
     LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.second()));
     j.under_way = true;
   } catch (...) {
-    // What was enqueued ends before the exception leaves: its memory is the caller's again.
+    // Wait for what was enqueued before the exception propagates, because the caller may then reuse the memory.
     on_device(s.device, [&s] { s.synchronize(); });
     j.under_way = false;
-    j.plane = 0;  // nothing of it counts
+    j.plane = 0;  // discard the job's progress
     j.end();
     throw;
   }
