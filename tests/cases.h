@@ -1,21 +1,21 @@
 // Cases of the operations in a file, for the drivers in this folder.
 //
-// CASES, little-endian: u32 number of cases, then for each
+// CASES, little-endian: u32 number of cases, then for each case
 //   text name, text op
 //   u32 number of fields, each: text name, u64 bytes, the bytes; integers are u64s, lists of them are concatenated
 //   u32 number of regions of memory, each: text name, u8 whether host memory, u64 misalignment of its first byte,
 //     u64 bytes, the bytes before the call, the bytes expected after it
-// where a text is a u32 length and so many bytes. Regions are given as their numbers. Per op, `?` optional:
+// where a text is a u32 length and that many bytes. Fields name regions by number. Per op, `?` optional:
 //   apply_mm_hashes_to_token_ids: count, items; region 0: int64 ids
 //   prefix_keys: count, wide, items, root, cuts; regions 0: ids, 1: keys
 //   gather, scatter: token_mode, host_ids, max_blocks, planes (offsets in region 0, the cache),
 //     layout (num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes),
 //     chunks (each: region of ids, wide, count, tokens, region of payload, offset), checksums? (region),
-//     payloads: 0 in device memory, 1 in host memory, 2 none, which is for CUDA only; partial_sums (CUDA only)
+//     payloads: 0 in device memory, 1 in host memory, 2 none (CUDA only); partial_sums (CUDA only)
 //   blake3_keyed_hash, blake3_derive_key: key or context, data, hash; no CUDA
-// A field `places_no_table` says that parameters of kernels hold all tables.
-// A field `refused` says that the call of cuda::, `cpu_refused` that of cpu::, has to throw std::invalid_argument.
-// items: for each u64 offset, u64 length, text modality, text identifier.
+// A field `places_no_table` says that all tables fit into kernel parameters.
+// A field `refused` says that the call of cuda:: must throw std::invalid_argument; `cpu_refused`, that of cpu::.
+// items: for each item u64 offset, u64 length, text modality, text identifier.
 #pragma once
 
 #include <cstdio>
@@ -97,7 +97,7 @@ struct Case {
   }
 };
 
-// What a gather or scatter is called with. address(number): where a region is.
+// The arguments of a gather or scatter. address(number): the address of a region.
 struct CopyArguments {
   PagedCache cache;
   Mode mode;

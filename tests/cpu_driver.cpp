@@ -1,10 +1,10 @@
-// Runs cases through lmc::cpu and compares every byte of every memory region with what Python says it has to be.
+// Runs cases through lmc::cpu and compares every byte of every memory region with the bytes that Python expects.
 //
 //   cpu_driver CASES SIMD THREADS
 //
-// SIMD: one of simd_variants(), or `?` to print them. Built for other processors too, and run in an emulator; under
-// sanitizers with -DLMC_THREAD_BYTES=1 -DLMC_STREAM_BYTES=1, so that small cases take the paths of large ones.
-// CASES: see cases.h. One line a failure, a count at the end, exit status 1 if there was any.
+// SIMD: one of simd_variants(), or `?` to print them. It is also built for other processors and run in an emulator, and
+// built with sanitizers and -DLMC_THREAD_BYTES=1 -DLMC_STREAM_BYTES=1, so that small cases take the paths of large
+// ones. CASES: see cases.h. Prints one line per failure and a count at the end; exit status 1 if there was a failure.
 #include <memory>
 #include <new>
 
@@ -78,7 +78,7 @@ void call(const Case& c, const std::vector<std::unique_ptr<Placed>>& regions, u3
   }
 }
 
-// What is wrong; empty if nothing is.
+// A description of the failure; empty if there is none.
 std::string failure(const Case& c, u32 threads) {
   std::vector<std::unique_ptr<Placed>> regions;
   for (const Region& region : c.regions) regions.push_back(std::make_unique<Placed>(region));
@@ -108,7 +108,7 @@ int main(int argc, char** argv) {
   const u32 threads = static_cast<u32>(std::strtoul(argv[3], nullptr, 0));
   u64 count = 0, failures = 0;
   for (const Case& c : read_cases(argv[1])) {
-    if (c.has("refused") || (c.has("payloads") && c.number("payloads") == 2)) continue;  // of CUDA only
+    if (c.has("refused") || (c.has("payloads") && c.number("payloads") == 2)) continue;  // CUDA only
     ++count;
     const std::string what = failure(c, threads);
     if (what.empty()) continue;

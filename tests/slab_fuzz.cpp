@@ -1,5 +1,5 @@
-// What libFuzzer makes of the bytes of a slab's index: whatever they are, nothing crashes or walks on for ever, no
-// record is found under another key, and an index that is opened anew works. `make fuzz` runs it.
+// libFuzzer changes the bytes of a slab's index. Whatever they are, nothing crashes or loops forever, no record is
+// found under another key, and an index that is opened again works. `make fuzz` runs it.
 #include <cstdio>
 #include <cstring>
 
@@ -44,8 +44,8 @@ void put(SlabIndex& index, u64 id, const SlabTerms& terms) {
 
 }  // namespace
 
-// Each four bytes: what to do, where in the file, with which byte. What holds most, the forgotten owners, comes last in
-// the file and is one place among many.
+// Each four bytes: the action, the place in the file, and the byte. The forgotten owners, the largest part of the file,
+// come last and count as one place among many.
 extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
   Alone lock;
   std::vector<u8> file(SlabIndex::file_bytes(kShape));

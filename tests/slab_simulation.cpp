@@ -1,15 +1,14 @@
-// Many clients over one slab's index, in one process: a seeded scheduler lets one of them run up to its next store to
-// shared memory, and stops, resumes or kills clients there. A seed repeats a run. STEPS: turns of a run.
+// Many clients of one slab's index, in one process: a seeded scheduler lets one of them run up to its next store to
+// shared memory, and stops, resumes or kills clients there. The same seed repeats a run. STEPS: turns per run.
 //
 //   slab_simulation kills SEED RUNS STEPS     clients are stopped and killed; nothing may be lost, wrong or found twice
-//   slab_simulation cuts SEED RUNS STEPS      and power is cut: sectors of the files are on the disk as they were at
-//   some
-//                                             moment since the last flush; what was flushed is there
-//   slab_simulation damage SEED RUNS STEPS    and bytes of the file change: nothing crashes, no wrong payload, it works
+//   slab_simulation cuts SEED RUNS STEPS      also cuts power: the disk has each sector as it was at some moment since
+//                                             the last flush; what was flushed is there
+//   slab_simulation damage SEED RUNS STEPS    also changes bytes of the file: no crash, no wrong payload, it works
 //   slab_simulation points stop|kill    one client is stopped or killed at each store of each kind of change in turn
 //   slab_simulation process TABLE LOCK GRANULES SIGNAL N    a real process that sends itself SIGNAL at its store N
-//   slab_simulation rebuild GRANULES    how long that takes; forgets NUMBER: that many owners are forgotten
-#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
+//   slab_simulation rebuild GRANULES    times a rebuild; forgets NUMBER: forgets that many owners
+#undef _FORTIFY_SOURCE  // it treats a jump to another stack as an error
 #include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -36,8 +35,8 @@ namespace {
 struct Killed {};
 
 struct Client;
-Client* running = nullptr;                    // whose coroutine it is
-std::function<void()> at_each_store = [] {};  // without coroutines
+Client* running = nullptr;                    // the client whose coroutine runs
+std::function<void()> at_each_store = [] {};  // for runs without coroutines
 u64 seed_of_run = 0;
 std::array<u64, 8> totals{};
 
@@ -48,15 +47,15 @@ std::array<u64, 8> totals{};
 }
 
 struct World {
-  static constexpr u32 kMark = 80;  // where the header says that a change is under way
+  static constexpr u32 kMark = 80;  // the offset of the header's mark for a change under way
   static constexpr u64 kNowhere = u64{1} << 30;
   static constexpr u32 kGranules = 24, kGranuleBytes = 64, kSegment = 8, kKeys = 20, kOwners = 3;
-  static constexpr u64 kSector = 512;  // a disk has it as it was at one moment
+  static constexpr u64 kSector = 512;  // disks write it atomically
 
   World(u32 granules, u32 segment, u64 seed) : random(seed) {
     shape = {granules, kGranuleBytes, segment};
     bytes = SlabIndex::file_bytes(shape);
-    // It ends where nothing may be touched, and a GiB before it nothing may be touched either.
+    // No access is allowed in the GiB before the file and the GiB after it.
     const u64 pages = (bytes + 4095) / 4096 * 4096;
     room = kNowhere + pages + kNowhere;
     mapped = static_cast<u8*>(mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -71,12 +70,12 @@ struct World {
 
   u64 draw(u64 below) { return random() % below; }
 
-  // To the disk, from memory, or back.
+  // Writes a sector from memory to the disk, or back.
   void write_sector(u64 at, bool back = false) {
     const u64 begin = at * kSector, length = std::min(kSector, bytes - begin);
     std::memcpy(back ? file + begin : disk.data() + begin, back ? disk.data() + begin : file + begin, length);
   }
-  // Whether a record's payload has to be the one that was put.
+  // Whether a record must have the payload that was put.
   bool is_whole(u64 content) const { return !damaged && (content & 0xFFFFFFFF) > torn; }
   bool has_payload(const SlabFound& record) const {
     bool good = true;
@@ -90,14 +89,14 @@ struct World {
   SlabIndex::Shape shape;
   u8 *mapped, *file;
   u64 room, bytes;
-  double now = 1000, wall = 1e9;  // since the machine's start; what the wall's clock was then
+  double now = 1000, wall = 1e9;  // seconds since the machine's start; wall-clock time at its start
   std::array<u64, 2> boot{1, 2};
   bool damaged = false, cuts_power = false;
-  std::vector<u8> disk;                                           // what a power cut leaves of the file
-  std::vector<u64> payload, disk_payload;                         // of each granule: the content that was written there
-  std::map<u64, u64> as_of;                                       // of contents
-  std::map<u64, u64> owner_of;                                    // of contents
-  u64 contents = 0, torn = 0;                                     // those up to `torn` were there before a power cut
+  std::vector<u8> disk;                                           // the file after a power cut
+  std::vector<u64> payload, disk_payload;                         // by granule: the content that was written there
+  std::map<u64, u64> as_of;                                       // by content
+  std::map<u64, u64> owner_of;                                    // by content
+  u64 contents = 0, torn = 0;                                     // contents up to `torn` existed before a power cut
   std::set<u64> flushed;                                          // contents
   std::array<u64, kOwners + 1> forgotten{}, forgotten_on_disk{};  // the moment before the last `forget` that returned
   Client* writer = nullptr;
@@ -130,7 +129,7 @@ struct SimulatedLock final : SlabLock {
   Client* client;
 };
 
-// Of one who looks on between two steps of the others.
+// The lock of an observer, which reads between two steps of the clients.
 struct ObservingLock final : SlabLock {
   explicit ObservingLock(World& world) : world(world) {}
   bool try_lock() override { return !world.writer; }
@@ -153,7 +152,7 @@ SlabOwner owner_of(u64 id) { return id ? SlabOwner{id, id} : SlabOwner{}; }
 
 u64 bytes_of(u64 key) { return 1 + key * 37 % (World::kGranuleBytes * 5); }
 
-// One process: a coroutine that does things to the store for as long as it lives.
+// One process: a coroutine that works on the store until it dies.
 struct Client {
   Client(World& world, u32 row) : world(world), row(row), lock(world, this) {
     world.rows[row] = this;
@@ -161,7 +160,7 @@ struct Client {
     stack.reset(new u8[kStack]);
   }
 
-  // Jumps, for they are no system calls.
+  // Uses jumps, because they need no system calls.
   void resume() {
     running = this;
     if (!_setjmp(scheduler)) {
@@ -177,13 +176,13 @@ struct Client {
     running = nullptr;
   }
 
-  // Gives way to the scheduler; the end, if it was killed meanwhile.
+  // Yields to the scheduler; throws Killed if the client was killed meanwhile.
   void pause() {
     if (!_setjmp(here)) _longjmp(scheduler, 1);
     if (killed) throw Killed{};
   }
 
-  // Does something else from now on, if it has done with what it did.
+  // Gives the client new work. Its old work must be done.
   void begin(std::function<void()> what) {
     work = std::move(what);
     begun = done = false;
@@ -211,7 +210,7 @@ struct Client {
 
   SlabTerms terms() const { return {world.now, world.wall + world.now, 0.2, ttl, quota}; }
 
-  // Whether the change was made; it may not take longer than its patience.
+  // Whether the change was made. It must not take longer than its patience.
   template <class Change>
   bool tries(Change change) {
     const double begun = world.now;
@@ -263,7 +262,7 @@ struct Client {
     }
   }
 
-  // Now and then others go far ahead here.
+  // Sometimes lets others run far ahead.
   void dwell() {
     for (u64 more = world.draw(3) ? 1 : world.draw(400); more > 0; --more) pause();
   }
@@ -341,7 +340,7 @@ struct Client {
     world.forgotten_on_disk[owner] = std::max(world.forgotten_on_disk[owner], moment);
   }
 
-  // As FileStore does: payloads, then the index, while others go on.
+  // Like FileStore: writes payloads, then the index, while others continue.
   void flush() {
     std::set<u64> there;
     for (u64 id = 0; id < World::kKeys; ++id)
@@ -391,7 +390,7 @@ void SimulatedLock::wait(double seconds) {
   if (running) client->pause();
 }
 
-// No record is there whose owner was forgotten after it was reserved, and none has another payload than its own.
+// Checks that no record's owner was forgotten after it was reserved, and that each record has its own payload.
 void check_records(World& world, SlabIndex& index) {
   for (u64 id = 0; id < World::kKeys; ++id) {
     const auto found = index.find(key_of(id), world.now, 0);
@@ -417,7 +416,7 @@ void damage(World& world) {
     case 2:
       std::memset(world.file + at, world.draw(2) ? 0 : 255, length);
       break;
-    case 3: {  // entries or pages change places
+    case 3: {  // swap entries or pages
       const u64 other = world.draw(world.bytes - length + 1);
       std::vector<u8> copy(world.file + at, world.file + at + length);
       std::memmove(world.file + at, world.file + other, length);
@@ -429,10 +428,10 @@ void damage(World& world) {
   }
 }
 
-// All that is left is what the disk has: each sector as it was when it was last written, which is any moment since the
-// last flush. Everybody is dead. The machine starts again, and some die while they open the store.
+// Only the disk's contents remain: each sector as it was when it was last written, at some moment since the last flush.
+// All clients are dead. The machine starts again, and some clients die while they open the store.
 void cut_power(World& world, const std::map<u64, u64>& expected) {
-  const u64 share = world.draw(3);  // of what memory has, in halves
+  const u64 share = world.draw(3);  // how much of memory reaches the disk: none, half or all
   for (u64 sector = 0; sector < world.sectors(); ++sector) {
     if (world.draw(2) < share) world.write_sector(sector);
     world.write_sector(sector, true);
@@ -440,7 +439,7 @@ void cut_power(World& world, const std::map<u64, u64>& expected) {
   for (u32 granule = 0; granule < World::kGranules; ++granule)
     if (world.draw(2) >= share) world.payload[granule] = world.disk_payload[granule];
   world.disk_payload = world.payload;
-  world.wall += world.now - (world.draw(4) ? 0 : 1e5);  // now and then somebody sets that clock back
+  world.wall += world.now - (world.draw(4) ? 0 : 1e5);  // sometimes the wall clock is set back
   world.now = 10;
   ++world.boot[0], ++world.cuts;
   world.torn = world.contents;
@@ -493,7 +492,7 @@ void run_once(u64 seed, Mode mode, u64 steps) {
     clients.erase(clients.begin() + static_cast<i64>(which));
   };
   ObservingLock observing(world);
-  // Nobody's row: it has no pins.
+  // A row without a client: it has no pins.
   auto observer = std::make_unique<SlabIndex>(world.file, world.shape, observing, 62);
   for (u64 step = 0; step < steps; ++step) {
     if (clients.size() < most && world.draw(10) == 0) start();
@@ -519,7 +518,7 @@ void run_once(u64 seed, Mode mode, u64 steps) {
     } else if (!clients[which]->stopped) {
       for (u64 more = 1ull << world.draw(7); more > 0; --more) clients[which]->resume();
     }
-    if (world.cuts_power) {  // the system writes what it likes when it likes
+    if (world.cuts_power) {  // the system may write anything at any time
       world.write_sector(world.draw(world.draw(4) ? 20 : world.sectors()));
       const u64 granule = world.draw(World::kGranules);
       world.disk_payload[granule] = world.payload[granule];
@@ -531,14 +530,14 @@ void run_once(u64 seed, Mode mode, u64 steps) {
     }
   }
   while (!clients.empty()) kill(0);
-  // Whoever comes next finds everything in order.
+  // The next client must find everything in order.
   Client last(world, 63);
   SlabTerms terms{world.now += 1, world.wall + world.now, 1, 0, 0};
   last.index->open(world.boot, true, terms);
   if (with_damage) {
     last.index->bury(~(u64{1} << 63), terms);
     terms.now = world.now += kRestSeconds + 1;
-    for (u64 i = 0; i < 300; ++i) {  // whatever is touched is mended
+    for (u64 i = 0; i < 300; ++i) {  // accesses repair what they touch
       const u64 id = world.draw(World::kKeys);
       last.index->remove({key_of(id)}, terms);
       const auto reserved = last.index->reserve({key_of(id)}, {1}, {}, {}, terms);
@@ -547,16 +546,16 @@ void run_once(u64 seed, Mode mode, u64 steps) {
       if (reserved.places[0] && (!found || found->checksum != 7)) fail("a put that is not found after damage");
       if (i > 250 && !reserved.places[0]) fail("no room after damage");
     }
-    world.file[World::kMark] |= 1;  // the mark: all of it is made anew
+    world.file[World::kMark] |= 1;  // the mark: the whole index is rebuilt
   }
   last.index->remove({}, terms);
   const std::string wrong = last.index->check(terms);
   if (!wrong.empty()) fail("at the end: " + wrong);
   if (!with_damage) check_records(world, *last.index);
-  // All that is held ends with the dead, and all room comes back.
+  // Burying dead clients releases everything that they hold, and all space is free again.
   last.index->bury(last.index->rows_taken() & ~(u64{1} << 63), terms);
   SlabTerms later = terms;
-  // After a power cut the store's clock goes on from where the disk saw it last.
+  // After a power cut, the store's clock continues from its last value on disk.
   later.now = world.now += kRestSeconds + (world.cuts ? 100 : 1);
   last.index->clear(later);
   for (const auto& [name, value] : last.index->sizes()) {
@@ -570,7 +569,7 @@ void run_once(u64 seed, Mode mode, u64 steps) {
   for (std::size_t i = 0; i < totals.size(); ++i) totals[i] += counts[i];
 }
 
-// A client comes to a halt at each store of each kind of change in turn, in a store that has one of everything.
+// Halts a client at each store of each kind of change in turn, in a store that has one of everything.
 void points(bool kills) {
   using Change = std::function<void(Client&)>;
   const u64 seven = bytes_of(7);
@@ -602,7 +601,7 @@ void points(bool kills) {
       const auto pinned = other.index->find(key_of(2), world.now, 0);
       if (!pinned || !other.index->table().pin(pinned->start, pinned->generation)) fail("a record that is not there");
       before.index->reserve({key_of(19)}, {seven}, owner_of(2), {}, before.terms());
-      for (u64 i = 0; i < 9; ++i) other.index->forget(owner_of(99), other.terms());  // no entry knows these moments
+      for (u64 i = 0; i < 9; ++i) other.index->forget(owner_of(99), other.terms());  // no entry has these moments
       const u64 moment = other.index->moment();
       victim.begin([&] { changes[kind](victim); });
       for (u64 i = 0; i <= point && !victim.done; ++i) victim.resume();
@@ -611,7 +610,7 @@ void points(bool kills) {
       if (kills) {
         world.rows[9] = nullptr;
         victim.die();
-      } else {  // others go on
+      } else {  // others continue
         world.rows[9] = nullptr;
         const bool locked = world.writer == &victim;
         for (u64 i = 0; i < 3; ++i) {
@@ -626,7 +625,7 @@ void points(bool kills) {
       }
       other.index->remove({}, other.terms());
       if (other.index->moment() < moment) fail("the sequence has gone back");
-      for (u64 id = 0; id < World::kKeys; ++id) fill(other, id, 3);  // all room is used
+      for (u64 id = 0; id < World::kKeys; ++id) fill(other, id, 3);  // use all space
       if (!world.has_payload(*pinned)) fail("what was pinned is overwritten");
       other.index->remove({key_of(4)}, other.terms());
       const std::string wrong = other.index->check(other.terms());

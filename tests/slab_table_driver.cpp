@@ -1,5 +1,5 @@
-// Readers pin slots and read their payloads while evictors overwrite them: a payload that is torn, or of another
-// generation than the one that was pinned, is an error. Built under ThreadSanitizer, which watches the payloads.
+// Readers pin slots and read their payloads while evictors overwrite them. A torn payload, or one of another generation
+// than the pinned one, is an error. Built with ThreadSanitizer, which checks accesses to payloads.
 #include <array>
 #include <cstdio>
 #include <memory>
@@ -21,11 +21,11 @@ constexpr int kRounds = 20000;
 
 std::array<SlotState, kSlots> states{};
 std::array<std::array<std::uint32_t, kWords>, kSlots> payloads{};  // all words are the generation
-std::array<std::atomic<std::uint32_t>, kSlots> published{};  // the index: of each slot the generation that it names
+std::array<std::atomic<std::uint32_t>, kSlots> published{};        // the index: each slot's generation
 std::atomic<std::uint64_t> reads{0}, evictions{0}, wrong{0};
 std::mutex write_transaction;
 
-// Each of them is a process of its own, with its row; two threads of it may share a view.
+// Stands for a separate process, with its own row; two of its threads may share a view.
 void read(SlabTable& table, std::uint32_t seed) {
   std::mt19937 random(seed);
   for (int round = 0; round < kRounds; ++round) {

@@ -1,4 +1,4 @@
-// The part of CUDA's header of this name that csrc/ uses, for the stand-in.
+// The stand-in's version of this CUDA header: only the part that csrc/ uses.
 #pragma once
 
 #include "cuda_runtime.h"

@@ -1,17 +1,17 @@
-// A stand-in for CUDA's header of this name: .cu files compile against it, unmodified and whole, with a C++ compiler
-// and run on the host, where AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer see every access.
+// A stand-in for this CUDA header: a C++ compiler compiles whole, unmodified .cu files against it. They run on the
+// host, where AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer see every access.
 //
 //   g++ -std=c++17 -x c++ -DLMC_HOST_CUDA -Itests/host_cuda -Icsrc ...   (and kernels.cpp, streams.cpp: without
 //   -fsanitize)
 //
-// Threads of a block are coroutines, each of them a thread of its own to ThreadSanitizer: the order in which they run
-// is drawn from a seed and so repeats, a barrier that cannot complete is found at once, and two accesses with nothing
-// of CUDA's between them are a race whatever the order was. Streams are queues, see streams.cpp. What is undefined in
-// CUDA (a barrier that some threads miss, a shuffle with an absent lane) ends the program with a message.
+// Threads of a block are coroutines, and ThreadSanitizer sees each as a separate thread. Their order is drawn from a
+// seed, so it can be repeated; a barrier that cannot complete is found at once; and two accesses that CUDA does not
+// order are a race in any order. Streams are queues, see streams.cpp. Undefined behavior of CUDA (a barrier that some
+// threads miss, a shuffle with an absent lane) ends the program with a message.
 //
-// Not here, so that code which needs it does not compile: what csrc/ does not use, such as __shared__ (use
-// lmc::shared_memory), votes, __threadfence, cooperative groups, graphs but those of one captured stream. A loop that
-// spins on a plain load never yields: the watchdog ends it.
+// Features that csrc/ does not use are missing, so that code with them does not compile: __shared__ (use
+// lmc::shared_memory), votes, __threadfence, cooperative groups, graphs except those of one captured stream. A loop
+// that spins on a plain load never yields: the watchdog ends it.
 #pragma once
 
 #include <cstddef>
@@ -165,33 +165,33 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
 
 namespace host_cuda {
 
-// --- For tests: what the device is like, what order things run in, what goes wrong.
+// --- For tests: the device's properties, the order of operations, and failures
 
 struct Options {
   int devices = 2;
   int multiprocessors = 2;
   int compute_capability = 90;
-  int batch_copies = 1;       // what the driver makes of cuMemcpyBatchAsync: 0 does not know it, 2 does not support it
-  int watchdog_seconds = 60;  // for one operation of a stream; 0: none
+  int batch_copies = 1;       // cuMemcpyBatchAsync in the driver: 0 is missing, 1 works, 2 returns not supported
+  int watchdog_seconds = 60;  // limit for one operation of a stream; 0: none
 };
 Options& options();
 
-// Of the calling host thread.
+// Counters of the calling host thread.
 struct Calls {
-  int until_failure = 0;                   // n > 0: the n-th call from now that can fail does, with cudaErrorUnknown
-  std::uint64_t most_blocks = 0;           // the greatest grid launched since this was set to 0
+  int until_failure = 0;                   // n > 0: the n-th call from now that can fail returns cudaErrorUnknown
+  std::uint64_t most_blocks = 0;           // the largest grid launched since this was set to 0
   std::uint64_t waits = 0;                 // how often a call has waited for the device
-  std::uint64_t devices = 0;               // bit n: a call has made a context on device n, or found it there
+  std::uint64_t devices = 0;               // bit n: a call has created or found a context on device n
   std::uint64_t launches = 0, copies = 0;  // how many kernels, and how many copies or batches of them, were enqueued
   std::uint64_t delays = 0;  // how often a launch has loaded its kernel, or a call has allocated pinned memory
 };
 Calls& calls();
 
-// Restarts the scheduler's random numbers. Of three seeds in a row one leaves all work to the last moment that is
-// legal, one does it all at the call, and one changes its mind. The first seed is the environment's HOST_CUDA_SEED.
+// Restarts the scheduler's random numbers. Of three consecutive seeds, one runs all work as late as is legal, one runs
+// it at the call, and one mixes both at random. The first seed is the environment variable HOST_CUDA_SEED.
 void seed(std::uint64_t value);
 
-// Ends the program with a message that names the kernel and thread that run, if one does.
+// Ends the program with a message. It names the kernel and thread that are running, if any.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // --- For the templates below.
@@ -200,16 +200,16 @@ struct Site {
   const char* file;
   int line;
 };
-// Parameters of what a kernel calls: where it calls it.
+// Parameters of functions that kernels call: the location of the call.
 #define HOST_CUDA_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 enum class Collective { kSyncWarp, kShuffle };
 
-// One meeting of the lanes of `mask`; `value` is what this lane brings, `source` the lane whose value it asks for.
+// One collective of the lanes of `mask`. `value`: of this lane; `source`: the lane whose value is returned.
 std::uint64_t meet(Collective kind, unsigned mask, std::uint64_t value, unsigned source, Site site);
 unsigned lane();
 
-// Before every atomic access, which is relaxed: another thread may go on.
+// Runs before each atomic access, which is relaxed: may switch to another thread.
 void before_atomic();
 
 void* shared_memory(std::size_t bytes);
@@ -217,8 +217,8 @@ void* shared_memory(std::size_t bytes);
 // Whether these bytes are device or pinned memory.
 bool is_device_accessible(const void* pointer, std::size_t bytes);
 
-// Barriers in shared memory and bulk copies, which are made some time after they were begun, in any order: a store
-// reads shared memory at one time and writes at another.
+// Barriers in shared memory, and bulk copies. Copies run some time after they were issued, in any order: a store reads
+// shared memory at one time and writes at another.
 void mbarrier_init(const void* barrier, unsigned arrivals);
 void mbarrier_load(const void* barrier, void* to, const void* from, std::size_t bytes);
 void mbarrier_arrive(const void* barrier);
@@ -282,7 +282,7 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned lanes, HOST_CUDA_SITE) {
 inline bool __isGlobal(const void* pointer) { return host_cuda::is_device_accessible(pointer, 1); }
 #define __builtin_assume(claim) ((claim) ? void() : host_cuda::fail("%s:%d: %s is false", __FILE__, __LINE__, #claim))
 
-// Of the types that CUDA has, those that are used; unsigned long is not among them.
+// Only the types that csrc/ uses. CUDA has no overload for unsigned long.
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
   host_cuda::before_atomic();
   return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);

@@ -1,4 +1,4 @@
-// What the drivers in this folder share: memory of the device and pinned memory, and what to do about errors.
+// Shared by the drivers in this folder: device memory, pinned memory, and error handling.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +10,7 @@
 #include "launch.h"
 
 #ifdef LMC_HOST_CUDA
-// Which deletion of the mutated sources is live; see tests/test_host_cuda.py. Each driver is one translation unit.
+// The mutation that is active; see tests/test_host_cuda.py. Each driver is one translation unit.
 int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
 #endif
 

@@ -1,14 +1,14 @@
-// Runs cases through lmc::cuda and compares every byte of every memory region with what Python says it has to be.
+// Runs cases through lmc::cuda and compares every byte of every memory region with the bytes that Python expects.
 //
 //   driver CASES [--schedules N] [--seed S] [--threads T] [--fail-fast]
 //          [--graphs] [--api-failures] [--watchdog SECONDS]   (the last two: the stand-in only)
 //
-// It is built against the stand-in in this folder, or by nvcc for a GPU (nvcc -x cu driver.cpp, with csrc/*.cu). A
-// schedule runs every case once, in an order, in batches that are enqueued on several streams before anything is waited
-// for, and with scheduling inside of the stand-in, that are all drawn from the seed; every thread runs its own.
-// --graphs instead captures every case in a CUDA graph, which then runs twice. --api-failures makes every CUDA call of
-// every case fail in turn and expects an exception, nothing left behind, and that the next call is right. One line a
-// failure, a count at the end, exit status 1 if there was any. CASES: see ../cases.h.
+// It is built against the stand-in in this folder, or with nvcc for a GPU (nvcc -x cu driver.cpp, with csrc/*.cu). A
+// schedule runs each case once. The seed determines the order, the batches, which are enqueued on several streams
+// before any wait, and the scheduling inside the stand-in. Each thread runs its own schedules.
+// --graphs instead captures each case in a CUDA graph, which then runs twice. --api-failures makes each CUDA call of
+// each case fail in turn, and expects an exception, no leaks, and a correct next call. Prints one line per failure and
+// a count at the end; exit status 1 if there was a failure. CASES: see ../cases.h.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -26,7 +26,7 @@ using namespace lmc;
 namespace {
 
 #ifdef LMC_HOST_CUDA
-constexpr std::size_t kGuardBytes = 0;  // AddressSanitizer watches what is outside of an allocation
+constexpr std::size_t kGuardBytes = 0;  // AddressSanitizer watches the bytes around allocations
 #else
 constexpr std::size_t kGuardBytes = 256;
 #endif
@@ -44,8 +44,8 @@ struct Placed {
 
 class Run {
  public:
-  int calls_until_failure = 0;    // of the op's own CUDA calls
-  std::size_t tables_placed = 0;  // of the call, that parameters could not hold
+  int calls_until_failure = 0;    // counts the op's own CUDA calls
+  std::size_t tables_placed = 0;  // tables of the call that did not fit into kernel parameters
 
   Run(const Case& c, int device, cudaStream_t stream) : case_(c), device_(device), stream_(stream) {
     for (const Region& region : case_.regions) {
@@ -75,7 +75,7 @@ class Run {
       if (p.bytes) CHECK(cudaMemcpyAsync(p.out.get(), p.device.get(), p.bytes, cudaMemcpyDeviceToHost, stream_));
   }
 
-  // All host memory that the call is given is overwritten and gone when this returns.
+  // Before this returns, all host memory that was passed to the call is overwritten and freed.
   void call() {
     std::vector<std::vector<u8>> host_ids;
     for (const Region& region : case_.regions)
@@ -103,7 +103,7 @@ class Run {
     for (std::vector<u8>& ids : host_ids) std::fill(ids.begin(), ids.end(), u8{0xFF});
   }
 
-  // The first byte of each region that is not as expected; empty if all are.
+  // The first unexpected byte of each region; empty if there is none.
   std::vector<std::string> differences() const {
     std::vector<std::string> out;
     if (partial_sums_) {
@@ -149,7 +149,7 @@ class Run {
     return where;
   }
 
-  // None of its calls is the op's own.
+  // Its calls do not count as the op's own.
   static PinnedMemory own_memory(u64 bytes) {
 #ifdef LMC_HOST_CUDA
     const int until_failure = std::exchange(host_cuda::calls().until_failure, 0);
@@ -243,7 +243,7 @@ class Driver {
     }
   }
 
-  // Captured before the memory has what the call reads. What cannot be captured has to say so.
+  // Captures before the memory has the bytes that the call reads. A call that cannot be captured must throw.
   void run_graph(const Case& c, u64 seed) {
     seed_ = seed;
     CHECK(cudaSetDevice(0));
@@ -361,7 +361,7 @@ class Driver {
   bool fail_fast_, alone_;
   int devices_ = 0;
   u64 seed_ = 0;
-  std::vector<std::vector<cudaStream_t>> streams_;  // of each device; the first is the NULL stream
+  std::vector<std::vector<cudaStream_t>> streams_;  // by device; the first is the NULL stream
 };
 
 }  // namespace

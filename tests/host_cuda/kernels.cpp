@@ -11,7 +11,7 @@
 #error "switching coroutines is written for x86-64 only"
 #endif
 
-// Saves the caller's registers on its stack and that stack in *save, then goes on where `load` was saved.
+// Saves the caller's registers on its stack and the stack pointer in *save, then continues where `load` was saved.
 extern "C" void host_cuda_switch(void** save, void* load);
 asm(R"(
 .text
@@ -49,7 +49,7 @@ struct Thread {
   void* stack_pointer;
   char* stack;
   void* identity;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;  // for AddressSanitizer
 
   Block* block;
   unsigned linear;
@@ -57,13 +57,13 @@ struct Thread {
   State state;
   Site site;  // where it waits
 
-  // Of the warp collective that it is in.
+  // The warp collective that it is in.
   Collective kind;
   unsigned mask, source;
   u64 value;
   Token* order;
 
-  unsigned bulk_groups;  // committed
+  unsigned bulk_groups;  // committed groups
 };
 
 namespace {
@@ -73,13 +73,13 @@ constexpr std::size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
 constexpr int kSharedPoison = 0xA5;
 
 struct Warp {
-  unsigned generation[kWarp] = {};  // of the meetings, by their lowest lane
+  unsigned generation[kWarp] = {};  // of collectives, by their lowest lane
   Token order[kWarp][2] = {};
 };
 
 struct Mbarrier {
-  unsigned arrivals = 0, arrived = 0, phases = 0;  // expected in a phase; in this one; complete
-  std::size_t coming = 0;                          // bytes
+  unsigned arrivals = 0, arrived = 0, phases = 0;  // expected per phase; arrived in this phase; completed phases
+  std::size_t coming = 0;                          // bytes under way
   Token order = {};
 };
 
@@ -87,10 +87,10 @@ struct BulkCopy {
   void* to;
   const void* from;
   std::size_t bytes;
-  Mbarrier* barrier;     // of a load
-  const Thread* thread;  // of a store
+  Mbarrier* barrier;     // for loads
+  const Thread* thread;  // for stores
   unsigned group;
-  std::vector<char> read;  // by a store
+  std::vector<char> read;  // bytes that a store has read
   std::unique_ptr<Token> begun;
 };
 
@@ -113,8 +113,8 @@ struct Block {
   void* shared;
   std::map<const void*, Mbarrier> mbarriers;
   std::vector<BulkCopy> bulk_copies;
-  Token fenced, bulk_done;  // what stores may read; what the engine has done
-  Token order[2];           // of barriers, in turn: a thread may be late in leaving one when another comes to the next
+  Token fenced, bulk_done;  // writes that stores may read; work that the engine has done
+  Token order[2];           // alternate barriers: a thread may still leave one when another arrives at the next
 };
 
 namespace {
@@ -205,7 +205,7 @@ Thread* new_thread() {
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE)) fail("no memory for the stack of a thread");
   thread->stack = static_cast<char*>(memory) + kGuardBytes;
-  // As host_cuda_switch leaves a stack: six registers, the address to go on at, and the alignment of a call.
+  // The stack as host_cuda_switch leaves it: six registers, the address to continue at, and the alignment of a call.
   void** top = reinterpret_cast<void**>(thread->stack + kStackBytes) - 8;
   std::fill(top, top + 8, nullptr);
   top[6] = reinterpret_cast<void*>(&thread_main);
@@ -263,8 +263,8 @@ static void end_phase_if_complete(Mbarrier& barrier) {
   ++barrier.phases;
 }
 
-// Makes one of the bulk copies that the block has begun, or half of a store, on an identity of the engine's own; false
-// if there is none. A store sees what was fenced, and not what else its thread has seen.
+// Runs one of the bulk copies that the block has issued, or half of a store, under the copy engine's identity; false if
+// there is none. A store sees only fenced writes, not everything that its thread has seen.
 static bool make_bulk_copy(Block& block) {
   if (block.bulk_copies.empty()) return false;
   BulkCopy& copy = block.bulk_copies[random_below(block.bulk_copies.size())];
@@ -303,8 +303,8 @@ void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thre
   Grid grid{kernel, call_one_thread, operation, {}};
   release(&grid.start);
 
-  // Blocks on one set of threads are ordered, as ThreadSanitizer sees it, so that there have to be several. Its threads
-  // are dear: half a millisecond and a megabyte each.
+  // ThreadSanitizer considers blocks on one set of threads as ordered, so use several sets. But its threads are
+  // expensive: half a millisecond and a megabyte each.
   std::vector<unsigned> free_sets;
   for (unsigned s = 0; s < (under_tsan() ? 2 : 3); ++s) free_sets.push_back(s);
   runtime().thread_sets.resize(free_sets.size());
@@ -330,7 +330,7 @@ void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thre
   runtime().kernel = nullptr;
 }
 
-// --- What kernels call
+// --- Functions that kernels call
 
 void* shared_memory(std::size_t bytes) {
   const Thread& thread = this_thread("shared_memory");
@@ -408,7 +408,7 @@ void bulk_store(void* to, const void* from, std::size_t bytes) {
 
 void commit_bulk_stores() { ++this_thread("a bulk copy").bulk_groups; }
 
-// Until none of this thread's groups below `end` has a store left that is not read, or not written.
+// Waits until all stores in this thread's groups below `end` have been read or, if `written`, written.
 static void wait_for_groups(unsigned end, bool written) {
   Thread& thread = this_thread("a bulk copy");
   const auto waits_for = [&](const BulkCopy& copy) {

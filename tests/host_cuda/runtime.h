@@ -1,12 +1,12 @@
-// What the two halves of the stand-in share: kernels.cpp runs a grid, streams.cpp decides when.
+// Shared by the two halves of the stand-in: kernels.cpp runs a grid, streams.cpp decides when.
 //
-// Both are compiled without ThreadSanitizer, so that what the runtime does in between orders nothing: what CUDA orders
-// is told to ThreadSanitizer through acquire and release below, and only that.
+// Both are compiled without ThreadSanitizer, so that the runtime itself orders nothing: acquire and release below tell
+// ThreadSanitizer what CUDA orders, and nothing else.
 //   a call that enqueues       before the operation
-//   an operation               before its successors: the next of its stream, those behind an event, and the host when
-//                              it has waited for it
-//   an operation               before its kernel's threads, and these before its end
-//   __syncthreads, __syncwarp  all threads that meet before all that go on; shuffles order nothing
+//   an operation               before its successors: the next of its stream, those after an event, and the host when
+//                              it has waited for the operation
+//   an operation's start       before its kernel's threads, and these before its end
+//   __syncthreads, __syncwarp  all arrivals before all departures; shuffles order nothing
 #pragma once
 
 #include <pthread.h>
@@ -50,13 +50,13 @@ inline void release(const void* token) {
   if (under_tsan()) __tsan_release(const_cast<void*>(token));
 }
 
-// An identity: what ThreadSanitizer takes for a thread.
+// An identity: a fiber, which ThreadSanitizer treats as a thread.
 inline void* new_identity() { return under_tsan() ? __tsan_create_fiber(0) : nullptr; }
 inline void become(void* identity) {
   if (under_tsan()) __tsan_switch_to_fiber(identity, 1 /* the switch orders nothing */);
 }
 
-// While one lives, accesses and allocations are the runtime's own and nobody else's.
+// While one exists, ThreadSanitizer ignores accesses and allocations: they belong to the runtime.
 class Quiet {
  public:
   Quiet() {
@@ -71,7 +71,7 @@ class Quiet {
   }
 };
 
-// Its address is what acquire and release are about.
+// An address for acquire and release.
 struct Token {
   u64 unused;
 };
@@ -91,7 +91,7 @@ struct Allocation {
   bool registered;
 };
 
-// When operations run: as late as is legal, at random, at the call.
+// When operations run: as late as is legal, at a random time, or at the call.
 enum class Policy { kLazy, kRandom, kEager };
 
 struct Thread;
@@ -105,15 +105,15 @@ struct Runtime {
   Policy policy = Policy::kLazy;
 
   std::map<std::uintptr_t, Allocation> memory;
-  using OnDevice = std::pair<const void*, int>;  // a kernel and a device, each of which loads it and has its attributes
+  using OnDevice = std::pair<const void*, int>;  // a kernel and a device that loads it and has its attributes
   std::map<OnDevice, std::size_t> shared_bytes_optin;
   std::set<OnDevice> loaded;
   std::set<cudaStream_t> streams;
   std::set<cudaEvent_t> events;
   std::vector<std::unique_ptr<CUstream_st>> legacy_streams;
-  std::deque<Operation> operations;  // all there ever were: successors acquire what is long done
+  std::deque<Operation> operations;  // all since the start: successors also acquire finished ones
   std::vector<Operation*> pending;
-  std::vector<void*> identities;  // for operations to draw from
+  std::vector<void*> identities;  // operations draw from these
 
   Operation* running = nullptr;
   const Kernel* kernel = nullptr;
@@ -128,7 +128,7 @@ struct Runtime {
   }
 };
 
-// Never destroyed: the library's own statics may call after main.
+// Never destroyed, because the library's statics may call it after main.
 Runtime& runtime();
 
 u64 random_below(u64 end);
@@ -141,7 +141,7 @@ T take_random(std::vector<T>& from) {
   return taken;
 }
 
-// kernels.cpp: all threads of all blocks, as part of `operation`, which runs.
+// In kernels.cpp: runs all threads of all blocks as part of `operation`.
 void run_kernel(const Kernel& kernel, const std::function<void()>& call_one_thread, Operation& operation);
 
 }  // namespace host_cuda

@@ -1,8 +1,8 @@
-// Tests of the stand-in itself: what is right has to pass under every seed, what is wrong has to be told.
+// Tests of the stand-in itself: correct scenarios must pass under every seed, wrong ones must be reported.
 //
 //   selftest SCENARIO SEED   exit status 0 if the results are right, 1 if they are wrong
 //
-// tests/test_host_cuda.py knows which scenarios are wrong, and what has to happen then.
+// tests/test_host_cuda.py knows which scenarios are wrong, and what must happen then.
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -75,7 +75,7 @@ struct Sums {
   u32 neighbour[kThreads];
 };
 
-// out[block] = the sum over the block's threads of (thread + block) and of what the neighbour left in shared memory.
+// out[block] = the sum over the block's threads of (thread + block) and of the neighbor's value in shared memory.
 template <Mistake kMistake>
 __global__ void __launch_bounds__(kThreads) sum_block(u32* out) {
   Sums& shared = shared_memory<Sums>();
@@ -140,7 +140,7 @@ struct Tile {
   alignas(16) u32 words[kThreads];
 };
 
-// A copy through shared memory by the bulk copy engine, at whose barrier so many threads arrive.
+// A copy through shared memory by the bulk copy engine, with `arrivals` threads at its barrier.
 __global__ void copy_in_bulk(const u32* in, u32* out, u32 arrivals, u32 bytes) {
   Tile& tile = shared_memory<Tile>();
   tile.filled.init(1);
@@ -174,7 +174,7 @@ void block_sum() {
   for (u32 b = 0; b < kBlocks; ++b) expect(sums[b] == kThreads * (kThreads - 1) / 2 + kThreads * b);
 }
 
-// Two numbers go through one pinned word to the device.
+// Two numbers go to the device through one pinned word.
 template <bool kWait>
 void reuse_pinned() {
   u32 *word = pinned<u32>(1), *out = on_device<u32>(2);
@@ -206,7 +206,7 @@ void two_streams() {
   for (u32 t = 0; t < kThreads; ++t) expect(got[t] == t + 6);
 }
 
-// The NULL stream and blocking streams wait for one another, and for no others.
+// The NULL stream and blocking streams wait for each other, and for no other streams.
 template <bool kBlocking>
 void null_stream() {
   u32 *first = on_device<u32>(kThreads), *second = on_device<u32>(kThreads), *third = on_device<u32>(kThreads);
@@ -319,7 +319,7 @@ void errors_are_those_of_cuda() {
   check(cudaDeviceSynchronize());
 }
 
-// What a stream is given while it is captured runs when the graph does, and as often, on what is there by then.
+// Work that a stream is given while it is captured runs on each launch of the graph, on the bytes that are there then.
 void graph_replays() {
   const cudaStream_t stream = new_stream();
   const cudaEvent_t event = new_event();

@@ -1,9 +1,9 @@
 // The runtime API of the stand-in: streams as queues that a seeded scheduler drains, events, memory, devices.
 //
-// Operations run when the host waits or asks, in any order that streams and events allow, or at the call itself; which,
-// the seed decides. A copy out of pinned memory reads it when it runs, one out of pageable memory at the call. cudaFree
-// and cudaFreeHost do not wait: memory that an operation still needs is not to be freed (CUDA's own wait hides that;
-// allocators above it do not). AddressSanitizer refuses device memory to the host.
+// Operations run when the host waits or queries, in any order that streams and events allow, or at the call itself, as
+// the seed decides. A copy from pinned memory reads it when it runs, a copy from pageable memory at the call. cudaFree
+// and cudaFreeHost do not wait: memory that an operation still needs must not be freed (CUDA's own wait hides this
+// mistake; allocators on top of it do not). AddressSanitizer reports accesses of the host to device memory.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,7 +35,7 @@ struct CUgraph_st {
     const char* what;
     std::function<void(host_cuda::Operation&)> run;
   };
-  std::vector<Node> nodes;  // one behind the other
+  std::vector<Node> nodes;  // in order
 };
 
 namespace host_cuda {
@@ -73,7 +73,7 @@ void fail(const char* format, ...) {
   if (r.kernel) {
     char name[512] = "?";
     if (__sanitizer_symbolize_pc)
-      // As a return address, which belongs to the instruction before it.
+      // The symbolizer expects a return address and looks up the instruction before it.
       __sanitizer_symbolize_pc(const_cast<char*>(static_cast<const char*>(r.kernel->function)) + 1, "%f", name,
                                sizeof name);
     std::fprintf(stderr, "kernel %s, ", name);
@@ -89,7 +89,7 @@ void fail(const char* format, ...) {
   va_end(arguments);
   std::fprintf(stderr, "\n");
   std::fflush(nullptr);
-  syscall(SYS_exit_group, 70);  // past the sanitizers, which have nothing to add
+  syscall(SYS_exit_group, 70);  // without the sanitizers' exit handlers
   __builtin_unreachable();
 }
 
@@ -102,8 +102,8 @@ thread_local bool has_context = false;
 thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 thread_local cudaError_t last_error = cudaSuccess;
 
-// One host thread at a time is in the runtime. A lock that ThreadSanitizer does not see: those of CUDA order nothing
-// that a program may rely on.
+// Lets one host thread at a time into the runtime. ThreadSanitizer does not see this lock, because programs must not
+// rely on the order of CUDA's own locks.
 class Entry {
  public:
   Entry() {
@@ -138,15 +138,15 @@ void use_device() {
   calls().devices |= u64{1} << current_device;
 }
 
-// What waits, or may, no thread may call while another one captures, unless its mode is the relaxed one.
+// While a thread captures, no other thread may make a call that can wait, unless its own mode is relaxed.
 void refuse_captures(const char* call) {
   if (capture_mode == cudaStreamCaptureModeRelaxed) return;
   for (const CUstream_st* stream : runtime().streams)
     if (stream->capture) fail("a call that %s while a stream is captured", call);
 }
 
-// These open each function that tests can make fail: one that needs no context, and one that makes one on the current
-// device if the thread has none.
+// One of these begins each function that tests can make fail. ENTER also makes a context on the current device if the
+// thread has none.
 #define ENTER_WITHOUT_CONTEXT \
   const Entry entry_;         \
   if (must_fail()) return result(cudaErrorUnknown)
@@ -156,7 +156,7 @@ void refuse_captures(const char* call) {
 
 // --- The scheduler
 
-// Opens device memory to whoever runs, for as long as operations run.
+// Makes device memory accessible while operations run.
 class DeviceMemoryOpen {
  public:
   DeviceMemoryOpen() { each(__asan_unpoison_memory_region); }
@@ -170,7 +170,7 @@ class DeviceMemoryOpen {
   }
 };
 
-// A thread and no signal: ThreadSanitizer holds signals back from a loop that calls nothing.
+// A thread instead of a signal: ThreadSanitizer delays signals in a loop that makes no calls.
 void watch() {
   const volatile Runtime& r = runtime();
   const volatile Operation* watched = nullptr;
@@ -209,7 +209,7 @@ bool is_ready(const Operation* operation) {
   return std::all_of(operation->after.begin(), operation->after.end(), [](const Operation* o) { return o->done; });
 }
 
-// Runs one of the operations that can run, of the needed ones if `only_needed`; false if there is none.
+// Runs one of the runnable operations (only_needed: of the needed ones); false if there is none.
 bool run_one(bool only_needed) {
   std::vector<Operation*> ready;
   for (Operation* operation : runtime().pending)
@@ -231,7 +231,7 @@ void run_until_done(Operation* operation) {
   while (!operation->done) run_one(runtime().policy == Policy::kLazy);
 }
 
-// The host waits for `operation`, or for nothing.
+// The host waits for `operation`, if it is not null.
 void wait(Operation* operation) {
   refuse_captures("waits");
   if (!operation) return;
@@ -242,7 +242,7 @@ void wait(Operation* operation) {
   acquire(&operation->finished);
 }
 
-// What the device may do while the host makes a call.
+// Runs what the device may do while the host makes a call.
 void let_time_pass() {
   Runtime& r = runtime();
   if (r.pending.empty() || r.policy == Policy::kLazy) return;
@@ -254,7 +254,7 @@ cudaError_t query(Operation* operation) {
   refuse_captures("asks");
   let_time_pass();
   if (!operation) return cudaSuccess;
-  // Sooner or later, so that a loop that asks ends.
+  // At some point, so that a polling loop ends.
   if (!operation->done && random_below(runtime().policy == Policy::kLazy ? 256 : 8) == 0) run_until_done(operation);
   if (!operation->done) return result(cudaErrorNotReady);
   acquire(&operation->finished);
@@ -281,7 +281,7 @@ CUevent_st& event_of(cudaEvent_t event) {
   return *event;
 }
 
-// What the next operation on `stream` comes after.
+// The operations that the next operation on `stream` must follow.
 std::vector<Operation*> last_of(const CUstream_st& stream) {
   std::vector<Operation*> last{stream.last};
   const CUstream_st& legacy = legacy_stream(stream.device);
@@ -295,7 +295,7 @@ std::vector<Operation*> last_of(const CUstream_st& stream) {
   return last;
 }
 
-// A captured operation is none yet: null.
+// Returns null while the stream is captured: the operation only becomes a node.
 Operation* enqueue(const char* what, CUstream_st& stream, std::function<void(Operation&)> run,
                    Operation* also_after = nullptr) {
   Runtime& r = runtime();
@@ -348,7 +348,7 @@ Operation* copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind ki
   std::function<void(Operation&)> run = [=](Operation&) { std::memcpy(to, from, bytes); };
   if (from_type == cudaMemoryTypeUnregistered) {
     std::shared_ptr<char> staged(static_cast<char*>(std::malloc(bytes + 1)), std::free);
-    if (under_tsan()) AnnotateIgnoreReadsEnd(__FILE__, __LINE__);  // this read is the caller's
+    if (under_tsan()) AnnotateIgnoreReadsEnd(__FILE__, __LINE__);  // report this read: it is the caller's
     std::memcpy(staged.get(), from, bytes);
     if (under_tsan()) AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
     run = [=](Operation&) { std::memcpy(to, staged.get(), bytes); };
@@ -363,7 +363,7 @@ cudaError_t allocate(void** pointer, std::size_t bytes, cudaMemoryType type) {
   *pointer = nullptr;
   if (bytes == 0) return cudaSuccess;
   if (posix_memalign(pointer, 256, bytes)) return result(cudaErrorMemoryAllocation);
-  // Not always the same, for there is code that happens to be right with any one value.
+  // Vary the value, because wrong code can be right by chance with one value.
   const int poisons[] = {0x00, 0xCD, 0xFF};
   std::memset(*pointer, poisons[random_below(3)], bytes);
   runtime().memory[reinterpret_cast<std::uintptr_t>(*pointer)] = {bytes, type, false};
@@ -438,7 +438,7 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  const Entry entry;  // never fails on request: there would be no way back to the device before
+  const Entry entry;  // cannot be made to fail: the caller could not restore its device
   if (!is_device(device)) return result(cudaErrorInvalidDevice);
   current_device = device;
   use_device();
@@ -479,7 +479,7 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
-  const Entry entry;  // never fails on request, as CUDA's does not for arguments that are right
+  const Entry entry;  // cannot be made to fail, because CUDA's fails only for invalid arguments
   std::swap(capture_mode, *mode);
   return cudaSuccess;
 }
@@ -557,7 +557,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t
   return cudaSuccess;
 }
 
-// Copies without an order among them, read in the order of the stream or, where that is allowed, at once.
+// Copies in any order. Sources are read in stream order or, if that is allowed, at the call.
 static CUresult memcpy_batch(CUdeviceptr* to, CUdeviceptr* from, std::size_t* sizes, std::size_t count,
                              CUmemcpyAttributes* attributes, std::size_t* first_of_attributes,
                              std::size_t num_attributes, std::size_t*, CUstream stream) {
@@ -632,7 +632,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, i
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   ENTER;
   if (!stream) return result(cudaErrorInvalidResourceHandle);
-  stream_of(stream).destroyed = true;  // what is on it still runs
+  stream_of(stream).destroyed = true;  // its pending operations still run
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -703,7 +703,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   ENTER;
-  event_of(event).destroyed = true;  // who waits for it already still does
+  event_of(event).destroyed = true;  // existing waits for it remain
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream_handle) {

@@ -1,13 +1,13 @@
-// Runs stores and loads through lmc::cuda::Staging, many of them under way at once, between streams that write and read
-// the same pages, and compares every byte.
+// Runs many concurrent stores and loads through lmc::cuda::Staging, between streams that write and read the same pages,
+// and compares every byte.
 //
 //   transfer_driver [--schedules N] [--seed S] [--fail-fast]
 //                   [--api-failures] [--watchdog SECONDS]   (these two: the stand-in only)
 //
-// It is built as driver.cpp is. A schedule draws a layout, its layers, a ring, chunks and the order of everything from
-// its seed: it writes pages, stores them, overwrites them, loads other payloads into them and reads them back, while
-// earlier jobs are still under way, each job by a path of its own, all at once or layer by layer. One line a failure, a
-// count at the end, exit status 1 if there was any.
+// It is built like driver.cpp. A schedule draws a layout, its layers, a ring, chunks and the order of everything from
+// its seed. It writes pages, stores them, overwrites them, loads other payloads into them and reads them back, while
+// earlier jobs are still under way. Each job uses its own path, all at once or layer by layer. Prints one line per
+// failure and a count at the end; exit status 1 if there was a failure.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -71,7 +71,7 @@ struct Pages {
   u64 plane_bytes() const { return bytes / end(); }
   u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_stride; }
   u64 payload_bytes(u64 pages) const { return cache.planes.size() * pages * cache.page_bytes; }
-  // Each run of a payload: where it is in the payload, and where in the cache, ~0 if nowhere.
+  // Visits each run of a payload: its offset in the payload and in the cache, ~0 if it is not in the cache.
   template <typename Visit>
   void visit(const std::vector<i64>& ids, const Visit& visit) const {
     u64 in_payload = 0;
@@ -84,7 +84,7 @@ struct Pages {
   }
 };
 
-// Pinned, or, as of a store that could not be pinned, not.
+// Pinned memory, or pageable memory as in a store that could not be pinned.
 struct HostMemory {
   PinnedMemory pinned;
   std::unique_ptr<u8[]> pageable;
@@ -111,7 +111,7 @@ std::vector<Chunk> chunks_of(std::vector<Record>& records) {
   return chunks;
 }
 
-// Where layers end: there may be one of all planes.
+// Where layers end. There may be a single layer with all planes.
 std::vector<u64> draw_layers(Random& random, const Pages& pages) {
   std::vector<u64> ends;
   for (u64 end = 1; end < pages.end(); ++end)
@@ -120,18 +120,18 @@ std::vector<u64> draw_layers(Random& random, const Pages& pages) {
   return random() % 3 ? ends : std::vector<u64>{pages.end()};
 }
 
-// Whether checksums can be made of the layers' parts of payloads.
+// Whether copies can compute checksums of the layers' parts of payloads.
 bool are_whole_lanes(const Pages& pages, const std::vector<u64>& ends) {
   return ends.size() == 1 || pages.cache.page_bytes % kLaneBytes == 0;
 }
 
-// How long fragments have to be for a path of their own, on average: none are, all are, some are.
+// How long fragments must be on average to bypass the ring: draws a value for which none, all or some do.
 u64 draw_fragment_bytes(Random& random, const Pages& pages) {
   const u64 choice = random() % 3;
   return choice < 2 ? choice : 1 + random() % (3 * pages.cache.page_bytes);
 }
 
-// Pages of the cache, each at most once in a round, now and then one that is not there.
+// Pages of the cache, each at most once per round; sometimes one is missing.
 std::vector<std::vector<i64>> draw_pages(Random& random, u64 pages) {
   std::vector<i64> all(pages);
   for (u64 i = 0; i < pages; ++i) all[i] = static_cast<i64>(i);
@@ -146,7 +146,7 @@ std::vector<std::vector<i64>> draw_pages(Random& random, u64 pages) {
   return out;
 }
 
-// Chunks of all pages, of a round or repeated; their payloads hold nothing yet.
+// Chunks of all pages, or `repeated` chunks of one page. Their payloads are not filled yet.
 std::vector<Record> draw_records(Random& random, const Pages& pages, std::size_t repeated = 0) {
   std::vector<std::vector<i64>> drawn = draw_pages(random, pages.cache.num_pages);
   if (repeated) drawn.assign(repeated, {static_cast<i64>(random() % pages.cache.num_pages)});
@@ -158,7 +158,7 @@ std::vector<Record> draw_records(Random& random, const Pages& pages, std::size_t
   return records;
 }
 
-// A stream of the caller's that writes and reads pages, and what it read.
+// A stream of the caller that writes and reads pages, and the bytes that it read.
 class Caller {
  public:
   explicit Caller(u64 bytes) : bytes_(bytes) { CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
@@ -166,7 +166,7 @@ class Caller {
     CHECK(cudaStreamSynchronize(stream));
     CHECK(cudaStreamDestroy(stream));
   }
-  // Planes from `first` up to `end`.
+  // Writes planes [first, end).
   void write(const Pages& pages, const std::vector<u8>& content, u64 first = 0, u64 end = ~u64{0}) {
     const u64 at = first * pages.plane_bytes(),
               bytes = std::min(bytes_, end == ~u64{0} ? bytes_ : end * pages.plane_bytes()) - at;
@@ -211,7 +211,7 @@ struct Store {
 
 u32 draw_kernel_blocks(Random& random) { return random() % 3 ? 0 : 1 + random() % 2; }
 
-// Jobs whose chunks have this many pages at most.
+// A buffer size for chunks of at most 5 pages.
 u64 draw_buffer_bytes(Random& random, const Pages& pages) {
   return (pages.payload_bytes(5) + 255) / 256 * 256 * (1 + random() % 2);
 }
@@ -260,7 +260,7 @@ void run(u64 seed) {
       first = end;
     }
     store.job->order(caller.stream, pages.end());
-    caller.write(pages, random_bytes(random, pages.bytes));  // the pages are somebody else's by now
+    caller.write(pages, random_bytes(random, pages.bytes));  // the pages have been reused by now
     if (random() % 3 == 0) store.compare();
     stored.push_back(std::move(store));
   }
@@ -273,7 +273,7 @@ void run(u64 seed) {
   for (int round = 0; round < 3; ++round) {
     content = random_bytes(random, pages.bytes);
     caller.write(pages, content);
-    reads.emplace_back(caller.read(pages), content);  // pages that others read until the load begins
+    reads.emplace_back(caller.read(pages), content);  // others read these pages until the load starts
     std::vector<Record> records = draw_records(random, pages);
     std::vector<i64> sums;
     for (Record& record : records) {
@@ -285,7 +285,7 @@ void run(u64 seed) {
       });
     }
     const std::vector<u64> ends = draw_layers(random, pages);
-    if (random() % 4 == 0 || !are_whole_lanes(pages, ends)) sums.clear();  // a load that sums up nothing
+    if (random() % 4 == 0 || !are_whole_lanes(pages, ends)) sums.clear();  // a load without checksums
     jobs.push_back(loads.load(pages.cache, chunks_of(records), ends, !sums.empty(), cuda::Event(0, caller.stream),
                               draw_fragment_bytes(random, pages), draw_kernel_blocks(random)));
     cuda::Staging::Job& job = *jobs.back();
@@ -299,7 +299,7 @@ void run(u64 seed) {
         first = end;
       }
     };
-    if (random() % 4 == 0) {  // somebody waits for layers while they are begun
+    if (random() % 4 == 0) {  // another thread waits for layers while they are started
       std::thread waiting(read_layers);
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
       job.go_on(pages.end(), nullptr);
@@ -308,7 +308,7 @@ void run(u64 seed) {
       job.go_on(pages.end(), nullptr);
       read_layers();
     }
-    if (random() % 3 == 0) {  // nobody waits for it, and its payloads are gone
+    if (random() % 3 == 0) {  // drop the job and its payloads without waiting
       jobs.pop_back();
       records.clear();
     } else {
@@ -327,7 +327,7 @@ void run(u64 seed) {
   const Chunk too_large{all.data(), all.size(), all.size() * 4, nullptr, true};
   must_throw<std::invalid_argument>("a chunk that is too large is taken",
                                     [&] { stores.store(pages.cache, {too_large}, whole, true, 0, 0); });
-  // Jobs outlive what made them, and that its ring.
+  // Jobs outlive the Staging that made them, which outlives its ring.
   for (Record& record : outliving) {
     record = {{1, 2}, host_memory(random, pages.payload_bytes(2)), pages.payload_bytes(2), {}};
     std::memset(record.payload.get(), 0, record.bytes);
@@ -352,7 +352,7 @@ void run(u64 seed) {
 }
 
 #ifdef LMC_HOST_CUDA
-// Ends the program once it has not run for ten seconds: one thread waits for what none does.
+// Ends the program if it has used no CPU for ten seconds: a deadlock.
 [[noreturn]] void end_a_standstill() {
   for (std::clock_t before = std::clock();; before = std::clock()) {
     std::this_thread::sleep_for(std::chrono::seconds(10));
@@ -363,7 +363,7 @@ void run(u64 seed) {
   }
 }
 
-// Two threads that transfer for device 1, with one ring, leave device 0 alone, and the graph that somebody captures.
+// Two threads that transfer for device 1 with one ring do not touch device 0, nor a graph that another thread captures.
 void leave_others_alone(u64 seed) {
   Random random(seed);
   CHECK(cudaSetDevice(1));
@@ -428,7 +428,7 @@ void leave_others_alone(u64 seed) {
   if (device != 0) fail("the device that a thread had chosen is another one");
 }
 
-// A transfer of many layers is few calls, none of which keeps it waiting, and few blocks.
+// A transfer of many layers takes few calls, of which none waits, and few blocks.
 void take_few_calls() {
   constexpr u64 planes = 40, page_bytes = 4096, num_pages = 16;
   const DeviceMemory memory = device_memory(planes * num_pages * page_bytes), ring = device_memory(2 << 21);
@@ -458,7 +458,7 @@ void take_few_calls() {
   expect(2);
   const std::unique_ptr<cuda::Staging::Job> store = staging.store(cache, chunks, ends, true, 0, 0);
   for (u64 end = 1; end < planes; ++end) store->go_on(end, &behind);
-  expect(3);  // the first layer, the other ones with the last
+  expect(3);  // the first layer; the others start with the last
   store->go_on(planes, &behind);
   expect(4);
   if (calls.delays) fail("a transfer loads a kernel or allocates pinned memory");
@@ -466,7 +466,8 @@ void take_few_calls() {
   host_cuda::options().multiprocessors = 2;
 }
 
-// Every CUDA call of a store and of a load fails in turn: an exception, nothing under way, and the next one is right.
+// Makes each CUDA call of a store and of a load fail in turn. Expects an exception, nothing under way, and a correct
+// next call.
 void fail_every_call(u64 seed) {
   Random random(seed);
   const Pages pages(random);
@@ -498,7 +499,7 @@ void fail_every_call(u64 seed) {
       is_begun = true;
       if (job->wait() != sums) fail("a payload has another checksum than when it was stored");
     } catch (const std::runtime_error&) {
-      // As it has to be, unless the call is one of a destructor's, which have nobody to tell.
+      // Expected, unless the call is in a destructor, which cannot report errors.
     }
     const bool failed = host_cuda::calls().until_failure == 0;
     host_cuda::calls().until_failure = 0;
@@ -506,7 +507,7 @@ void fail_every_call(u64 seed) {
       job->order(caller.stream, pages.end());
       must_throw<std::runtime_error>("a job that failed has checksums", [&] { job->wait(); });
     }
-    // Whatever was under way: its payloads are gone, and its pages are the caller's.
+    // Whatever was under way must not touch payloads, which are freed, or pages, which the caller uses again.
     job.reset();
     records.clear();
     caller.write(pages, content);
