@@ -314,7 +314,9 @@ class Worker:
         self._see_saves()
         for name in ("raw_bytes", "stored_bytes"):
             total = sum(getattr(transfer, name) for transfer in self._transfers)
-            self.stats.add(**{name: total - self._counted.get(name, 0)})
+            before = self._counted.get(name, 0)
+            # New transfers count from 0, and a negative increment of a counter would end the engine.
+            self.stats.add(**{name: total - before if total >= before else total})
             self._counted[name] = total
         return self.stats.take()
 
