@@ -178,7 +178,7 @@ def test_the_encoders_worker_copies_on_the_stream_of_the_forward_pass():
     messages = importlib.import_module("lmcache_mm.vllm.encoder.messages")
     parallel = SimpleNamespace(rank=0, tensor_parallel_size=1, pipeline_parallel_size=1)
     config = SimpleNamespace(parallel_config=parallel, ec_transfer_config=SimpleNamespace(is_ec_producer=True))
-    worker = worker_of(config, SimpleNamespace(store="mem://?capacity=1MiB", timeout_s=5.0))
+    worker = worker_of(config, SimpleNamespace(store="mem://?capacity=1MiB", timeout_s=5.0, codec=None))
     key = messages.OutputKey(b"k" * 32, b"")
     with torch.cuda.stream(torch.cuda.Stream()):
         output = torch.empty(6, 8, device=CUDA)

@@ -48,6 +48,7 @@ def main(model, store):
         max_total_tokens=4096,
         page_size=16,
         enable_hierarchical_cache=True,
+        hicache_size=1,  # GiB; by default SGLang leaves 10 GiB of the host free and refuses where there is no more
         hicache_mem_layout="page_first",
         hicache_io_backend="kernel",
         hicache_write_policy="write_through",
