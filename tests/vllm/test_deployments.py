@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -120,7 +121,8 @@ def arguments_of_engines() -> list[list[str]]:
 
 @pytest.mark.parametrize("place", [0, 1], ids=["compose", "kubernetes"])
 def test_vllm_and_the_connectors_know_the_options_of_the_deployments(place):
-    cli = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+    there = importlib.util.find_spec("vllm.entrypoints.launchers.cli_args")  # in vLLM 0.32
+    cli = importlib.import_module(f"vllm.entrypoints.{'launchers' if there else 'common'}.cli_args")
     parser = importlib.import_module("vllm.utils.argparse_utils").FlexibleArgumentParser()
     args = cli.make_arg_parser(parser).parse_args(arguments_of_engines()[place])
     options = importlib.import_module("lmcache_mm.vllm.options")
