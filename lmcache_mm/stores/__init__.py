@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from lmcache_mm.secret import Seal
@@ -15,7 +15,7 @@ from lmcache_mm.stores.local.mem import MemStore
 from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.local.slab import SlabStore
 from lmcache_mm.stores.local.slab_files import shm_directory
-from lmcache_mm.stores.metered import MeteredStore, Observe
+from lmcache_mm.stores.metered import Observe
 from lmcache_mm.stores.peers.channel import Tls, host_and_port
 from lmcache_mm.stores.peers.nixl import NixlStore
 from lmcache_mm.stores.peers.peer import PeerStore
@@ -87,11 +87,11 @@ def _open_tiers(urls: Sequence[str], observe: Observe | None) -> Store:
     stores: list[Store] = []
     try:
         for url in urls:
-            store = open_store(url)
-            if observe and stores:
-                store = cast(Store, MeteredStore(store, kind_of(url), observe))
-            stores.append(store)
-        return TieredSlotStore(stores) if stores and isinstance(stores[0], SlotStore) else TieredStore(stores)
+            stores.append(open_store(url))
+        kinds = [kind_of(url) for url in urls]
+        of_tier = None if observe is None else lambda tier, *moved: observe(kinds[tier], *moved)
+        kind = TieredSlotStore if stores and isinstance(stores[0], SlotStore) else TieredStore
+        return kind(stores, of_tier)
     except BaseException:
         for store in stores:
             store.close()

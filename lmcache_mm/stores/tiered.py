@@ -35,6 +35,7 @@ MOST_WAITING = 1 << 16  # records that wait to be written to slower tiers
 MOST_TOLD = 4096  # moments
 MOST_COPIED_BYTES = 256 << 20  # of waiting payloads that the first tier did not take
 BATCH_BYTES = 16 << 20
+MOVES = {"get_into": "load", "put": "store"}  # methods that move payloads, as they are observed
 
 logger = logging.getLogger("lmcache_mm")
 
@@ -71,10 +72,12 @@ class TieredStore:
     tiers' own, as `tier0.hits` and so on. Raises RuntimeError if no thread can be started.
     """
 
-    def __init__(self, tiers: Sequence[Store]) -> None:
+    def __init__(self, tiers: Sequence[Store], observe: Callable[[int, str, float, int], None] | None = None) -> None:
+        """observe: gets the number of a tier after the first, "load" or "store", seconds and bytes, for every read that
+        found something and every put."""
         if not tiers:
             raise ValueError("tiers: expected at least one store, got none")
-        self._tiers = list(tiers)
+        self._tiers, self._observe = list(tiers), observe
         self._written = [tier for tier in range(1, len(tiers)) if not tiers[tier].read_only]  # in the background
         self._pid = os.getpid()
         self._down_until = [0.0] * len(tiers)
@@ -108,14 +111,21 @@ class TieredStore:
         """Returns what the tier's method returns; `otherwise` if it raises or has raised a short while ago."""
         if time.monotonic() < self._down_until[tier]:
             return otherwise
+        begun = time.perf_counter()
         try:
-            return getattr(self._tiers[tier], method)(*arguments)
+            answer = getattr(self._tiers[tier], method)(*arguments)
         except Exception as error:
             if not is_lack(error):
                 logger.warning("tier %d failed and is left alone for %g s", tier, PAUSE_S, exc_info=True)
                 self._down_until[tier] = time.monotonic() + PAUSE_S
             self._count("errors")
             return otherwise
+        if self._observe and tier and method in MOVES:
+            moved = answer if method == "get_into" else [True] * len(arguments[1])
+            size = sum(memoryview(buffer).nbytes for buffer, there in zip(arguments[1], moved, strict=True) if there)
+            if size:
+                self._observe(tier, MOVES[method], time.perf_counter() - begun, size)
+        return answer
 
     def _check(self) -> None:
         check_process(self._pid)

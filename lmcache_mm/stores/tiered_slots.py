@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class TieredSlotStore(TieredStore):
     """A TieredStore whose first tier is a `SlotStore`. `lend` reads records of slower tiers into slots of the first."""
 
-    def __init__(self, tiers: Sequence[Store]) -> None:
-        super().__init__(tiers)
+    def __init__(self, tiers: Sequence[Store], observe: Callable[[int, str, float, int], None] | None = None) -> None:
+        super().__init__(tiers, observe)
         self._first: SlotStore = tiers[0]  # type: ignore[assignment]
         self._reserved: dict[tuple[int, int], tuple[int, ...]] = {}  # the tiers' moments, by start and generation
 

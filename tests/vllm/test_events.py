@@ -386,7 +386,8 @@ def test_groups_are_told_each_by_its_own_pages(events, store, routers):
 
 def test_tiers_are_told_each_by_its_medium(events, tmp_path, routers):
     url = f"shm:///test-{uuid.uuid4().hex}"
-    tiered = open_store([f"{url}?capacity=16MiB", f"file://{tmp_path}/store?capacity=16MiB"])
+    # As the connector opens its store.
+    tiered = open_store([f"{url}?capacity=16MiB", f"file://{tmp_path}/store?capacity=16MiB"], lambda *_: None)
     told, index = Told(events, tiered), routers.Index(PAGE)
     asked, of = request(), records(32, 64)
     put(tiered, *of)
