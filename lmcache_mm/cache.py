@@ -70,7 +70,8 @@ class KVCache:
         self.codec = codec_of_layout(codec, layout)
         self._namespace = namespace.with_layout(layout.fingerprint(chunk_tokens, codec=self.codec))
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
-        self._counts = dict.fromkeys(("queried_tokens", "hit_tokens", "restored_tokens", "stored_tokens"), 0)
+        names = ("queried_tokens", "hit_tokens", "restored_tokens", "stored_tokens", "raw_bytes", "stored_bytes")
+        self._counts = dict.fromkeys(names, 0)
         self._counting = threading.Lock()
         self._open = True
         self._owns_store = isinstance(store, Sequence)
@@ -174,8 +175,10 @@ class KVCache:
         (before coding), stored_bytes (after coding) and codec_ratio (1 without a codec). `backend.stats()` has the
         store's own counters."""
         with self._counting:
+            raw, stored = self._transfer.take_bytes()
+            self._counts["raw_bytes"] += raw
+            self._counts["stored_bytes"] += stored
             counts: dict[str, float] = dict(self._counts)
-        counts |= {"raw_bytes": self._transfer.raw_bytes, "stored_bytes": self._transfer.stored_bytes}
         ratio = counts["raw_bytes"] / counts["stored_bytes"] if counts["stored_bytes"] else 1.0
         rate = counts["hit_tokens"] / max(1, counts["queried_tokens"])
         return counts | {"hit_rate": rate, "codec_ratio": ratio}

@@ -109,7 +109,7 @@ class CodedCopies:
     """Copies on the CPU between pages and payloads, of which some are coded. See csrc/tile_codec.h."""
 
     def __init__(self, layout: KVLayout) -> None:
-        self._layout, self._raw = layout, HostCopies(layout)
+        self._raw = HostCopies(layout)
 
     def store(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
         """The copies return codec.SUMS sums per chunk; only the first counts for a raw chunk."""

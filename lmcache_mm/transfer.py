@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 STAGING_BYTES = 16 << 20  # least staging memory for the payloads of one step
 SLOTS_BYTES = 256 << 20  # most bytes of slots held at once
-LANE_BYTES = 16  # size of a checksum lane
 
 
 class Chunk(NamedTuple):
@@ -73,7 +72,7 @@ class Transfer:
             for urgent in (True, False)
         )
         self._coded = CodedCopies(layout) if coding else None
-        self.raw_bytes = self.stored_bytes = 0  # of stored chunks: before and after coding
+        self._raw_bytes = self._stored_bytes = 0  # of stored chunks, before and after coding, since they were taken
         self._counting = threading.Lock()
         self._planes = len(layout.planes)
         self._ends = sorted({*layout.planes_until.values(), self._planes})  # where each layer's planes end
@@ -94,6 +93,13 @@ class Transfer:
     def stores_stalled_s(self) -> float:
         """How long stores have been pending without progress."""
         return self._stores.stalled_s()
+
+    def take_bytes(self) -> tuple[int, int]:
+        """The bytes of chunks stored since the last call, before and after coding."""
+        with self._counting:
+            taken = self._raw_bytes, self._stored_bytes
+            self._raw_bytes = self._stored_bytes = 0
+        return taken
 
     def load(self, chunks: Sequence[Chunk], owner: bytes, by_layer: bool = False) -> Job[int]:
         """Scatters chunks into their pages, up to the first that is missing or damaged. The result: how many, from the
@@ -267,7 +273,7 @@ class Transfer:
     def _layers(self, by_layer: bool) -> tuple[list[int], bool]:
         """Where each layer's planes end (one end for all planes if not `by_layer`); and whether copies can compute
         checksums, which requires that each layer's part of a payload begins at a checksum lane."""
-        return (self._ends, self.layout.page_bytes % LANE_BYTES == 0) if by_layer else ([self._planes], True)
+        return (self._ends, self.layout.page_bytes % codec.LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
     def _load_staged(
         self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
@@ -320,8 +326,8 @@ class Transfer:
         if begun:
             self._tell("store", begun[0], [chunk for chunk, _ in stored])
         with self._counting:
-            self.raw_bytes += sum(self._payload_bytes(chunk) for chunk, _ in stored)
-            self.stored_bytes += sum(size for _, size in stored)
+            self._raw_bytes += sum(self._payload_bytes(chunk) for chunk, _ in stored)
+            self._stored_bytes += sum(size for _, size in stored)
         return sum(chunk.tokens for chunk, _ in stored)
 
     def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[_Stored]:
@@ -384,12 +390,11 @@ class Transfer:
         payloads and their checksums. raw: returns memory for raw payloads of chunks that do not fit their coded ones,
         None for those without room. begun: receives the time at which the first page is read."""
         ends, on_the_way = self._layers(by_layer)
-        whole_pages = self.layout.opaque
         given = [payload for payload in payloads if payload is not None]
         coded = [self._coded_bytes(chunk) is not None for chunk in chunks]
-        parts = self._parts(chunks, given, whole_pages, coded)
-        store_raw = partial(self._storing.store, parts, ends, on_the_way)
-        copies = self._coded.store(parts, ends, coded) if self._coded else store_raw()
+        parts = self._parts(chunks, given, self.layout.opaque, coded)
+        store = self._storing.store
+        copies = self._coded.store(parts, ends, coded) if self._coded else store(parts, ends, on_the_way)
         sums: list[int] = []
 
         def gather(planes: int) -> bool:

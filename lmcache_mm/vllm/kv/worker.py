@@ -71,7 +71,6 @@ class Worker:
         alone: bool = True,
     ) -> None:
         self.stats = Stats()
-        self._counted: dict[str, int] = {}  # the transfers' counters at the last take_stats
         self.layout = Layout(b"", (), b"")
         self._engine = worker_of(config)
         self._options, self._groups = options, groups
@@ -312,12 +311,9 @@ class Worker:
 
     def take_stats(self) -> Stats | None:
         self._see_saves()
-        for name in ("raw_bytes", "stored_bytes"):
-            total = sum(getattr(transfer, name) for transfer in self._transfers)
-            before = self._counted.get(name, 0)
-            # New transfers count from 0, and a negative increment of a counter would end the engine.
-            self.stats.add(**{name: total - before if total >= before else total})
-            self._counted[name] = total
+        for transfer in self._transfers:
+            raw, stored = transfer.take_bytes()
+            self.stats.add(raw_bytes=raw, stored_bytes=stored)
         return self.stats.take()
 
     def take_news(self) -> WorkerMetadata | None:
