@@ -7,7 +7,6 @@ import importlib.util
 import os
 import re
 import time
-import uuid
 from contextlib import closing
 from dataclasses import replace
 from itertools import product
@@ -18,8 +17,7 @@ import torch
 
 from lmcache_mm.cache import Record
 from lmcache_mm.prompt import Namespace
-from lmcache_mm.stores import open_store, slab_directory
-from lmcache_mm.stores.local import slab
+from lmcache_mm.stores import open_store
 
 VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
@@ -31,21 +29,6 @@ pytestmark = pytest.mark.skipif(
 POISON = 0x5A
 LAYOUTS = ["LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC"]
 NOT_BUILT = re.compile("cannot express this model's mixed page sizes|cannot be split into 2 kernel blocks")
-
-
-@pytest.fixture(scope="module")
-def cases() -> Any:
-    """Imported here, since an import at the top would load vLLM in every test run."""
-    return importlib.import_module("cases")
-
-
-@pytest.fixture
-def url():
-    url = f"shm:///test-{uuid.uuid4().hex}"
-    opened = open_store(f"{url}?capacity=16MiB")
-    yield url
-    opened.close()
-    assert slab.remove(slab_directory(url)[1])
 
 
 def build(cases: Any, kind: str, layout: str, kernel_blocks: int) -> dict[str, torch.Tensor] | None:

@@ -24,8 +24,7 @@ import torch
 
 from lmcache_mm.cache import record_key
 from lmcache_mm.prompt import Item
-from lmcache_mm.stores import open_store, slab_directory
-from lmcache_mm.stores.local import slab
+from lmcache_mm.stores import open_store
 
 VLLM = importlib.util.find_spec("vllm")  # this folder looks like a package of that name: it has no origin
 
@@ -49,21 +48,6 @@ MODEL = {
     "num_key_value_heads": 1,
     "vocab_size": 300,
 }
-
-
-@pytest.fixture(scope="module")
-def cases() -> Any:
-    """Not at the top, where it would bring vLLM into every run of any test."""
-    return importlib.import_module("cases")
-
-
-@pytest.fixture
-def url():
-    url = f"shm:///test-{uuid.uuid4().hex}"
-    opened = open_store(f"{url}?capacity=16MiB")
-    yield url
-    opened.close()
-    assert slab.remove(slab_directory(url)[1])
 
 
 def prefixes(token_ids: list[int]) -> np.ndarray:
