@@ -345,12 +345,15 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
 
 def test_early_work_that_may_begin_behind_work_that_hangs_is_no_progress():
     """Otherwise an engine that keeps storing would never notice that its store hangs."""
-    lane, gate = Lane("test"), threading.Event()
-    lane.submit(lambda _: gate.wait(10))
+    lane, gate, begun = Lane("test"), threading.Event(), threading.Event()
+    lane.submit(lambda _: begun.set() or gate.wait(10))
     behind = lane.submit(lambda work: work.touch_pages(lambda _: True), early=True)
+    assert begun.wait(10)
+    since = time.monotonic()
     time.sleep(0.1)
     behind.be_late()
-    assert lane.stalled_s() >= 0.1
+    hung_s = time.monotonic() - since
+    assert lane.stalled_s() >= hung_s
     gate.set()
     assert lane.close(10)
 
