@@ -611,7 +611,7 @@ def states(model: str) -> dict[str, Any]:
     with store("256MiB") as url:
         with engine_of(url) as llm:
             seen["first"] = ask_afresh(llm)
-            tables = set(llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler._states)
+            tables = set(llm.llm_engine.engine_core.engine_core.scheduler.connector._scheduler._places.states)
             llm.reset_prefix_cache()
             before = counts(llm)
             with faulty.misbehaving(llm, faulty.loses_groups(tables)):

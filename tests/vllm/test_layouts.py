@@ -160,16 +160,16 @@ def test_the_scheduler_asks_for_all_that_workers_store(cases, url, kind, monkeyp
     worker = cases.worker_of(kind, "BLHNC", cases.caches_of(kind, "BLHNC"), url)
     scheduler.learn_layouts({0: worker.layout})
     record = Record(0, 64, b"a" * 32)
-    pages = [messages.RecordPages(group.table, record.key, [1, 2], 64) for group in scheduler._tables.values()]
+    pages = [messages.RecordPages(group.table, record.key, [1, 2], 64) for group in scheduler._places.tables.values()]
     worker.begin_step(messages.Metadata(saves=[messages.Save(b"", pages)]))
     worker.save()
     while not (news := worker.take_news()) or not news.saves:
         worker.take_stats()
     with closing(open_store(url)) as store:
         assert store.stats()["records"] == len(cases.groups(kind, "BLHNC")) == 2
-        assert scheduler._longest([record]) == ([record], 64)
-        store.delete([scheduler._keys(record)[1]])
-        assert scheduler._longest([record]) == ([], 0)
+        assert scheduler._places.longest(store, [record]) == ([record], 64)
+        store.delete([scheduler._places.keys(record)[1]])
+        assert scheduler._places.longest(store, [record]) == ([], 0)
     scheduler.close()
     worker.close()
 
@@ -255,7 +255,7 @@ def test_a_load_has_the_pages_that_it_is_for(cases, url, first, end, pages, monk
     records = [Record(0, 64, b"a" * 32), Record(64, 100, b"b" * 32)]
     allotted = ([1, 2, 3, 4][: -(-end // 32)],)
     wanted = [record for record in records if record.end > first and record.begin < end]
-    assert [one.pages for one in scheduler._pages(wanted, allotted, first, end)] == pages
+    assert [one.pages for one in scheduler._places.pages(wanted, allotted, first, end)] == pages
     scheduler.close()
 
 

@@ -101,7 +101,6 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
     """A paused engine's step does not count: its weights may be about to change. Requests that have not begun get new
     keys; those that have are left out."""
     scheduler = vllm.scheduler
-    scheduler._layouts = {0: SimpleNamespace(fingerprint=b"f", weights=b"w", groups=(0,))}
     begun, waiting = Request("begun", CHUNK), Request("waiting", CHUNK)
     for request in (begun, waiting):
         vllm.begin(request)
@@ -114,16 +113,16 @@ def test_weights_are_looked_at_once_the_engine_has_something_to_do(vllm):
     told(vllm, weights={(number - 1, 0): b"w"})  # from a look before that reset
     assert scheduler.match(waiting, 0) == (None, False)
     told(vllm, weights={(number, 0): b"w"})
-    assert scheduler._weights_now is identity.weights_now[ENGINE] is None
+    assert scheduler._namespace.weights is identity.weights_now[ENGINE] is None
     while scheduler.match(waiting, 0)[0] is None:
         scheduler._at_once_left_s = 0.001
     assert scheduler._requests["waiting"].tracker is not None
     assert not scheduler._requests["begun"].saves
-    roots = {scheduler._namespace.root()}
+    roots = {scheduler._namespace.now.root()}
     for digest in (b"v", b"", b"v"):
         scheduler.reset()
         told(vllm, weights={(step_of(vllm, {}, waiting=1).look, 0): digest})
-        roots.add(scheduler._namespace.root())
+        roots.add(scheduler._namespace.now.root())
     assert len(roots) == 3  # those of startup, of v, and of weights that cannot be read
 
 

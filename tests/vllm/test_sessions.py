@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
     reason="no vLLM (tests/vllm/requirements*.txt)",
 )
 
-NAMESPACE = Namespace(model="m")
+BASE = Namespace(model="m")
+FINGERPRINT = b"layout"
+NAMESPACE = BASE.with_layout(FINGERPRINT)
 CHUNK, PAGE = 64, 32
 ENGINE = "engine"
 
@@ -124,8 +126,9 @@ class Vllm:
 def new_vllm(monkeypatch):
     module = importlib.import_module("lmcache_mm.vllm.kv.scheduler")
     options = importlib.import_module("lmcache_mm.vllm.options")
+    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
     store = open_store("mem://?capacity=1MiB")
-    monkeypatch.setattr(identity, "namespace_of", lambda *_: NAMESPACE)
+    monkeypatch.setattr(identity, "namespace_of", lambda *_: BASE)
     monkeypatch.setattr(identity, "weights_now", {})
     monkeypatch.setattr(module, "open_store", lambda _: store)
     opened = []
@@ -141,8 +144,7 @@ def new_vllm(monkeypatch):
         )
         groups = [options.Group(0, 0, ["layer"], PAGE, None, "float32", "full_attention")]
         scheduler = module.Scheduler(config, options.Options("shm:///unused", timeout_s=10), groups, CHUNK, PAGE)
-        scheduler._layouts = {0: None}
-        scheduler._namespace, scheduler._places = NAMESPACE, [(0, 0)]
+        scheduler.learn_layouts({0: messages.Layout(FINGERPRINT, (0,), b"w")})
         opened.append(scheduler)
         return Vllm(scheduler)
 

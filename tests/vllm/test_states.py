@@ -324,7 +324,7 @@ def test_a_state_is_kept_where_the_last_item_ends(engine):
     """vLLM is told to end a step there."""
     one = engine("small states")
     connector = one.scheduler.connector._scheduler
-    connector._items = lambda _: [Item("picture", 20, 150, "image")]
+    connector._naming._items = lambda _: [Item("picture", 20, 150, "image")]
     assert ends_of(one) == (0, {160, 288})
     assert ends_of(one, 175, 100) == (160, {256})
 

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import wait
 from dataclasses import dataclass, field
-from itertools import chain as chained
-from itertools import count, islice, takewhile
+from itertools import count
 from typing import Any
 
-from blake3 import blake3
-
-from lmcache_mm.cache import Record, chain, record_key
+from lmcache_mm.cache import Record
 from lmcache_mm.lane import Lane, Work
-from lmcache_mm.prompt import Item, Namespace, owner_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.store import Store
 from lmcache_mm.vllm import identity
@@ -30,7 +25,10 @@ from lmcache_mm.vllm.api import (
     VllmConfig,
 )
 from lmcache_mm.vllm.kv.events import Events
+from lmcache_mm.vllm.kv.live_namespace import LiveNamespace
 from lmcache_mm.vllm.kv.messages import NULL_BLOCK, Layout, Load, Metadata, RecordPages, Save, WorkerMetadata
+from lmcache_mm.vllm.kv.naming import Naming
+from lmcache_mm.vllm.kv.places import Places
 from lmcache_mm.vllm.kv.request_tracker import RequestTracker
 from lmcache_mm.vllm.metrics import Stats
 from lmcache_mm.vllm.options import (
@@ -44,7 +42,6 @@ from lmcache_mm.vllm.options import (
 )
 
 NO_RECORD = bytes(32)  # a prefix key that no store holds
-STATES_AT_ONCE = 64  # cuts per lookup of states, the last cuts first
 AT_ONCE_S = 0.001  # how long the scheduler itself waits for a store; after that, it asks again in its next step
 
 logger = logging.getLogger("vllm.lmcache_mm")
@@ -79,30 +76,19 @@ class Scheduler:
         self.stats = Stats()
         self._options, self._chunk_tokens, self._unit = options, chunk_tokens, unit
         self._loads, self._saves = config.kv_transfer_config.is_kv_consumer, config.kv_transfer_config.is_kv_producer
-        self._tables = {group.table: group for group in groups if not group.states}
-        self._states = {group.table: group for group in groups if group.states}
-        self._windows = {group.table: group.window for group in groups if group.window is not None}
-        self._base = identity.namespace_of(config, [group.kv_dtype for group in groups], options.weights)
+        self._places = Places(groups, chunk_tokens)
+        self._namespace = LiveNamespace(config, options, groups)
+        self._naming = Naming(options, chunk_tokens, unit, bool(self._places.states))
         self._store: Store = open_store(options.store)
-        self._ranks = config.parallel_config.tensor_parallel_size * config.parallel_config.pipeline_parallel_size
         self._sends_all_items = not config.use_v2_model_runner
-        self._layouts: dict[int, Layout] = {}  # by rank
-        self._places: list[tuple[int, int]] = []  # of a record's parts: group numbers and ranks
-        self._state_places: list[tuple[int, int]] = []  # the same for the state at its end
-        self._weights_now: str | None = None
-        self._engine = config.instance_id
-        self._resets = 0
         self._look = False  # whether workers should digest the weights in this step
-        self._looked: dict[int, bytes] = {}  # by rank: digests of the weights since the last reset
         self._pool: BlockPool | None = None
         self._cached_blocks: object = None
-        self._namespace: Namespace | None = None  # set once all layouts and the weights are known
-        self._identifiers, self._adapters = identity.Identifiers(), identity.Adapters()
         self._identifying, self._lookups = Lane("lmcache_mm identify"), Lane("lmcache_mm lookup")
         self._requests: dict[str, _Request] = {}
         self._unknown: dict[Work, set[str]] = {}  # identifiers of items that are computed before they are identified
         # If a stop token is noticed one step late, the running state has already consumed it and cannot be rolled back.
-        late = bool(self._states) and bool(config.scheduler_config.async_scheduling)
+        late = bool(self._places.states) and bool(config.scheduler_config.async_scheduling)
         self._session_ends_caching = late or (SESSIONS_OUTRUN_TOKENS and config.speculative_config is not None)
         self._failed: set[str] = set()  # requests that are not matched any more
         self._planned: list[Load] = []  # for the next step
@@ -116,31 +102,25 @@ class Scheduler:
     def learn_layouts(self, layouts: dict[int, Layout]) -> None:
         """Takes the layouts that ranks report. In MultiConnector, the handshake may belong to another connector, so
         workers report again in their first step; requests that arrive earlier are not cached."""
-        if self._layouts | layouts == self._layouts:
-            return
+        known = self._places.tables.keys() | self._places.states.keys()
         for layout in layouts.values():
-            unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - set(self._tables) - set(self._states)
+            unknown = {number // GROUPS_OF_TABLE for number in layout.groups} - known
             if unknown:
                 raise ValueError(f"{NAME}: a worker has layers of KV cache group {min(unknown)}; the scheduler has not")
-        self._layouts |= layouts
-        places = [(number, rank) for rank, one in sorted(self._layouts.items()) for number in one.groups]
-        self._places = [place for place in places if place[0] // GROUPS_OF_TABLE in self._tables]
-        self._state_places = [place for place in places if place[0] // GROUPS_OF_TABLE in self._states]
-        if self.events:
-            self.events.learn_places(places)
-        self._make_namespace()
-
-    def _make_namespace(self) -> None:
-        if len(self._layouts) < self._ranks:
+        if not self._namespace.learn_layouts(layouts):
             return
-        prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
-        layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
-        base = self._base if self._weights_now is None else self._base.with_weights(self._weights_now)
-        self._namespace = None if self._weights_now == identity.UNKNOWN else base.with_layout(layout)
-        if self._namespace is not None:
-            for ours in self._requests.values():
-                if ours.tracker is None and (ours.loads or ours.saves):
-                    self._begin_identifying(ours)
+        self._places.learn(self._namespace.parts)
+        if self.events:
+            self.events.learn_places(self._namespace.parts)
+        self._name_again()
+
+    def _name_again(self) -> None:
+        """Names the requests that have no tracker, once there is a namespace."""
+        if self._namespace.now is None:
+            return
+        for ours in self._requests.values():
+            if ours.tracker is None and (ours.loads or ours.saves):
+                self._begin_identifying(ours)
 
     # --- Weights, which may change while the engine runs
 
@@ -155,10 +135,7 @@ class Scheduler:
         them; requests that are already partly computed continue without the store."""
         if self._pool is not None:
             self._cached_blocks = _cached_blocks(self._pool)
-        self._resets += 1
-        self._looked = {}
-        self._weights_now = identity.weights_now[self._engine] = identity.UNKNOWN
-        self._make_namespace()
+        self._namespace.reset()
         if self.events:
             self.events.forget()
         loading = {load.request_id for load, _ in self._loading.values()}
@@ -167,24 +144,6 @@ class Scheduler:
             begun = ours.request.num_computed_tokens > 0 or ours.request.num_preemptions > 0
             if begun or ours.request.request_id in loading:
                 ours.loads = ours.saves = False
-
-    def _learn_weights(self, told: dict[tuple[int, int], bytes]) -> None:
-        """Names the weights: as at startup if they are the same, else by their digest, so that engines with the same
-        update share records."""
-        self._looked |= {rank: digest for (number, rank), digest in told.items() if number == self._resets}
-        if self._weights_now != identity.UNKNOWN or len(self._looked) < self._ranks:
-            return
-        digests = [self._looked[rank] for rank in range(self._ranks)]
-        if not all(digests):
-            self._weights_now = f"not seen after a reset {uuid.uuid4().hex}"
-            logger.warning("%s: the model's weights cannot be read: nothing stored before this reset is used", NAME)
-        elif digests == [self._layouts[rank].weights for rank in range(self._ranks)]:
-            self._weights_now = None
-        else:
-            self._weights_now = f"in memory {blake3(b''.join(digests)).hexdigest()}"
-            logger.info("%s: the weights have changed: nothing stored for the old ones is used", NAME)
-        identity.weights_now[self._engine] = self._weights_now
-        self._make_namespace()
 
     def take_stats(self) -> Stats | None:
         return self.stats.take()
@@ -203,41 +162,18 @@ class Scheduler:
     def add(self, request: Request) -> None:
         drop_malformed_params(request)
         wishes = wishes_of(request.kv_transfer_params)
-        cached = len(self._layouts) == self._ranks
+        cached = self._namespace.complete
         loads, saves = cached and self._loads and wishes.load, cached and self._saves and wishes.store
         # After a change of weights, another engine's keys may differ from this one's.
-        waits = wishes.wait and self._weights_now is None
+        waits = wishes.wait and self._namespace.weights is None
         ours = _Request(request, loads, saves, waits, request.num_prompt_tokens, len(request.mm_features))
         self._requests[request.request_id] = ours
         if ours.loads or ours.saves or request.mm_features:
             self._begin_identifying(ours)
 
     def _begin_identifying(self, ours: _Request) -> None:
-        namespace = self._namespace if ours.loads or ours.saves else None
-        ours.identifying = self._identifying.submit(lambda _: self._identify(ours.request, namespace))
-
-    def _identify(self, request: Request, namespace: Namespace | None) -> RequestTracker | None:
-        """The tracker of a request, with the keys of its prompt; None if it is unknown what determines the request's
-        KV. Runs on a lane, in parallel with the scheduler. Items are digested even if the request is not cached,
-        because vLLM caches what it computes from them under their identifiers."""
-        try:
-            items = self._items(request.mm_features)
-            if namespace is None:
-                return None
-            lora = self._adapters.digest(request.lora_request)
-            embeds = identity.digest_of_embeds(request.prompt_embeds, getattr(request, "prompt_is_token_ids", None))
-            salt = request.cache_salt or None
-            whole = 1 if self._options.opaque_tails else self._unit
-            prompt_tokens = request.num_prompt_tokens
-            root = namespace.root(salt, lora, embeds)
-            tracker = RequestTracker(
-                items, root, owner_of(salt), prompt_tokens, self._chunk_tokens, whole, bool(self._states)
-            )
-            tracker.records(request.all_token_ids, prompt_tokens)
-        except Exception as error:  # from anything in the request
-            logger.warning("%s: request %s is not cached: %s", NAME, request.request_id, error)
-            return None
-        return tracker
+        namespace = self._namespace.now if ours.loads or ours.saves else None
+        ours.identifying = self._identifying.submit(lambda _: self._naming.tracker_of(ours.request, namespace))
 
     def follow(self, request: Request) -> None:
         """Checks whether the request is a session (`resumable`) that continues: its last token is gone, the tokens
@@ -263,63 +199,11 @@ class Scheduler:
         if not (ours.loads or ours.saves or features):
             return
         ours.identifying = self._identifying.submit(
-            lambda _: self._identify_part(request.request_id, features, token_ids, tracker, before)
+            lambda _: self._naming.tracker_with_part(request.request_id, features, token_ids, tracker, before)
         )
         if features:
             self._unknown[ours.identifying] = {feature.identifier for feature in features}
         self._is_done(ours.identifying)
-
-    def _identify_part(
-        self,
-        request_id: str,
-        features: Sequence[Any],
-        token_ids: list[int],
-        tracker: RequestTracker | None,
-        before: Work | None,
-    ) -> RequestTracker | None:
-        """Like `_identify`, for the next part of a session. tracker: of the earlier parts; the result of `before`
-        replaces it."""
-        try:
-            items = self._items(features)
-            tracker = before.future.result() if before else tracker
-            return tracker.grown(items, token_ids) if tracker else None
-        except Exception as error:  # from the part's data, which can be anything
-            logger.warning("%s: request %s is no longer cached: %s", NAME, request_id, error)
-            return None
-
-    def _items(self, features: Sequence[Any]) -> list[Item]:
-        return [
-            Item(name, feature.mm_position.offset, feature.mm_position.length, feature.modality)
-            for name, feature in zip(self._names_of_items(features), features, strict=True)
-        ]
-
-    def _names_of_items(self, features: Sequence[Any]) -> list[str]:
-        """The items' names. Raises Unknown if an item has no digest, or its identifier has stood for other data."""
-        if self._options.identifiers == "trust":
-            return [feature.identifier for feature in features]
-        names = []
-        for feature in features:
-            try:
-                names.append(identity.digest_of_item(feature))
-            except Exception:  # the data can be anything
-                names.append("")
-        agreed = [
-            bool(name) and self._identifiers.agree(feature.identifier, name)
-            for feature, name in zip(features, names, strict=True)
-        ]
-        self._identifiers.distrust(f.identifier for f, name in zip(features, names, strict=True) if not name)
-        for feature, name, good in zip(features, names, agreed, strict=True):
-            if not name:
-                raise identity.Unknown(f"the data of the item {feature.identifier!r} cannot be digested")
-            if not good:
-                raise identity.Unknown(f"the identifier {feature.identifier!r} was used for other data before")
-        return names
-
-    def _still_agreed(self, features: Sequence[Any]) -> bool:
-        """Whether each item's identifier still stands for one content."""
-        if self._options.identifiers == "trust":
-            return True
-        return not any(self._identifiers.distrusted(feature.identifier) for feature in features)
 
     def _tracker(self, ours: _Request) -> RequestTracker | None:
         """The request's tracker; for a session, with the parts identified so far. None if the request is not cached or
@@ -335,7 +219,7 @@ class Scheduler:
         """The answer to a request that another engine will decode: that engine may wait for its KV. It names no keys,
         because an engine that loads computes them from its own request."""
         ours = self._requests.get(request.request_id)
-        if ours is None or not ours.saves or self._weights_now is not None:
+        if ours is None or not ours.saves or self._namespace.weights is not None:
             return None
         if (request.kv_transfer_params or {}).get("do_remote_decode") is not True:
             return None
@@ -347,7 +231,7 @@ class Scheduler:
             return None
         if tracker is None or not records or tracker.stored_tokens < records[-1].end:
             return None
-        if self._states and (request.num_prompt_tokens - 1) // self._unit * self._unit not in ours.states_at:
+        if self._places.states and (request.num_prompt_tokens - 1) // self._unit * self._unit not in ours.states_at:
             return None
         return {"lmcache_mm": {"wait": True}}
 
@@ -368,7 +252,7 @@ class Scheduler:
             return 0, False
         try:
             matched = self._match(ours, local_tokens)
-            if self._states and matched[0] is not None:
+            if self._places.states and matched[0] is not None:
                 self._plan_stops(ours, local_tokens + matched[0])
             return matched
         except Exception:
@@ -384,7 +268,7 @@ class Scheduler:
     def _match(self, ours: _Request, local_tokens: int) -> tuple[int | None, bool]:
         request = ours.request
         ours.asked_at = ours.asked_at or time.monotonic()
-        if self._weights_now == identity.UNKNOWN and ours.loads:
+        if self._namespace.weights == identity.UNKNOWN and ours.loads:
             self._look = True
             return self._later(ours, 0.0)
         if ours.identifying is not None and not self._is_done(ours.identifying):
@@ -394,7 +278,7 @@ class Scheduler:
             tracker is None
             or not ours.loads
             or request.request_id in self._failed
-            or not self._still_agreed(request.mm_features)
+            or not self._naming.agreed(request.mm_features)
         ):
             return 0, False
         if ours.waits and time.monotonic() < ours.ask_at:
@@ -416,7 +300,7 @@ class Scheduler:
         # of one token vLLM would ask forever.
         if min(end, request.num_tokens - 1) <= local_tokens:
             return 0, False
-        if self._windows:  # by then, vLLM has dropped a page that the last token's window needs
+        if self._places.windows:  # by then, vLLM has dropped a page that the last token's window needs
             end = min(end, request.num_tokens - 1)
         return end - local_tokens, self._options.load == "async"
 
@@ -478,7 +362,7 @@ class Scheduler:
 
     def _look_up(self, ours: _Request, records: list[Record]) -> list[Record]:
         try:
-            found, ours.reach = self._longest(records)
+            found, ours.reach = self._places.longest(self._store, records)
             return found
         except Exception:
             logger.exception("%s: a lookup in the store failed; the request is computed", NAME)
@@ -492,7 +376,7 @@ class Scheduler:
         if stalled_s < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
             return None, False
         if ours.identifying is not None:  # vLLM's caches will have its items before they are identified
-            self._identifiers.distrust(feature.identifier for feature in ours.request.mm_features)
+            self._naming.distrust(ours.request.mm_features)
             ours.saves = False
         ours.loads = False
         ours.identifying = ours.lookup = None
@@ -502,60 +386,13 @@ class Scheduler:
     def _loadable(self, request: Request, tracker: RequestTracker) -> list[Record]:
         """The request's records that can end a hit."""
         limit = request.num_tokens
-        if self._options.load != "async" or self._states:
+        if self._options.load != "async" or self._places.states:
             limit -= 1  # the last token is computed in the same step, or the state must not include it
         records = tracker.records(request.all_token_ids, limit)
         if self._options.load == "layers":
             # A layer's pages are written whole, after the step has put its new tokens into them.
             records = [record for record in records if record.end % self._unit == 0]
         return records
-
-    def _longest(self, records: list[Record]) -> tuple[list[Record], int]:
-        """The records that cover the longest prefix for which the store has the KV that each group needs and the state
-        at its end; and where that prefix would end if the store had all states."""
-        present = iter(self._store.contains([key for record in records for key in self._keys(record)]))
-        tables = set(self._tables)
-        there = {
-            r.end: tables - {number // GROUPS_OF_TABLE for number, _ in self._places if not next(present)}
-            for r in records
-        }
-        whole = tables - set(self._windows) or tables  # without full attention: every record of every group
-        usable = [record for record in records if whole <= there[record.end]]
-        chunks = [one for one in chain(usable, self._chunk_tokens) if one.end - one.begin == self._chunk_tokens]
-        covered = chunks[-1].end if chunks else 0
-
-        def prefix(last: Record) -> list[Record]:
-            return [*chunks[: last.begin // self._chunk_tokens], last]
-
-        def in_windows(last: Record) -> bool:
-            return all(
-                table in there[one.end]
-                for table, window in self._windows.items()
-                for one in takewhile(
-                    lambda one, first=last.end - window: one.end > first,  # type: ignore[misc]
-                    chained([last], (chunks[i] for i in range(last.begin // self._chunk_tokens - 1, -1, -1))),
-                )
-            )
-
-        ends: Iterator[Record] = (last for last in reversed(usable) if last.begin <= covered and in_windows(last))
-        first = next(ends, None)
-        if first is None:
-            return [], 0
-        if not self._states:
-            return prefix(first), first.end
-        ends = chained([first], ends)
-        while some := list(islice(ends, STATES_AT_ONCE)):
-            found = iter(self._store.contains([key for one in some for key in self._state_keys(one)], peek=True))
-            for last in some:
-                if all([next(found) for _ in self._state_places]):
-                    return prefix(last), first.end
-        return [], first.end
-
-    def _keys(self, record: Record) -> list[bytes]:
-        return [record_key(record.key, number, rank) for number, rank in self._places]
-
-    def _state_keys(self, record: Record) -> list[bytes]:
-        return [record_key(record.key, number, rank) for number, rank in self._state_places]
 
     # --- Loads
 
@@ -572,7 +409,7 @@ class Scheduler:
         # vLLM has allocated pages for the load and waits for it, so give it a load that fails.
         pages = [
             RecordPages(table, NO_RECORD, [page], group.page_tokens)
-            for table, group in (self._tables | self._states).items()
+            for table, group in (self._places.tables | self._places.states).items()
             for page in block_ids[table]
         ]
         load = Load(next(self._serials), request.request_id, b"", pages)
@@ -584,12 +421,12 @@ class Scheduler:
         records = [record for record in ours.hit if record.end > first and record.begin < end]
         if ours.tracker is None or not records:
             raise LookupError("the match that this load is for is no longer valid")
-        pages = self._pages(records, block_ids, first, end)
-        keys = [key for record in records for key in self._keys(record)]
-        if self._states:
+        pages = self._places.pages(records, block_ids, first, end)
+        keys = [key for record in records for key in self._places.keys(record)]
+        if self._places.states:
             last = records[-1]
-            pages += self._state_pages(last, end, block_ids)
-            keys += self._state_keys(last)
+            pages += self._places.state_pages(last, end, block_ids)
+            keys += self._places.state_keys(last)
             ours.states_at.add(end)
         release = self._hold(keys)
         load = Load(next(self._serials), ours.request.request_id, ours.tracker.owner, pages)
@@ -606,41 +443,14 @@ class Scheduler:
         held = self._lookups.submit(lambda _: self._store.hold(keys))
         return lambda: self._lookups.submit(lambda _: held.future.result()())
 
-    def _pages(
-        self, records: list[Record], block_ids: tuple[list[int], ...], first: int = 0, end: int | None = None
-    ) -> list[RecordPages]:
-        """The records' pages in every group, without null pages and pages wholly outside of tokens [first, end).
-        Records without any page are left out."""
-        out = []
-        for table, group in self._tables.items():
-            size, blocks = group.page_tokens, block_ids[table]
-            for record in records:
-                numbers = range(record.begin // size, -(-record.end // size))
-                stop = numbers.stop if end is None else -(-end // size)
-                pages = [blocks[i] if first // size <= i < stop else NULL_BLOCK for i in numbers]
-                if any(page != NULL_BLOCK for page in pages):
-                    out.append(RecordPages(table, record.key, pages, record.end - record.begin))
-        return out
-
-    def _state_pages(self, last: Record, end: int, block_ids: tuple[list[int], ...]) -> list[RecordPages]:
-        """The page of every group's state after the first `end` tokens. LookupError if vLLM takes fewer tokens than
-        were matched, because their state is a different one, or if it has no page for the state."""
-        out = []
-        for table, group in self._states.items():
-            blocks = block_ids[table][end // group.page_tokens - 1 :]
-            if last.end != end or not blocks or blocks[0] == NULL_BLOCK:
-                raise LookupError(f"there is no page for the state at {end}, in KV cache group {table}")
-            out.append(RecordPages(table, last.key, blocks[:1], group.page_tokens))
-        return out
-
     # --- Steps
 
     def plan_step(self, step: SchedulerOutput) -> Metadata:
         self._send_all_items(step)
         metadata = Metadata(loads=self._planned)
-        if self._weights_now == identity.UNKNOWN and (self._look or step.total_num_scheduled_tokens):
+        if self._namespace.weights == identity.UNKNOWN and (self._look or step.total_num_scheduled_tokens):
             # Not in other empty steps: the engine may be paused, and its weights about to change.
-            metadata.look = self._resets
+            metadata.look = self._namespace.resets
         self._planned, self._look = [], False
         self._at_once_left_s = AT_ONCE_S
         if self._saving > 0:
@@ -661,7 +471,7 @@ class Scheduler:
                 continue
             try:
                 save = self._save_of(ours, scheduled, step)
-                if self._states and ours.tracker is not None:
+                if self._places.states and ours.tracker is not None:
                     # vLLM cannot have kept states of tokens that it does not know yet.
                     self._stop(ours, min(ours.request.num_computed_tokens + scheduled, ours.request.num_tokens))
             except Exception:
@@ -670,7 +480,7 @@ class Scheduler:
             if save is not None:
                 metadata.saves.append(save)
         if metadata.saves:
-            self._saving += len(metadata.saves) * self._ranks
+            self._saving += len(metadata.saves) * self._namespace.ranks
             self._saves_until = time.monotonic() + 2 * self._options.timeout_s
         return metadata
 
@@ -685,7 +495,7 @@ class Scheduler:
             # Tokens that vLLM counts as computed may include drafts that it rejects later.
             computed = min(ours.request.num_computed_tokens, ours.request.num_tokens - 1) if ours is not None else 0
             for table, pages in enumerate(block_ids):
-                group = self._tables.get(table) or self._states.get(table)
+                group = self._places.tables.get(table) or self._places.states.get(table)
                 written.update(pages[computed // group.page_tokens :] if group else pages)
         return written
 
@@ -696,7 +506,7 @@ class Scheduler:
             return None
         features = request.mm_features[: len(tracker.items)]
         unknown = {name for names in self._unknown.values() for name in names}
-        if not self._still_agreed(features) or any(feature.identifier in unknown for feature in features):
+        if not self._naming.agreed(features) or any(feature.identifier in unknown for feature in features):
             return None
         drafts = len(step.scheduled_spec_decode_tokens.get(request.request_id, ()))
         until = min(request.num_computed_tokens + scheduled - drafts, request.num_tokens)
@@ -704,7 +514,7 @@ class Scheduler:
             until = min(until, request.num_prompt_tokens)
         # The next items of a session are not identified yet.
         until = min([until, *(f.mm_position.offset for f in request.mm_features[len(tracker.items) :])])
-        states = self._states_of(ours, tracker, until, step) if self._states else []
+        states = self._states_of(ours, tracker, until, step) if self._places.states else []
         if until <= ours.planned_until and not states:
             return None
         records = tracker.records(request.all_token_ids, until, tracker.stored_tokens)
@@ -714,10 +524,10 @@ class Scheduler:
         ours.planned_until = until
         if not records and not states:
             return None
-        if not self._adapters.still_agreed(request.lora_request):
+        if not self._naming.adapter_agreed(request.lora_request):
             ours.loads = ours.saves = False
             return None
-        pages = self._pages(records, block_ids) if records else []
+        pages = self._places.pages(records, block_ids) if records else []
         whole = [one for one in pages if NULL_BLOCK not in one.pages]
         whole += [page for _, pages in states for page in pages]
         if records:
@@ -735,20 +545,12 @@ class Scheduler:
         """The request's states that vLLM has in this step at ends of records within the first `until` tokens. vLLM says
         which page holds each state once the step has ended: the state at the step's end, or one that the step has
         passed."""
-        offered: dict[int, dict[int, int]] = {}  # tokens -> table -> page
-        of_step = step.kv_connector_block_state.boundary_state_offloads
-        last = max(ours.states_at, default=0)
-        for table, page, tokens in of_step.get(ours.request.request_id, ()):
-            if table in self._states and page != NULL_BLOCK and last < tokens <= until:
-                offered.setdefault(tokens, {})[table] = page
-        out = []
-        for tokens, pages in sorted(offered.items()):
-            if pages.keys() != self._states.keys():
-                continue
-            for record in tracker.records(ours.request.all_token_ids, tokens, tokens - 1):
-                sizes = {table: group.page_tokens for table, group in self._states.items()}
-                out.append((record, [RecordPages(t, record.key, [page], sizes[t]) for t, page in pages.items()]))
-        return out
+        offered = step.kv_connector_block_state.boundary_state_offloads.get(ours.request.request_id, ())
+        return [
+            (record, self._places.offered_pages(record, pages))
+            for tokens, pages in self._places.offered_states(offered, max(ours.states_at, default=0), until).items()
+            for record in tracker.records(ours.request.all_token_ids, tokens, tokens - 1)
+        ]
 
     def _send_all_items(self, step: SchedulerOutput) -> None:
         """Adds the data of items that vLLM leaves out because they lie wholly within a hit. If the hit is lost, to a
@@ -774,7 +576,8 @@ class Scheduler:
         told = output.kv_connector_worker_meta
         if isinstance(told, WorkerMetadata):
             self.learn_layouts(told.layouts)
-            self._learn_weights(told.weights)
+            if self._namespace.learn_weights(told.weights):
+                self._name_again()
             bad_pages = output.invalid_block_ids or set()
             for serial in told.loaded & self._loading.keys():
                 ended.add(serial)
