@@ -36,8 +36,13 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
+    Qwen2VLImageProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import PoolerConfig
@@ -99,7 +104,7 @@ def engine(
         "enable_prefix_caching": False,
         "disable_log_stats": False,
     }
-    if model == "vlm":
+    if model in ("vlm", "qwen3_5"):
         settings["limit_mm_per_prompt"] = {"image": 3, "video": 1}
     extra = {"chunk_tokens": 64, **options.pop("extra", {})}
     ours = [
@@ -557,6 +562,14 @@ def numbers(seed: int, count: int) -> list[int]:
     return np.random.default_rng(seed).integers(3, 250, count).tolist()
 
 
+def measure(llm: LLM, about: list[int] | dict[str, Any], answer: int = 12) -> dict[str, Any]:
+    """Asks one prompt, or its token ids; returns the answer's logprobs too."""
+    sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=3)
+    (one,) = llm.generate([about if isinstance(about, dict) else {"prompt_token_ids": about}], sampling, use_tqdm=False)
+    steps = one.outputs[0].logprobs or ()
+    return {**row_of(one), "logprobs": [sorted((t, p.logprob) for t, p in step.items()) for step in steps]}
+
+
 def states(model: str) -> dict[str, Any]:
     """A model of attention and of layers that keep a state, with vLLM's own cache emptied before each prompt."""
     if model in ("granite", "falcon"):
@@ -590,12 +603,6 @@ def states(model: str) -> dict[str, Any]:
             llm.reset_prefix_cache()
             rows[name] = measure(llm, ids)
         return rows
-
-    def measure(llm: LLM, ids: list[int], answer: int = 12) -> dict[str, Any]:
-        sampling = SamplingParams(temperature=0, max_tokens=answer, ignore_eos=True, logprobs=3)
-        (one,) = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
-        steps = one.outputs[0].logprobs or ()
-        return {**row_of(one), "logprobs": [sorted((t, p.logprob) for t, p in step.items()) for step in steps]}
 
     def engine_of(url: str | None = None, **more: Any):
         return engine(url, **{key: value for key, value in (settings | more).items() if value is not None})
@@ -642,6 +649,40 @@ def states(model: str) -> dict[str, Any]:
             seen["preempted blocks"] = [blocks, free_blocks(llm)]
             seen["preemptions"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
             seen["preempted counts"] = counts(llm)
+    return seen
+
+
+def states_of_pictures() -> dict[str, Any]:
+    """A vision model whose layers keep states beside attention, with vLLM's own cache emptied before each prompt."""
+    one, two = image(0, 448), image(1, 448)
+    prompts = [
+        prompt("| what is it? ", one),
+        prompt("| how many are there? ", one),
+        prompt("| what is it? ", two),
+        prompt("| or rather | ", one, two),
+        prompt("| or rather | ", two, one),
+    ]
+    settings = {"model": "qwen3_5", "dtype": "bfloat16", "num_gpu_blocks_override": 64, "enable_prefix_caching": True}
+
+    def ask_afresh(llm: LLM) -> list[dict[str, Any]]:
+        rows = []
+        for one in prompts:
+            llm.reset_prefix_cache()
+            rows.append(measure(llm, one))
+        return rows
+
+    seen: dict[str, Any] = {}
+    with engine(**settings) as llm:
+        seen["expected"] = ask_afresh(llm)
+        seen["block"] = llm.llm_engine.vllm_config.cache_config.block_size
+    with store("64MiB") as url:
+        with engine(url, **settings) as llm:
+            seen["first"] = ask_afresh(llm)
+        with engine(url, **settings) as llm:
+            seen["second"] = ask_afresh(llm)
+            llm.reset_prefix_cache()
+            seen["at once"] = ask_at_once(llm, prompts)
+            seen["counts"] = counts(llm)
     return seen
 
 
@@ -1257,7 +1298,46 @@ def make_models() -> dict[str, Any]:
                     weight.normal_(0, 0.05 if "embed" in key else 2.0 * weight.shape[1] ** -0.5)
         hybrid.save_pretrained(FOLDER / name)
         processor.tokenizer.save_pretrained(FOLDER / name)
+    make_vision_model_with_states(processor.tokenizer)
     return {}
+
+
+def make_vision_model_with_states(tokenizer: Any) -> None:
+    """A small Qwen3.5: a vision tower, full attention, and Gated DeltaNet."""
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    patches = {"patch_size": 14, "temporal_patch_size": 2}
+    config = Qwen3_5Config(
+        **{field: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for field, token in names.items()},
+        text_config={
+            **{"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4},
+            **{"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 256},
+            **{"linear_num_value_heads": 1, "linear_num_key_heads": 1},
+            **{"linear_key_head_dim": 128, "linear_value_head_dim": 128},
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "rope_parameters": {
+                **{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+                **{"mrope_section": [11, 11, 10], "mrope_interleaved": True},
+            },
+        },
+        vision_config={
+            **{"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64},
+            **{"num_position_embeddings": 256, "spatial_merge_size": 2, **patches},
+        },
+    )
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(config).float().eval()
+    with torch.no_grad():  # so that the picture decides the answer
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, 1.0 if "embed_tokens" in name else 2.0 * weight[0].numel() ** -0.5)
+    model.save_pretrained(FOLDER / "qwen3_5")
+    limits = {"shortest_edge": tiny_qwen2_vl.MIN_PIXELS, "longest_edge": tiny_qwen2_vl.MAX_PIXELS}
+    settings = {**patches, "merge_size": 2, "size": limits}
+    images, videos = Qwen2VLImageProcessor(**settings), Qwen3VLVideoProcessor(**settings)
+    template = tiny_qwen2_vl.CHAT_TEMPLATE
+    Qwen3VLProcessor(images, tokenizer, videos, chat_template=template).save_pretrained(FOLDER / "qwen3_5")
 
 
 def hybrids(common: dict[str, Any]) -> dict[str, Any]:
@@ -1333,6 +1413,7 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
         pooling,
         sliding_windows,
         states,
+        states_of_pictures,
         share,
         evicting,
         first_host,
