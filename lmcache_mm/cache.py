@@ -151,8 +151,9 @@ class KVCache:
         return restored
 
     def store(self, prompt: Prompt, block_ids: ops.Ids, by_layer: bool = False) -> Job[int]:
-        """Gathers the KV of `prompt` that the store lacks. The result: for a store on this host, how many tokens it now
-        holds that it did not hold before; for a store elsewhere, how many were handed to it.
+        """Gathers the KV of `prompt` that the store lacks. The result: for a store on this host, how many tokens of the
+        prompt it now holds that it did not hold before; for a store elsewhere, how many were handed to it. A token in
+        several records, as the last item's tail and the prompt's tail, counts once.
 
         Block id -1 marks missing KV; chunks with such a page are skipped. by_layer: call this before the forward pass
         that computes the KV, and call `Job.layer_written` after each layer.
@@ -171,9 +172,9 @@ class KVCache:
 
     def stats(self) -> dict[str, float]:
         """Counters since this cache was created: queried_tokens and hit_tokens (of `match`, and of `retrieve` without
-        `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens; for stored tokens also raw_bytes
-        (before coding), stored_bytes (after coding) and codec_ratio (1 without a codec). `backend.stats()` has the
-        store's own counters."""
+        `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens (the results of `retrieve` and
+        `store`); for stored records also raw_bytes (before coding), stored_bytes (after coding) and codec_ratio (1
+        without a codec). `backend.stats()` has the store's own counters."""
         with self._counting:
             raw, stored = self._transfer.take_bytes()
             self._counts["raw_bytes"] += raw
@@ -221,7 +222,10 @@ class KVCache:
         size = self.layout.page_tokens
         if records and len(pages) < (needed := -(-records[-1].end // size)):
             pages = torch.cat([pages, torch.full((needed - len(pages),), -1)])
-        return [Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin) for r in records]
+        return [
+            Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin, max(0, before - r.begin))
+            for r, before in zip(records, [0, *(r.end for r in records)], strict=False)
+        ]
 
 
 def chain(records: Iterable[Record], chunk_tokens: int) -> list[Record]:

@@ -44,6 +44,7 @@ class Chunk(NamedTuple):
     key: bytes
     pages: torch.Tensor  # block ids, int64 on the host; -1: skip the page
     tokens: int
+    repeated: int = 0  # how many of these tokens an earlier chunk of the prompt has too, a tail
 
 
 class Transfer:
@@ -113,10 +114,10 @@ class Transfer:
 
     def store(self, chunks: Sequence[Chunk], owner: bytes, early: bool = False, by_layer: bool = False) -> Job[int]:
         """Gathers the chunks that have all their pages and that the store lacks and has room for. The result: how many
-        tokens were handed to the store. `owner`: as in Store.put. early: the pages are still being written. The store
-        is queried at once; the pages are read by the thread that calls `Job.pages_free` (by_layer:
-        `Job.layer_written`), or by the store's own thread after a call of `Job.written`. Does not store for an owner
-        that was forgotten after this call."""
+        tokens were handed to the store, without `repeated` ones. `owner`: as in Store.put. early: the pages are still
+        being written. The store is queried at once; the pages are read by the thread that calls `Job.pages_free`
+        (by_layer: `Job.layer_written`), or by the store's own thread after a call of `Job.written`. Does not store for
+        an owner that was forgotten after this call."""
         try:
             as_of = self._store.moment()
         except Exception:  # for example, the store is closed; the job will fail for the same reason
@@ -328,7 +329,7 @@ class Transfer:
         with self._counting:
             self._raw_bytes += sum(self._payload_bytes(chunk) for chunk, _ in stored)
             self._stored_bytes += sum(size for _, size in stored)
-        return sum(chunk.tokens for chunk, _ in stored)
+        return sum(chunk.tokens - chunk.repeated for chunk, _ in stored)
 
     def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[_Stored]:
         """Gathers the chunks that the store has room for, directly into its slots."""
@@ -457,7 +458,7 @@ class Transfer:
             places[i] += codec.HEADER_BYTES if behind_header else 0
         return [
             (pages.data_ptr(), True, len(pages), len(pages) * size if whole_pages else tokens, place, 0)
-            for (_, pages, tokens), place in zip(chunks, places, strict=True)
+            for (_, pages, tokens, _), place in zip(chunks, places, strict=True)
         ]
 
     def _payload_bytes(self, chunk: Chunk) -> int:
