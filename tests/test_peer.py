@@ -377,8 +377,10 @@ def test_hosts_with_certificates_of_one_ca_read_each_other(lent, tls, host):
         ("expired/127.0.0.1", "ours/127.0.0.1", "certificate has expired"),
         ("ours/127.0.0.1", "expired/127.0.0.1", ""),  # the server says so in an alert
         ("ours/localhost", "ours/127.0.0.1", "IP address mismatch"),
-        ("ours/127.0.0.1", None, ""),
-        (None, "ours/127.0.0.1", ""),
+        ("ours/127.0.0.1", None, "as one does that expects TLS: then the URL needs ?tls=DIR"),
+        ("ours/127.0.0.1", None, "is disconnected: the client does not speak TLS: its URL needs ?tls=DIR"),
+        (None, "ours/127.0.0.1", "the server does not speak TLS: start `serve` with --tls, or leave out ?tls="),
+        (None, "ours/127.0.0.1", "the client speaks TLS, and this server was started without --tls"),
     ],
 )
 def test_other_certificates_are_misses_and_said(lent, tls, caplog, servers, clients, why):

@@ -35,6 +35,8 @@ SEND_BYTES = 1 << 20  # handed to the socket at once
 
 _HELLO = struct.Struct("<8sH32s")
 _MAGIC = b"lmcmm\0p\n"
+_TLS_HANDSHAKE = b"\x16\x03"  # how a TLS connection begins
+_NOT_TLS = "WRONG_VERSION_NUMBER"  # OpenSSL's name for an other side that speaks no TLS
 _HEADER = struct.Struct("<BI")
 _NUMBER = struct.Struct("<Q")
 _TAG_BYTES = 32
@@ -148,11 +150,16 @@ def connect(address: tuple[str, int], host: str, tls: Tls | None, seal: Seal, de
         certificates = b""
         if tls:
             sock.settimeout(_left(deadline))
-            sock = tls.client.wrap_socket(sock, server_hostname=host)
+            sock = _client_side(tls, sock, host)
             certificates = _digests(tls.certificate, sock.getpeercert(binary_form=True))
         hello = _HELLO.pack(_MAGIC, VERSION, os.urandom(32))
         _send(sock, memoryview(hello), deadline)
-        theirs = _receive_hello(sock, deadline)
+        try:
+            theirs = _receive_hello(sock, deadline)
+        except ConnectionResetError:
+            if tls:
+                raise
+            raise ProtocolError("the server hung up, as one does that expects TLS: then the URL needs ?tls=DIR") from None
         key = seal.connection_key(hello + theirs + certificates)
         if not hmac.compare_digest(_receive(sock, 32, deadline), _proof(key, b"server")):
             raise ProtocolError("the server does not prove the deployment's secret")
@@ -170,7 +177,7 @@ def accept(sock: socket.socket, tls: Tls | None, seal: Seal, deadline: float) ->
         certificates = b""
         if tls:
             sock.settimeout(_left(deadline))
-            sock = tls.server.wrap_socket(sock, server_side=True)
+            sock = _server_side(tls, sock)
             certificates = _digests(sock.getpeercert(binary_form=True), tls.certificate)
         hello = _HELLO.pack(_MAGIC, VERSION, os.urandom(32))
         try:
@@ -238,6 +245,24 @@ def check_loopback(address: str, tls: Tls | None) -> None:
         )
 
 
+def _client_side(tls: Tls, sock: socket.socket, host: str) -> ssl.SSLSocket:
+    try:
+        return tls.client.wrap_socket(sock, server_hostname=host)
+    except ssl.SSLError as error:
+        if error.reason != _NOT_TLS:
+            raise
+        raise ProtocolError("the server does not speak TLS: start `serve` with --tls, or leave out ?tls=") from None
+
+
+def _server_side(tls: Tls, sock: socket.socket) -> ssl.SSLSocket:
+    try:
+        return tls.server.wrap_socket(sock, server_side=True)
+    except ssl.SSLError as error:
+        if error.reason != _NOT_TLS:
+            raise
+        raise ProtocolError("the client does not speak TLS: its URL needs ?tls=DIR") from None
+
+
 def _digests(client: bytes | None, server: bytes | None) -> bytes:
     if client is None or server is None:
         raise ProtocolError("the other side sent no certificate")
@@ -251,6 +276,8 @@ def _proof(key: bytes, side: bytes) -> bytes:
 def _receive_hello(sock: socket.socket, deadline: float) -> bytes:
     hello = _receive(sock, _HELLO.size, deadline)
     magic, version, _ = _HELLO.unpack(hello)
+    if magic.startswith(_TLS_HANDSHAKE):
+        raise ProtocolError("the client speaks TLS, and this server was started without --tls")
     if magic != _MAGIC:
         raise ProtocolError("the other side does not speak this protocol")
     if version != VERSION:
