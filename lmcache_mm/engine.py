@@ -1,4 +1,4 @@
-"""Code that the packages for engines share: digests of a model's weights, and checks of the common options."""
+"""Code that the packages for engines share: tested versions, digests of a model's weights, checks of common options."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from typing import Any
 
 from blake3 import blake3
 
+# The versions that the packages are tested with: hooks of others may mean something else.
+VLLM_VERSIONS = ("0.32", "0.33")  # the two newest minor versions
+SGLANG_VERSIONS = ("0.5.23",)
+
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
 
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, by path, device, inode, size and time
+
+
+def is_tested(version: str, versions: Sequence[str]) -> bool:
+    """Whether it is one of these versions, or a release of one of them."""
+    return any(f"{version}.".startswith(f"{tested}.") for tested in versions)
 
 
 def digest_of_files(paths: Iterable[Path]) -> str:

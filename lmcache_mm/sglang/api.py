@@ -6,16 +6,16 @@ import os
 
 import sglang
 
-SUPPORTED = "0.5.23"
+from lmcache_mm.engine import SGLANG_VERSIONS, is_tested
 
 
 def check_version(version: str) -> None:
     """RuntimeError for an SGLang that the backend was not tested with: its hooks may mean something else."""
-    if version.split(".")[:3] == SUPPORTED.split(".") or os.environ.get("LMCACHE_MM_ANY_SGLANG") == "1":
+    if is_tested(version, SGLANG_VERSIONS) or os.environ.get("LMCACHE_MM_ANY_SGLANG") == "1":
         return
     raise RuntimeError(
-        f"lmcache_mm supports SGLang {SUPPORTED}, but this is SGLang {version}. Install that one, or set "
-        "LMCACHE_MM_ANY_SGLANG=1 to start anyway: SGLang's hooks may have changed, and answers may be wrong"
+        f"lmcache_mm supports SGLang {' and '.join(SGLANG_VERSIONS)}, but this is SGLang {version}. Install that one, "
+        "or set LMCACHE_MM_ANY_SGLANG=1 to start anyway: SGLang's hooks may have changed, and answers may be wrong"
     )
 
 

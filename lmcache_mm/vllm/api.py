@@ -6,16 +6,16 @@ import os
 
 import vllm
 
-SUPPORTED = ("0.32", "0.33")  # the two newest minor versions
+from lmcache_mm.engine import VLLM_VERSIONS, is_tested
 
 
 def check_version(version: str) -> None:
     """RuntimeError for a vLLM that the connector was not tested with: its hooks may mean something else."""
-    if ".".join(version.split(".")[:2]) in SUPPORTED or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
+    if is_tested(version, VLLM_VERSIONS) or os.environ.get("LMCACHE_MM_ANY_VLLM") == "1":
         return
     raise RuntimeError(
-        f"lmcache_mm supports vLLM {' and '.join(SUPPORTED)}, but this is vLLM {version}. Install one of these, or set "
-        "LMCACHE_MM_ANY_VLLM=1 to start anyway: vLLM's hooks may have changed, and answers may be wrong"
+        f"lmcache_mm supports vLLM {' and '.join(VLLM_VERSIONS)}, but this is vLLM {version}. Install one of these, "
+        "or set LMCACHE_MM_ANY_VLLM=1 to start anyway: vLLM's hooks may have changed, and answers may be wrong"
     )
 
 
