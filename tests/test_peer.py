@@ -377,7 +377,7 @@ def test_hosts_with_certificates_of_one_ca_read_each_other(lent, tls, host):
         ("expired/127.0.0.1", "ours/127.0.0.1", "certificate has expired"),
         ("ours/127.0.0.1", "expired/127.0.0.1", ""),  # the server says so in an alert
         ("ours/localhost", "ours/127.0.0.1", "IP address mismatch"),
-        ("ours/127.0.0.1", None, "as one does that expects TLS: then the URL needs ?tls=DIR"),
+        ("ours/127.0.0.1", None, "the server hung up: if it expects TLS, the URL needs ?tls=DIR"),
         ("ours/127.0.0.1", None, "is disconnected: the client does not speak TLS: its URL needs ?tls=DIR"),
         (None, "ours/127.0.0.1", "the server does not speak TLS: start `serve` with --tls, or leave out ?tls="),
         (None, "ours/127.0.0.1", "the client speaks TLS, and this server was started without --tls"),
@@ -1220,19 +1220,31 @@ def test_the_connection_idle_longest_makes_room_and_none_that_is_busy(lent, monk
 
 
 def test_serve_says_what_is_wrong(url, capsys, tmp_path):
+    listener = socket.create_server(("127.0.0.1", 0))
+    taken = f"127.0.0.1:{listener.getsockname()[1]}"
     for arguments, text in (
         (["--store", url, "--listen", "127.0.0.1:0"], "there is no store in"),
         (["--store", "mem://?capacity=1MiB", "--listen", "127.0.0.1:0"], "expected shm:///NAME, got 'mem:"),
-        (["--store", f"{url}?capacity=1MiB", "--listen", "7700"], "expected HOST:PORT, got '7700'"),
-        (["--store", f"{url}?capacity=1MiB", "--listen", ":7700"], "expected HOST:PORT, got ':7700'"),
+        (["--store", f"{url}?capacity=1MiB", "--listen", "7700"], "--listen: expected HOST:PORT, got '7700'"),
+        (["--store", f"{url}?capacity=1MiB", "--listen", ":7700"], "--listen: expected HOST:PORT, got ':7700'"),
+        (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--metrics", "x"], "--metrics: expected HOST:"),
+        (["--store", f"{url}?capacity=1MiB", "--listen", taken], f"--listen: {taken}: Address already in use"),
+        (
+            ["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--metrics", taken],
+            f"--metrics: {taken}: Address already in use",
+        ),
         (["--store", f"{url}?capacity=1MiB", "--listen", "0.0.0.0:0"], "both sides need certificates"),
-        (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "0"], "expected 1 to "),
+        (
+            ["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "0"],
+            "_mm: connections: expected 1 ",
+        ),
         (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "-1"], "got -1; each takes"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "127.0.0.1:0", "--connections", "9999999"], "expected 1 to "),
         (["--store", url, "--listen", "127.0.0.1:0", "--tls", str(tmp_path)], "makes a directory per host"),
     ):
         assert cli.main(["serve", *arguments]) == 2
         assert text in capsys.readouterr().err
+    listener.close()
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,7 +78,7 @@ def serve(args: argparse.Namespace) -> int:
             raise ValueError(
                 "serve: --nixl lends to every host that reaches its port: add --trusted-network if all are trusted"
             )
-        address = host_and_port(args.listen)
+        address = _address_of("--listen", args.listen)
         tls = Tls(args.tls) if args.tls else None
         seal = Seal.of_deployment("serve")
         with closing(open_store(args.store)) as store:
@@ -92,7 +92,8 @@ def serve(args: argparse.Namespace) -> int:
                     interface = interface_of(address[0])
                     agent = opened.enter_context(closing(SlabAgent(store.directory / "slab", interface)))
                 answered = metrics.answered if metrics else None
-                server = Server(store, address, seal, tls, args.connections, agent, answered)
+                with _binding("--listen", args.listen):
+                    server = Server(store, address, seal, tls, args.connections, agent, answered)
                 opened.enter_context(closing(server))
                 how = ("with TLS" if tls else "without TLS") + ", and through NIXL" * args.nixl
                 print(f"{args.store} is lent at {_place(server.address)}, {how}", flush=True)
@@ -112,7 +113,24 @@ def _metrics_at(address: str) -> Metrics:
         from lmcache_mm.commands.metrics import Metrics  # noqa: PLC0415
     except ImportError as error:
         raise ValueError(f"serve: --metrics needs the extra: pip install '.[metrics]' ({error})") from None
-    return Metrics(host_and_port(address))
+    with _binding("--metrics", address):
+        return Metrics(_address_of("--metrics", address))
+
+
+def _address_of(option: str, text: str) -> tuple[str, int]:
+    try:
+        return host_and_port(text)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+@contextmanager
+def _binding(option: str, address: str) -> Iterator[None]:
+    """Errors of the system say which option's address they are about."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option}: {address}: {error.strerror or error}") from None
 
 
 def _place(address: tuple[str, int]) -> str:

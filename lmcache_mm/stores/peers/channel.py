@@ -159,7 +159,7 @@ def connect(address: tuple[str, int], host: str, tls: Tls | None, seal: Seal, de
         except ConnectionResetError:
             if tls:
                 raise
-            raise ProtocolError("the server hung up, as one does that expects TLS: then the URL needs ?tls=DIR") from None
+            raise ProtocolError("the server hung up: if it expects TLS, the URL needs ?tls=DIR") from None
         key = seal.connection_key(hello + theirs + certificates)
         if not hmac.compare_digest(_receive(sock, 32, deadline), _proof(key, b"server")):
             raise ProtocolError("the server does not prove the deployment's secret")
