@@ -814,7 +814,18 @@ def test_tls_checks_the_servers_certificate(environment, tmp_path):
     store = open_store(f"{url}/other.pem")
     assert store.stats()["down"] == 1
     store.close()
+    with pytest.raises(ValueError, match=rf"valkey://127.0.0.1:{proxy.port} speaks TLS: add \?tls=1"):
+        open_store(f"valkey://127.0.0.1:{proxy.port}?timeout=20")
     proxy.close()
+    with pytest.raises(ValueError, match=r"does not speak TLS: leave out \?tls=1"):
+        open_store(f"{server('valkey').url}&tls=1")
+
+
+def test_a_valkey_that_nobody_runs_is_said_at_once(environment, caplog):
+    store = open_store(f"valkey://127.0.0.1:{servers.free_port()}?timeout=4")
+    assert store.stats()["down"] == 1
+    assert "Connection refused" in caplog.text
+    store.close()
 
 
 def test_without_the_secret_no_store_beyond_this_host_opens(environment):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import ssl
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ def connecting(
     host: str, port: int, timeout_s: float, tls: bool, ca: str | None, cluster: bool
 ) -> Callable[[], ValkeyEngine]:
     """Returns a function that makes a connection, with the environment's current credentials. Raises PermissionError or
-    OSError for an unreadable password file or CA file."""
+    OSError for an unreadable password file or CA file; the function raises ValueError if ?tls= and server disagree."""
     file = os.environ.get(PASSWORD_FILE)
     password = read_private(PASSWORD_FILE, Path(file)).decode() if file else os.environ.get(PASSWORD)
     credentials = glide.ServerCredentials(password, os.environ.get(USERNAME)) if password else None
@@ -51,6 +53,7 @@ def connecting(
     glide.Logger.set_logger_config(glide.LogLevel.OFF)  # it writes to the console; its errors are also raised
 
     def connect() -> Any:
+        _check_tls(host, port, timeout_s / 4, tls)
         try:
             client = getattr(glide, f"Glide{names}Client").create(configuration)
         except glide.GlideError as error:
@@ -63,6 +66,32 @@ def connecting(
         return client
 
     return lambda: ValkeyEngine(connect, cluster)
+
+
+def _check_tls(host: str, port: int, timeout_s: float, tls: bool) -> None:
+    """OSError if nothing listens there. ValueError if only one of server and URL is for TLS:
+    the client would try again until its time is up, and say no more than that."""
+    place = f"valkey://{host}:{port}"
+    if _speaks(host, port, timeout_s, tls) or not _speaks(host, port, timeout_s, not tls):
+        return
+    if tls:
+        raise ValueError(f"store: {place} does not speak TLS: leave out ?tls=1, or turn it on at the server")
+    raise ValueError(f"store: {place} speaks TLS: add ?tls=1, and ca=FILE for certificates of a CA of your own")
+
+
+def _speaks(host: str, port: int, timeout_s: float, tls: bool) -> bool:
+    """Whether a server answers with TLS, whatever its certificate, or without."""
+    with socket.create_connection((host, port), timeout_s) as sock:
+        try:
+            if not tls:
+                sock.sendall(b"PING\r\n")
+                return sock.recv(1) in (b"+", b"-")
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            with context.wrap_socket(sock):
+                return True
+        except OSError:
+            return False
 
 
 class ValkeyEngine:
