@@ -11,10 +11,22 @@ if find_spec("lmcache_mm._C") is None:
 from lmcache_mm import _C, ops
 from lmcache_mm.cache import KVCache
 from lmcache_mm.encoder_cache import EncoderCache
+from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.prompt import Item, Namespace, Prompt
 from lmcache_mm.state_cache import StateCache
 
 __version__ = "0.1.0" + (f"+cu{''.join(_C.cuda_version.split('.')[:2])}" if _C.cuda_version else "+cpu")
 
-__all__ = ["EncoderCache", "Item", "KVCache", "KVLayout", "Namespace", "Prompt", "StateCache", "__version__", "ops"]
+__all__ = [
+    "EncoderCache",
+    "Item",
+    "Job",
+    "KVCache",
+    "KVLayout",
+    "Namespace",
+    "Prompt",
+    "StateCache",
+    "__version__",
+    "ops",
+]

@@ -25,6 +25,18 @@ from lmcache_mm import _C, operators
 from lmcache_mm.layout import KVLayout, as_tensor
 from lmcache_mm.prompt import Item, checked_items, count
 
+__all__ = [
+    "RunningKeys",
+    "apply_mm_hashes_to_token_ids",
+    "checksum",
+    "checksum_of_parts",
+    "gather_pages",
+    "gather_tokens",
+    "prefix_keys",
+    "scatter_pages",
+    "scatter_tokens",
+]
+
 # How many threads a copy on the CPU may use: one per core of the process, at most 8, because more threads do not help
 # when memory is the limit. The environment variable LMCACHE_MM_THREADS overrides this.
 THREADS = min(8, len(os.sched_getaffinity(0)))

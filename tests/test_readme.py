@@ -36,11 +36,16 @@ def test_links_to_files_lead_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_reference_names_all_that_is_public():
+def test_the_reference_names_what_is_public_and_nothing_else():
+    public = {f"lmcache_mm.{name}" for name in lmcache_mm.__all__ if not name.startswith("_")}
+    public |= {f"lmcache_mm.stores.{name}" for name in lmcache_mm.stores.__all__}
     reference = (ROOT / "docs" / "api.md").read_text()
-    assert [
-        name for name in lmcache_mm.__all__ if not name.startswith("_") and f"::: lmcache_mm.{name}" not in reference
-    ] == []
+    shown = re.findall(r"^::: (.*)$", reference, re.MULTILINE)
+    assert sorted(shown) == sorted(public)
+    for of, members in re.findall(r"^::: (.*)\n    options:\n      members: \[(.+)\]$", reference, re.MULTILINE):
+        for member in members.split(", "):
+            assert getattr(getattr(lmcache_mm, of.removeprefix("lmcache_mm.")), member).__doc__, f"{of}.{member}"
+    assert all(getattr(lmcache_mm.ops, name).__doc__ for name in lmcache_mm.ops.__all__)
 
 
 def test_the_readme_is_short():
