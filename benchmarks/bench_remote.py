@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import servers
 from lmcache_mm.secret import MAC_BYTES, Seal
 from lmcache_mm.stores import open_store
-from lmcache_mm.stores.remote.remote import HEADER_BYTES
+from lmcache_mm.stores.remote.record import HEADER_BYTES
 
 RECORD_BYTES = 7 << 20  # 256 tokens of Qwen2-VL-2B
 RECORDS = int(os.environ.get("LMCACHE_MM_BENCH_RECORDS", "64"))  # a prompt of 16 K tokens

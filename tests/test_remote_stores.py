@@ -29,8 +29,9 @@ from lmcache_mm import ops
 from lmcache_mm.commands import cli
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store, tiered
-from lmcache_mm.stores.remote import hands, remote
-from lmcache_mm.stores.remote.remote import HEADER_BYTES, RemoteStore
+from lmcache_mm.stores.remote import hands, record, remote
+from lmcache_mm.stores.remote.record import HEADER_BYTES
+from lmcache_mm.stores.remote.remote import RemoteStore
 from test_stores import OTHER_OWNER, OWNER, REMOTE, get, key, new_store, payload, remote_url, server, stats_of
 
 SLOW_S = 20.0  # how far a call may exceed its budget on a busy machine
@@ -424,7 +425,7 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
             asked.set()
             answer.wait(30)
             record = np.full(HEADER_BYTES + 100, ord("x"), np.uint8)
-            store._fill(record, name, 0, b"")
+            store._headers.write(record, name, 0, b"")
             into[:] = record.data
             released.append(name)
             return len(into)
@@ -509,7 +510,7 @@ class Kept:
 
 ANY_RECORD = st.one_of(
     st.binary(max_size=300),
-    st.binary(max_size=300).map(lambda end: remote.MAGIC + bytes([remote.VERSION, 0, 0, 0, 0, 0]) + end),
+    st.binary(max_size=300).map(lambda end: record.MAGIC + bytes([record.VERSION, 0, 0, 0, 0, 0]) + end),
     st.tuples(st.integers(0, HEADER_BYTES + 100), st.integers(0, HEADER_BYTES + 100), st.binary(max_size=20)),
 )
 

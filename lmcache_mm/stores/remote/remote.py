@@ -7,11 +7,9 @@ under the call's lock, and never after the call has returned.
 
 from __future__ import annotations
 
-import hmac
 import logging
 import math
 import os
-import struct
 import threading
 import time
 from collections import Counter, deque
@@ -23,9 +21,8 @@ import numpy as np
 
 from lmcache_mm import _C
 from lmcache_mm.lane import Work
-from lmcache_mm.secret import MAC_BYTES, Seal
+from lmcache_mm.secret import Seal
 from lmcache_mm.stores.arguments import (
-    bytes_of,
     check_forgotten,
     check_keys,
     check_process,
@@ -36,35 +33,15 @@ from lmcache_mm.stores.arguments import (
 )
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 from lmcache_mm.stores.remote.hands import Call, Engine, Hand
+from lmcache_mm.stores.remote.record import HEADER_BYTES, MAGIC, VERSION, Head, Headers, of_this_version
 
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
 
-VERSION = 1
-MAGIC = b"lmcache_mm"
-# A record's header: magic, version, when it was stored (µs since 1970), its payload's bytes and its owner; then a keyed
-# digest of these and the MAC. The payload follows.
-FACTS = struct.Struct("<10sH4xQQ32s")
-HEADER = struct.Struct(f"<{FACTS.size}s32s{MAC_BYTES}s")  # 128
-HEADER_BYTES = HEADER.size
 MOST_UNSETTLED = 4096  # puts
 FORGOTTEN_KEPT_S = 86_400  # how long a `forget` stays written down; no put takes as long
 
 logger = logging.getLogger("lmcache_mm")
-
-
-class _Head(NamedTuple):
-    """A record's header, authenticated by its keyed digest."""
-
-    stored_at: int
-    payload_bytes: int
-    owner: bytes  # the owner's keyed digest
-    signed: bytes  # what the MAC covers besides the payload
-    mac: bytes
-
-    @property
-    def age_s(self) -> float:
-        return max(0.0, time.time() - self.stored_at / 1e6)
 
 
 class _LeftAlone(ConnectionError):
@@ -106,6 +83,7 @@ class RemoteStore:
     ) -> None:
         self.name = name
         self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
+        self._headers = Headers(seal)
         deployment = f"lmcache_mm-{VERSION}-{seal.digest(b'deployment')[:8].hex()}"
         self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # prefixes of names
         self._pid = os.getpid()
@@ -200,25 +178,7 @@ class RemoteStore:
 
     # --- Records
 
-    def _fill(self, record: np.ndarray, name: str, stored_at: int, owner: bytes) -> None:
-        """Writes the header in front of a payload."""
-        facts = FACTS.pack(MAGIC, VERSION, stored_at, len(record) - HEADER_BYTES, self._seal.digest(owner))
-        signed = _digest_in(name) + facts
-        mac = self._seal.mac(signed, record[HEADER_BYTES:].data)
-        record[:HEADER_BYTES] = bytes_of(HEADER.pack(facts, self._seal.digest(signed), mac))
-
-    def _head(self, name: str, header: bytes) -> _Head | None:
-        """The parsed header of the record `name`; None for another version, or if it has been altered."""
-        if len(header) < HEADER_BYTES or not _of_this_version(header):
-            return None
-        facts, digest, mac = HEADER.unpack_from(header)
-        signed = _digest_in(name) + facts
-        if not hmac.compare_digest(digest, self._seal.digest(signed)):
-            return None
-        _, _, stored_at, payload_bytes, owner = FACTS.unpack(facts)
-        return _Head(stored_at, payload_bytes, owner, signed, mac)
-
-    def _read(self, hand: Hand, name: str, payload: np.ndarray, call: Call | None = None) -> _Head | None:
+    def _read(self, hand: Hand, name: str, payload: np.ndarray, call: Call | None = None) -> Head | None:
         """Reads a record whose payload has the length of `payload`; None if there is none, or if the call is over. A
         damaged record is removed; one of another length or version may belong to somebody else and stays.
 
@@ -229,9 +189,9 @@ class RemoteStore:
             return None
         header = record[:HEADER_BYTES].tobytes()
         if size >= HEADER_BYTES and header.startswith(MAGIC):
-            if not _of_this_version(header):
+            if not of_this_version(header):
                 return None
-            head = self._head(name, header)
+            head = self._headers.parse(name, header)
             if head is not None and head.payload_bytes + HEADER_BYTES == size:
                 if size < len(record):
                     return None
@@ -259,9 +219,11 @@ class RemoteStore:
 
         return self._in_parts(look, names, False, until)
 
-    def _heads(self, engine: Engine, names: Sequence[str]) -> list[_Head | None]:
+    def _heads(self, engine: Engine, names: Sequence[str]) -> list[Head | None]:
         headers = engine.heads(names, HEADER_BYTES)
-        return [self._head(name, header) if header else None for name, header in zip(names, headers, strict=True)]
+        return [
+            self._headers.parse(name, header) if header else None for name, header in zip(names, headers, strict=True)
+        ]
 
     def hold(self, keys: Sequence[bytes]) -> Callable[[], None]:
         """Does nothing: the server decides what is evicted."""
@@ -321,7 +283,7 @@ class RemoteStore:
             if given and given[key] != _C.checksum(payload.ctypes.data, payload.nbytes):
                 self._count("corrupt")
                 return False
-            self._fill(record, name, stored_at, whose)
+            self._headers.write(record, name, stored_at, whose)
             ttl_s = max(1.0, self._ttl_s - age_s) if self._ttl_s else 0.0
             stored = hand.engine.write(name, record.data, ttl_s, False)
             if call.over and owner and self._forgotten_at(hand, owner) >= moment:  # the caller no longer checks this
@@ -397,7 +359,7 @@ class RemoteStore:
 
         def write_down(hand: Hand) -> None:
             record = hand.memory(HEADER_BYTES)
-            self._fill(record, name, self.moment(), owner)
+            self._headers.write(record, name, self.moment(), owner)
             if not hand.engine.write(name, record.data, FORGOTTEN_KEPT_S, True):
                 raise RuntimeError("there is no room to record it")
 
@@ -409,7 +371,7 @@ class RemoteStore:
         self._check()
         return self._remove("clear", lambda head: True, lambda hand: None)
 
-    def _remove(self, what: str, chosen: Callable[[_Head | None], bool], first: Callable[[Hand], None]) -> int:
+    def _remove(self, what: str, chosen: Callable[[Head | None], bool], first: Callable[[Hand], None]) -> int:
         def remove(hand: Hand, call: Call, item: int) -> int:
             first(hand)
             removed = 0
@@ -426,7 +388,7 @@ class RemoteStore:
             raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {error}")
         return int(removed)
 
-    def _all_heads(self, engine: Engine, call: Call) -> Iterator[tuple[list[str], list[_Head | None]]]:
+    def _all_heads(self, engine: Engine, call: Call) -> Iterator[tuple[list[str], list[Head | None]]]:
         """Names and headers of all records of the deployment, some at a time."""
         seen: set[str] = set()
         for listed in engine.names(self._records):
@@ -438,7 +400,7 @@ class RemoteStore:
             for part in self._parts(names):
                 headers = engine.heads(part, HEADER_BYTES)
                 there = [(name, header) for name, header in zip(part, headers, strict=True) if header is not None]
-                yield [name for name, _ in there], [self._head(name, header) for name, header in there]
+                yield [name for name, _ in there], [self._headers.parse(name, header) for name, header in there]
 
     def sizes(self) -> Mapping[str, int]:
         """`records` and `used_bytes` of the deployment, from every record's header. Raises RuntimeError if it fails."""
@@ -485,13 +447,3 @@ class RemoteStore:
 
 
 _left: list[Engine] = []  # still in use when their stores were closed: kept until the process ends
-
-
-def _of_this_version(header: bytes) -> bool:
-    magic, version, *_ = FACTS.unpack_from(header)
-    return (magic, version) == (MAGIC, VERSION)
-
-
-def _digest_in(name: str) -> bytes:
-    """The keyed digest at the end of a record's name; other bytes for a name that is not ours."""
-    return name[-64:].encode()
