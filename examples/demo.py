@@ -510,7 +510,8 @@ def _print_table(console: Console, title: str, rows: list[Row]) -> None:
         table.add_column(heading, justify="right")
     table.add_column("equal")
     for number, row in enumerate(rows, 1):
-        encoder = f"{row.encoder_hits} hit, {-row.encoder_saved_s * 1e3:+.1f} ms" if row.encoder_hits else ""
+        saved = "saved" if row.encoder_saved_s >= 0 else "lost"
+        encoder = f"{row.encoder_hits} hit, {abs(row.encoder_saved_s) * 1e3:.1f} ms {saved}" if row.encoder_hits else ""
         figures = (
             f"{row.total_tokens}",
             f"{row.kv_hits}",

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import subprocess
 import sys
 import uuid
@@ -63,6 +64,7 @@ def test_the_demo_succeeds_and_prints_its_tables_where_there_is_no_terminal(outc
     assert "Keys from content" in output
     assert "Keys from raw token ids" in output
     assert "astronaut: the same again" in output
+    assert re.search(r"1 hit, [0-9.]+ ms (saved|lost)", output)
 
 
 def test_the_report_has_eight_rows_of_either_kind_with_the_documented_fields(outcome):
