@@ -246,40 +246,44 @@ def on_gpu(lines: list[dict[str, Any]]) -> str:
 
 def draw_gpu(lines: list[dict[str, Any]]) -> None:
     """Transfers by each way, and how much they slow a decoding step."""
-    figure, (left, right) = new_figure(f"Medians on {place_of_gpu(lines).partition(' (')[0]}")
     cases = measured_on_gpu(lines)
-    bars: dict[str, float] = {}
+    speeds: dict[str, float] = {}
     for facts in cases:
         if facts["gpu"] in ("store", "load") and len(facts["peers_s"]) > 1:
             for name, time in ({"ours": facts["device_s"]} | facts["others_s"] | facts["peers_s"]).items():
-                bars[f"{facts['gpu']}, {facts['model']}: {name}"] = facts["bytes"] / time / 1e9
-    left.barh(list(bars), list(bars.values()))
-    left.invert_yaxis()
-    left.tick_params("y", labelsize=5)
-    left.set(xlabel="GB/s", title="transfers of one prompt")
+                speeds[f"{facts['gpu']}, {facts['model']}: {name}"] = facts["bytes"] / time / 1e9
     beside = [facts for facts in cases if facts.get("where") == "this process" and "median_s" in facts]
     nothing = next((facts for facts in beside if facts["beside"] == "nothing"), None)
+    title = f"Medians on {place_of_gpu(lines).partition(' (')[0]}"
+    figure, (left, right) = new_figure(title, 1.4 + 0.22 * max(len(speeds), len(beside), 10))
+    colors = [OURS if name.endswith(": ours") else RIVAL for name in speeds]
+    left.bar_label(left.barh(list(speeds), list(speeds.values()), color=colors), fmt="%.1f", padding=3, fontsize=7)
+    left.invert_yaxis()
+    left.margins(x=0.12)
+    left.tick_params("y", labelsize=7)
+    left.set(xlabel="GB/s", title="transfers of one prompt")
     for facts in beside if nothing else []:
-        gb = facts["transferred_bytes_per_s"] / 1e9
-        slower = [100 * (facts[of] / nothing[of] - 1) for of in ("median_s", "p99_s_of_step")]
-        right.plot([gb, gb], slower, color="grey", linewidth=1)
-        right.plot(gb, slower[0], "o", color="black", markersize=3)
-        right.annotate(facts["beside"], (gb, slower[0]), fontsize=5)
-    right.set(xlabel="GB/s transferred", ylabel="% slower", title="decoding beside it: median, line to p99")
+        slower, tail = (100 * (facts[of] / nothing[of] - 1) for of in ("median_s", "p99_s_of_step"))
+        name = f"{facts['beside']}, {facts['transferred_bytes_per_s'] / 1e9:.1f} GB/s"
+        right.barh(name, slower, color=RIVAL if facts["beside"].startswith("nothing") else OURS)
+        right.plot([slower, tail], [name, name], color="black", linewidth=1)
+    right.invert_yaxis()
+    right.tick_params("y", labelsize=7)
+    right.set(xlabel="% slower, line to p99", title="a decoding step beside transfers")
     figure.savefig(GPU_PLOT, metadata={"Date": None})
 
 
 OURS, OURS_TOO, RIVAL = "tab:blue", "lightskyblue", "darkgrey"  # in all plots
 
 
-def new_figure(title: str) -> Any:
+def new_figure(title: str, height: float = 3.6) -> Any:
     import matplotlib  # noqa: PLC0415
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "lmcache_mm"  # the same figures give the same file
     from matplotlib import pyplot  # noqa: PLC0415
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, height), layout="constrained")
     figure.suptitle(title, fontsize=9)
     return figure, axes
 
@@ -300,7 +304,9 @@ def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
     left.bar_label(bars, [seconds(time) for time in times.values()], padding=3, fontsize=8)
     left.invert_yaxis()
     left.margins(x=0.15)
-    left.set(xlabel="ms, one core", title="keys of a prompt of 16,384 tokens, 64 cuts")
+    rival = min(time for name, time in times.items() if not name.startswith("ours"))
+    left.set(xlabel="ms, one core, a prompt of 16,384 tokens with 64 cuts")
+    left.set_title(f"keys: {rival / min(times.values()):.1f}× as fast as the fastest other way", fontsize=11)
     lines: dict[tuple[str, bool], list[tuple[int, float]]] = {}
     for one in benchmarks:
         facts = one["extra_info"]
@@ -312,8 +318,11 @@ def draw(benchmarks: list[dict[str, Any]], place: str) -> None:
         name = f"ours: {direction}{', checksum' * checksum}"
         right.plot(*zip(*sorted(points), strict=True), marker="o", label=name, **style)
     right.axhline(1, color=RIVAL, label="memcpy of the same bytes")
-    right.set(xscale="log", ylim=(0, None), xlabel="bytes per page", ylabel="speed as a share of memcpy's")
-    right.set_title("copies of shuffled pages, one thread")
+    sizes = sorted({size for points in lines.values() for size, _ in points})
+    right.set(xscale="log", ylim=(0, None), xlabel="page", ylabel="speed as a share of memcpy's")
+    right.set_xticks(sizes, [f"{size >> 10} KiB" if size >= 1 << 10 else f"{size} B" for size in sizes])
+    right.minorticks_off()
+    right.set_title("copies of shuffled pages, one thread", fontsize=11)
     right.grid(alpha=0.3)
     right.legend(fontsize=7)
     figure.savefig(PLOT, metadata={"Date": None})
