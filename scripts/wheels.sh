@@ -22,9 +22,10 @@ debian_python() { # FOLDER VERSION [ARCH]: fails where Debian's packages lack it
 }
 
 foreign=
+cross=() # what the build of a wheel is told; pip's own installs are for this machine
 if [ "$machine" != "$(uname -m)" ]; then
   foreign=1
-  export CMAKE_TOOLCHAIN_FILE=$PWD/scripts/$machine.cmake _PYTHON_HOST_PLATFORM=linux-$machine
+  cross=("CMAKE_TOOLCHAIN_FILE=$PWD/scripts/$machine.cmake" "_PYTHON_HOST_PLATFORM=linux-$machine")
   if [ "${LMCACHE_MM_CUDA:-AUTO}" != OFF ] && nvcc=$(command -v "${CUDACXX:-nvcc}"); then
     # nvcc has the headers of both machines, and NVIDIA's wheel the runtime of the other one.
     release=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
@@ -39,8 +40,9 @@ fi
 
 for python in ${PYTHONS:-python3.11 python3.12 python3.13 python3.14}; do
   if ! tag=$("$python" -c 'import sys; print(sys.implementation.cache_tag)' 2>/dev/null); then
-    if ! python=$(debian_python "$work/$python" "${python#python}"); then
-      echo "there is no Python here and in Debian's packages: no wheel for it"
+    name=$python
+    if ! python=$(debian_python "$work/$name" "${name#python}"); then
+      echo "$name is not here, and not in Debian's packages: no wheel for it"
       continue
     fi
     tag=$("$python" -c 'import sys; print(sys.implementation.cache_tag)')
@@ -52,10 +54,11 @@ for python in ${PYTHONS:-python3.11 python3.12 python3.13 python3.14}; do
     PYTHON_INCLUDE=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
     export PYTHON_INCLUDE SETUPTOOLS_EXT_SUFFIX=.$tag-$machine-linux-gnu.so
   fi
-  PATH=$work/$tag/bin:$PATH \
+  env "${cross[@]}" PATH="$work/$tag/bin:$PATH" \
     "$work/$tag/bin/pip" wheel -q --no-deps --no-build-isolation -w "$work/$tag-wheel" "$work/source"
   PATH=$work/tools/bin:$PATH auditwheel repair -w "$work/$tag-repaired" "$work/$tag-wheel"/*.whl
-  wheel=$(ls "$work/$tag-repaired"/*manylinux_2_[12]*_"$machine".whl) # at most 2.28: that is what it is linked with
+  wheel=$(ls "$work/$tag-repaired"/*.whl)
+  [[ $wheel =~ manylinux_2_(1[0-9]|2[0-8])_$machine ]] # it is linked with 2.28
   if [ $foreign ]; then
     python=$(debian_python "$work/$tag-empty" "$version" arm64) || python=
     load=(qemu-aarch64 "$python")
