@@ -14,6 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 import urllib.request
 import uuid
@@ -45,6 +47,7 @@ ENVIRONMENT = {
 # vLLM's versions and model runners. GPUs use V2; here its kernels are interpreted, at half the speed.
 COMBINATIONS = ("0.32-V1", "0.33-V1", "0.32-V2", "0.33-V2")
 OVERLAY = HERE.parent.parent / ".venv" / "vllm-0.33"
+LIMIT_S = 900  # of a scenario
 CHOSEN = os.environ.get("TEST_VLLM", "").split()  # to run everything on; `make test-vllm-all` tries each
 
 VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
@@ -55,7 +58,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-# Each runs in a separate process; the longest first. Those that tests need run two at a time. Without TEST_VLLM each
+# Each runs in a process of its own; the longest first. Those that tests need run two at a time. Without TEST_VLLM each
 # runs once or twice, on the combinations named here: on V2 if the order of loads, saves and resets within a step
 # matters, since GPUs run V2; otherwise on V1, which takes half the time; and some of each kind on the older version.
 SCENARIOS = {
@@ -101,20 +104,66 @@ def environment(combination: str, **more: str) -> dict[str, str]:
 
 
 def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> dict[str, Any]:
+    """A scenario's findings, from a process that shares nothing with others, not even the seed of Python's hashes."""
     done = subprocess.run(
         [*python(combination), HERE / "scenarios.py", name, folder],
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=LIMIT_S,
         env=environment(combination, **more),
     )
-    assert done.returncode == 0, done.stdout[-8000:]
+    return findings(done.returncode, done.stdout)
+
+
+def findings(status: int, said: str) -> dict[str, Any]:
+    assert status == 0, said[-8000:]
     # An exception that the schedulers' hooks catch is a bug in them.
-    caught = re.search(r"is no longer cached\n.{,4000}", done.stdout, re.DOTALL)
+    caught = re.search(r"is no longer cached\n.{,4000}", said, re.DOTALL)
     assert caught is None, caught
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    return json.loads(next(line for line in reversed(said.splitlines()) if line.startswith("{")))
+
+
+class Forks:
+    """Runs scenarios as `run` does, each in a fork of a process that has imported vLLM: of one for each combination."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: dict[str, tuple[socket.socket, subprocess.Popen[bytes]]] = {}
+
+    def run(self, name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> dict[str, Any]:
+        request = {"arguments": [name, str(folder)], "environment": environment(combination, **more)}
+        answer, theirs = socket.socketpair()
+        with tempfile.TemporaryFile() as output, answer:
+            answer.settimeout(LIMIT_S)
+            with theirs:
+                asking = self._process(combination)
+                socket.send_fds(asking, [json.dumps(request).encode()], [output.fileno(), theirs.fileno()])
+            told = answer.makefile()
+            process_id = int(told.readline())
+            try:
+                status = int(told.readline())
+            except TimeoutError:
+                os.killpg(process_id, signal.SIGKILL)  # its engines' workers too
+                raise
+            output.seek(0)
+            return findings(status, output.read().decode(errors="replace"))
+
+    def _process(self, combination: str) -> socket.socket:
+        with self._lock:
+            if combination not in self._processes:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                with theirs:
+                    command = [*python(combination), HERE / "scenarios.py"]
+                    process = subprocess.Popen(command, stdin=theirs, env=environment(combination))
+                self._processes[combination] = ours, process
+            return self._processes[combination][0]
+
+    def close(self) -> None:
+        for asking, process in self._processes.values():
+            asking.close()
+            process.wait(60)
 
 
 @pytest.fixture(scope="module", params=CHOSEN or ("0.33-V1",))
@@ -132,19 +181,25 @@ def combination_of_spawned(combination: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def forks():
+    with closing(Forks()) as forks:
+        yield forks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Path:
     """The folder with the models."""
     folder = tmp_path_factory.mktemp("vllm")
-    run("make_models", folder)
+    forks.run("make_models", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def under_way(request: pytest.FixtureRequest, folder: Path):
+def under_way(request: pytest.FixtureRequest, forks: Forks, folder: Path):
     """Running scenarios, by scenario and combination."""
     needed = {run for item in request.session.items for run in _parameters(item) if run in RUNS}
     with ThreadPoolExecutor(2) as pool:
-        yield {one: pool.submit(run, one[0], folder, one[1]) for one in RUNS if one in needed}
+        yield {one: pool.submit(forks.run, one[0], folder, one[1]) for one in RUNS if one in needed}
 
 
 def _parameters(item: pytest.Item) -> list[Any]:
@@ -798,16 +853,16 @@ def shared_store():
     assert lmcache_mm(["clear", url]) == 0
 
 
-def test_engines_in_processes_of_their_own_share_a_store(folder, shared_store, combination):
+def test_engines_in_processes_of_their_own_share_a_store(forks, folder, shared_store, combination):
     """The second has its scheduler, worker and front end in separate processes; the third has two workers and so
     different KV."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=64MiB"}
     first = run("share", folder, combination, **shared)
     ranks = json.dumps({"tensor_parallel_size": 2})
     with ThreadPoolExecutor(2) as pool:
-        apart = pool.submit(run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+        apart = pool.submit(forks.run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1")
         parallel = pool.submit(
-            run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks
+            forks.run, "share", folder, combination, **shared, VLLM_ENABLE_V1_MULTIPROCESSING="1", TEST_OPTIONS=ranks
         ).result()
         apart = apart.result()
     one, two, _ = tokens(first["got"])
@@ -830,7 +885,7 @@ FAR = ("valkey", "s3", "mooncake", "peer", "nixl")
 
 
 @pytest.fixture(scope="module")
-def two_hosts(folder: Path, combination: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def two_hosts(forks: Forks, folder: Path, combination: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The findings of an engine on other hosts' stores, then of a second engine that shares nothing else with it."""
     place = tmp_path_factory.mktemp("far")
     urls = [f"shm:///test-{uuid.uuid4().hex}" for _ in range(3)]  # one of the first host, two of the second
@@ -863,7 +918,7 @@ def two_hosts(folder: Path, combination: str, tmp_path_factory: pytest.TempPathF
         address = lender.stdout.readline().partition(" is lent at ")[2].partition(",")[0]
         stores["peer"] = f"tiered:{urls[1]}?capacity=64MiB,peer://{address}?tls={tls}&timeout=20"
         stores["nixl"] = f"tiered:{urls[2]}?capacity=64MiB,nixl://{address}?tls={tls}&timeout=20&trusted_network=1"
-        second = run("second_host", folder, combination, TEST_STORES=json.dumps(stores))
+        second = forks.run("second_host", folder, combination, TEST_STORES=json.dumps(stores))
     assert [lmcache_mm(["clear", url]) for url in urls] == [0, 0, 0]
     return {"first": first, **second}
 
@@ -877,11 +932,12 @@ def test_a_second_host_starts_with_what_the_first_one_stored(two_hosts, far):
     assert cached(second["got"]) == [59, 59, 98]
 
 
-def test_two_engines_at_once_on_a_store_that_evicts(folder, shared_store, combination):
+def test_two_engines_at_once_on_a_store_that_evicts(forks, folder, shared_store, combination):
     """The store has room for about eight records; both engines ask the same prompts, six times each, in any order."""
     shared = {"TEST_STORE": f"{shared_store}?capacity=512KiB"}
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda seed: run("evicting", folder, combination, **shared, TEST_SEED=seed), ("1", "2")))
+        runs = [pool.submit(forks.run, "evicting", folder, combination, **shared, TEST_SEED=seed) for seed in "12"]
+        both = [one.result() for one in runs]
     for seen in both:
         assert [tokens(rows) for rows in seen["got"]] == [tokens(seen["expected"])] * 6
         assert seen["counts"]["loaded_tokens"] > 0
