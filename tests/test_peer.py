@@ -777,7 +777,7 @@ def test_a_buffer_is_not_written_to_after_a_call_that_took_too_long():
         with suppress(OSError):
             channel._send(ch._sock, whole.data[LARGE:], ch.deadline)
 
-    with answering(script) as port, opened(port, "timeout=0.5") as reader:
+    with answering(script) as port, opened(port, "timeout=2") as reader:
         buffer = np.zeros(8 * LARGE, np.uint8)
         assert reader.get_into([key(1)], [buffer]) == [False]
         assert buffer[0] == 7  # it had been partly written

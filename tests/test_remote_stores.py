@@ -634,7 +634,7 @@ def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
         def close(self):
             pass
 
-    store = RemoteStore("sometimes", Sometimes, Seal(b"a secret of a deployment"), 0.3, 3, 10)
+    store = RemoteStore("sometimes", Sometimes, Seal(b"a secret of a deployment"), 2, 3, 10)
     assert store.contains([key(i) for i in range(5)]) == [False] * 5
     store._breaker.tell(True)
     for _ in range(10):

@@ -866,10 +866,10 @@ def test_nobody_waits_for_a_process_that_is_stopped_in_a_change(kind, store, sim
     other = Other(simulation(), store, signal.SIGSTOP, 30)
     other.wait()
     began = time.monotonic()
-    for i in range(10):
+    for i in range(50):
         store.put([key(100 + i)], [payload(1)])
-    assert time.monotonic() - began < 5 * slab.PUT_WAIT_S  # only one call has waited
-    assert store.stats()["dropped_puts"] == 10
+    assert time.monotonic() - began < 25 * slab.PUT_WAIT_S  # only one call has waited
+    assert store.stats()["dropped_puts"] == 50
     assert get(store, 1, 100_000) == payload(1, 100_000)
     assert store.contains([key(0), key(100)]) == [True, False]
     who = f"cannot be changed: process {other.process.pid} has been changing the index for .* s; is it stopped?"
@@ -877,7 +877,7 @@ def test_nobody_waits_for_a_process_that_is_stopped_in_a_change(kind, store, sim
         began = time.monotonic()
         with pytest.raises(RuntimeError, match=who):
             call()
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 4
     child = os.fork()  # also after a fork and an open in the child
     if child == 0:
         try:

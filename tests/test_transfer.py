@@ -587,7 +587,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
     kv = layers()
     want = kv.clone()
     _, transfer = make(kv, largest=1)
-    chunks = chunks_of([3, 1, 7], [0], [11, 2])
+    chunks = chunks_of(*([page] for page in range(12)))
     job = transfer.store(chunks, b"", early=True)
     job.written()
     assert not job.leave_pages(time.monotonic() + 0.05)
@@ -595,7 +595,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
     with pytest.raises(Abandoned):
         job.result(10)
     assert all(torch.equal(read, want) for read in reads)
-    assert len(reads) < 3
+    assert len(reads) < 12
 
 
 def test_an_early_store_given_up_leaves_nothing_behind(make, store):
@@ -632,7 +632,7 @@ def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
     """Only a store without progress uses up the patience, however long the whole takes."""
     monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
     monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
-    kv = layers()
+    kv, patience_s = layers(), 2.0
     chunks = chunks_of(*([page] for page in range(10)))
     _, transfer = make(kv)
     transfer.store(chunks, b"").result()
@@ -640,13 +640,13 @@ def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
     read = getattr(store, hangs(store, "load"))
 
     def slowly(*arguments, **more):
-        time.sleep(PATIENCE_S / 2)
+        time.sleep(patience_s / 8)
         return read(*arguments, **more)
 
     setattr(slow, hangs(store, "load"), slowly)
     other = Transfer(replace(layout_of(kv)), slow, 1)
     job = other.load(chunks, b"")
-    assert job.pages_free(PATIENCE_S * 4)
+    assert job.pages_free(patience_s)
     assert job.result() == 10
     other.close()
 

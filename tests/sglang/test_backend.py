@@ -428,7 +428,7 @@ def test_a_damaged_page_is_a_miss(kind, url_of, backend_of):
 @pytest.mark.parametrize("kind", ["mha page_first", "side states"])
 def test_a_store_that_hangs_costs_its_time_once(kind, backend_of, monkeypatch):
     pools = POOLS[kind]()
-    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 0.2})
+    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 1})
     keys, name = hashes(2), list(pools)[-1]
     pool = pools[name]
     assert backend.batch_set_v2([transfer(pool, name, keys, [1, 2])]) == {name: [True, True]}
@@ -444,12 +444,12 @@ def test_a_store_that_hangs_costs_its_time_once(kind, backend_of, monkeypatch):
     fill(pool, [5, 6], 9)
     before, begun = pages_of(pool, [5, 6]), time.monotonic()
     assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [False, False]}
-    assert 0.2 <= time.monotonic() - begun < 2
+    assert 1 <= time.monotonic() - begun < 20
     begun = time.monotonic()
     assert backend.batch_get_v2([transfer(pool, name, keys, [5, 6])]) == {name: [False, False]}
     assert backend.batch_exists(keys) == 0
     assert backend.batch_set_v2([transfer(pool, name, keys, [1, 2])]) == {name: [False, False]}
-    assert time.monotonic() - begun < 0.1
+    assert time.monotonic() - begun < 1
     assert len(calls) == 1
     goes_on.set()
     time.sleep(0.1)
@@ -470,17 +470,19 @@ def test_a_store_that_is_slow_ends_a_call_in_time(call, backend_of, monkeypatch)
     pool, asked = pools[PoolName.MAMBA], {name: pools[name] for name in (PoolName.SWA, PoolName.MAMBA)}
     assert backend.batch_set_v2(moved(asked, keys[:5], range(5)))[PoolName.MAMBA] == [True] * 5
     monkeypatch.setattr("lmcache_mm.sglang.backend.CALL_S", 0.4)
+    begun = []
     for name in ("get_into", "put"):
         of_store = getattr(backend._store, name)
         monkeypatch.setattr(
-            backend._store, name, lambda *given, of_store=of_store: (time.sleep(0.05), of_store(*given))[1]
+            backend._store,
+            name,
+            lambda *given, of_store=of_store: (begun.append(given), time.sleep(0.05), of_store(*given))[2],
         )
-    begun = time.monotonic()
     if call == "batch_set_v2":
         assert backend.batch_set_v2(moved(asked, keys, range(20))) == {name: [False] * 20 for name in asked}
     else:
         assert backend.batch_get_v2(moved(asked, keys[:5], range(20, 25)))[PoolName.MAMBA] == [False] * 5
-    assert time.monotonic() - begun < 1.5
+    assert len(begun) <= 9  # of 0.05 s each, in 0.4 s
     before = pages_of(pool, range(20, 25))
     time.sleep(0.3)
     assert pages_of(pool, range(20, 25)) == before
@@ -488,7 +490,7 @@ def test_a_store_that_is_slow_ends_a_call_in_time(call, backend_of, monkeypatch)
 
 def test_closing_a_store_that_hangs_costs_its_time_once(backend_of, monkeypatch):
     pools, keys = POOLS["states"](), hashes(2)
-    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 0.4})
+    backend = backend_of("mem://?capacity=64MiB", pools, {"timeout_s": 1})
     goes_on, closed = threading.Event(), []
     for name in ("get_into", "put", "contains"):
         monkeypatch.setattr(backend._store, name, lambda *_: goes_on.wait(20))
@@ -499,7 +501,7 @@ def test_closing_a_store_that_hangs_costs_its_time_once(backend_of, monkeypatch)
         assert list(pages.store(keys, places))
     begun = time.monotonic()
     backend.close()
-    assert 0.4 <= time.monotonic() - begun < 1.2  # there are eight threads that hang
+    assert 1 <= time.monotonic() - begun < 4  # there are eight threads that hang
     assert not closed
     goes_on.set()
 
@@ -539,10 +541,10 @@ def test_clearing_a_store_that_hangs_costs_its_time(backend_of, monkeypatch, cap
     backend = backend_of("mem://?capacity=64MiB", {PoolName.KV: pool}, {"timeout_s": 0.2})
     assert backend.batch_set_v1(keys, slots(pool, [1, 2])) == [True, True]
     goes_on, forget = threading.Event(), backend._store.forget
-    monkeypatch.setattr(backend._store, "forget", lambda owner: goes_on.wait(5) and forget(owner))
+    monkeypatch.setattr(backend._store, "forget", lambda owner: goes_on.wait(30) and forget(owner))
     begun = time.monotonic()
     assert not backend.clear()
-    assert 0.2 <= time.monotonic() - begun < 2
+    assert 0.2 <= time.monotonic() - begun < 20
     assert "was not cleared, or not within 0.2 s" in caplog.text
     assert backend.batch_exists(keys) == 2  # lookups do not wait for it
     goes_on.set()

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image
 
 START_S = 240
-TIMEOUT_S = 3  # the connectors' timeout_s
+TIMEOUT_S = 8  # the connectors' timeout_s; what comes in time comes so on a busy machine too
 
 
 class Engine:
