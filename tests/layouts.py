@@ -13,7 +13,7 @@ PAGES, TOKENS = 7, 4
 
 
 def period_251(size: int) -> torch.Tensor:
-    return (torch.arange(size) % 251).to(torch.uint8)
+    return torch.arange(251, dtype=torch.uint8).repeat(size // 251 + 1)[:size]
 
 
 @dataclass
