@@ -707,7 +707,8 @@ def second_host() -> dict[str, Any]:
     """This process's engines on the stores that the environment names, one after another."""
     seen: dict[str, Any] = {}
     for name, url in json.loads(os.environ["TEST_STORES"]).items():
-        with engine(url, extra={"opaque_tails": True}) as llm:
+        # As long as the stores themselves wait: on a busy machine NIXL's process starts slowly.
+        with engine(url, extra={"opaque_tails": True, "timeout_s": 30}) as llm:
             seen[name] = {"got": ask(llm, *far_questions()), "counts": counts(llm)}
     return seen
 
