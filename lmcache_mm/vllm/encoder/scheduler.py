@@ -230,13 +230,15 @@ class EncoderScheduler:
     def _give_up(self, ours: _Request, lane: Lane) -> bool:
         """True if the request has waited too long, or its lane makes no progress; False: ask again."""
         timeout_s = self._options.timeout_s
-        if lane.stalled_s() < timeout_s and time.monotonic() - ours.asked_at < timeout_s:
+        moves = lane.stalled_s() < timeout_s
+        if moves and time.monotonic() - ours.asked_at < timeout_s:
             return False
         if ours.identifying is not None:
             ours.saves = False
         self._abandon(ours)
         ours.loads, ours.identifying = False, None
-        self.stats.add(encoder_failed_lookups=1)
+        # A store that answers, but not with what was promised, is not to blame.
+        self.stats.add(**{"encoder_broken_promises" if ours.waits and moves else "encoder_failed_lookups": 1})
         return True
 
     def _abandon(self, ours: _Request) -> None:

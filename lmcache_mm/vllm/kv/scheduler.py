@@ -380,7 +380,8 @@ class Scheduler:
             ours.saves = False
         ours.loads = False
         ours.identifying = ours.lookup = None
-        self.stats.add(failed_lookups=1)
+        # A store that answers, but not with what was promised, is not to blame.
+        self.stats.add(**{"broken_promises" if ours.waits and stalled_s < timeout_s else "failed_lookups": 1})
         return 0, False
 
     def _loadable(self, request: Request, tracker: RequestTracker) -> list[Record]:
