@@ -71,7 +71,7 @@ LMC_INLINE void stream_vector(u8* to, Vector v) {
 }
 
 template <To kTo, bool kSum>
-void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* all) {
+void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, bool far, LaneSums* all) {
   LaneSums sums;
   u64 i = 0;
   if constexpr (kTo == To::kPastCaches)  // align `to` for streaming of whole vectors
@@ -98,7 +98,7 @@ void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahe
   };
   constexpr u64 kLine = 64;
   for (; i + kLine <= bytes; i += kLine) {
-    if constexpr (kTo != To::kNowhere) __builtin_prefetch(ahead + i);
+    if constexpr (kTo != To::kNowhere) far ? __builtin_prefetch(ahead + i, 0, 2) : __builtin_prefetch(ahead + i);
     for (u64 k = 0; k < kLine; k += kVectorBytes) copy_vector(i + k);
   }
   for (; i < bytes; i += kLaneBytes) copy_one<kTo, kSum>(to + i, from + i, first_lane + i / kLaneBytes, sums);
@@ -115,7 +115,7 @@ void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahe
 #else
 
 template <To kTo, bool kSum>
-void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8*, LaneSums* all) {
+void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8*, bool, LaneSums* all) {
   if constexpr (kTo != To::kNowhere && !kSum) {
     __builtin_memcpy(to, from, bytes);
   } else {
@@ -130,14 +130,14 @@ void copy_lanes(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8*, La
 #endif
 
 template <To kTo>
-void copy(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* sums) {
+void copy(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, bool far, LaneSums* sums) {
   if (kTo == To::kPastCaches && reinterpret_cast<std::uintptr_t>(to) % kLaneBytes)
-    return copy<To::kMemory>(to, from, bytes, first_lane, ahead, sums);
-  (sums ? copy_lanes<kTo, true> : copy_lanes<kTo, false>)(to, from, bytes, first_lane, ahead, sums);
+    return copy<To::kMemory>(to, from, bytes, first_lane, ahead, far, sums);
+  (sums ? copy_lanes<kTo, true> : copy_lanes<kTo, false>)(to, from, bytes, first_lane, ahead, far, sums);
 }
 
 void sum(const u8* from, u64 bytes, u64 first_lane, LaneSums* sums) {
-  copy_lanes<To::kNowhere, true>(nullptr, from, bytes, first_lane, nullptr, sums);
+  copy_lanes<To::kNowhere, true>(nullptr, from, bytes, first_lane, nullptr, false, sums);
 }
 
 }  // namespace

@@ -7,11 +7,11 @@
 namespace lmc {
 
 struct LaneCopy {
-  // Copies `bytes`, a multiple of 16, and prefetches as many bytes of `ahead`. sums: the lanes, numbered from
-  // first_lane, are added to it, unless it is null. `stream` bypasses the caches if `to` is a multiple of 16; then the
-  // caller needs a fence before it publishes the bytes.
-  void (*copy)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* sums);
-  void (*stream)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, LaneSums* sums);
+  // Copies `bytes`, a multiple of 16, and prefetches as many bytes of `ahead`, `far` ones only as near as the L2 cache.
+  // sums: the lanes, numbered from first_lane, are added to it, unless it is null. `stream` bypasses the caches if `to`
+  // is a multiple of 16; then the caller needs a fence before it publishes the bytes.
+  void (*copy)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, bool far, LaneSums* sums);
+  void (*stream)(u8* to, const u8* from, u64 bytes, u64 first_lane, const u8* ahead, bool far, LaneSums* sums);
   void (*sum)(const u8* from, u64 bytes, u64 first_lane, LaneSums* sums);
 };
 
