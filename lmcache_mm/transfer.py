@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -65,8 +66,8 @@ class Transfer:
         self.layout, self._store, self._moved = layout, store, moved
         self._in_place = isinstance(store, SlotStore)
         self._step_bytes = SLOTS_BYTES if self._in_place else max(STAGING_BYTES, whole_pages(largest))
-        # Memory for one step's payloads, one tensor per direction, each used only by that direction's thread.
-        self._load_staging, self._store_staging = self._staging(), self._staging()
+        # Memory for the payloads of a step and of the next, each used by one job at a time.
+        self._load_staging, self._store_staging = self._staging(2), self._staging(2)
         self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores by layers
         self._loading, self._storing = (
             Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
@@ -80,6 +81,10 @@ class Transfer:
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
+        # Through staging memory, the store is used on these while the threads above touch pages; those wait for them.
+        self._reads, self._puts = self._loads, self._stores
+        if not self._in_place:
+            self._reads, self._puts = (Lane(f"lmcache_mm {what}", at_exit=False) for what in ("read ahead", "put"))
         close_at_exit(self.close)
 
     def close(self, patience_s: float | None = None) -> bool:
@@ -89,7 +94,8 @@ class Transfer:
         for work in by_layer:
             work.abandon()
         given_up = [work.lane.close(EXIT_S) for work in by_layer]
-        return all([*given_up, *(lane.close(patience_s) for lane in (self._loads, self._stores))])
+        done = all([*given_up, *(lane.close(patience_s) for lane in (self._loads, self._stores))])
+        return done and all([lane.close(patience_s) for lane in (self._reads, self._puts)])
 
     def stores_stalled_s(self) -> float:
         """How long stores have been pending without progress."""
@@ -126,7 +132,7 @@ class Transfer:
             return self._submit(self._stores, self._put, chunks, owner, as_of, self._store_staging, False, early=early)
         # It needs its own thread and memory: it waits for a forward pass, while other stores may run.
         name = "lmcache_mm store by layers"  # `close` gives it up
-        made = unless_lacking(lambda: (Lane(name, at_exit=False), self._staging()), None)
+        made = unless_lacking(lambda: (Lane(name, at_exit=False), self._staging(1)), None)
         if made is None:
             return Job(_nothing(self._stores), self.layout, ())
         lane, staging = made
@@ -134,12 +140,14 @@ class Transfer:
         self._by_layer.add(job.work)
         return job
 
-    def _staging(self) -> torch.Tensor:
-        """Host memory for the payloads of one step, uint8, page-aligned, pinned if pages are on a GPU."""
-        size = 0 if self._in_place else self._step_bytes
+    def _staging(self, steps: int) -> list[torch.Tensor]:
+        """Host memory for the payloads of each of so many steps, uint8, page-aligned, pinned if pages are on a GPU."""
+        size = 0 if self._in_place else self._step_bytes * steps
         if self.layout.device.type == "cuda" or size == 0:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
-        return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, pin_memory=size > 0)
+        else:
+            memory = torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
+        return list(memory.split(self._step_bytes))
 
     def _submit(
         self,
@@ -167,13 +175,15 @@ class Transfer:
         loaded = 0
         whole = by_layer is not None
         steps = [list(chunks)] if whole and self._in_place and chunks else list(self._steps(chunks))
-        for step in steps:
-            load = self._load_slots if self._in_place else self._load_staged
-            good = load(work, behind, step, owner, by_layer if step is steps[-1] else None, whole)
+        if not self._in_place:
+            loaded = self._load_staged(work, behind, steps, owner, by_layer)
+        for step in steps if self._in_place else []:
+            good = self._load_slots(work, behind, step, owner, by_layer if step is steps[-1] else None, whole)
             loaded += good
             if good < len(step):
-                loaded = 0 if whole else loaded
                 break
+        if whole and loaded < len(chunks):
+            loaded = 0
         self._tell("load", asked, chunks[:loaded])
         return loaded
 
@@ -277,9 +287,38 @@ class Transfer:
         return (self._ends, self.layout.page_bytes % codec.LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
     def _load_staged(
-        self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
+        self, work: Work, behind: Any, steps: list[list[Chunk]], owner: bytes, by_layer: list[Copies] | None
     ) -> int:
-        places = self._payloads(step, self._load_staging)
+        """Scatters each step while the next is read; if `by_layer`, only steps of which all chunks were found."""
+        loaded = 0
+        read = self._read(steps[0], self._load_staging[0], owner) if steps else ([], [])
+        for i, step in enumerate(steps):
+            payloads, coded = read
+            if not payloads or (by_layer is not None and len(payloads) < len(step)):
+                break
+            ahead = None
+            if len(payloads) == len(step) and step is not steps[-1]:
+                ahead = _call_on(self._reads, self._read, steps[i + 1], self._load_staging[(i + 1) % 2], owner)
+            try:
+                there = step[: len(payloads)]
+                layers = by_layer if step is steps[-1] else None
+                sums = self._scatter(work, behind, there, payloads, coded, any(coded), layers)
+                matches = self._matches(there, payloads, coded, sums, [None] * len(there))
+                if damaged := [chunk.key for chunk, match in zip(there, matches, strict=True) if not match]:
+                    self._store.delete(damaged)
+            finally:
+                if ahead:
+                    wait([ahead])  # it fills memory that others will use
+            good = len(list(takewhile(bool, matches)))
+            loaded += good
+            if good < len(step) or not ahead:
+                break
+            read = ahead.result()
+        return loaded
+
+    def _read(self, step: list[Chunk], staging: torch.Tensor, owner: bytes) -> tuple[list[torch.Tensor], list[bool]]:
+        """The payloads of the chunks up to the first that is missing, and whether each is coded."""
+        places = self._payloads(step, staging)
         sizes = [self._coded_bytes(chunk) for chunk in step]
         payloads = [place[:size] for place, size in zip(places, sizes, strict=True)]
         found = self._get(step, payloads, owner)
@@ -289,14 +328,7 @@ class Transfer:
             for i, is_there in zip(again, raw, strict=True):
                 found[i], payloads[i], sizes[i] = is_there, places[i], None
         good = len(list(takewhile(bool, found)))
-        coded = [size is not None for size in sizes[:good]]
-        if good == len(step) or (good and not whole):
-            sums = self._scatter(work, behind, step[:good], payloads[:good], coded, any(coded), by_layer)
-            matches = self._matches(step[:good], payloads, coded, sums, [None] * good)
-            if damaged := [chunk.key for chunk, match in zip(step, matches, strict=False) if not match]:
-                self._store.delete(damaged)
-            return len(list(takewhile(bool, matches)))
-        return good
+        return payloads[:good], [size is not None for size in sizes[:good]]
 
     def _get(self, chunks: list[Chunk], payloads: list[torch.Tensor], owner: bytes) -> list[bool]:
         buffers = [payload.numpy().data for payload in payloads]
@@ -309,7 +341,7 @@ class Transfer:
         chunks: Sequence[Chunk],
         owner: bytes,
         as_of: int,
-        staging: torch.Tensor,
+        staging: list[torch.Tensor],
         by_layer: bool,
     ) -> int:
         whole = [chunk for chunk in chunks if -1 not in chunk.pages]
@@ -318,9 +350,12 @@ class Transfer:
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         begun: list[float] = []
-        gather = partial(self._gather, work, behind, by_layer, begun)
-        store = self._store_slots if self._in_place else partial(self._store_staged, staging)
-        stored = [one for step in steps for one in store(step, owner, as_of, partial(gather, step is steps[-1]))]
+        gathers = [partial(self._gather, work, behind, by_layer, begun, step is steps[-1]) for step in steps]
+        if self._in_place:
+            slots = [self._store_slots(step, owner, as_of, gather) for step, gather in zip(steps, gathers, strict=True)]
+            stored = [one for of_step in slots for one in of_step]
+        else:
+            stored = self._store_staged(staging, steps, owner, as_of, gathers)
         if self._store.local:  # it may have dropped some, or evicted them for later ones
             there = self._store.contains([chunk.key for chunk, _ in stored], peek=True)
             stored = [one for one, is_there in zip(stored, there, strict=True) if is_there]
@@ -364,17 +399,42 @@ class Transfer:
         return [(chunk, len(payload)) for chunk, payload in zip(chunks, payloads, strict=True) if payload is not None]
 
     def _store_staged(
-        self, staging: torch.Tensor, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather
+        self,
+        staging: list[torch.Tensor],
+        steps: list[list[Chunk]],
+        owner: bytes,
+        as_of: int,
+        gathers: Sequence[_Gather],
     ) -> list[_Stored]:
+        """Gathers each step while the one before is put, if there is staging memory for two."""
+        stored: list[_Stored] = []
+        put: Future[None] | None = None
+        try:
+            for i, (step, gather) in enumerate(zip(steps, gathers, strict=True)):
+                payloads, sums = self._fill(staging[i % len(staging)], step, gather)
+                stored += [(chunk, len(payload)) for chunk, payload in zip(step, payloads, strict=True)]
+                buffers = [payload.numpy().data for payload in payloads]
+                if put:
+                    put.result()
+                arguments = ([chunk.key for chunk in step], buffers, owner, sums, as_of)
+                put = None
+                if step is steps[-1] or len(staging) == 1:
+                    self._store.put(*arguments)
+                else:
+                    put = _call_on(self._puts, self._store.put, *arguments)
+        finally:
+            if put:
+                wait([put])  # it reads memory that others will use
+        return stored
+
+    def _fill(self, staging: torch.Tensor, step: list[Chunk], gather: _Gather) -> tuple[list[torch.Tensor], list[int]]:
+        """Gathers the chunks into staging memory. Returns the payloads and their checksums."""
         places = self._payloads(step, staging)
         views: list[torch.Tensor | None] = [
             place[: self._coded_bytes(chunk)] for place, chunk in zip(places, step, strict=True)
         ]
         gathered, sums = gather(step, views, lambda misfits: [places[i] for i in misfits])
-        payloads = [payload for payload in gathered if payload is not None]
-        buffers = [payload.numpy().data for payload in payloads]
-        self._store.put([chunk.key for chunk in step], buffers, owner, sums, as_of)
-        return [(chunk, len(payload)) for chunk, payload in zip(step, payloads, strict=True)]
+        return [payload for payload in gathered if payload is not None], sums
 
     def _gather(
         self,
@@ -492,6 +552,11 @@ class Transfer:
             payloads.append(staging[begin : begin + size])
             begin += whole_pages(size)
         return payloads
+
+
+def _call_on(lane: Lane, do: Callable[..., Any], *arguments: Any) -> Future[Any]:
+    """Calls do(*arguments), which touches no pages, on the lane's thread."""
+    return lane.submit(lambda _: do(*arguments)).future
 
 
 def _nothing(lane: Lane) -> Work:
