@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmcache_mm.commands.cli import main
-from lmcache_mm.stores.local import slab, slab_files
+from lmcache_mm.stores.local import file, slab, slab_files
 from lmcache_mm.stores.local.file import FileStore
 from lmcache_mm.stores.local.shm import ShmStore
 from test_host_cuda import CXX, REPO, must_run, run
@@ -1172,3 +1172,14 @@ def test_pins_and_evictions_that_meet_are_free_of_races(original, replacement, t
     runs = [run([program]) for _ in range(1 if not original else 5)]
     failed = [done.returncode != 0 for done in runs]
     assert any(failed) == bool(original), "\n".join(done.stdout for done in runs)
+
+
+@settings(deadline=None)
+@given(st.one_of(st.integers(0, 20 << 20), st.integers(-2, 2).map(lambda by: (8 << 20) + by)))
+def test_pieces_on_a_disk_are_equal_but_for_a_page(size):
+    piece = file._piece_bytes(size)
+    assert piece % file.PAGE_BYTES == 0
+    assert piece <= file.PIECE_BYTES
+    pieces = max(1, -(-size // piece))
+    assert pieces == max(1, -(-size // file.PIECE_BYTES))
+    assert pieces * piece - size < (pieces + 1) * file.PAGE_BYTES

@@ -20,7 +20,7 @@ from lmcache_mm.stores.local.slab import SlabStore, Slot
 from lmcache_mm.stores.local.slab_files import check_file
 
 PAGE_BYTES = 4096
-PIECE_BYTES = 4 << 20  # per read or write on a disk
+PIECE_BYTES = 4 << 20  # most bytes per read or write on a disk
 IO_THREADS = 8
 
 
@@ -110,8 +110,8 @@ class FileStore(SlabStore):
         """Calls work(slot, piece of its array, where the piece begins) for all pieces; returns the results per slot."""
         call = Call()
 
-        def begin_piece(slot: Slot, array: np.ndarray, begin: int) -> Future[Any]:
-            piece = (slot, array[begin : begin + PIECE_BYTES], begin)
+        def begin_piece(slot: Slot, array: np.ndarray, begin: int, size: int) -> Future[Any]:
+            piece = (slot, array[begin : begin + size], begin)
             try:
                 return self._pool.submit(call.run, work, *piece)
             except RuntimeError:  # no thread can be started, or the interpreter exits: do it here
@@ -121,8 +121,9 @@ class FileStore(SlabStore):
 
         try:
             jobs = [
-                [begin_piece(slot, array, begin) for begin in range(0, max(1, slot.payload_bytes), PIECE_BYTES)]
+                [begin_piece(slot, array, begin, size) for begin in range(0, max(1, slot.payload_bytes), size)]
                 for slot, array in zip(slots, arrays, strict=True)
+                for size in [_piece_bytes(slot.payload_bytes)]
             ]
             wait([job for of_slot in jobs for job in of_slot])
             return [[job.result() for job in of_slot] for of_slot in jobs]
@@ -164,6 +165,12 @@ class FileStore(SlabStore):
             if not hasattr(self._bounce, "pages"):
                 self._bounce.pages = np.frombuffer(mmap.mmap(-1, PIECE_BYTES), dtype=np.uint8)
             yield piece[direct:], direct, self._bounce.pages[: -(-rest // PAGE_BYTES) * PAGE_BYTES]
+
+
+def _piece_bytes(payload_bytes: int) -> int:
+    """The length of a payload's pieces. They are as equal as pages permit, since the longest one takes longest."""
+    pieces = max(1, -(-payload_bytes // PIECE_BYTES))
+    return max(1, -(-payload_bytes // (pieces * PAGE_BYTES))) * PAGE_BYTES
 
 
 def _read_fully(fd: int, to: np.ndarray, offset: int) -> None:
