@@ -153,6 +153,31 @@ def network(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
+def codec(benchmarks: list[dict[str, Any]]) -> str:
+    """The codec beside codecs of bytes, and caches with and without it."""
+
+    def speed(bytes_per_second: float) -> str:
+        return f"{bytes_per_second / 1e9:.2f} GB/s"
+
+    speeds: list[list[str]] = []
+    ends: list[list[str]] = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "codec" in facts:
+            name = f"{facts['codec']}, {facts['simd']}"
+            speeds.append([name, f"{facts['ratio']:.3f}", speed(facts["bytes"] / median), ""])
+            for rival, time in facts["peers_s"].items():
+                cells = [f"{facts['ratios'][rival]:.3f}", speed(facts["bytes"] / time), f"{time / median:.1f}×"]
+                speeds.append([f"{facts['codec']}, {rival}", *cells])
+        elif "coded_store" in facts:
+            raw = facts["peers_s"]["without the codec"]
+            cells = [*(speed(facts["bytes"] / s) for s in (raw, median)), f"{raw / median:.2f}×"]
+            ends.append([f"{facts['coded_store']}, {facts['direction']}", *cells])
+    speeds_table = table(["KV of SmolLM2-135M, one thread", "ratio", "of raw bytes", "ours is faster by"], speeds)
+    ends_table = table(["KVCache, 4,096 tokens of SmolLM2-135M", "raw", "with the codec", "faster by"], ends)
+    return "\n".join(part for part, rows in ((speeds_table, speeds), (ends_table, ends)) if rows)
+
+
 def vllm(benchmarks: list[dict[str, Any]]) -> str:
     rows = []
     for one in benchmarks:
@@ -338,7 +363,8 @@ def report(path: Path, gpu_lines: list[dict[str, Any]]) -> str:
     name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     heading = f"Medians on {place_of(results)} (`{name}`), {results['datetime'][:10]}.\n"
     parts = [
-        part(results["benchmarks"]) for part in (keys, copies, cache, encoder, stores, remote, network, vllm, on_cpu)
+        part(results["benchmarks"])
+        for part in (keys, copies, cache, encoder, stores, remote, network, codec, vllm, on_cpu)
     ]
     return "\n".join(part for part in (heading, *parts, on_gpu(gpu_lines)) if part)
 

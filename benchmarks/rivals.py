@@ -1,10 +1,11 @@
-"""Rival ways to copy pages. They run in the same process on the same bytes, and their results are checked first. The
-report names missing rivals, with the reason."""
+"""Rival ways to copy pages, and rival codecs. They run in the same process on the same bytes, and their results are
+checked first. The report names missing rivals, with the reason."""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -126,6 +127,80 @@ def _by_triton(to: torch.Tensor, source: torch.Tensor, size: int) -> Work:
     block = min(2048, triton.next_power_of_2(size // 8))
     warps = max(1, min(4, block // 64))
     return lambda: copy_pages_kernel[(len(to),)](to, source, size // 8, BLOCK=block, num_warps=warps)
+
+
+@dataclass
+class ByteCodec:
+    """A lossless codec of bytes, on one thread."""
+
+    encode: Callable[[], Any]
+    decode: Callable[[], Any]
+    coded_bytes: int
+
+
+def byte_codecs(raw: np.ndarray) -> tuple[dict[str, ByteCodec], dict[str, str]]:
+    """The codecs on these bytes, and why others are missing."""
+    made: dict[str, ByteCodec] = {}
+    missing: dict[str, str] = {}
+    for name, make in {"zstd -1": _zstd, "LZ4": _lz4, "nvCOMP's GDeflate on the CPU": _nvcomp}.items():
+        try:
+            encode, decode = make(raw)
+            coded = encode()
+            if not np.array_equal(np.frombuffer(decode(coded), np.uint8), raw):
+                raise RuntimeError("it returns wrong bytes")
+            size = sum(map(len, coded)) if isinstance(coded, list) else len(coded)
+            made[name] = ByteCodec(encode, lambda decode=decode, coded=coded: decode(coded), size)
+        except Exception as error:
+            missing[name] = f"{type(error).__name__}: {error}"[-300:]
+    return made, missing
+
+
+def _zstd(raw: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    import zstandard  # noqa: PLC0415
+
+    encoder, decoder = zstandard.ZstdCompressor(level=1), zstandard.ZstdDecompressor()
+    return lambda: encoder.compress(raw.data), decoder.decompress
+
+
+def _lz4(raw: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    from lz4 import block  # noqa: PLC0415
+
+    return lambda: block.compress(raw.data), block.decompress
+
+
+def _nvcomp(raw: np.ndarray) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
+    """nvcomp::gdeflate::compressCPU and decompressCPU, at level 1, in the batches of 64 KiB that it takes."""
+    place = importlib.util.find_spec("nvidia.libnvcomp")
+    if place is None or place.origin is None:
+        raise RuntimeError("no libnvcomp_cpu.so: pip install --no-deps nvidia-libnvcomp-cu12")
+    library = ctypes.CDLL(str(next((Path(place.origin).parent / "lib64").glob("libnvcomp_cpu.so*"))))
+    compress = library._ZN6nvcomp8gdeflate11compressCPUEPKPKvPKmmmPKPvPmi
+    decompress = library._ZN6nvcomp8gdeflate13decompressCPUEPKPKvPKmmPKPvPmSA_
+    count, piece = -(-raw.nbytes // (64 << 10)), 64 << 10
+    sizes = np.full(count, piece, np.uint64)
+    sizes[-1] = raw.nbytes - (count - 1) * piece
+    room = np.empty((count, 2 * piece), np.uint8)
+    back, found = np.empty_like(raw), np.empty(count, np.uint64)
+    steps = np.arange(count, dtype=np.uint64)
+    sources, coded_at, back_at = (
+        np.uint64(memory.ctypes.data) + steps * np.uint64(step)
+        for memory, step in ((raw, piece), (room, 2 * piece), (back, piece))
+    )
+
+    def words(*arrays: Any) -> list[ctypes.c_size_t]:
+        return [ctypes.c_size_t(a.ctypes.data if isinstance(a, np.ndarray) else a) for a in arrays]
+
+    def encode() -> list[np.ndarray]:
+        lengths = np.empty(count, np.uint64)
+        compress(*words(sources, sizes, piece, count, coded_at, lengths), 1)
+        return [of_piece[: int(length)] for of_piece, length in zip(room, lengths, strict=True)]
+
+    def decode(coded: list[np.ndarray]) -> np.ndarray:
+        lengths = np.array([len(of_piece) for of_piece in coded], np.uint64)
+        decompress(*words(coded_at, lengths, count, back_at, sizes, found))
+        return back
+
+    return encode, decode
 
 
 def lmcache_calls(

@@ -3,12 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import rivals
 from bench_gpu_transfers import Pages, one_copy, transfers
-from rivals import Rivals
+from rivals import Rivals, byte_codecs
 
 
 @pytest.fixture(params=["Qwen2-VL-2B", "Qwen2-VL-2B joined", "DeepSeek-V3 MLA"])
@@ -52,3 +54,17 @@ def test_a_rival_that_cannot_be_made_is_named_with_the_reason():
     rivals.add("it", lambda: 1 // 0, lambda work: work())
     assert rivals.works == {}
     assert rivals.missing == {"it": "ZeroDivisionError: integer division or modulo by zero"}
+
+
+def test_a_codec_that_returns_other_bytes_or_is_not_there_is_no_rival(monkeypatch):
+    raw = np.arange(200_000, dtype=np.uint32).view(np.uint8)
+    monkeypatch.setattr(rivals, "_zstd", lambda raw: (raw.tobytes, lambda coded: coded[:-1] + b"x"))
+    monkeypatch.setattr(rivals, "_lz4", lambda raw: (raw[::2].tobytes, lambda coded: raw))
+    monkeypatch.setattr(rivals, "_nvcomp", lambda raw: 1 // 0)
+    there, missing = byte_codecs(raw)
+    assert {name: codec.coded_bytes for name, codec in there.items()} == {"LZ4": raw.nbytes // 2}
+    assert np.array_equal(there["LZ4"].decode(), raw)
+    assert missing == {
+        "zstd -1": "RuntimeError: it returns wrong bytes",
+        "nvCOMP's GDeflate on the CPU": "ZeroDivisionError: integer division or modulo by zero",
+    }
