@@ -297,7 +297,7 @@ class Transfer:
             if not payloads or (by_layer is not None and len(payloads) < len(step)):
                 break
             ahead = None
-            if len(payloads) == len(step) and step is not steps[-1]:
+            if len(payloads) == len(step) and step is not steps[-1] and not work.abandoned:
                 ahead = _call_on(self._reads, self._read, steps[i + 1], self._load_staging[(i + 1) % 2], owner)
             try:
                 there = step[: len(payloads)]

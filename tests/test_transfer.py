@@ -708,6 +708,26 @@ def test_a_job_that_fails_keeps_its_memory_while_the_store_uses_it(in_steps, dir
         job.result(10)
 
 
+def test_nothing_is_read_ahead_for_a_load_that_was_given_up(in_steps):
+    _, transfer, gate, happened, tell, wait_for = in_steps
+    chunks = chunks_of([3, 1], [0, 4], [11, 2])
+    transfer.store(chunks, b"").result()
+
+    def hang(*arguments):
+        tell("read")
+        assert gate.open.wait(30)
+        return gate.store.get_into(*arguments)
+
+    gate.get_into = hang
+    job = transfer.load(chunks, b"")
+    assert wait_for("read", 1)
+    assert job.abandon()
+    gate.open.set()
+    with pytest.raises(Abandoned):
+        job.result(10)
+    assert happened == ["read"]
+
+
 @pytest.mark.parametrize("direction", ["load", "store"])
 def test_an_error_of_the_store_in_any_step_is_the_jobs(in_steps, direction):
     _, transfer, gate, happened, tell, _ = in_steps
