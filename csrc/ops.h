@@ -12,6 +12,7 @@
 #include "checksum.h"
 #include "content_ids.h"
 #include "copy_span.h"
+#include "tile_codec.h"
 
 namespace lmc {
 
@@ -81,9 +82,7 @@ void scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunk
 // Gather and scatter of whole pages of 2-byte numbers, with payloads coded by tile_codec.h. Chunk::payload: the address
 // of the coded tiles of the call's planes, after the payload's header, a multiple of 16. Chunk::offset: in the raw
 // payload, a multiple of its planes' bytes. page_bytes: even, and a multiple of 16 unless there is one page and one
-// plane. sums: kCodedSums per chunk: the checksum of its raw payload, for a gather the checksum of its coded tiles, and
-// 1 if a tile has more exceptions than fit: then the payload is garbage.
-constexpr u64 kCodedSums = 3;
+// plane. sums: kCodedSums per chunk; for a scatter, only the first.
 void gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads);
 void scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, u64* sums, u32 threads);
 
@@ -152,6 +151,13 @@ PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>&
                    const Launch& launch);
 PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                     const Launch& launch);
+
+// As in cpu::, with pages, tokens and payloads of whole lanes of 16 bytes, else std::invalid_argument.
+// Launch::partial_sums has to be set. PartialSums::ranges: kCodedSums per chunk for a gather, else one.
+PartialSums gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
+                         const Launch& launch);
+PartialSums scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
+                          const Launch& launch);
 
 // Loads the kernels of page mode on the current device now; otherwise CUDA loads them at their first launch.
 void load_page_copies(const char* op);

@@ -3,18 +3,18 @@
 // A payload is cut into lanes of 16 bytes, and each lane is located in the cache by itself, whatever the runs' length,
 // so that short runs keep as many bytes in flight as long ones. A thread loads four lanes before it stores any: with
 // four blocks on an SM that is 64 KiB in flight. If an address or length is not a multiple of 16, a kernel for any
-// layout copies units of 4 bytes or of one.
+// layout copies units of 4 bytes or of one. Coded payloads (warp_codec.h) have kernels for whole lanes only.
 #include "bulk_copy.h"
 #include "error.h"
 #include "ops.h"
 #include "table.h"
+#include "warp_codec.h"
 
 namespace lmc::cuda {
 namespace {
 
 constexpr u32 kThreads = 256;
-constexpr u32 kWarp = 32, kWarps = kThreads / kWarp;
-constexpr u32 kAllLanes = 0xFFFFFFFF;
+constexpr u32 kWarps = kThreads / kWarp;
 // 32-bit indices go with units of 16 bytes and payloads up to 16 GiB: the case that has to be fast. 64-bit indices are
 // for everything else. How many lanes a thread holds at once:
 template <typename Index>
@@ -23,6 +23,8 @@ template <typename Index>
 constexpr u32 kBlocksPerSm = sizeof(Index) == 4 ? 4 : 3;  // registers allow no more
 template <typename Index>
 constexpr u32 kTileLanes = kThreads * kLanes<Index>;
+template <bool kGather>
+constexpr u32 kCodedBlocksPerSm = kGather ? 2 : 3;  // each with 32 or 25 KiB in flight
 
 // A chunk and its place among the tiles of a kernel.
 template <typename Index>
@@ -30,8 +32,8 @@ struct ChunkWork {
   Chunk chunk;
   Divisor<Index> count;
   Index units;
-  u64 first_lane;  // of its payload, for the checksum
-  u64 tiles_end;   // of this chunk and all before it
+  u64 first;      // lane of its payload, for the checksum; plane, if it is coded
+  u64 tiles_end;  // of this chunk and all before it
 };
 
 // A kernel's parameters.
@@ -42,6 +44,7 @@ struct Copy {
   u64 tiles;
   unsigned long long* sums;  // null: no checksums
   bool partial_sums;
+  u32 sums_stride;          // from one kind of partial sums to the next
   bool token_mode, gather;  // for the kernel that handles both
   bool ids_in_table;
   const u8* table;
@@ -86,7 +89,7 @@ __device__ u8* cache_unit(const PagedLayout<Index>& layout, const Chunk& chunk, 
 // all pairs of a block and a chunk that it works on.
 template <typename Index>
 __device__ void put_sum(const Copy<Index>& copy, u32 c, u64 sum, u64 length_term) {
-  for (u32 step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+  sum = warp_sum(sum);
   const u32 warp = threadIdx.x / kWarp;
   if (threadIdx.x % kWarp != 0) return;
   if (copy.partial_sums)
@@ -95,9 +98,27 @@ __device__ void put_sum(const Copy<Index>& copy, u32 c, u64 sum, u64 length_term
     atomicAdd(copy.sums + c, sum + (warp == 0 ? length_term : 0));
 }
 
-// Calls visit(chunk, c, first, sums) for each tile of this block, which lies in chunk number `c`: `first` is the tile's
-// first lane in the chunk's payload, and what visits add to `sums` goes into the chunk's checksum.
-template <typename Index, typename Visit>
+template <typename Index>
+__device__ void put_sums(const Copy<Index>& copy, u32 c, const LaneSums& sums, u64 length_term) {
+  put_sum(copy, c, sums.total(), length_term);
+}
+
+// What a gather of coded payloads sums up: see kCodedSums.
+struct CodedSums {
+  LaneSums raw, coded;
+  u32 unfit = 0;
+};
+
+__device__ void put_sums(Copy<u32> copy, u32 c, const CodedSums& sums, u64) {
+  for (const u64 sum : {sums.raw.total(), sums.coded.total(), static_cast<u64>(sums.unfit)}) {
+    put_sum(copy, c, sum, 0);
+    copy.sums += copy.sums_stride;
+  }
+}
+
+// Calls visit(chunk, c, tile, sums) for each tile of this block, which is number `tile` of chunk number `c`. What
+// visits add to `sums` goes into the chunk's checksum.
+template <typename Sums = LaneSums, typename Index, typename Visit>
 __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
   u64 tile = first_tile(blockIdx.x, copy.tiles, gridDim.x), chunk_begin = 0;
   const u64 end = first_tile(blockIdx.x + 1, copy.tiles, gridDim.x);
@@ -107,10 +128,9 @@ __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
       const ChunkWork<Index> work = copy.chunk(c);
       const u64 bytes = static_cast<u64>(work.units) * copy.layout.unit_bytes;
       const u64 length_term = tile == chunk_begin ? checksum_length(bytes) : 0;
-      LaneSums sums;
-      for (; tile < end && tile < chunk_end; ++tile)
-        visit(work, c, static_cast<Index>((tile - chunk_begin) * kTileLanes<Index>), sums);
-      if (copy.sums) put_sum(copy, c, sums.total(), length_term);
+      Sums sums;
+      for (; tile < end && tile < chunk_end; ++tile) visit(work, c, static_cast<Index>(tile - chunk_begin), sums);
+      if (copy.sums) put_sums(copy, c, sums, length_term);
     }
     chunk_begin = chunk_end;
   }
@@ -118,7 +138,8 @@ __device__ void visit_tiles(const Copy<Index>& copy, const Visit& visit) {
 
 template <Mode kMode, bool kGather>
 __device__ void copy_tiles(const Copy<u32>& copy) {
-  visit_tiles(copy, [&copy](const ChunkWork<u32>& work, u32, u32 first, LaneSums& sums) {
+  visit_tiles(copy, [&copy](const ChunkWork<u32>& work, u32, u32 tile, LaneSums& sums) {
+    const u32 first = tile * kTileLanes<u32>;
     uint4* payload = reinterpret_cast<uint4*>(work.chunk.payload);
     const auto in_cache = [&](u32 lane) {
       return reinterpret_cast<uint4*>(cache_unit<kMode>(copy.layout, work.chunk, work.count, lane));
@@ -139,7 +160,7 @@ __device__ void copy_tiles(const Copy<u32>& copy) {
       if (lane < work.units) {
         uint4* to = !kGather ? in_cache(lane) : payload ? payload + lane : nullptr;
         if (to) *in_global_memory(to) = lanes[v];
-        if (copy.sums) add_lane(sums, work.first_lane + lane, lanes[v]);
+        if (copy.sums) add_lane(sums, work.first + lane, lanes[v]);
       }
     }
   });
@@ -163,8 +184,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<u64>)
     copy_units_kernel(const __grid_constant__ Parameters<u64> parameters) {
   const Copy<u64> copy(parameters);
   const u32 unit = copy.layout.unit_bytes, units = kLaneBytes / unit;
-  visit_tiles(copy, [&](const ChunkWork<u64>& work, u32, u64 first, LaneSums& sums) {
-    const u64 lane = first + threadIdx.x;
+  visit_tiles(copy, [&](const ChunkWork<u64>& work, u32, u64 tile, LaneSums& sums) {
+    const u64 lane = tile * kTileLanes<u64> + threadIdx.x;
     u64 low = 0, high = 0;  // the lane's bytes: shifted in from above
 #pragma unroll 1
     for (u64 y = lane * units; y < (lane + 1) * units; ++y) {
@@ -182,7 +203,88 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<u64>)
       low = low >> 8 * unit | high << (64 - 8 * unit);
       high = high >> 8 * unit | static_cast<u64>(value) << (64 - 8 * unit);
     }
-    if (copy.sums && lane * units < work.units) sums.add(work.first_lane + lane, low, high);
+    if (copy.sums && lane * units < work.units) sums.add(work.first + lane, low, high);
+  });
+}
+
+// --- Coded payloads: a warp works on a tile of the codec, and a tile of a block is as many of a chunk's as it has
+// warps.
+
+// A warp's part of a block's tile number `tile`, in lanes.
+struct CodedTile {
+  u32 lanes;                   // of the raw tile; 0: the chunk has no such tile
+  u32 raw, coded;              // where it begins in the chunk's raw payload and in its coded tiles
+  u32 raw_begin, coded_begin;  // where those begin in their checksums
+
+  __device__ CodedTile(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 tile) {
+    const u32 plane_lanes = static_cast<u32>(work.chunk.count) * copy.layout.page.d;
+    const u32 coded_lanes = static_cast<u32>(coded_plane_bytes(u64{plane_lanes} * kLaneBytes) / kLaneBytes);
+    const u32 per_plane = (plane_lanes + kRawLanes - 1) / kRawLanes, number = tile * kWarps + threadIdx.x / kWarp;
+    const u32 plane = number / per_plane, in_plane = number % per_plane;
+    raw = plane * plane_lanes + in_plane * kRawLanes;
+    coded = plane * coded_lanes + in_plane * static_cast<u32>(kCodedTileBytes / kLaneBytes);
+    lanes = plane * plane_lanes < work.units ? at_most(plane_lanes - in_plane * kRawLanes, kRawLanes) : 0;
+    raw_begin = static_cast<u32>(work.first) * plane_lanes;
+    coded_begin = kCodedHeaderBytes / kLaneBytes + static_cast<u32>(work.first) * coded_lanes;
+  }
+};
+
+struct BlockScratch {
+  CodecScratch warps[kWarps];
+};
+
+__device__ uint4* in_pages(const Copy<u32>& copy, const ChunkWork<u32>& work, u32 lane) {
+  return reinterpret_cast<uint4*>(cache_unit<Mode::kPage>(copy.layout, work.chunk, work.count, lane));
+}
+
+__global__ void __launch_bounds__(kThreads, kCodedBlocksPerSm<true>)
+    gather_coded_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  const Copy<u32> copy(parameters);
+  const u32 thread = threadIdx.x % kWarp;
+  CodecScratch& scratch = shared_memory<BlockScratch>().warps[threadIdx.x / kWarp];
+  visit_tiles<CodedSums>(copy, [&](const ChunkWork<u32>& work, u32, u32 number, CodedSums& sums) {
+    const CodedTile tile(copy, work, number);
+    if (tile.lanes == 0) return;
+    uint4 raw[kThreadLanes];
+    LMC_UNROLL
+    for (u32 v = 0; v < kThreadLanes; ++v) {
+      const u32 lane = thread + v * kWarp;
+      raw[v] = make_uint4(0, 0, 0, 0);
+      if (lane < tile.lanes)
+        if (const uint4* from = in_pages(copy, work, tile.raw + lane)) raw[v] = *in_global_memory(from);
+    }
+    LMC_UNROLL
+    for (u32 v = 0; v < kThreadLanes; ++v) {
+      const u32 lane = thread + v * kWarp;
+      if (lane < tile.lanes) add_lane(sums.raw, tile.raw_begin + tile.raw + lane, raw[v]);
+    }
+    uint4* const to = in_global_memory(reinterpret_cast<uint4*>(work.chunk.payload) + tile.coded);
+    const bool fits = encode_tile(raw, tile.lanes, scratch, [&](u32 i, const uint4& lane) {
+      to[i] = lane;
+      add_lane(sums.coded, tile.coded_begin + tile.coded + i, lane);
+    });
+    if (!fits && thread == 0) ++sums.unfit;
+  });
+}
+
+__global__ void __launch_bounds__(kThreads, kCodedBlocksPerSm<false>)
+    scatter_coded_kernel(const __grid_constant__ Parameters<u32> parameters) {
+  const Copy<u32> copy(parameters);
+  const u32 thread = threadIdx.x % kWarp;
+  visit_tiles(copy, [&](const ChunkWork<u32>& work, u32, u32 number, LaneSums& sums) {
+    const CodedTile tile(copy, work, number);
+    if (tile.lanes == 0) return;
+    const uint4* const from = in_global_memory(reinterpret_cast<const uint4*>(work.chunk.payload) + tile.coded);
+    uint4 raw[kThreadLanes];
+    decode_tile(raw, tile.lanes, *reinterpret_cast<const TileHead*>(from), [&](u32 i) { return from[i]; });
+    LMC_UNROLL
+    for (u32 v = 0; v < kThreadLanes; ++v) {
+      const u32 lane = thread + v * kWarp;
+      if (lane < tile.lanes) {
+        if (uint4* to = in_pages(copy, work, tile.raw + lane)) *in_global_memory(to) = raw[v];
+        add_lane(sums, tile.raw_begin + tile.raw + lane, raw[v]);
+      }
+    }
   });
 }
 
@@ -264,7 +366,8 @@ __device__ void move_tiles(const Copy<u32>& copy, TileRing& ring) {
     empty_stage<kGather>(copy, copy.chunk(ring.places[stage].chunk), ring.places[stage].first, ring.tiles[stage]);
     ++moved;
   };
-  visit_tiles(no_sums, [&](const ChunkWork<u32>& work, u32 c, u32 first, LaneSums&) {
+  visit_tiles(no_sums, [&](const ChunkWork<u32>& work, u32 c, u32 tile, LaneSums&) {
+    const u32 first = tile * kTileLanes<u32>;
     const u32 stage = begun % kStages;
     if (begun >= kAhead) move_out();
     if (begun >= kStages) {
@@ -294,13 +397,14 @@ __device__ void copy_by_bulk(const Parameters<u32>& parameters) {
   if (threadIdx.x >= kThreads) return move_tiles<kGather>(copy, ring);
   if (!copy.sums) return;
   u32 n = 0;
-  visit_tiles(copy, [&](const ChunkWork<u32>& work, u32, u32 first, LaneSums& sums) {
+  visit_tiles(copy, [&](const ChunkWork<u32>& work, u32, u32 tile, LaneSums& sums) {
+    const u32 first = tile * kTileLanes<u32>;
     const u32 stage = n % kStages;
     ring.filled[stage].wait(n / kStages);
     LMC_UNROLL
     for (u32 v = 0; v < kLanes<u32>; ++v) {
       const u32 in_tile = threadIdx.x + v * kThreads;
-      if (first + in_tile < work.units) add_lane(sums, work.first_lane + first + in_tile, ring.tiles[stage][in_tile]);
+      if (first + in_tile < work.units) add_lane(sums, work.first + first + in_tile, ring.tiles[stage][in_tile]);
     }
     __syncwarp();
     if (threadIdx.x % kWarp == 0) ring.summed[stage].arrive();
@@ -323,12 +427,17 @@ __global__ void __launch_bounds__(kBulkThreads, 1)
 
 struct Call {
   const char* op;
-  bool is_gather;
+  bool is_gather, coded;
   const PagedCache& cache;
   Mode mode;
   const std::vector<Chunk>& chunks;
   bool host_ids;
   const Launch& where;
+
+  u32 blocks_per_sm(u32 of_raw) const {
+    return !coded ? of_raw : is_gather ? kCodedBlocksPerSm<true> : kCodedBlocksPerSm<false>;
+  }
+  u32 sums_per_chunk() const { return coded && is_gather ? kCodedSums : 1; }
 
   // The widest unit that divides every address, stride and length of the call.
   u32 unit() const {
@@ -338,6 +447,8 @@ struct Call {
     for (const Chunk& chunk : chunks) {
       all |= reinterpret_cast<u64>(chunk.payload);
       most = std::max(most, cache.payload_bytes(mode, chunk));
+      if (coded)
+        most = std::max(most, chunk.offset + cache.planes.size() * coded_plane_bytes(chunk.count * cache.page_bytes));
       if (cache.splits_pages(mode, chunk)) all |= cache.token_bytes;
     }
     if (all % 16 == 0 && most / 16 < (u64{1} << Divisor<u32>::kBits) - kTileLanes<u32>) return 16;
@@ -348,7 +459,8 @@ struct Call {
 // Whether the bulk copy engine can do this call and pays. The code chosen for this device may be older than the device,
 // and then does not use the engine.
 bool takes_bulk_copies(const Call& call) {
-  if (!call.where.payloads_on_host || call.mode != Mode::kPage || call.cache.run_bytes < kLeastBulkRun) return false;
+  if (!call.where.payloads_on_host || call.coded || call.mode != Mode::kPage || call.cache.run_bytes < kLeastBulkRun)
+    return false;
   cudaFuncAttributes code{};
   LMC_CUDA_CHECK(call.op, cudaFuncGetAttributes(&code, scatter_bulk_kernel));
   return code.ptxVersion >= 90;
@@ -363,12 +475,14 @@ struct Part {
   u64 blocks, first_sum;
 
   u64 tiles() const { return works.back().tiles_end; }
-  PartialSums::Range sums_of(u64 c) const {
+  u64 sums_stride() const { return (blocks + works.size()) * kWarps; }
+  // length: which the checksum of chunk c of this kind has.
+  PartialSums::Range sums_of(u64 c, u64 kind, u64 length) const {
     const u64 begin = c ? works[c - 1].tiles_end : 0, end = works[c].tiles_end;
     if (begin == end) return {0, 0, 0};
     const u64 first_block = block_of_tile(begin, tiles(), blocks), last_block = block_of_tile(end - 1, tiles(), blocks);
-    return {first_sum + (first_block + c) * kWarps, first_sum + (last_block + c + 1) * kWarps,
-            checksum_length(static_cast<u64>(works[c].units) * parameters.head.layout.unit_bytes)};
+    const u64 sum = first_sum + kind * sums_stride();
+    return {sum + (first_block + c) * kWarps, sum + (last_block + c + 1) * kWarps, checksum_length(length)};
   }
 };
 
@@ -393,9 +507,11 @@ Part<Index> part_from(const Call& call, u32 unit, std::size_t first) {
       if (wide) chunk.ids = part.table.append(ids.data(), ids.size());
     }
     const u64 bytes = call.cache.payload_bytes(call.mode, chunk), tile_bytes = kTileLanes<Index> * kLaneBytes;
-    tiles += (bytes + tile_bytes - 1) / tile_bytes;
+    const u64 plane_bytes = chunk.count * call.cache.page_bytes;
+    tiles += call.coded ? (call.cache.planes.size() * tiles_of(plane_bytes) + kWarps - 1) / kWarps
+                        : (bytes + tile_bytes - 1) / tile_bytes;
     part.works.push_back({chunk, Divisor<Index>(chunk.count ? chunk.count : 1), static_cast<Index>(bytes / unit),
-                          chunk.offset / kLaneBytes, tiles});
+                          chunk.offset / (call.coded && plane_bytes ? plane_bytes : kLaneBytes), tiles});
   }
   Copy<Index>& copy = part.parameters.head;
   copy.layout = call.cache.in_units<Index>(unit, planes);
@@ -414,7 +530,8 @@ void launch_part(const Call& call, const Part<u64>& part) {
 
 void launch_part(const Call& call, const Part<u32>& part) {
   const bool bulk = takes_bulk_copies(call);
-  void (*kernel)(Parameters<u32>) = bulk ? (call.is_gather ? gather_bulk_kernel : scatter_bulk_kernel)
+  void (*kernel)(Parameters<u32>) = call.coded ? (call.is_gather ? gather_coded_kernel : scatter_coded_kernel)
+                                    : bulk     ? (call.is_gather ? gather_bulk_kernel : scatter_bulk_kernel)
                                     : call.mode == Mode::kPage
                                         ? (call.is_gather ? gather_kernel<Mode::kPage> : scatter_kernel<Mode::kPage>)
                                         : (call.is_gather ? gather_kernel<Mode::kToken> : scatter_kernel<Mode::kToken>);
@@ -422,7 +539,10 @@ void launch_part(const Call& call, const Part<u32>& part) {
   if (bulk)
     LMC_CUDA_CHECK(call.op, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring_bytes));
   LMC_CUDA_CHECK(call.op, launch(kernel, dim3(static_cast<u32>(part.blocks)), dim3(bulk ? kBulkThreads : kThreads),
-                                 bulk ? ring_bytes : 0, static_cast<cudaStream_t>(call.where.stream), part.parameters));
+                                 bulk                           ? ring_bytes
+                                 : call.coded && call.is_gather ? sizeof(BlockScratch)
+                                                                : 0,
+                                 static_cast<cudaStream_t>(call.where.stream), part.parameters));
 }
 
 // checksums: device memory, one per chunk, or null.
@@ -431,18 +551,24 @@ PartialSums run(const Call& call, u32 unit, u64* checksums) {
   const char* op = call.op;
   int multiprocessors = 0;
   LMC_CUDA_CHECK(op, cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, call.where.device));
-  u64 most_blocks = static_cast<u64>(kBlocksPerSm<Index>) * static_cast<u32>(multiprocessors);
+  u64 most_blocks = static_cast<u64>(call.blocks_per_sm(kBlocksPerSm<Index>)) * static_cast<u32>(multiprocessors);
   if (call.where.max_blocks) most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);
   std::vector<Part<Index>> parts;
   PartialSums partial;
   u64 num_sums = 0;
-  for (std::size_t first = 0; first < call.chunks.size(); first = partial.ranges.size()) {
+  for (std::size_t first = 0; first < call.chunks.size(); first += parts.back().works.size()) {
     parts.push_back(part_from<Index>(call, unit, first));
     Part<Index>& part = parts.back();
     part.blocks = std::min(part.tiles(), most_blocks);
     part.first_sum = num_sums;
-    num_sums += (part.blocks + part.works.size()) * kWarps;
-    for (u64 c = 0; c < part.works.size(); ++c) partial.ranges.push_back(part.sums_of(c));
+    num_sums += part.sums_stride() * call.sums_per_chunk();
+    for (u64 c = 0; c < part.works.size(); ++c) {
+      const Chunk& chunk = part.works[c].chunk;
+      const u64 coded = call.cache.planes.size() * coded_plane_bytes(chunk.count * call.cache.page_bytes);
+      const u64 lengths[kCodedSums] = {call.cache.payload_bytes(call.mode, chunk), coded, 0};
+      for (u64 kind = 0; kind < call.sums_per_chunk(); ++kind)
+        partial.ranges.push_back(part.sums_of(c, kind, lengths[kind]));
+    }
   }
   const bool are_partial = static_cast<bool>(call.where.partial_sums);
   u64* sums = are_partial ? call.where.partial_sums(num_sums) : checksums;
@@ -451,6 +577,7 @@ PartialSums run(const Call& call, u32 unit, u64* checksums) {
   std::size_t first = 0;
   for (Part<Index>& part : parts) {
     part.parameters.head.partial_sums = are_partial;
+    part.parameters.head.sums_stride = static_cast<u32>(part.sums_stride());
     if (sums)
       part.parameters.head.sums = reinterpret_cast<unsigned long long*>(sums) + (are_partial ? part.first_sum : first);
     first += part.works.size();
@@ -465,6 +592,9 @@ PartialSums run(const Call& call, u64* checksums) {
   if (call.chunks.empty()) return {};
   const DeviceGuard guard(call.op, call.where.device);
   const u32 unit = call.unit();
+  if (call.coded && unit != kLaneBytes)
+    throw std::invalid_argument(std::string(call.op) +
+                                ": expected pages, tokens and payloads of whole lanes of 16 bytes");
   return unit == 16 ? run<u32>(call, unit, checksums) : run<u64>(call, unit, checksums);
 }
 
@@ -473,13 +603,23 @@ PartialSums run(const Call& call, u64* checksums) {
 PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                    const Launch& where) {
   const char* op = mode == Mode::kPage ? "gather_pages" : "gather_tokens";
-  return run({op, true, cache, mode, chunks, host_ids, where}, checksums);
+  return run({op, true, false, cache, mode, chunks, host_ids, where}, checksums);
 }
 
 PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                     const Launch& where) {
   const char* op = mode == Mode::kPage ? "scatter_pages" : "scatter_tokens";
-  return run({op, false, cache, mode, chunks, host_ids, where}, checksums);
+  return run({op, false, false, cache, mode, chunks, host_ids, where}, checksums);
+}
+
+PartialSums gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
+                         const Launch& where) {
+  return run({"gather_coded", true, true, cache, Mode::kPage, chunks, host_ids, where}, nullptr);
+}
+
+PartialSums scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
+                          const Launch& where) {
+  return run({"scatter_coded", false, true, cache, Mode::kPage, chunks, host_ids, where}, nullptr);
 }
 
 void load_page_copies(const char* op) {
@@ -488,7 +628,7 @@ void load_page_copies(const char* op) {
     for (const cudaError_t error : {cudaFuncGetAttributes(&loaded, kernels)...}) LMC_CUDA_CHECK(op, error);
   };
   load(gather_kernel<Mode::kPage>, scatter_kernel<Mode::kPage>, gather_bulk_kernel, scatter_bulk_kernel);
-  load(copy_units_kernel);
+  load(copy_units_kernel, gather_coded_kernel, scatter_coded_kernel);
 }
 
 int device_count(std::string& why) {

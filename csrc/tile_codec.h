@@ -2,7 +2,8 @@
 // 4-bit codes for exponents close to the tile's greatest, and a list of the few other exponents. Normative:
 // docs/design.md.
 //
-// tile_codec.cpp is compiled once per instruction set; host.cpp chooses one when it first needs it.
+// tile_codec.cpp is compiled once per instruction set; host.cpp chooses one when it first needs it. warp_codec.h is the
+// same for GPUs.
 #pragma once
 
 #include "launch.h"
@@ -26,18 +27,22 @@ struct TileHead {
 };
 static_assert(sizeof(TileHead) == 112, "a multiple of the checksum's lanes");
 
-constexpr u64 coded_tile_bytes(u64 numbers) {
+LMC_HOST_DEVICE constexpr u64 coded_tile_bytes(u64 numbers) {
   return sizeof(TileHead) + (numbers + kTileUnit - 1) / kTileUnit * kTileUnit * 3 / 2;
 }
 constexpr u64 kCodedTileBytes = coded_tile_bytes(kTileNumbers);
 
-constexpr u64 tiles_of(u64 raw_bytes) { return (raw_bytes + kRawTileBytes - 1) / kRawTileBytes; }
+LMC_HOST_DEVICE constexpr u64 tiles_of(u64 raw_bytes) { return (raw_bytes + kRawTileBytes - 1) / kRawTileBytes; }
 
 // Each plane of a payload is cut into tiles; the last tile may be shorter. raw_bytes: even.
-constexpr u64 coded_plane_bytes(u64 raw_bytes) {
+LMC_HOST_DEVICE constexpr u64 coded_plane_bytes(u64 raw_bytes) {
   const u64 rest = raw_bytes % kRawTileBytes;
   return raw_bytes / kRawTileBytes * kCodedTileBytes + (rest ? coded_tile_bytes(rest / 2) : 0);
 }
+
+// What a gather of coded payloads returns per chunk: the checksum of its raw payload, that of its coded tiles, and not
+// 0 if a tile has more exceptions than fit: then the payload is garbage.
+constexpr u32 kCodedSums = 3;
 
 struct TileCodec {
   // Codes `numbers` <= kTileNumbers. raw and coded: 64-byte aligned, with room for kRawTileBytes and kCodedTileBytes,

@@ -12,6 +12,10 @@
 //     layout (num_pages, page_stride, page_bytes, run_bytes, run_stride, page_tokens, token_bytes),
 //     chunks (each: region of ids, wide, count, tokens, region of payload, offset), checksums? (region),
 //     payloads: 0 in device memory, 1 in host memory, 2 none (CUDA only); partial_sums (CUDA only)
+//   gather_coded, scatter_coded: the same, token_mode 0, and sums (region: kCodedSums per chunk; 0, 0, 1 for a chunk
+//   that
+//     does not fit); chunks' payloads are tiles. A region whose name begins with "garbage" may hold anything
+//     afterwards.
 //   blake3_keyed_hash, blake3_derive_key: key or context, data, hash; no CUDA
 // A field `places_no_table` says that all tables fit into kernel parameters.
 // A field `refused` says that the call of cuda:: must throw std::invalid_argument; `cpu_refused`, that of cpu::.
@@ -114,6 +118,14 @@ struct CopyArguments {
                         numbers[i + 1] != 0, numbers[i + 5]});
   }
 };
+
+inline bool is_garbage(const Region& region) { return region.name.rfind("garbage", 0) == 0; }
+
+// Of a chunk that does not fit, only that is promised.
+inline void forget_sums_of_garbage(u64* sums, std::size_t chunks) {
+  for (u64* of_chunk = sums; of_chunk < sums + chunks * kCodedSums; of_chunk += kCodedSums)
+    if (of_chunk[kCodedSums - 1]) of_chunk[0] = of_chunk[1] = 0, of_chunk[kCodedSums - 1] = 1;
+}
 
 inline std::vector<Case> read_cases(const char* path) {
   std::ifstream file(path, std::ios::binary);

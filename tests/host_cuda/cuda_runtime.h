@@ -279,6 +279,14 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned lanes, HOST_CUDA_SITE) {
   return host_cuda::shuffle(mask, value, host_cuda::lane() ^ lanes, {file, line});
 }
 
+// The bytes of `low` and `high` that the nibbles of `chosen` number, from the lowest.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned chosen) {
+  const std::uint64_t both = low | static_cast<std::uint64_t>(high) << 32;
+  unsigned out = 0;
+  for (unsigned i = 0; i < 4; ++i) out |= static_cast<unsigned>(both >> 8 * (chosen >> 4 * i & 7) & 0xFF) << 8 * i;
+  return out;
+}
+
 inline bool __isGlobal(const void* pointer) { return host_cuda::is_device_accessible(pointer, 1); }
 #define __builtin_assume(claim) ((claim) ? void() : host_cuda::fail("%s:%d: %s is false", __FILE__, __LINE__, #claim))
 

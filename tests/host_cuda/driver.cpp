@@ -97,6 +97,8 @@ class Run {
       std::fill(cuts.begin(), cuts.end(), ~u64{0});
     } else if (case_.op == "gather" || case_.op == "scatter") {
       copy(address);
+    } else if (case_.op == "gather_coded" || case_.op == "scatter_coded") {
+      copy_coded(address);
     } else {
       die("no op " + case_.op);
     }
@@ -107,14 +109,18 @@ class Run {
   std::vector<std::string> differences() const {
     std::vector<std::string> out;
     if (partial_sums_) {
-      const u64 number = case_.number("checksums");
-      const std::vector<u64> sums = ranges_.add_up(reinterpret_cast<const u64*>(partial_sums_.get()));
+      const u64 number = case_.number(case_.has("sums") ? "sums" : "checksums");
+      std::vector<u64> sums = ranges_.add_up(reinterpret_cast<const u64*>(partial_sums_.get()));
+      if (case_.op == "scatter_coded")
+        for (std::size_t c = 0; c < sums.size(); c += kCodedSums) sums.insert(sums.begin() + c + 1, kCodedSums - 1, 0);
+      if (case_.op == "gather_coded") forget_sums_of_garbage(sums.data(), sums.size() / kCodedSums);
       std::memcpy(placed_[number].out.get() + front(case_.regions[number]), sums.data(), 8 * sums.size());
     }
     for (std::size_t r = 0; r < placed_.size(); ++r) {
       const Placed& p = placed_[r];
       const Region& region = case_.regions[r];
       const bool on_host = region.name.rfind("payload", 0) == 0 && case_.number("payloads") == 1;
+      if (is_garbage(region)) continue;
       const u8* bytes = (on_host ? p.in : p.out).get();
       for (u64 i = 0; i < p.bytes; ++i) {
         const u64 at = i - front(region);
@@ -174,14 +180,26 @@ class Run {
     const bool host_ids = case_.number("host_ids") != 0;
     cuda::Launch where = launch();
     where.payloads_on_host = payloads == 1;
-    if (case_.number("partial_sums"))
-      where.partial_sums = [this](u64 count) {
-        partial_sums_ = own_memory(8 * count);
-        return reinterpret_cast<u64*>(partial_sums_.get());
-      };
+    if (case_.number("partial_sums")) take_partial_sums(where);
     auto* checksums = reinterpret_cast<u64*>(optional("checksums"));
     const auto op = case_.op == "gather" ? cuda::gather : cuda::scatter;
     ranges_ = op(copy.cache, copy.mode, copy.chunks, host_ids, checksums, where);
+  }
+
+  template <typename Address>
+  void copy_coded(const Address& address) {
+    const CopyArguments copy(case_, address);
+    cuda::Launch where = launch();
+    take_partial_sums(where);
+    const auto op = case_.op == "gather_coded" ? cuda::gather_coded : cuda::scatter_coded;
+    ranges_ = op(copy.cache, copy.chunks, case_.number("host_ids") != 0, where);
+  }
+
+  void take_partial_sums(cuda::Launch& where) {
+    where.partial_sums = [this](u64 count) {
+      partial_sums_ = own_memory(8 * count);
+      return reinterpret_cast<u64*>(partial_sums_.get());
+    };
   }
 
   const Case& case_;
