@@ -513,26 +513,28 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "store",
           [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,
-             bool checksums, u64 fragment_bytes, u32 kernel_blocks) {
+             bool checksums, u64 fragment_bytes, u32 kernel_blocks, std::vector<bool> coded) {
             std::vector<Chunk> list = to_chunks(chunks);
             py::gil_scoped_release release;
             cpu::check_ids(cache, Mode::kPage, list);
-            return staging.store(cache, std::move(list), std::move(ends), checksums, fragment_bytes, kernel_blocks);
+            return staging.store(cache, std::move(list), std::move(ends), checksums, fragment_bytes, kernel_blocks,
+                                 std::move(coded));
           },
           py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("fragment_bytes"),
-          py::arg("kernel_blocks"))
+          py::arg("kernel_blocks"), py::arg("coded") = std::vector<bool>())
       .def(
           "load",
           [](cuda::Staging& staging, const PagedCache& cache, const py::iterable& chunks, std::vector<u64> ends,
-             bool checksums, const cuda::Event& behind, u64 fragment_bytes, u32 kernel_blocks) {
+             bool checksums, const cuda::Event& behind, u64 fragment_bytes, u32 kernel_blocks,
+             std::vector<bool> coded) {
             std::vector<Chunk> list = to_chunks(chunks);
             py::gil_scoped_release release;
             cpu::check_ids(cache, Mode::kPage, list);
             return staging.load(cache, std::move(list), std::move(ends), checksums, behind, fragment_bytes,
-                                kernel_blocks);
+                                kernel_blocks, std::move(coded));
           },
           py::arg("cache"), py::arg("chunks"), py::arg("ends"), py::arg("checksums"), py::arg("behind"),
-          py::arg("fragment_bytes"), py::arg("kernel_blocks"));
+          py::arg("fragment_bytes"), py::arg("kernel_blocks"), py::arg("coded") = std::vector<bool>());
 
   const auto def_of_host = [&m](const char* name, auto* call) {
     m.def(

@@ -152,8 +152,8 @@ PartialSums gather(const PagedCache& cache, Mode mode, const std::vector<Chunk>&
 PartialSums scatter(const PagedCache& cache, Mode mode, const std::vector<Chunk>& chunks, bool host_ids, u64* checksums,
                     const Launch& launch);
 
-// As in cpu::, with pages, tokens and payloads of whole lanes of 16 bytes, else std::invalid_argument.
-// Launch::partial_sums has to be set. PartialSums::ranges: kCodedSums per chunk for a gather, else one.
+// As in cpu::, with pages, tokens and payloads of whole lanes of 16 bytes, else std::invalid_argument. Sums are made
+// only as partial_sums: kCodedSums ranges per chunk for a gather, one for a scatter.
 PartialSums gather_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
                          const Launch& launch);
 PartialSums scatter_coded(const PagedCache& cache, const std::vector<Chunk>& chunks, bool host_ids,
@@ -224,10 +224,12 @@ class Staging {
   // kernel_blocks > 0: a kernel of so many blocks reads or writes the host's memory instead. If payloads are not in
   // pinned memory, everything goes through the ring, slowly. Throws std::invalid_argument for a chunk with a layer that
   // does not fit into a buffer, and for checksums of layers that do not end at multiples of 16 bytes of a payload.
+  // coded: whether each chunk's payload is coded, as in gather_coded; empty: none is. A store that is given it returns
+  // kCodedSums sums per chunk, of which only the first counts for a raw one.
   std::unique_ptr<Job> store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
-                             u64 fragment_bytes, u32 kernel_blocks);
+                             u64 fragment_bytes, u32 kernel_blocks, std::vector<bool> coded = {});
   std::unique_ptr<Job> load(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends, bool checksums,
-                            const Event& behind, u64 fragment_bytes, u32 kernel_blocks);
+                            const Event& behind, u64 fragment_bytes, u32 kernel_blocks, std::vector<bool> coded = {});
 
  private:
   struct State;

@@ -9,7 +9,8 @@
 //          kernels:  [behind] > [filled b] > scatter from b, record free b, record reached ... record finished
 // Long runs are copied in the same batch, without the buffer. Then a load's copies wait for [behind], and a store's
 // copies record reached. Kernels write partial checksums to pinned memory; a separate launch computes those of long
-// runs. A job by kernels alone needs no copies and no buffer.
+// runs. A job by kernels alone needs no copies and no buffer. Chunks with coded payloads always go through the ring,
+// where they have fewer bytes: kernels code them as they gather, and decode them as they scatter.
 //
 // A step is a range of planes of all chunks, or a range of chunks of one layer's planes. The first step is limited to
 // one layer and kFirstStepBytes; the limit doubles with each step. So the first layer ends early, and the others take
@@ -193,18 +194,20 @@ struct Staging::Job::State {
     cudaEvent_t event;
   };
   struct Sums {
-    std::vector<std::size_t> chunks;
+    std::vector<std::size_t> of;  // where they belong among the job's
     PartialSums partial;
     const u64* sums;
   };
+  enum class Kind { kRaw, kRuns, kCoded };  // of a chunk: how its bytes go
 
   const char* op;
   bool is_store, checksums;
   std::shared_ptr<Staging::State> staging;
   PagedCache cache;
   std::vector<Chunk> chunks;
-  std::vector<u64> ends;  // of layers, in planes
-  u32 kernel_blocks;      // 0: kernels do not access payloads
+  std::vector<u64> ends;    // of layers, in planes
+  u32 kernel_blocks;        // 0: kernels do not access payloads
+  std::vector<bool> coded;  // by chunk; empty: none is
   std::vector<std::vector<i64>> ids{};
   std::vector<std::vector<Run>> runs{};  // by chunk; none: the chunk goes through the ring
   bool has_runs = false, is_pinned = true;
@@ -263,16 +266,23 @@ struct Staging::Job::State {
         is_pinned = false;
       }
     }
-    if (!is_pinned) kernel_blocks = 0;
-    for (const Chunk& one : chunks) {
-      runs.push_back(long_runs(cache, one, kernel_blocks ? 0 : fragment_bytes));
+    if (!is_pinned || std::find(coded.begin(), coded.end(), true) != coded.end()) kernel_blocks = 0;
+    for (std::size_t c = 0; c < chunks.size(); ++c) {
+      runs.push_back(long_runs(cache, chunks[c], kernel_blocks || is_coded(c) ? 0 : fragment_bytes));
       has_runs |= !runs.back().empty();
     }
     budget = std::min(kFirstStepBytes, staging->buffer_bytes);
     finished = new_event(op);
   }
 
-  u64 plane_bytes(std::size_t c) const { return chunks[c].count * cache.page_bytes; }
+  bool is_coded(std::size_t c) const { return !coded.empty() && coded[c]; }
+  Kind kind(std::size_t c) const { return is_coded(c) ? Kind::kCoded : runs[c].empty() ? Kind::kRaw : Kind::kRuns; }
+  u64 sums_per_chunk() const { return is_store && !coded.empty() ? kCodedSums : 1; }
+  u64 raw_plane_bytes(std::size_t c) const { return chunks[c].count * cache.page_bytes; }
+  // Of its payload.
+  u64 plane_bytes(std::size_t c) const {
+    return is_coded(c) ? coded_plane_bytes(raw_plane_bytes(c)) : raw_plane_bytes(c);
+  }
   u64 bytes_of(std::size_t c, u64 begin, u64 end) const { return align((end - begin) * plane_bytes(c)); }
 
   // The next step, if it lies within the first `planes` planes.
@@ -308,17 +318,18 @@ struct Staging::Job::State {
     return pinned.back().host + pinned_used - bytes;
   }
 
-  // Launches a kernel for the step's chunks with long runs (with_runs: checksums only), or for the other chunks.
-  void run_kernel(const Step& step, bool with_runs, u8* buffer) {
+  // Launches a kernel for the step's chunks of one kind; for long runs it only computes checksums.
+  void run_kernel(const Step& step, Kind of_kind, u8* buffer) {
+    const bool with_runs = of_kind == Kind::kRuns, is_coded = of_kind == Kind::kCoded;
     Sums made{{}, {}, nullptr};
     std::vector<Chunk> parts;
     u64 in_buffer = 0;
     for (std::size_t c = step.first; c < step.last; ++c) {
-      if (runs[c].empty() != with_runs) {
+      if (kind(c) == of_kind) {
         Chunk part = chunks[c];
-        part.offset = step.begin * plane_bytes(c);
+        part.offset = step.begin * raw_plane_bytes(c);
         part.payload = with_runs ? nullptr : kernel_blocks ? part.payload + part.offset : buffer + in_buffer;
-        made.chunks.push_back(c);
+        for (u64 n = 0; n < (is_coded ? sums_per_chunk() : 1); ++n) made.of.push_back(c * sums_per_chunk() + n);
         parts.push_back(part);
       }
       in_buffer += bytes_of(c, step.begin, step.end);
@@ -338,14 +349,16 @@ struct Staging::Job::State {
         made.sums = sums_of_blocks;
         return sums_of_blocks;
       };
-    made.partial = is_store || with_runs ? gather(planes, Mode::kPage, parts, true, nullptr, where)
-                                         : scatter(planes, Mode::kPage, parts, true, nullptr, where);
+    if (is_coded)
+      made.partial = is_store ? gather_coded(planes, parts, true, where) : scatter_coded(planes, parts, true, where);
+    else
+      made.partial = is_store || with_runs ? gather(planes, Mode::kPage, parts, true, nullptr, where)
+                                           : scatter(planes, Mode::kPage, parts, true, nullptr, where);
     if (checksums) sums.push_back(std::move(made));
   }
 
   void run_kernels(const Step& step, u8* buffer) {
-    run_kernel(step, false, buffer);
-    run_kernel(step, true, buffer);
+    for (const Kind one : {Kind::kRaw, Kind::kRuns, Kind::kCoded}) run_kernel(step, one, buffer);
   }
 
   void copy(const Step& step, u8* buffer) {
@@ -368,7 +381,7 @@ struct Staging::Job::State {
   void enqueue(const Step& step) {
     Staging::State& s = *staging;
     if (kernel_blocks) {
-      run_kernel(step, false, nullptr);
+      run_kernel(step, Kind::kRaw, nullptr);
     } else {
       const cudaStream_t first = is_store ? s.kernels : s.copies;
       const u32 b = s.next++ % s.buffers;
@@ -448,11 +461,11 @@ std::vector<i64> Staging::Job::wait() {
   if (j.plane != j.ends.back())
     throw std::runtime_error(std::string(j.op) + ": it ended at plane " + std::to_string(j.plane) + " of " +
                              std::to_string(j.ends.back()));
-  std::vector<i64> checksums(j.checksums ? j.chunks.size() : 0);
+  std::vector<i64> checksums(j.checksums ? j.chunks.size() * j.sums_per_chunk() : 0);
   for (const State::Sums& made : j.sums) {
     const std::vector<u64> of_step = made.partial.add_up(made.sums);
     for (std::size_t i = 0; i < of_step.size(); ++i)
-      checksums[made.chunks[i]] = static_cast<i64>(static_cast<u64>(checksums[made.chunks[i]]) + of_step[i]);
+      checksums[made.of[i]] = static_cast<i64>(static_cast<u64>(checksums[made.of[i]]) + of_step[i]);
   }
   return checksums;
 }
@@ -491,18 +504,19 @@ std::unique_ptr<Staging::Job> Staging::begin(std::unique_ptr<Job::State> state, 
 }
 
 std::unique_ptr<Staging::Job> Staging::store(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends,
-                                             bool checksums, u64 fragment_bytes, u32 kernel_blocks) {
+                                             bool checksums, u64 fragment_bytes, u32 kernel_blocks,
+                                             std::vector<bool> coded) {
   return begin(std::unique_ptr<Job::State>(new Job::State{"store", true, checksums, state_, cache, std::move(chunks),
-                                                          std::move(ends), kernel_blocks}),
+                                                          std::move(ends), kernel_blocks, std::move(coded)}),
                fragment_bytes);
 }
 
 std::unique_ptr<Staging::Job> Staging::load(const PagedCache& cache, std::vector<Chunk> chunks, std::vector<u64> ends,
-                                            bool checksums, const Event& behind, u64 fragment_bytes,
-                                            u32 kernel_blocks) {
+                                            bool checksums, const Event& behind, u64 fragment_bytes, u32 kernel_blocks,
+                                            std::vector<bool> coded) {
   std::unique_ptr<Job> job =
       begin(std::unique_ptr<Job::State>(new Job::State{"load", false, checksums, state_, cache, std::move(chunks),
-                                                       std::move(ends), kernel_blocks}),
+                                                       std::move(ends), kernel_blocks, std::move(coded)}),
             fragment_bytes);
   job->go_on(job->state_->ends.front(), &behind);
   return job;

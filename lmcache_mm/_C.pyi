@@ -143,6 +143,7 @@ class CudaStaging:
         checksums: bool,
         fragment_bytes: int,
         kernel_blocks: int,
+        coded: Sequence[bool] = (),
     ) -> CudaTransfer: ...
     def load(
         self,
@@ -153,6 +154,7 @@ class CudaStaging:
         behind: CudaEvent,
         fragment_bytes: int,
         kernel_blocks: int,
+        coded: Sequence[bool] = (),
     ) -> CudaTransfer: ...
 
 def cuda_register_host(device: int, address: int, bytes: int, piece_bytes: int) -> None: ...

@@ -27,15 +27,15 @@ def check_name(codec: str | None) -> None:
 
 
 def of_layout(codec: str | None, layout: KVLayout) -> str | None:
-    """The codec for payloads of a layout if the user asks for `codec`: None (raw) unless they are bf16 numbers.
-    ValueError for a codec that does not exist, and for a bf16 layout on a GPU."""
+    """The codec for payloads of a layout if the user asks for `codec`: None (raw) unless they are bf16 numbers and
+    pages and, on a GPU, all addresses, strides and tokens are multiples of 16 bytes. ValueError for a codec that does
+    not exist."""
     check_name(codec)
-    if codec is None or layout.spec.partition(";")[0] != "bfloat16" or layout.page_bytes % LANE_BYTES:
-        return None
+    lengths = [layout.page_bytes]
     if layout.device.type == "cuda":
-        raise ValueError(
-            f"codec: expected None for a cache on {layout.device}, got {codec!r}: the codec has no CUDA kernels yet"
-        )
+        lengths += [*layout.planes, layout.page_stride, layout.run_bytes, layout.run_stride, layout.token_bytes]
+    if codec is None or layout.spec.partition(";")[0] != "bfloat16" or any(size % LANE_BYTES for size in lengths):
+        return None
     return codec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
@@ -82,15 +82,23 @@ class HostCopy:
 
 
 class HostCopies:
-    """Copies on the CPU."""
+    """Copies on the CPU. coded: whether each payload is coded (see csrc/tile_codec.h); empty: none is. A store that is
+    given it returns codec.SUMS sums per chunk, of which only the first counts for a raw one."""
 
     def __init__(self, layout: KVLayout) -> None:
         self._layout_of = cache(lambda begin, end: replace(layout, planes=layout.planes[begin:end]))
 
-    def store(self, parts: list[Part], ends: list[int], checksums: bool) -> Copies:
+    def store(self, parts: list[Part], ends: list[int], checksums: bool, coded: Sequence[bool] = ()) -> Copies:
+        if coded:
+            return HostCopy(partial(self._copy_coded, _C.gather_coded, _C.gather, parts, coded), ends)
         return HostCopy(partial(self._copy, _C.gather, parts, checksums), ends)
 
-    def load(self, parts: list[Part], ends: list[int], checksums: bool, behind: Any) -> Copies:
+    def load(
+        self, parts: list[Part], ends: list[int], checksums: bool, behind: Any, coded: Sequence[bool] = ()
+    ) -> Copies:
+        if coded:
+            copy = partial(self._copy_coded, _C.scatter_coded, _C.scatter, parts, coded)
+            return HostCopy(lambda begin, end: copy(begin, end)[:: codec.SUMS], ends)
         return HostCopy(partial(self._copy, _C.scatter, parts, checksums), ends)
 
     def _copy(self, copy: Callable[..., None], parts: list[Part], checksums: bool, begin: int, end: int) -> list[int]:
@@ -104,33 +112,16 @@ class HostCopies:
         copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
         return cast(list[int], sums.tolist())
 
-
-class CodedCopies:
-    """Copies on the CPU between pages and payloads, of which some are coded. See csrc/tile_codec.h."""
-
-    def __init__(self, layout: KVLayout) -> None:
-        self._raw = HostCopies(layout)
-
-    def store(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
-        """The copies return codec.SUMS sums per chunk; only the first counts for a raw chunk."""
-        return HostCopy(partial(self._copy, _C.gather_coded, _C.gather, parts, coded), ends)
-
-    def load(self, parts: list[Part], ends: list[int], coded: list[bool]) -> Copies:
-        def copy(begin: int, end: int) -> list[int]:
-            return self._copy(_C.scatter_coded, _C.scatter, parts, coded, begin, end)[:: codec.SUMS]
-
-        return HostCopy(copy, ends)
-
-    def _copy(
+    def _copy_coded(
         self,
         copy_coded: Callable[..., None],
         copy: Callable[..., None],
         parts: list[Part],
-        coded: list[bool],
+        coded: Sequence[bool],
         begin: int,
         end: int,
     ) -> list[int]:
-        layout = self._raw._layout_of(begin, end)
+        layout = self._layout_of(begin, end)
         sums = torch.zeros(len(parts), codec.SUMS, dtype=torch.uint64)
         of_layer = []
         for (ids, wide, count, tokens, payload, _), is_coded in zip(parts, coded, strict=True):
@@ -140,11 +131,11 @@ class CodedCopies:
                 of_layer.append((ids, wide, count, tokens, at, begin * plane_bytes))
         made = torch.empty(len(of_layer), codec.SUMS, dtype=torch.uint64)
         copy_coded(layout.compiled, of_layer, made.data_ptr(), ops.THREADS)
-        is_coded_chunk = torch.tensor(coded, dtype=torch.bool)
+        is_coded_chunk = torch.tensor(list(coded), dtype=torch.bool)
         sums.view(torch.int64)[is_coded_chunk] = made.view(torch.int64)
         raw = [part for part, is_coded in zip(parts, coded, strict=True) if not is_coded]
         if raw:
-            of_raw = torch.tensor(self._raw._copy(copy, raw, True, begin, end), dtype=torch.uint64)
+            of_raw = torch.tensor(self._copy(copy, raw, True, begin, end), dtype=torch.uint64)
             sums.view(torch.int64)[~is_coded_chunk, 0] = of_raw.view(torch.int64)
         return cast(list[int], sums.reshape(-1).tolist())
 
@@ -162,15 +153,18 @@ class Ring:
         self._staging = _C.CudaStaging(layout.device.index, *ring, urgent, self.paths.ring_blocks)
         self._memory = memory  # after _staging, so that it is released last
 
-    def store(self, parts: list[Part], ends: list[int], checksums: bool) -> Copies:
+    def store(self, parts: list[Part], ends: list[int], checksums: bool, coded: Sequence[bool] = ()) -> Copies:
+        """coded: as in `HostCopies`."""
         least = self.paths.store_fragment_bytes(self._bytes_of(parts))
         blocks = self.paths.store_layer_blocks if len(ends) > 1 else 0
-        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks)
+        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks, coded)
 
-    def load(self, parts: list[Part], ends: list[int], checksums: bool, behind: Any) -> Copies:
+    def load(
+        self, parts: list[Part], ends: list[int], checksums: bool, behind: Any, coded: Sequence[bool] = ()
+    ) -> Copies:
         least = self.paths.load_fragment_bytes(self._bytes_of(parts))
         blocks = self.paths.load_layer_blocks if len(ends) > 1 else 0
-        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks)
+        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks, coded)
 
     def _bytes_of(self, parts: list[Part]) -> int:
         return sum(self._layout.payload_bytes(pages) for _, _, pages, *_ in parts)

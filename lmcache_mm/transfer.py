@@ -16,7 +16,6 @@ import torch
 
 from lmcache_mm import codec, ops
 from lmcache_mm.copies import (
-    CodedCopies,
     Copies,
     HostCopies,
     Part,
@@ -73,7 +72,7 @@ class Transfer:
             Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
             for urgent in (True, False)
         )
-        self._coded = CodedCopies(layout) if coding else None
+        self._coded = coding is not None
         self._raw_bytes = self._stored_bytes = 0  # of stored chunks, before and after coding, since they were taken
         self._counting = threading.Lock()
         self._planes = len(layout.planes)
@@ -266,8 +265,8 @@ class Transfer:
 
         def scatter(_: int) -> bool:
             parts = self._parts(chunks, payloads, whole_pages=True, coded=coded)
-            if self._coded and any(coded):
-                copies = self._coded.load(parts, ends, coded)
+            if any(coded):
+                copies = self._loading.load(parts, ends, True, behind, coded)
             else:
                 copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
             with ending(copies):
@@ -455,7 +454,7 @@ class Transfer:
         coded = [self._coded_bytes(chunk) is not None for chunk in chunks]
         parts = self._parts(chunks, given, self.layout.opaque, coded)
         store = self._storing.store
-        copies = self._coded.store(parts, ends, coded) if self._coded else store(parts, ends, on_the_way)
+        copies = store(parts, ends, True, coded) if self._coded else store(parts, ends, on_the_way)
         sums: list[int] = []
 
         def gather(planes: int) -> bool:
@@ -465,7 +464,7 @@ class Transfer:
             copies.go_on(planes, written)
             if planes < self._planes:
                 return False
-            if self._coded:
+            if self._coded:  # waits, also for early work: what does not fit is read again
                 sums[:] = self._finish_coded(chunks, payloads, coded, copies.wait(), raw)
             elif work.early:  # the caller's thread continues; its stream is ordered after the reads
                 copies.order(current_stream(self.layout.device), self._planes)

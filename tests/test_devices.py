@@ -15,8 +15,8 @@ import torch
 
 import lmcache_mm as lmc
 from layouts import LAYOUTS, TOKENS, PagedCache, opaque, period_251, token_major
-from lmcache_mm import _C, ops, reference
-from lmcache_mm.copies import Ring
+from lmcache_mm import _C, codec, ops, reference
+from lmcache_mm.copies import HostCopies, Ring, current_event
 from lmcache_mm.transfer_paths import Paths
 from test_stores import new_store
 
@@ -295,6 +295,165 @@ def test_a_damaged_payload_is_not_restored(device: torch.device, tmp_path):
     assert store.contains([key]) == [False]
     loop.cache.close()
     remove()
+
+
+class Coded:
+    """Coded payloads of chunks of a layout, copied as caches copy them."""
+
+    def __init__(self, layout: lmc.KVLayout, chunks: list[torch.Tensor]) -> None:
+        self.layout, self.chunks, self._planes = layout, chunks, len(layout.planes)
+        on_gpu = layout.device.type == "cuda"
+        self._copies = [Ring(layout, 1 << 20, urgent) if on_gpu else HostCopies(layout) for urgent in (False, True)]
+        self.payloads = []
+        for ids in chunks:
+            size = codec.coded_bytes(self._planes, len(ids) * layout.page_bytes)
+            self.payloads.append(torch.full((size,), 0xEE, dtype=torch.uint8, pin_memory=on_gpu))
+        tiles = [payload.data_ptr() + codec.HEADER_BYTES for payload in self.payloads]
+        self._parts = [
+            (ids.data_ptr(), True, len(ids), len(ids) * layout.page_tokens, place, 0)
+            for ids, place in zip(chunks, tiles, strict=True)
+        ]
+
+    def store(self) -> list[list[int]]:
+        """The three sums of each chunk."""
+        copies = self._copies[0].store(self._parts, [self._planes], True, [True] * len(self.chunks))
+        copies.go_on(self._planes, current_event(self.layout.device))
+        return torch.tensor(copies.wait()).view(-1, codec.SUMS).tolist()
+
+    def load(self) -> list[int]:
+        """The checksum of what each chunk's pages now hold."""
+        behind, coded = current_event(self.layout.device), [True] * len(self.chunks)
+        copies = self._copies[1].load(self._parts, [self._planes], True, behind, coded)
+        copies.go_on(self._planes)
+        return copies.wait()
+
+
+def test_every_number_is_coded_as_by_the_reference_and_comes_back(device: torch.device):
+    """All 65,536 bf16 numbers, a tile of each exponent's 256, and a tile that has exceptions."""
+    exponents, patterns = torch.arange(256)[:, None], torch.arange(2048) % 256
+    numbers = (patterns & 0x80) << 8 | exponents << 7 | (patterns & 0x7F)
+    numbers[128, torch.arange(36) * 53] = torch.arange(36) * 7 << 7
+    kv = numbers.to(torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
+    layout = lmc.KVLayout.from_tensors([kv.view(256, 1, 2048)], page_tokens=1, page_dim=0, token_dim=1)
+    coded = Coded(layout, list(torch.randperm(256).split(100)))
+    sums = coded.store()
+    want = [numbers[ids].to(torch.int32).to(torch.int16).view(-1).view(torch.uint8) for ids in coded.chunks]
+    for raw, payload, (raw_sum, tiles_sum, unfit) in zip(want, coded.payloads, sums, strict=True):
+        assert unfit == 0
+        assert codec.put_header(payload, raw_sum, tiles_sum, len(raw)) == reference.checksum(payload)
+        assert payload.numpy().tobytes() == reference.encode_payload(raw, 1)
+    before = kv.clone()
+    kv.fill_(1.0)
+    assert coded.load() == [one[0] for one in sums]
+    assert torch.equal(kv.view(torch.int16), before.view(torch.int16))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_coded_bytes_are_decoded_as_by_the_reference(device: torch.device, seed: int):
+    kv = torch.ones(2, 5, 4, 776, dtype=torch.bfloat16, device=device)
+    layout = lmc.KVLayout.from_tensors(list(kv), page_tokens=4, page_dim=0, token_dim=1)
+    coded = Coded(layout, [torch.tensor([4, 0]), torch.tensor([1, -1, 3])])
+    want = kv.cpu().view(torch.uint8)
+    rng, sums = np.random.default_rng(seed), []
+    for payload, ids in zip(coded.payloads, coded.chunks, strict=True):
+        payload.copy_(torch.from_numpy(rng.integers(0, 256 >> seed, len(payload), np.uint8)))
+        raw, at = [], codec.HEADER_BYTES
+        for _ in range(2):
+            left = len(ids) * layout.page_bytes // 2
+            while left:
+                here = min(left, reference.TILE_NUMBERS)
+                size = _C.coded_plane_bytes(2 * here)
+                raw.append(reference.decode_tile(payload[at : at + size].numpy().tobytes(), here))
+                at, left = at + size, left - here
+        pages = torch.from_numpy(np.concatenate(raw).view(np.uint8).copy())
+        sums.append(reference.checksum(pages))
+        there = ids >= 0
+        want[:, ids[there]] = pages.view(2, len(ids), 4, -1)[:, there]
+    assert coded.load() == sums
+    assert torch.equal(kv.cpu().view(torch.uint8), want)
+
+
+@pytest.fixture(params=["mem", "shm", "file"])
+def store(request: pytest.FixtureRequest, tmp_path) -> Iterator[object]:
+    opened, remove = new_store(request.param, tmp_path, capacity="8MiB")
+    yield opened
+    remove()
+
+
+@pytest.mark.parametrize("how", ["at once", "early", "by layer"])
+@pytest.mark.parametrize("noise", [False, True], ids=["all fits", "a chunk that does not fit"])
+def test_a_cache_with_a_codec_stores_what_the_reference_does(device: torch.device, store, noise: bool, how: str):
+    layers = torch.randn(2, 2, 10, 4, 2, 200, generator=torch.Generator().manual_seed(7)).bfloat16()
+    if noise:
+        layers[1, 1, 2].view(torch.int16).random_(generator=torch.Generator().manual_seed(8))
+    kv = layers.to(device)
+    layout = lmc.KVLayout.from_tensors(
+        {f"layer{i}": layer for i, layer in enumerate(kv)}, page_tokens=4, page_dim=1, token_dim=2
+    )
+    prompt, ids = lmc.Prompt(list(range(30))), torch.arange(8)  # three chunks and a tail
+    with lmc.KVCache(layout, store, lmc.Namespace(model="m"), 8, codec="split") as cache:
+        assert cache.codec == "split"
+        records = cache._records(prompt)
+        if how == "early":
+            job = cache._transfer.store(cache._chunks(records, ids), b"", early=True)
+        else:
+            job = cache.store(prompt, ids, by_layer=how == "by layer")
+        if how == "by layer":
+            assert job.layer_written("layer0", 10)
+            assert job.layer_written("layer1", 10)
+        assert job.pages_free(10)
+        kv.fill_(float("nan"))
+        assert job.result() == 30
+        cache.backend.flush()
+        for i, record in enumerate(records):
+            raw = layers[:, :, 2 * i : 2 * i + 2].clone()
+            raw[:, :, 1, 2:] = 0 if i == 3 else raw[:, :, 1, 2:]  # past the tail
+            layers[:, :, 2 * i : 2 * i + 2] = raw
+            payload = raw.view(-1).view(torch.uint8)
+            want = reference.encode_payload(payload, 4)
+            assert (want is None) == (noise and i == 1)
+            want = payload.numpy().tobytes() if want is None else want
+            found = np.empty(len(want), np.uint8)
+            assert cache.backend.get_into([record.key], [found]) == [True]
+            assert found.tobytes() == want
+        job = cache.retrieve(prompt, ids, by_layer=how == "by layer")
+        if how == "by layer":
+            assert job.layer_ready("layer0", 10)
+            assert not torch.isnan(kv[0, :, :8]).any() or noise
+        assert job.result() == 30
+        assert torch.equal(kv[:, :, :8].cpu().view(torch.int16), layers[:, :, :8].view(torch.int16))
+
+
+def test_a_coded_payload_that_is_wrong_is_not_restored(device: torch.device, tmp_path):
+    """The store's own checksum is right: what it was given was wrong."""
+    store, remove = new_store("shm", tmp_path, capacity="4MiB")
+    kv = torch.randn(2, 12, 4, 400, generator=torch.Generator().manual_seed(7)).bfloat16().to(device)
+    layout = lmc.KVLayout.from_tensors(list(kv), page_tokens=4, page_dim=0, token_dim=1)
+    prompt = lmc.Prompt([1] * 48)
+    with lmc.KVCache(layout, store, lmc.Namespace(model="m"), 16, codec="split") as cache:
+        assert cache.store(prompt, range(12)).result() == 48
+        key = cache._records(prompt)[1].key
+        payload = np.empty(codec.coded_bytes(2, 4 * 3200), np.uint8)
+        assert store.get_into([key], [payload]) == [True]
+        store.delete([key])
+        payload[64:] = 255
+        store.put([key], [payload])
+        assert cache.retrieve(prompt, range(12)).result() == 16
+        assert store.contains([key]) == [False]
+    remove()
+
+
+def test_pages_that_kernels_cannot_code_are_stored_raw(device: torch.device):
+    memory = torch.randn(5000, generator=torch.Generator().manual_seed(7)).bfloat16().to(device)
+    pages = memory[4 : 4 + 4 * 1024].view(4, 4, 256)  # at a multiple of 8 bytes
+    layout = lmc.KVLayout.from_tensors([pages], page_tokens=4, page_dim=0, token_dim=1)
+    want = pages.clone()
+    with lmc.KVCache(layout, "mem://?capacity=4MiB", lmc.Namespace(model="m"), 8, codec="split") as cache:
+        assert cache.codec == (None if device.type == "cuda" else "split")
+        assert cache.store(lmc.Prompt([1] * 16), range(4)).result() == 16
+        pages.zero_()
+        assert cache.retrieve(lmc.Prompt([1] * 16), range(4)).result() == 16
+    assert torch.equal(pages, want)
 
 
 @NO_GPU
