@@ -386,7 +386,7 @@ def test_a_cache_with_a_codec_stores_what_the_reference_does(device: torch.devic
     layers = torch.randn(2, 2, 10, 4, 2, 200, generator=torch.Generator().manual_seed(7)).bfloat16()
     if noise:
         layers[1, 1, 2].view(torch.int16).random_(generator=torch.Generator().manual_seed(8))
-    kv = layers.to(device)
+    kv = layers.to(device, copy=True)
     layout = lmc.KVLayout.from_tensors(
         {f"layer{i}": layer for i, layer in enumerate(kv)}, page_tokens=4, page_dim=1, token_dim=2
     )

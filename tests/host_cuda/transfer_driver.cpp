@@ -40,12 +40,13 @@ void fail(const std::string& what) {
   if (fail_fast) std::_Exit(1);
 }
 
-i64 checksum(const std::vector<u8>& payload) {
+// first: number of the first lane.
+i64 checksum(const std::vector<u8>& payload, u64 first = 0) {
   LaneSums sums;
   for (u64 at = 0; at < payload.size(); at += kLaneBytes) {
     u64 words[2] = {0, 0};
     std::memcpy(words, &payload[at], std::min<u64>(kLaneBytes, payload.size() - at));
-    sums.add(at / kLaneBytes, words[0], words[1]);
+    sums.add(first + at / kLaneBytes, words[0], words[1]);
   }
   return static_cast<i64>(sums.total() + checksum_length(payload.size()));
 }
@@ -71,6 +72,8 @@ struct Pages {
   u64 plane_bytes() const { return bytes / end(); }
   u64 at(u64 plane, i64 page) const { return (plane * cache.num_pages + static_cast<u64>(page)) * cache.page_stride; }
   u64 payload_bytes(u64 pages) const { return cache.planes.size() * pages * cache.page_bytes; }
+  u64 coded_bytes(u64 pages) const { return cache.planes.size() * coded_plane_bytes(pages * cache.page_bytes); }
+  bool may_be_coded() const { return (cache.run_bytes | cache.run_stride) % kLaneBytes == 0; }
   // Visits each run of a payload: its offset in the payload and in the cache, ~0 if it is not in the cache.
   template <typename Visit>
   void visit(const std::vector<i64>& ids, const Visit& visit) const {
@@ -102,13 +105,57 @@ struct Record {
   HostMemory payload;
   u64 bytes;
   std::vector<u8> want;
+  bool coded = false;  // the payload has the coded tiles of `want`
 };
+
+// Numbers whose exponents take as many values as codes, so that every tile fits and has no exceptions.
+std::vector<u8> random_numbers(Random& random, u64 bytes) {
+  std::vector<u8> out(bytes);
+  for (u64 i = 0; i < bytes / 2; ++i) {
+    const u16 number = static_cast<u16>((random() & 0x807F) | (100 + random() % kWindow) << 7);
+    std::memcpy(&out[2 * i], &number, 2);
+  }
+  return out;
+}
+
+// The coded tiles of such numbers and of zeros, by the definition.
+std::vector<u8> coded_tiles(const std::vector<u8>& raw, u64 planes) {
+  std::vector<u8> out;
+  for (u64 plane = 0; plane < planes; ++plane)
+    for (u64 at = 0, left = raw.size() / planes / 2; left > 0;) {
+      const u64 numbers = std::min<u64>(left, kTileNumbers), begin = out.size();
+      const u64 units = (numbers + kTileUnit - 1) / kTileUnit * kTileUnit;
+      std::vector<u16> tile(units);
+      std::memcpy(tile.data(), &raw[plane * (raw.size() / planes) + at], 2 * numbers);
+      u32 top = kWindow;
+      for (const u16 number : tile) top = std::max<u32>(top, number >> 7 & 0xFF);
+      out.resize(begin + coded_tile_bytes(numbers));
+      out[begin] = static_cast<u8>(top);
+      u8* rest = &out[begin + sizeof(TileHead)];
+      for (u64 i = 0; i < units; ++i) {
+        const u32 exponent = tile[i] >> 7 & 0xFF;
+        rest[i] = static_cast<u8>(tile[i] << 1 | tile[i] >> 15);
+        rest[units + i / 2] |= static_cast<u8>((exponent ? exponent - (top - kWindow) : 0) << (i % 2 ? 4 : 0));
+      }
+      at += 2 * numbers;
+      left -= numbers;
+    }
+  return out;
+}
 
 std::vector<Chunk> chunks_of(std::vector<Record>& records) {
   std::vector<Chunk> chunks;
   for (Record& record : records)
     chunks.push_back({record.ids.data(), record.ids.size(), record.ids.size() * 4, record.payload.get(), true});
   return chunks;
+}
+
+// Empty if no record is coded, as a rule.
+std::vector<bool> coded_of(Random& random, const std::vector<Record>& records) {
+  std::vector<bool> coded;
+  for (const Record& record : records) coded.push_back(record.coded);
+  const bool none = std::find(coded.begin(), coded.end(), true) == coded.end();
+  return none && random() % 4 ? std::vector<bool>{} : coded;
 }
 
 // Where layers end. There may be a single layer with all planes.
@@ -147,13 +194,14 @@ std::vector<std::vector<i64>> draw_pages(Random& random, u64 pages) {
 }
 
 // Chunks of all pages, or `repeated` chunks of one page. Their payloads are not filled yet.
-std::vector<Record> draw_records(Random& random, const Pages& pages, std::size_t repeated = 0) {
+std::vector<Record> draw_records(Random& random, const Pages& pages, bool may_be_coded, std::size_t repeated = 0) {
   std::vector<std::vector<i64>> drawn = draw_pages(random, pages.cache.num_pages);
   if (repeated) drawn.assign(repeated, {static_cast<i64>(random() % pages.cache.num_pages)});
   std::vector<Record> records;
   for (std::vector<i64>& ids : drawn) {
-    const u64 bytes = pages.payload_bytes(ids.size());
-    records.push_back({std::move(ids), host_memory(random, bytes), bytes, {}});
+    const bool coded = may_be_coded && pages.may_be_coded() && random() % 2;
+    const u64 bytes = pages.payload_bytes(ids.size()), stored = coded ? pages.coded_bytes(ids.size()) : bytes;
+    records.push_back({std::move(ids), host_memory(random, stored), bytes, {}, coded});
   }
   return records;
 }
@@ -189,23 +237,25 @@ class Caller {
   std::vector<PinnedMemory> kept_;
 };
 
-std::vector<u8> random_bytes(Random& random, u64 bytes) {
-  std::vector<u8> out(bytes);
-  for (u8& byte : out) byte = static_cast<u8>(random());
-  return out;
-}
-
 struct Store {
   std::vector<Record> records;
+  u64 planes;
   bool checksums;
+  std::vector<bool> coded;
   std::unique_ptr<cuda::Staging::Job> job;
 
   void compare() {
     const std::vector<i64> sums = job->wait();
-    for (const Record& record : records)
-      if (std::memcmp(record.payload.get(), record.want.data(), record.bytes) != 0) fail("a stored payload differs");
-    for (std::size_t i = 0; checksums && i < records.size(); ++i)
-      if (sums.at(i) != checksum(records[i].want)) fail("a stored payload has another checksum");
+    std::vector<i64> wanted;
+    for (const Record& record : records) {
+      const std::vector<u8> stored = record.coded ? coded_tiles(record.want, planes) : record.want;
+      if (std::memcmp(record.payload.get(), stored.data(), stored.size()) != 0) fail("a stored payload differs");
+      wanted.push_back(checksum(record.want));
+      if (coded.empty()) continue;
+      wanted.push_back(record.coded ? checksum(stored, kCodedHeaderBytes / kLaneBytes) : 0);
+      wanted.push_back(0);  // every tile fits
+    }
+    if (checksums && sums != wanted) fail("stored payloads have other checksums");
   }
 };
 
@@ -213,7 +263,7 @@ u32 draw_kernel_blocks(Random& random) { return random() % 3 ? 0 : 1 + random() 
 
 // A buffer size for chunks of at most 5 pages.
 u64 draw_buffer_bytes(Random& random, const Pages& pages) {
-  return (pages.payload_bytes(5) + 255) / 256 * 256 * (1 + random() % 2);
+  return (std::max(pages.payload_bytes(5), pages.coded_bytes(5)) + 255) / 256 * 256 * (1 + random() % 2);
 }
 
 template <typename Error, typename Work>
@@ -241,9 +291,11 @@ void run(u64 seed) {
   std::vector<Store> stored;
   std::vector<u8> content(pages.bytes);
   for (int round = 0; round < 3; ++round) {
-    content = random_bytes(random, pages.bytes);
+    content = random_numbers(random, pages.bytes);
     const std::vector<u64> ends = draw_layers(random, pages);
-    Store store{draw_records(random, pages, round == 0 && seed % 4 == 1 ? 500 : 0), are_whole_lanes(pages, ends), {}};
+    std::vector<Record> drawn = draw_records(random, pages, true, round == 0 && seed % 4 == 1 ? 500 : 0);
+    const std::vector<bool> coded = coded_of(random, drawn);
+    Store store{std::move(drawn), pages.end(), are_whole_lanes(pages, ends), coded, {}};
     for (Record& record : store.records) {
       record.want.assign(record.bytes, 0);
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
@@ -251,7 +303,7 @@ void run(u64 seed) {
       });
     }
     store.job = stores.store(pages.cache, chunks_of(store.records), ends, store.checksums,
-                             draw_fragment_bytes(random, pages), draw_kernel_blocks(random));
+                             draw_fragment_bytes(random, pages), draw_kernel_blocks(random), coded);
     u64 first = 0;
     for (const u64 end : ends) {
       caller.write(pages, content, first, end);
@@ -260,7 +312,7 @@ void run(u64 seed) {
       first = end;
     }
     store.job->order(caller.stream, pages.end());
-    caller.write(pages, random_bytes(random, pages.bytes));  // the pages have been reused by now
+    caller.write(pages, random_numbers(random, pages.bytes));  // the pages have been reused by now
     if (random() % 3 == 0) store.compare();
     stored.push_back(std::move(store));
   }
@@ -271,14 +323,15 @@ void run(u64 seed) {
   std::vector<std::pair<const u8*, std::vector<u8>>> reads;
   std::vector<std::vector<i64>> checksums;
   for (int round = 0; round < 3; ++round) {
-    content = random_bytes(random, pages.bytes);
+    content = random_numbers(random, pages.bytes);
     caller.write(pages, content);
     reads.emplace_back(caller.read(pages), content);  // others read these pages until the load starts
-    std::vector<Record> records = draw_records(random, pages);
+    std::vector<Record> records = draw_records(random, pages, true);
     std::vector<i64> sums;
     for (Record& record : records) {
-      record.want = random_bytes(random, record.bytes);
-      std::memcpy(record.payload.get(), record.want.data(), record.bytes);
+      record.want = random_numbers(random, record.bytes);
+      const std::vector<u8> stored = record.coded ? coded_tiles(record.want, pages.end()) : record.want;
+      std::memcpy(record.payload.get(), stored.data(), stored.size());
       sums.push_back(checksum(record.want));
       pages.visit(record.ids, [&](u64 in_payload, u64 in_cache) {
         if (in_cache != ~u64{0}) std::memcpy(&content[in_cache], &record.want[in_payload], pages.cache.run_bytes);
@@ -287,7 +340,8 @@ void run(u64 seed) {
     const std::vector<u64> ends = draw_layers(random, pages);
     if (random() % 4 == 0 || !are_whole_lanes(pages, ends)) sums.clear();  // a load without checksums
     jobs.push_back(loads.load(pages.cache, chunks_of(records), ends, !sums.empty(), cuda::Event(0, caller.stream),
-                              draw_fragment_bytes(random, pages), draw_kernel_blocks(random)));
+                              draw_fragment_bytes(random, pages), draw_kernel_blocks(random),
+                              coded_of(random, records)));
     cuda::Staging::Job& job = *jobs.back();
     const auto read_layers = [&] {
       u64 first = 0;
@@ -371,11 +425,11 @@ void leave_others_alone(u64 seed) {
   const u64 buffer_bytes = draw_buffer_bytes(random, pages), fragment_bytes = random() % 2;
   const u32 kernel_blocks = random() % 2;
   const DeviceMemory ring = device_memory(2 * buffer_bytes);
-  std::vector<Record> records = draw_records(random, pages);
+  std::vector<Record> records = draw_records(random, pages, false);
   const std::vector<Chunk> chunks = chunks_of(records);
   const std::vector<u64> ends{pages.end()};
   Caller caller(pages.bytes), captured(0);
-  caller.write(pages, random_bytes(random, pages.bytes));
+  caller.write(pages, random_numbers(random, pages.bytes));
   cudaGraph_t graph = nullptr;
   CHECK(cudaStreamBeginCapture(captured.stream, cudaStreamCaptureModeGlobal));
   const auto is_refused = [&](const auto& work) {
@@ -475,9 +529,10 @@ void fail_every_call(u64 seed) {
   const DeviceMemory ring = device_memory(2 * buffer_bytes);
   for (int call = 1;; ++call) {
     Caller caller(pages.bytes);
-    std::vector<u8> content = random_bytes(random, pages.bytes);
+    std::vector<u8> content = random_numbers(random, pages.bytes);
     caller.write(pages, content);
-    std::vector<Record> records = draw_records(random, pages);
+    std::vector<Record> records = draw_records(random, pages, true);
+    const std::vector<bool> coded = coded_of(random, records);
     const std::vector<u64> ends = draw_layers(random, pages);
     const bool checksums = are_whole_lanes(pages, ends);
     host_cuda::calls().until_failure = call;
@@ -489,11 +544,13 @@ void fail_every_call(u64 seed) {
       const u64 fragment_bytes = seed / 3 % 2;
       const std::vector<Chunk> chunks = chunks_of(records);
       const cuda::Event behind(0, caller.stream);
-      job = staging->store(pages.cache, chunks, ends, checksums, fragment_bytes, seed / 6 % 2);
+      job = staging->store(pages.cache, chunks, ends, checksums, fragment_bytes, seed / 6 % 2, coded);
       job->go_on(pages.end(), &behind);
       is_begun = true;
-      const std::vector<i64> sums = job->wait();
-      job = staging->load(pages.cache, chunks, ends, checksums, behind, fragment_bytes, seed / 6 % 2);
+      std::vector<i64> sums = job->wait();
+      for (std::size_t i = 1; !coded.empty() && i < sums.size(); ++i)
+        sums.erase(sums.begin() + i, sums.begin() + i + 2);
+      job = staging->load(pages.cache, chunks, ends, checksums, behind, fragment_bytes, seed / 6 % 2, coded);
       is_begun = false;
       job->go_on(pages.end(), nullptr);
       is_begun = true;
