@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kCodedBlocksPerSm<true>)
       to[i] = lane;
       add_lane(sums.coded, tile.coded_begin + tile.coded + i, lane);
     });
-    if (!fits && thread == 0) ++sums.unfit;
+    if (!fits) ++sums.unfit;
   });
 }
 

@@ -236,8 +236,8 @@ __device__ bool encode_tile(const uint4 (&raw)[kThreadLanes], u32 lanes, CodecSc
   return fits;
 }
 
-// Decodes a coded tile, of any bytes, into raw lanes, of which the tile has the first `lanes`. take(i): lane i of the
-// coded tile.
+// Decodes a coded tile, of any bytes, into raw lanes, of which the tile has the first `lanes`; an exception's place
+// after them is in lanes that nobody takes. take(i): lane i of the coded tile.
 template <typename Take>
 __device__ void decode_tile(uint4 (&raw)[kThreadLanes], u32 lanes, const TileHead& head, const Take& take) {
   const u32 thread = threadIdx.x % kWarp, fours = (lanes + 3) / 4;
@@ -274,7 +274,6 @@ __device__ void decode_tile(uint4 (&raw)[kThreadLanes], u32 lanes, const TileHea
   for (u32 n = 0; n < count; ++n) {
     const u32 exception = __shfl_sync(kAllLanes, n < kWarp ? first : second, n % kWarp), place = exception & 0xFFFF;
     const u32 lane = place / 8;
-    if (lane >= lanes) continue;
     const u32 byte = lane % kWarp == thread ? 0xFFu << place % 4 * 8 : 0;
     LMC_UNROLL
     for (u32 v = 0; v < kThreadLanes; ++v)

@@ -529,8 +529,8 @@ def coded_case(
 
 
 def coded_pages(heads: int, size: int, planes: int = 2, gap: int = 0, outside: int = 0, seed: int = 5) -> PagedCache:
-    """bf16 numbers of a normal distribution in pages of 4 tokens, in runs of a head if there are gaps. outside: how many
-    numbers of page 3 are far larger than its others."""
+    """bf16 numbers of a normal distribution in pages of 4 tokens, in runs of a head if there are gaps. outside: how
+    many numbers of page 3 are far larger than its others."""
     width, generator = heads * (size + gap), torch.Generator().manual_seed(seed)
     numbers = torch.randn(planes * PAGES * TOKENS * width, generator=generator).bfloat16()
     memory = torch.cat([torch.zeros(32), numbers, torch.zeros(32)]).bfloat16()
@@ -874,11 +874,15 @@ class Mutation:
         self.driver = self.driver or ("transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp")
 
 
+XOR_SHUFFLE = "__shfl_xor_sync(kAllLanes, value, step)"
+EXCEPTION_SHUFFLE = "__shfl_sync(kAllLanes, n < kWarp ? first : second, n % kWarp)"
+IN_PAGES = "in_pages(copy, work, tile.raw + lane)"
+NO_TILE = "if (tile.lanes == 0) return;"
 SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
 PAYLOAD = "reinterpret_cast<uint4*>(work.chunk.payload)"
-PUT_SUM = "put_sum(copy, c, sums.total(), length_term);"
+PUT_SUMS = "put_sums(copy, c, sums, length_term);"
 KEYS, COPY, SPAN, TABLE, ERROR = "prefix_keys.cu", "page_copy.cu", "copy_span.h", "table.h", "error.h"
-TRANSFER, FRAGMENTS = "transfer.cu", "batch_copy.h"
+TRANSFER, FRAGMENTS, WARP = "transfer.cu", "batch_copy.h", "warp_codec.h"
 CALLERS_EVENT = "cudaEventRecord(static_cast<cudaEvent_t>(event_), static_cast<cudaStream_t>(stream))"
 FAILURES = ("--api-failures",)
 
@@ -900,7 +904,6 @@ MUTATIONS = [
     Mutation(KEYS, "all levels before keys", "__syncthreads();", "", "__syncthreads();\n\n  const u32 c ="),
     Mutation(KEYS, "left children", "__shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves)", "cv[w]"),
     Mutation(KEYS, "right children", "__shfl_sync(kAllLanes, cv[w], (2 * thread + 1) % kGroupLeaves)", "cv[w]"),
-    Mutation(COPY, "the other lanes' checksums", "__shfl_xor_sync(kAllLanes, sum, step)", "sum"),
     Mutation(KEYS, "the other lanes' bad ids", "__shfl_xor_sync(kAllLanes, value, step)", "value"),
     Mutation(KEYS, "the other warps' bad ids", "bad = at_most(bad, first_bad);", ""),
     Mutation(
@@ -1014,7 +1017,7 @@ MUTATIONS = [
     Mutation(COPY, "what the cache has no place for", "to && unit == 4", "unit == 4"),
     Mutation(COPY, "what the cache has no place for", "to && unit == 1", "unit == 1"),
     Mutation(COPY, "a gather without payloads", "payload ? payload + lane : nullptr", "payload + lane"),
-    Mutation(COPY, "a gather without payloads", PAYLOAD, f"in_global_memory({PAYLOAD})"),
+    Mutation(COPY, "a gather without payloads", PAYLOAD, f"in_global_memory({PAYLOAD})", f"payload = {PAYLOAD}"),
     Mutation(
         COPY,
         "a gather without payloads",
@@ -1022,7 +1025,7 @@ MUTATIONS = [
         "work.chunk.payload + y * unit",
     ),
     Mutation(COPY, "lanes behind the payload", "lane * units < work.units", "true"),
-    Mutation(COPY, "a call without checksums", f"if (copy.sums) {PUT_SUM}", PUT_SUM),
+    Mutation(COPY, "a call without checksums", f"if (copy.sums) {PUT_SUMS}", PUT_SUMS),
     Mutation(COPY, "one lane for its warp", "if (threadIdx.x % kWarp != 0) return;", ""),
     Mutation(COPY, "the length once, by one warp", "warp == 0", "true"),
     Mutation(COPY, "the length once, by one block", "tile == chunk_begin", "true"),
@@ -1041,12 +1044,86 @@ MUTATIONS = [
     Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
     Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
     *(
-        Mutation(
-            COPY, "where a part has its lanes", f"work.first_lane + {lane}", lane, f"work.first_lane + {lane}{next}"
-        )
+        Mutation(COPY, "where a part has its lanes", f"work.first + {lane}", lane, f"work.first + {lane}{next}")
         for lane, next in (("lane", ", lanes[v]"), ("lane", ", low"), ("first", " + in_tile"))
     ),
     Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);", ""),
+    # Coded payloads
+    Mutation(WARP, "the other lanes' sums", XOR_SHUFFLE, "value", f"value += {XOR_SHUFFLE}"),
+    Mutation(WARP, "the other lanes' maxima", XOR_SHUFFLE, "value", f"other = {XOR_SHUFFLE}"),
+    Mutation(WARP, "a pair's words", "__shfl_xor_sync(kAllLanes, b, 1)", "b"),
+    *(
+        Mutation(WARP, "the words of four", f"__shfl_xor_sync(kAllLanes, words.{word}, {lanes})", f"words.{word}")
+        for word, lanes in (("y", 1), ("z", 2), ("w", 3))
+    ),
+    Mutation(WARP, "the sums of those before", "__shfl_sync(kAllLanes, value, (thread - step) % kWarp)", "value"),
+    Mutation(WARP, "that nobody is before the first", "thread >= step", "true"),
+    Mutation(WARP, "counts that begin at zero", "counts[i * kWarp + thread] = 0;", ""),
+    *(
+        Mutation(WARP, f"{what}", "__syncwarp();", "", f"__syncwarp();\n{then}")
+        for what, then in (
+            ("zeros before counts", "  LMC_UNROLL"),
+            ("all counts before their sums", "  u32* own"),
+            ("all sums before they are read", "  u32 found"),
+            ("a head's begin before its exceptions", "    list_exceptions"),
+            ("all exceptions before they are read", "    if (thread"),
+        )
+    ),
+    Mutation(WARP, "the atomicity of a count", "atomicAdd(&counts[left & 0xFF], 1u)", "(counts[left & 0xFF] += 1u)"),
+    Mutation(WARP, "zeros, which are no exceptions", "if (thread == 0) own[0] = 0;", ""),
+    Mutation(WARP, "the least top", "top >= kWindow", "true"),
+    Mutation(WARP, "the greatest top", "top <= greatest", "true"),
+    Mutation(WARP, "the least top of all", "if (top < kWindow) top = kWindow;", ""),
+    Mutation(WARP, "exceptions in all lanes of a smaller v", "__shfl_sync(kAllLanes, until, kWarp - 1)", "until"),
+    Mutation(WARP, "exceptions that fit", "exceptions && fits", "exceptions != 0"),
+    Mutation(WARP, "another top where too few fit", "exceptions > kMostExceptions", "false"),
+    Mutation(WARP, "no top at all", "if (found) exceptions", "exceptions"),
+    *(
+        Mutation(WARP, f"the end of a tile that is {way}", bound, "true", within)
+        for way, bound, within in (
+            ("coded", "rest_lane(n) < 2 * fours", "rest_lane(n) < 2 * fours)\n      put"),
+            ("coded", "code_lane(n) < fours", "code_lane(n) < fours) put"),
+            ("decoded", "rest_lane(n) < 2 * fours", "rest_lane(n) < 2 * fours) rest"),
+            ("decoded", "code_lane(n) < fours", "code_lane(n) < fours) codes"),
+            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) put"),
+            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) in_shared"),
+            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) of_head"),
+        )
+    ),
+    Mutation(
+        WARP,
+        "as many exceptions as there are",
+        "head.count < kMostExceptions ? head.count : kMostExceptions",
+        "head.count",
+    ),
+    Mutation(WARP, "the last exceptions", "thread + kWarp < kMostExceptions", "true"),
+    Mutation(WARP, "the other lanes' exceptions", EXCEPTION_SHUFFLE, "(n < kWarp ? first : second)"),
+    Mutation(WARP, "the lane of an exception", "lane % kWarp == thread", "true"),
+    Mutation(COPY, "a chunk's last tile, gathered", NO_TILE, "", f"{NO_TILE}\n    uint4 raw"),
+    Mutation(COPY, "a chunk's last tile, scattered", NO_TILE, "", f"{NO_TILE}\n    const uint4"),
+    Mutation(COPY, "planes that a chunk has", "plane * plane_lanes < work.units", "true"),
+    *(
+        Mutation(COPY, "the end of a plane", "lane < tile.lanes", "true", f"lane < tile.lanes){then}")
+        for then in ("\n        if (const", " add_lane", " {\n        if (uint4")
+    ),
+    *(
+        Mutation(
+            COPY,
+            "what the cache has nothing or no place for",
+            f"if ({name} = {IN_PAGES}) {do.format(of)}",
+            do.format(IN_PAGES),
+        )
+        for name, of, do in (
+            ("const uint4* from", "from", "raw[v] = *in_global_memory({});"),
+            ("uint4* to", "to", "*in_global_memory({}) = raw[v];"),
+        )
+    ),
+    Mutation(COPY, "that a chunk does not fit", "if (!fits) ++sums.unfit;", ""),
+    Mutation(COPY, "a place for each kind of sum", "copy.sums += copy.sums_stride;", ""),
+    Mutation(COPY, "memory for all kinds of sums", "part.sums_stride() * call.sums_per_chunk()", "part.sums_stride()"),
+    Mutation(COPY, "a part's first plane", "call.coded && plane_bytes ? plane_bytes", "false ? plane_bytes"),
+    Mutation(COPY, "chunks of no pages", "call.coded && plane_bytes", "call.coded"),
+    Mutation(COPY, "refusing what is not in lanes", "call.coded && unit != kLaneBytes", "false"),
     # Copies by the bulk copy engine
     Mutation(COPY, "barriers before their use", "__syncthreads();", ""),
     Mutation(COPY, "waiting for a tile to move out", "ring.filled[stage].wait(moved / kStages);", ""),
@@ -1185,9 +1262,25 @@ MUTATIONS = [
     Mutation(TRANSFER, "pinned memory before the first job", "i < kPinnedBlocks", "false"),
     Mutation(TRANSFER, "the end of pinned memory", "pinned_used + bytes > pinned.back().bytes", "false"),
     Mutation(TRANSFER, "memory that is not pinned", "is_pinned = false;", ""),
-    Mutation(TRANSFER, "kernels that use pinned memory only", "if (!is_pinned) kernel_blocks = 0;", ""),
+    Mutation(TRANSFER, "kernels that use pinned memory only", "!is_pinned", "false", "if (!is_pinned || std::find"),
+    Mutation(
+        TRANSFER, "the ring for coded chunks", "std::find(coded.begin(), coded.end(), true) != coded.end()", "false"
+    ),
+    Mutation(
+        TRANSFER, "no long runs of coded chunks", "is_coded(c) ? 0", "false ? 0", "kernel_blocks || is_coded(c) ? 0"
+    ),
+    Mutation(TRANSFER, "the length of coded planes", "is_coded(c) ? coded_plane_bytes", "false ? coded_plane_bytes"),
+    Mutation(
+        TRANSFER, "the raw offset of a coded part", "step.begin * raw_plane_bytes(c)", "step.begin * plane_bytes(c)"
+    ),
+    Mutation(TRANSFER, "all sums of a coded chunk", "is_store && !coded.empty() ? kCodedSums", "false ? kCodedSums"),
     Mutation(TRANSFER, "the end of a store by kernels", "is_store && !kernel_blocks", "is_store"),
-    Mutation(TRANSFER, "long runs or a kernel", "kernel_blocks ? 0 : fragment_bytes", "fragment_bytes"),
+    Mutation(
+        TRANSFER,
+        "long runs or a kernel",
+        "kernel_blocks || is_coded(c) ? 0 : fragment_bytes",
+        "is_coded(c) ? 0 : fragment_bytes",
+    ),
     Mutation(TRANSFER, "long runs of whole pages only", "chunk.id(i) >= cache.num_pages", "false"),
     Mutation(TRANSFER, "long runs that end", "runs.back().in_plane + runs.back().bytes == at", "true"),
     Mutation(TRANSFER, "refusing what does not fit", "bytes_of(c, from, end) > staging->buffer_bytes", "false"),
