@@ -27,6 +27,8 @@ LAUNCHES = {
     "gather_kernel": (256, 0, 64),
     "scatter_kernel": (256, 0, 64),
     "copy_units_kernel": (256, 0, 4),
+    "gather_coded_kernel": (256, 9088, 128),
+    "scatter_coded_kernel": (256, 0, 96),
     "gather_bulk_kernel": (288, 98448, 0),
     "scatter_bulk_kernel": (288, 98448, 0),
 }

@@ -877,6 +877,8 @@ class Mutation:
 XOR_SHUFFLE = "__shfl_xor_sync(kAllLanes, value, step)"
 EXCEPTION_SHUFFLE = "__shfl_sync(kAllLanes, n < kWarp ? first : second, n % kWarp)"
 IN_PAGES = "in_pages(copy, work, tile.raw + lane)"
+CODES_AGAIN = "exceptions = code_exponents(exponents, (top = found) - kWindow, codes);"
+CODED_LENGTH = "is_coded(c) ? coded_plane_bytes(raw_plane_bytes(c)) : raw_plane_bytes(c)"
 NO_TILE = "if (tile.lanes == 0) return;"
 SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
 PAYLOAD = "reinterpret_cast<uint4*>(work.chunk.payload)"
@@ -1077,7 +1079,7 @@ MUTATIONS = [
     Mutation(WARP, "exceptions in all lanes of a smaller v", "__shfl_sync(kAllLanes, until, kWarp - 1)", "until"),
     Mutation(WARP, "exceptions that fit", "exceptions && fits", "exceptions != 0"),
     Mutation(WARP, "another top where too few fit", "exceptions > kMostExceptions", "false"),
-    Mutation(WARP, "no top at all", "if (found) exceptions", "exceptions"),
+    Mutation(WARP, "no top at all", f"if (found) {CODES_AGAIN}", CODES_AGAIN),
     *(
         Mutation(WARP, f"the end of a tile that is {way}", bound, "true", within)
         for way, bound, within in (
@@ -1121,7 +1123,7 @@ MUTATIONS = [
     Mutation(COPY, "that a chunk does not fit", "if (!fits) ++sums.unfit;", ""),
     Mutation(COPY, "a place for each kind of sum", "copy.sums += copy.sums_stride;", ""),
     Mutation(COPY, "memory for all kinds of sums", "part.sums_stride() * call.sums_per_chunk()", "part.sums_stride()"),
-    Mutation(COPY, "a part's first plane", "call.coded && plane_bytes ? plane_bytes", "false ? plane_bytes"),
+    Mutation(COPY, "a part's first plane", "call.coded && plane_bytes ? plane_bytes : kLaneBytes", "kLaneBytes"),
     Mutation(COPY, "chunks of no pages", "call.coded && plane_bytes", "call.coded"),
     Mutation(COPY, "refusing what is not in lanes", "call.coded && unit != kLaneBytes", "false"),
     # Copies by the bulk copy engine
@@ -1266,14 +1268,12 @@ MUTATIONS = [
     Mutation(
         TRANSFER, "the ring for coded chunks", "std::find(coded.begin(), coded.end(), true) != coded.end()", "false"
     ),
-    Mutation(
-        TRANSFER, "no long runs of coded chunks", "is_coded(c) ? 0", "false ? 0", "kernel_blocks || is_coded(c) ? 0"
-    ),
-    Mutation(TRANSFER, "the length of coded planes", "is_coded(c) ? coded_plane_bytes", "false ? coded_plane_bytes"),
+    Mutation(TRANSFER, "no long runs of coded chunks", "is_coded(c)", "false", "kernel_blocks || is_coded(c)"),
+    Mutation(TRANSFER, "the length of coded planes", CODED_LENGTH, "raw_plane_bytes(c)"),
     Mutation(
         TRANSFER, "the raw offset of a coded part", "step.begin * raw_plane_bytes(c)", "step.begin * plane_bytes(c)"
     ),
-    Mutation(TRANSFER, "all sums of a coded chunk", "is_store && !coded.empty() ? kCodedSums", "false ? kCodedSums"),
+    Mutation(TRANSFER, "all sums of a coded chunk", "is_store && !coded.empty() ? kCodedSums : 1", "1"),
     Mutation(TRANSFER, "the end of a store by kernels", "is_store && !kernel_blocks", "is_store"),
     Mutation(
         TRANSFER,

@@ -21,8 +21,8 @@ def kernels(request):
 
 def test_all_kernels_are_there(kernels):
     wide = {f"{direction}_kernel<{mode}>" for direction in ("gather", "scatter") for mode in ("page", "token")}
-    bulk = {"gather_bulk_kernel", "scatter_bulk_kernel"}
-    assert {k.name for k in kernels} == wide | bulk | {"copy_units_kernel", "hash_leaves", "fold_keys", "overwrite"}
+    others = {f"{direction}_{what}_kernel" for direction in ("gather", "scatter") for what in ("bulk", "coded")}
+    assert {k.name for k in kernels} == wide | others | {"copy_units_kernel", "hash_leaves", "fold_keys", "overwrite"}
 
 
 def test_no_kernel_has_a_stack_or_spills(kernels):
@@ -42,8 +42,24 @@ def test_copies_of_whole_lanes_keep_32_kib_in_flight(kernels):
     assert all(k.bytes_in_flight >= 32 << 10 for k in kernels if "<" in k.name)
 
 
+def test_a_warp_has_all_of_a_coded_tile_in_flight_and_stores_whole_lanes(kernels):
+    """8 raw lanes per thread; of a coded tile 6, besides the head."""
+    for kernel in (k for k in kernels if "coded" in k.name):
+        gathers = kernel.name.startswith("gather")
+        loads, stores = (8, 7) if gathers else (6, 8)
+        accesses = re.findall(r"\b(LDG|STG)\.E\.128", kernel.sass)
+        assert accesses.count("LDG") >= loads, kernel.name
+        assert accesses.count("STG") >= stores, kernel.name
+        assert set(accesses[:loads]) == {"LDG"}, kernel.name
+        before = kernel.sass[: list(re.finditer(r"\bLDG\.E\.128", kernel.sass))[loads - 1].start()]
+        assert "SHFL" not in before, f"{kernel.name}: threads exchange words before all loads are issued"
+        assert not re.search(r"\b(LD|ST)\.E\.128", kernel.sass), kernel.name
+        assert kernel.bytes_in_flight >= 64 << 10
+
+
 def test_copies_synchronise_no_block(kernels):
-    assert [k.name for k in kernels if re.search("(gather|scatter)_kernel", k.name) and "BAR." in k.sass] == []
+    names = "(gather|scatter)_(coded_)?kernel"
+    assert [k.name for k in kernels if re.search(names, k.name) and "BAR." in k.sass] == []
 
 
 def test_bulk_copies_are_made_by_the_engine_alone(kernels):
