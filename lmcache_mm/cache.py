@@ -42,7 +42,7 @@ class KVCache:
     whole, with whatever their unused slots hold; without it, hits in an opaque layout end at whole pages. codec:
     "split" stores payloads of bf16 numbers in 0.78 of their length and restores them bit for bit; other payloads are
     stored as they are. It saves space in a small store, and bandwidth to a distant one. The attribute `codec` says
-    whether it is used. ValueError for a bf16 layout on a GPU, for which there are no kernels yet.
+    whether it is used.
 
     Block ids are always those of the whole prompt: block_ids[i] is the page of tokens
     [i * page_tokens, (i + 1) * page_tokens). Several threads may call methods; RuntimeError after `close`.

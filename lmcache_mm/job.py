@@ -103,7 +103,8 @@ class Job(Generic[T]):
         """Tells a store by layers that the pages of this layer and of all layers before it are written; on CUDA, once
         the caller's current stream has finished its present work. This thread reads them at once, for the payloads that
         there is room for: all of the job's in a store with slots in memory, 16 MiB elsewhere. The rest is read with the
-        last layer. False: as in `pages_free`. ValueError for a layer that the layout does not name."""
+        last layer. With a codec, the call for the last layer waits for the copies. False: as in `pages_free`.
+        ValueError for a layer that the layout does not name."""
         return self.work.leave_pages(patience_s, self._planes_until(layer))
 
     def _planes_until(self, layer: str) -> int:

@@ -49,8 +49,8 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
     gateway lets them. opaque_tails: also store partial pages, whole. store_generated: also store generated tokens.
     state_tokens: also store the states of layers that keep one (Mamba, GDN) every this many tokens, not only where
     later prompts are likely to continue. weights: a name for the weights, if neither files nor a commit identify them.
-    codec: "split" stores bf16 KV in 0.78 of its length (default None); CPU engines only. timeout_s: how long a store
-    may do nothing (5); then the tokens that wait for it are computed, and the records that wait are not stored.
+    codec: "split" stores bf16 KV in 0.78 of its length (default None). timeout_s: how long a store may do nothing (5);
+    then the tokens that wait for it are computed, and the records that wait are not stored.
 
     A request may set kv_transfer_params={"lmcache_mm": {"load": False, "store": False}}. kv_role: a kv_producer loads
     nothing, a kv_consumer stores nothing. An engine that stores answers {"lmcache_mm": {"wait": True}} to requests with
