@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,9 +14,9 @@ import torch
 
 import lmcache_mm as lmc
 from device import DEVICE, ON_GPU, SIZES, Work, compare, do
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, codec, ops
 from lmcache_mm.commands import cli
-from lmcache_mm.copies import HostCopies, Ring, current_event
+from lmcache_mm.copies import HostCopies, Ring, current_event, whole_pages
 from rivals import PageCopies, Rivals, lmcache_calls
 
 PAGE_TOKENS, CHUNK_TOKENS = 16, 256
@@ -52,7 +52,7 @@ class Pages:
         outside, page = (layers, planes), (PAGE_TOKENS, heads, size)
         shape = (2 * pages, *outside, *page) if joined else (*outside, 2 * pages, *page)
         self._dim = 0 if joined else 2
-        self.kv = torch.randint(-99, 99, shape, dtype=torch.int16, device=DEVICE)
+        self.kv = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).view(torch.int16)  # for the codec, like KV
         self.by_layer = self.kv.permute(1, 2, 0, 3, 4, 5) if joined else self.kv
         named = {f"layer{i}": layer for i, layer in enumerate(self.by_layer)}
         self.layout = lmc.KVLayout.from_tensors(named, page_tokens=PAGE_TOKENS, page_dim=1, token_dim=2)
@@ -135,6 +135,29 @@ class Pages:
             job = getattr(copies._staging, direction)(self.layout.compiled, parts, ends, *options, *way)
         job.go_on(planes, behind)
         return job
+
+    def start_coded(self, direction: str) -> Any:
+        """The same with coded payloads, in memory of their own."""
+        at, parts = self.coded.data_ptr(), []
+        for ids, size in zip(self.chunks, self.coded_sizes, strict=True):
+            place = at + codec.HEADER_BYTES
+            parts.append((ids.data_ptr(), True, len(ids), len(ids) * PAGE_TOKENS, place, 0))
+            at += whole_pages(size)
+        planes, behind, coded = len(self.layout.planes), current_event(DEVICE), [True] * len(parts)
+        options = (True, *([behind] if direction == "load" else []), coded)
+        job = getattr(self._copies[direction], direction)(parts, [planes], *options)
+        job.go_on(planes, behind)
+        return job
+
+    @cached_property
+    def coded_sizes(self) -> list[int]:
+        sizes = [codec.coded_bytes(len(self.layout.planes), len(i) * self.layout.page_bytes) for i in self.chunks]
+        return [size for size in sizes if size is not None]
+
+    @cached_property
+    def coded(self) -> torch.Tensor:
+        size = sum(map(whole_pages, self.coded_sizes))
+        return torch.empty(size, dtype=torch.uint8, pin_memory=ON_GPU).fill_(1)
 
     def page_copies(self, direction: str) -> PageCopies:
         planes = np.array(self.layout.planes, dtype=np.uint64)[:, None]
@@ -274,6 +297,28 @@ def test_transfers_by_layers(benchmark, direction, model):
         pages.check(direction, work)
         assert work().wait() == [ops.checksum(payload) for payload in pages.payloads(pages.host)]
     facts = {"gpu": f"{direction} by layers", "model": model, "bytes": pages.bytes}
+    compare(benchmark, ours, one_copy(pages, direction), "transfers", **facts)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("model", ["Qwen2-VL-7B", "Llama-3.1-8B"])
+def test_coded_transfers(benchmark, direction, model):
+    """As many bytes of KV by the codec: fewer on the bus."""
+    pages = pages_of(model, SIZES.prompt)
+    do(lambda: pages.start_coded("store"))
+    sums = pages.start_coded("store").wait()
+    raw = [ops.checksum(payload) for payload in pages.payloads(pages.want.cpu())]
+    assert [total % 2**64 for total in sums[:: codec.SUMS]] == [total % 2**64 for total in raw]
+    assert not any(sums[codec.SUMS - 1 :: codec.SUMS]), "a payload does not fit"
+    try:
+        pages.check_loaded(lambda: pages.start_coded("load"))
+    finally:
+        pages.scatter(pages.want)
+    ours: dict[str, Work] = {
+        "ours": lambda: pages.start_coded(direction),
+        "without the codec": transfers(pages, direction)["ours"],
+    }
+    facts = {"gpu": f"{direction}, coded", "model": model, "bytes": pages.bytes}
     compare(benchmark, ours, one_copy(pages, direction), "transfers", **facts)
 
 
