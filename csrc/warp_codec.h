@@ -113,8 +113,8 @@ struct CodecScratch {
   u32 counts[256];  // of the tile's exponents up to this one, but for 0
 };
 
-// The greatest top, at most `greatest`, that leaves few enough exceptions; 0 if none does.
-__device__ inline u32 find_top(const u32 (&exponents)[kThreadLanes][2], u32 greatest, u32 (&counts)[256]) {
+// The greatest top that leaves few enough exceptions; kWindow if none does.
+__device__ inline u32 find_top(const u32 (&exponents)[kThreadLanes][2], u32 (&counts)[256]) {
   const u32 thread = threadIdx.x % kWarp;
   constexpr u32 kOwn = 256 / kWarp;
   for (u32 i = 0; i < kOwn; ++i) counts[i * kWarp + thread] = 0;
@@ -130,10 +130,9 @@ __device__ inline u32 find_top(const u32 (&exponents)[kThreadLanes][2], u32 grea
   const u32 before = warp_prefix_sum(own[kOwn - 1]) - own[kOwn - 1];
   for (u32 i = 0; i < kOwn; ++i) own[i] += before;
   __syncwarp();
-  u32 found = 0;
+  u32 found = kWindow;
   for (u32 top = thread * kOwn; top < (thread + 1) * kOwn; ++top)
-    if (top >= kWindow && top <= greatest && counts[255] - counts[top] + counts[top - kWindow] <= kMostExceptions)
-      found = top;
+    if (top >= kWindow && counts[255] - counts[top] + counts[top - kWindow] <= kMostExceptions) found = top;
   return warp_maximum(found);
 }
 
@@ -212,8 +211,8 @@ __device__ bool encode_tile(const uint4 (&raw)[kThreadLanes], u32 lanes, CodecSc
   if (top < kWindow) top = kWindow;
   u32 exceptions = code_exponents(exponents, top - kWindow, codes);
   if (exceptions > kMostExceptions) {
-    const u32 found = find_top(exponents, top, scratch.counts);
-    if (found) exceptions = code_exponents(exponents, (top = found) - kWindow, codes);
+    top = find_top(exponents, scratch.counts);
+    exceptions = code_exponents(exponents, top - kWindow, codes);
   }
   LMC_UNROLL
   for (u32 n = 0; n < kThreadLanes / 4; ++n) {
@@ -222,17 +221,19 @@ __device__ bool encode_tile(const uint4 (&raw)[kThreadLanes], u32 lanes, CodecSc
     if (code_lane(n) < fours) put(kHeadLanes + 2 * fours + code_lane(n), lane);
   }
 
-  const bool fits = exceptions <= kMostExceptions;
+  const bool fits = exceptions <= kMostExceptions, lists = fits && exceptions;
   uint4 of_head = make_uint4(thread == 0 ? top | exceptions << 8 : 0, 0, 0, 0);
-  if (exceptions && fits) {
-    uint4* in_shared = reinterpret_cast<uint4*>(&scratch.head);
+  uint4* in_shared = reinterpret_cast<uint4*>(&scratch.head);
+  if (lists) {
     if (thread < kHeadLanes) in_shared[thread] = of_head;
     __syncwarp();
     list_exceptions(exponents, top - kWindow, scratch.head);
     __syncwarp();
-    if (thread < kHeadLanes) of_head = in_shared[thread];
   }
-  if (thread < kHeadLanes) put(thread, of_head);
+  if (thread < kHeadLanes) {
+    if (lists) of_head = in_shared[thread];
+    put(thread, of_head);
+  }
   return fits;
 }
 

@@ -537,7 +537,8 @@ def coded_pages(heads: int, size: int, planes: int = 2, gap: int = 0, outside: i
     pages = memory[32:-32].view(planes, PAGES, TOKENS, heads, size + gap)
     if outside:
         pages[0, 3] = 1.5
-        pages[0, 3].view(-1)[:outside] = 1e30
+        pages[0, 3].view(-1)[1::2] = 0
+        pages[0, 3].view(-1)[: 2 * outside : 2] = 1e30
     layout = KVLayout.from_tensors(list(pages[..., :size]), page_tokens=TOKENS, page_dim=0, token_dim=1)
     return PagedCache(memory.view(torch.uint8), layout, lambda ids: pages[:, ids, ..., :size].reshape(-1))
 
@@ -573,7 +574,7 @@ def coded_cases() -> Iterator[Case]:
     for missing in range(1, TOKENS):
         chunks = Chunks([[3, 1], [6], [-1]], missing=missing)
         yield coded_case(f"{missing} missing of the last page", coded_pages(2, 40, gap=8), True, chunks)
-    for outside in (1, 35, 36, 37, 300, 2048 - 36, 2048 - 37):
+    for outside in (1, 35, 36, 37, 300, 1024 - 36, 1024 - 37):
         make = coded_pages(3, 256, outside=outside)
         yield coded_case(f"{outside} large numbers", make, True, Chunks([[3], [2]]), small=outside in (36, 37))
         if outside <= 36:
@@ -877,7 +878,6 @@ class Mutation:
 XOR_SHUFFLE = "__shfl_xor_sync(kAllLanes, value, step)"
 EXCEPTION_SHUFFLE = "__shfl_sync(kAllLanes, n < kWarp ? first : second, n % kWarp)"
 IN_PAGES = "in_pages(copy, work, tile.raw + lane)"
-CODES_AGAIN = "exceptions = code_exponents(exponents, (top = found) - kWindow, codes);"
 CODED_LENGTH = "is_coded(c) ? coded_plane_bytes(raw_plane_bytes(c)) : raw_plane_bytes(c)"
 NO_TILE = "if (tile.lanes == 0) return;"
 SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
@@ -1068,18 +1068,16 @@ MUTATIONS = [
             ("all counts before their sums", "  u32* own"),
             ("all sums before they are read", "  u32 found"),
             ("a head's begin before its exceptions", "    list_exceptions"),
-            ("all exceptions before they are read", "    if (thread"),
+            ("all exceptions before they are read", "  }"),
         )
     ),
     Mutation(WARP, "the atomicity of a count", "atomicAdd(&counts[left & 0xFF], 1u)", "(counts[left & 0xFF] += 1u)"),
     Mutation(WARP, "zeros, which are no exceptions", "if (thread == 0) own[0] = 0;", ""),
     Mutation(WARP, "the least top", "top >= kWindow", "true"),
-    Mutation(WARP, "the greatest top", "top <= greatest", "true"),
     Mutation(WARP, "the least top of all", "if (top < kWindow) top = kWindow;", ""),
     Mutation(WARP, "exceptions in all lanes of a smaller v", "__shfl_sync(kAllLanes, until, kWarp - 1)", "until"),
-    Mutation(WARP, "exceptions that fit", "exceptions && fits", "exceptions != 0"),
+    Mutation(WARP, "exceptions that fit", "fits && exceptions", "exceptions != 0"),
     Mutation(WARP, "another top where too few fit", "exceptions > kMostExceptions", "false"),
-    Mutation(WARP, "no top at all", f"if (found) {CODES_AGAIN}", CODES_AGAIN),
     *(
         Mutation(WARP, f"the end of a tile that is {way}", bound, "true", within)
         for way, bound, within in (
@@ -1087,9 +1085,8 @@ MUTATIONS = [
             ("coded", "code_lane(n) < fours", "code_lane(n) < fours) put"),
             ("decoded", "rest_lane(n) < 2 * fours", "rest_lane(n) < 2 * fours) rest"),
             ("decoded", "code_lane(n) < fours", "code_lane(n) < fours) codes"),
-            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) put"),
+            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) {"),
             ("coded", "thread < kHeadLanes", "thread < kHeadLanes) in_shared"),
-            ("coded", "thread < kHeadLanes", "thread < kHeadLanes) of_head"),
         )
     ),
     Mutation(
