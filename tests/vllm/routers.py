@@ -14,15 +14,23 @@ from typing import Any, NamedTuple
 
 import msgspec
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 
 @contextmanager
-def subscriber(address: str) -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """Yields a function that returns the decoded events published since its last call."""
+def subscriber(address: str) -> Iterator[tuple[Callable[[], None], Callable[[], list[dict[str, Any]]]]]:
+    """Yields a function that waits for the publisher, which drops what it publishes before, and one that returns the
+    decoded events published since its last call."""
     context = zmq.Context()
     receiver = context.socket(zmq.SUB)
-    receiver.connect(address)
+    monitor = receiver.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
     receiver.setsockopt_string(zmq.SUBSCRIBE, "")
+    receiver.connect(address)
+
+    def joined() -> None:
+        assert monitor.poll(30_000)
+        recv_monitor_message(monitor)
+        receiver.poll(100)  # the subscription is on its way
 
     def published() -> list[dict[str, Any]]:
         events = []
@@ -31,8 +39,9 @@ def subscriber(address: str) -> Iterator[Callable[[], list[dict[str, Any]]]]:
         return events
 
     try:
-        yield published
+        yield joined, published
     finally:
+        receiver.disable_monitor()
         context.destroy(0)
 
 

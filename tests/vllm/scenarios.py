@@ -784,7 +784,7 @@ def routed(url: str, **options: Any):
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": address}
     index, told = routers.Index(32), []
     with (
-        routers.subscriber(address) as published,
+        routers.subscriber(address) as (joined, published),
         engine(url, **{"kv_events_config": events, "enable_prefix_caching": True, **options}) as llm,
         questions(llm) as asked,
     ):
@@ -797,6 +797,7 @@ def routed(url: str, **options: Any):
             told.extend(new)
             return [index.tokens_at(question) for question in about]
 
+        joined()
         yield llm, asked, where, told, index
 
 
