@@ -301,7 +301,11 @@ PARTS = random.Random(5).choices(range(250), k=PROMPT)
 
 def ends_of(one: Engine, tokens: int = PROMPT, tail: int = 0, answer: int = 1) -> tuple[int, set[int]]:
     """What a prompt of so many of PARTS and so many others hits in the store, and the tokens behind which states were
-    saved. vLLM's own cache is empty."""
+    saved. vLLM's own cache is empty, and what was saved before is in the store."""
+    until = time.monotonic() + 30
+    while one.scheduler.connector.has_pending_push_work():
+        assert time.monotonic() < until
+        one.step()
     assert one.scheduler.reset_prefix_cache()
     loaded, before = one.loaded_tokens, set(one.saved)
     one.add(uuid.uuid4().hex, PARTS[:tokens] + [250 + i for i in range(tail)], answer)
