@@ -18,7 +18,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from transformers import (
 )
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.config import PoolerConfig
+from vllm.distributed.ec_transfer import get_ec_transfer, has_ec_transfer
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
@@ -931,9 +932,16 @@ def encoded(llm: LLM):
 
 
 def asking(llm: LLM, *prompts: Any, **options: Any) -> dict[str, Any]:
-    """The prompts' answers, and what was encoded for them."""
+    """The prompts' answers, and what was encoded for them. Each prompt finds what was encoded for those before it in
+    the store, unless the store hangs."""
+    rows = []
     with encoded(llm) as seen:
-        return {"rows": ask(llm, *prompts, **options), "encoded": list(seen)}
+        for one in prompts:
+            rows += ask(llm, one, **options)
+            if has_ec_transfer():
+                with suppress(TimeoutError):
+                    get_ec_transfer()._worker._puts.submit(lambda _: None).future.result(2)
+        return {"rows": rows, "encoded": list(seen)}
 
 
 def forgetful(llm: LLM) -> None:
@@ -1029,7 +1037,7 @@ def encoder_trouble() -> dict[str, Any]:
         forgetful(llm)
         for fault, one in about.items():
             if not fault.endswith("ToStore"):
-                ask(llm, one, other)
+                asking(llm, one, other)
             before, begun = counts(llm), time.monotonic()
             with faulty.encoder_misbehaving(llm, getattr(faulty, fault)):
                 seen[fault] |= asking(llm, one)
