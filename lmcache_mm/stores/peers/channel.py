@@ -20,8 +20,8 @@ import ssl
 import stat
 import struct
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -246,21 +246,24 @@ def check_loopback(address: str, tls: Tls | None) -> None:
 
 
 def _client_side(tls: Tls, sock: socket.socket, host: str) -> ssl.SSLSocket:
-    try:
+    with _tls_expected("the server does not speak TLS: start `serve` with --tls, or leave out ?tls="):
         return tls.client.wrap_socket(sock, server_hostname=host)
-    except ssl.SSLError as error:
-        if error.reason != _NOT_TLS:
-            raise
-        raise ProtocolError("the server does not speak TLS: start `serve` with --tls, or leave out ?tls=") from None
 
 
 def _server_side(tls: Tls, sock: socket.socket) -> ssl.SSLSocket:
-    try:
+    with _tls_expected("the client does not speak TLS: its URL needs ?tls=DIR"):
         return tls.server.wrap_socket(sock, server_side=True)
+
+
+@contextmanager
+def _tls_expected(otherwise: str) -> Iterator[None]:
+    """ProtocolError with the text `otherwise` if the other side answers a handshake with something else than TLS."""
+    try:
+        yield
     except ssl.SSLError as error:
         if error.reason != _NOT_TLS:
             raise
-        raise ProtocolError("the client does not speak TLS: its URL needs ?tls=DIR") from None
+        raise ProtocolError(otherwise) from None
 
 
 def _digests(client: bytes | None, server: bytes | None) -> bytes:
