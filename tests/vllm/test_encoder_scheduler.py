@@ -201,7 +201,13 @@ def test_a_promised_output_is_waited_for_until_it_comes(scheduler, store):
     assert "encoder_broken_promises" not in scheduler.stats.data
 
 
-def test_what_does_not_come_in_time_is_encoded_and_what_did_is_claimed_and_nobody_else_waits(scheduler, store):
+@pytest.mark.parametrize("read_s", [0, 0.7])
+def test_what_does_not_come_in_time_is_encoded_and_what_did_is_claimed_and_nobody_else_waits(
+    scheduler, store, encoder_scheduler, monkeypatch, read_s
+):
+    """Also if the time ends during a read of the store."""
+    read = encoder_scheduler.read_description
+    monkeypatch.setattr(encoder_scheduler, "read_description", lambda *of: time.sleep(read_s) or read(*of))
     keep(store, item(2, "b"))
     one = request("1", item(1, "a"), item(2, "b", offset=10))
     one.ec_transfer_params = WAIT

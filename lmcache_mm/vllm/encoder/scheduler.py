@@ -117,8 +117,9 @@ class EncoderScheduler:
             if not self._is_done(ours.identifying):
                 return self._give_up(ours, self._identifying)
             ours.keys, ours.identifying = ours.identifying.future.result(), None
-        if ours.loads and not all([self._fetch(request, ours, i) for i in needed]):
-            return self._give_up(ours, self._fetches)
+        fetched = not ours.loads or all([self._fetch(request, ours, i) for i in needed])
+        if not fetched and not self._give_up(ours, self._fetches):
+            return False
         ours.asked_at, ours.waits = 0.0, False
         self._claim(request, ours, needed)
         return True
@@ -254,7 +255,7 @@ class EncoderScheduler:
             output, key = ours.outputs.get(i), ours.keys[i]
             feature = request.mm_features[i]
             keys.setdefault(feature.identifier, set()).add(key.key if key else b"")
-            if output is not None and ours.loads and _fits(output, request.get_num_encoder_embeds(i)):
+            if output is not None and _fits(output, request.get_num_encoder_embeds(i)):
                 self._claims[feature.identifier] = output
                 if key is not None:
                     ours.kept.add(key.key)
