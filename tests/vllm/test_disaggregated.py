@@ -81,6 +81,7 @@ def test_every_picture_is_encoded_once_and_every_prompt_computed_once_and_answer
 
 def test_a_picture_that_the_store_has_is_not_encoded_again_and_is_promised_all_the_same(engines):
     once = encode(engines["encode"], question("what is it?", 10))
+    prefill(engines["prefill"], once)  # which waits until the store has it
     before = engines["encode"].counts()
     again = encode(engines["encode"], question("and this?", 10))  # under another uuid
     assert again["ec_transfer_params"] == once["ec_transfer_params"]
