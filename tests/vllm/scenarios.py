@@ -63,8 +63,10 @@ import tiny_qwen2_vl
 from lmcache_mm.commands.cli import main as lmcache_mm
 from lmcache_mm.prompt import owner_of
 from lmcache_mm.stores import open_store
+from lmcache_mm.vllm.kv import worker
 
 V2 = os.environ.get("TRITON_INTERPRET") == "1"  # Model Runner V2
+worker.SAVE_S = 5.0  # a busy machine must not look like a slow store
 FOLDER = Path(sys.argv[2]) if len(sys.argv) > 2 else Path()
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
@@ -159,15 +161,14 @@ def ask_at_once(
 
 
 def wait_for_saves() -> None:
-    """Returns when what the engine in this process saves is in the store, unless the store hangs. vLLM's next request
-    would take the same pages, so the engine would give up saves that a busy machine delays."""
+    """Returns when what the engine in this process saves is in the store, unless the store hangs."""
     if not has_kv_transfer_group():
         return
     group = get_kv_transfer_group()
     for one in getattr(group, "_connectors", [group]):
-        worker = one._worker
-        while any(not job.done() for saving in worker._saving for job in saving.jobs):
-            if any(transfer.stores_stalled_s() > 2 for transfer in worker._transfers):
+        side = one._worker
+        while any(not job.done() for saving in side._saving for job in saving.jobs):
+            if any(transfer.stores_stalled_s() > 2 for transfer in side._transfers):
                 break
             time.sleep(0.001)
 

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -18,6 +19,7 @@ import torch
 from lmcache_mm.cache import Record
 from lmcache_mm.prompt import Namespace
 from lmcache_mm.stores import open_store
+from lmcache_mm.stores.local import slab
 
 VLLM = importlib.util.find_spec("vllm")  # this folder also looks like a package vllm, but without an origin
 
@@ -141,6 +143,29 @@ def memory_of(caches: dict[str, torch.Tensor]) -> torch.Tensor:
 def by_page(cache: torch.Tensor, blocks: int) -> torch.Tensor:
     """A view, uint8 [blocks, ...], with the kernel blocks of each block together."""
     return (cache if cache.dtype == torch.uint8 else cache.view(torch.uint8)).unflatten(0, (blocks, -1))
+
+
+def test_a_save_that_the_store_delays_is_given_up_when_its_pages_are_written_again(cases, url, monkeypatch):
+    messages = importlib.import_module("lmcache_mm.vllm.kv.messages")
+    caches = cases.caches_of("GQA", "BLHNC")
+    worker = cases.worker_of("GQA", "BLHNC", caches, url)
+    reserve, goes_on = slab.SlabStore.reserve, threading.Event()
+    monkeypatch.setattr(slab.SlabStore, "reserve", lambda *of: goes_on.wait(60) and reserve(*of))
+    records = [messages.RecordPages(0, b"k" * 32, [1, 7], 64)]
+    worker.begin_step(messages.Metadata(saves=[messages.Save(b"", records)]))
+    worker.save()
+    worker.begin_step(messages.Metadata(written={7}))
+    memory_of(caches).fill_(POISON)
+    goes_on.set()
+    told = []
+    while not (news := worker.take_news()) or not news.saves:
+        told += [stats] if (stats := worker.take_stats()) else []
+    assert [stats.data.get("failed_stores") for stats in told] == [1]
+    worker.load([messages.Load(0, "b", b"", records)])
+    while not (results := worker.results()).finished_recving:
+        time.sleep(0.001)
+    assert results.failed_recving == {"b"}
+    worker.close()
 
 
 def test_most_layouts_are_built(cases):
