@@ -531,7 +531,7 @@ def pausing() -> dict[str, Any]:
 
 def ask_and_reset(llm: LLM, prompts: Sequence[Any], url: str, after_tokens: list[int]) -> dict[str, Any]:
     """Answers of requests during which the caches are reset and the store is emptied, each time when the first answer
-    has one of these numbers of tokens and all requests have begun. Without any: once, first tried while the first
+    has one of these numbers of tokens and no request is being loaded. Without any: once, first tried while the first
     request's load hangs."""
     running, blocks = llm.llm_engine, free_blocks(llm)
     requests = running.engine_core.engine_core.scheduler.requests
@@ -545,7 +545,7 @@ def ask_and_reset(llm: LLM, prompts: Sequence[Any], url: str, after_tokens: list
         for output in running.step():
             outputs[output.request_id] = output
         tokens = len(outputs["0"].outputs[0].token_ids) if "0" in outputs else 0
-        begun = not after_tokens or all(one.num_computed_tokens or one.num_preemptions for one in requests.values())
+        begun = not after_tokens or all(one.status.name in ("RUNNING", "PREEMPTED") for one in requests.values())
         if left and tokens >= left[0] and begun and free_blocks(llm) < blocks:
             lmcache_mm(["clear", url.partition("?")[0]])
             try:
