@@ -1118,6 +1118,7 @@ def converse(llm: LLM, *sessions: Sequence[Any], tokens: int = 12, queued: bool 
     for name in names:
         put(llm, name, end, tokens, more=False)
     steps(llm, got, lambda: not scheduler.requests)
+    wait_for_saves()
     return [[got[name][i : i + tokens] for i in range(0, len(got[name]), tokens)] for name in names]
 
 
