@@ -43,7 +43,7 @@ test-vllm-all: $(VENV)/built $(VENV)/vllm
 	exit $${failed:-0}
 
 mutations: $(VENV)/built
-	TEST_MUTATIONS=all $(BIN)/python -m pytest tests/test_host_cuda.py -k taken_away $(ARGS)
+	TEST_MUTATIONS=all $(BIN)/python -m pytest tests/host_cuda -k taken_away $(ARGS)
 
 test-sglang: $(VENV)/built $(VENV)-sglang/ready
 	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest --timeout=300 tests/sglang $(ARGS)
@@ -55,7 +55,7 @@ soak: $(VENV)/built $(VENV)/vllm
 fuzz:
 	mkdir -p build/corpus
 	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
-	  tests/slab_fuzz.cpp csrc/slab_index.cpp -o build/slab_fuzz
+	  tests/slab/slab_fuzz.cpp csrc/slab_index.cpp -o build/slab_fuzz
 	build/slab_fuzz -max_total_time=$(FUZZ_S) -timeout=10 -len_control=0 -max_len=512 build/corpus
 
 bench: $(VENV)/built $(VENV)/vllm
@@ -81,11 +81,11 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/slab/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
 
 format: $(VENV)/built
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
+	$(BIN)/clang-format -i csrc/*.h csrc/*.cpp csrc/*.cu tests/*.h tests/*.cpp tests/slab/*.cpp tests/host_cuda/*.h tests/host_cuda/*.cpp tests/host_cuda/*.cu benchmarks/*.cu tests/rehearsal/*.cpp
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

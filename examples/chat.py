@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from own_loop import PAGE_TOKENS, PAGES, WIDTH, Model
 
 import lmcache_mm as lmc
+from own_loop import PAGE_TOKENS, PAGES, WIDTH, Model
 
 ANSWER_TOKENS = 8
 

@@ -281,9 +281,9 @@ def sanitizing_steps(python: Sequence[object], capability: str, folder: Path) ->
     cases = folder / "cases"
     write = f"""
 import sys; sys.path.insert(0, "tests")
-import test_host_cuda as t
 from pathlib import Path
-t.write_cases(Path({str(cases)!r}), [c for c in (*t.identity_cases(), *t.copy_cases()) if c.small])
+from copy_cases import copy_cases; from driver_cases import write_cases; from identity_cases import identity_cases
+write_cases(Path({str(cases)!r}), [case for case in (*identity_cases(), *copy_cases()) if case.small])
 """
     kernels = sorted((ROOT / "csrc").glob("*.cu"))
     for name in ("driver", "transfer_driver"):

@@ -19,4 +19,4 @@ def dense(request: pytest.FixtureRequest) -> PagedCache:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Runs tests that fork first: forking the process after all other tests takes seconds."""
-    items.sort(key=lambda item: item.path.name not in ("test_slab.py", "test_slab_state.py", "test_tiered.py"))
+    items.sort(key=lambda item: not (item.path.parent.name == "slab" or item.path.name == "test_tiered.py"))

@@ -229,6 +229,42 @@ class LyingValkey:
         self._listener.close()
 
 
+class Kept:
+    """A client whose server is a dictionary."""
+
+    expires = False
+
+    def __init__(self, kept=None):
+        self.kept = {} if kept is None else kept
+
+    def exists(self, names, peek):
+        return [name in self.kept for name in names]
+
+    def heads(self, names, size):
+        return [self.kept.get(name, b"")[:size] or None for name in names]
+
+    def read(self, name, into):
+        if name not in self.kept:
+            return None
+        if len(self.kept[name]) <= len(into):
+            into[: len(self.kept[name])] = self.kept[name]
+        return len(self.kept[name])
+
+    def write(self, name, record, ttl_s, replace):
+        self.kept[name] = bytes(record)
+        return True
+
+    def delete(self, names):
+        for name in names:
+            self.kept.pop(name, None)
+
+    def names(self, prefix):
+        yield [name for name in self.kept if name.startswith(prefix)]
+
+    def close(self):
+        pass
+
+
 class TlsProxy:
     """TLS in front of a server without TLS."""
 

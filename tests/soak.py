@@ -2,7 +2,7 @@
 
     python tests/soak.py --kills 10000 --stops 10000 --schedules 1000000 --json soak.json
 
-First the index of slabs runs under the simulator (tests/slab_simulation.cpp), then real processes use shm:, file:,
+First the index of slabs runs under the simulator (tests/slab/slab_simulation.cpp), then real processes use shm:, file:,
 tiered:, valkey: and peer:, in phases of some hundred signals, some of which hit a worker while it changes an index.
 After each phase all processes are dead; records that were accepted and flushed must exist with the right payload, and
 all room must be accounted for. In a tight phase records are evicted all the time; in a roomy phase never, so that a
@@ -39,6 +39,7 @@ from lmcache_mm.commands import cli
 from lmcache_mm.stores import TieredStore, breaker, open_store, slab_directory
 from lmcache_mm.stores.local import slab, slab_files
 from lmcache_mm.stores.local.slab import SlabStore
+from programs import CXX, REPO, must_run
 
 KEYS, KEPT = 60, 40  # the first KEPT are never deleted in a roomy phase
 LARGEST = 90_000
@@ -469,23 +470,11 @@ def soak_store(name: str, kills: int, stops: int, say: Callable[[str], None]) ->
 
 def simulate(schedules: int, seed: int, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Half of them with kills and stops, three tenths with power cuts too, two tenths with damage."""
-    source = Path(__file__).parent
-    rows = []
+    rows, csrc = [], REPO / "csrc"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "slab_simulation"
-        csrc = source.parent / "csrc"
-        files = [source / "slab_simulation.cpp", csrc / "slab_index.cpp"]
-        command = [
-            os.environ.get("CXX", "g++"),
-            "-std=c++17",
-            "-O2",
-            "-DLMC_SLAB_HOOK",
-            f"-I{csrc}",
-            *files,
-            "-o",
-            program,
-        ]
-        subprocess.run(command, check=True)
+        files = [REPO / "tests" / "slab" / "slab_simulation.cpp", csrc / "slab_index.cpp"]
+        must_run([CXX, "-std=c++17", "-O2", "-DLMC_SLAB_HOOK", f"-I{csrc}", *files, "-o", program])
         for mode, share in (("kills", 0.5), ("cuts", 0.3), ("damage", 0.2)):
             arguments = [program, mode, str(seed), str(round(schedules * share)), "300"]
             done = subprocess.run(arguments, check=False, capture_output=True, text=True)

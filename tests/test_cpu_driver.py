@@ -11,18 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from coded_cases import coded_cases
+from copy_cases import copy_cases
+from driver_cases import write_cases
+from identity_cases import identity_cases
 from lmcache_mm import _C
-from test_host_cuda import (
-    CXX,
-    REPO,
-    SANITIZERS,
-    coded_cases,
-    copy_cases,
-    identity_cases,
-    must_run,
-    run,
-    write_cases,
-)
+from programs import CXX, REPO, SANITIZERS, must_run, run
 
 AARCH64_CXX = os.environ.get("AARCH64_CXX", "aarch64-linux-gnu-g++")
 AARCH64_EMULATOR = os.environ.get("AARCH64_EMULATOR", "qemu-aarch64")

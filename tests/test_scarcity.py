@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_remote_stores import Kept
 
 import lmcache_mm as lmc
 from lmcache_mm.secret import Seal
@@ -25,6 +24,7 @@ from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers.server import Server
 from lmcache_mm.stores.remote.remote import RemoteStore
+from servers import Kept
 from test_stores import OWNER, key, payload
 
 CXX = os.environ.get("CXX", "c++")

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import simulate_states
-
 import simulate
+import simulate_states
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from simulate import GIB, Endless, Load, Sieve, Tier

@@ -10,7 +10,7 @@
 #include "launch.h"
 
 #ifdef LMC_HOST_CUDA
-// The mutation that is active; see tests/test_host_cuda.py. Each driver is one translation unit.
+// The mutation that is active; see test_mutations.py. Each driver is one translation unit.
 int lmc_mutant = std::atoi(std::getenv("LMC_MUTANT") ? std::getenv("LMC_MUTANT") : "0");
 #endif
 

@@ -2,7 +2,7 @@
 //
 //   selftest SCENARIO SEED   exit status 0 if the results are right, 1 if they are wrong
 //
-// tests/test_host_cuda.py knows which scenarios are wrong, and what must happen then.
+// test_stand_in.py knows which scenarios are wrong, and what must happen then.
 #include <cstdio>
 #include <cstdlib>
 #include <map>

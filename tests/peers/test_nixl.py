@@ -15,19 +15,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import test_peer
 import test_stores
+from lending import (
+    LARGE,
+    PATIENCE_S,
+    SEAL,
+    SECRET,
+    Written,
+    answering,
+    can_be_replaced,
+    connected,
+    large,
+    serve_process,
+    until,
+)
 from lmcache_mm.commands import cli
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers import channel, nixl, nixl_agent
 from lmcache_mm.stores.peers.server import Server
-from test_peer import LARGE, PATIENCE_S, SEAL, Written, can_be_replaced, connected, large, serve_process, until
 from test_stores import get, key, payload
 
 pytest.importorskip("nixl", reason="needs NIXL: pip install '.[nixl]'")
-
-secret, url = test_peer.secret, test_peer.url
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -202,7 +211,7 @@ def test_the_process_that_reads_has_no_memory_of_its_parents_but_staging(lent, r
     shared = [path for _, _, rights, path in mapped(pid) if rights.startswith("rw") and rights.endswith("s")]
     assert shared == ["/memfd:lmcache_mm nixl (deleted)"]
     found = set()
-    wanted = {"secret": test_peer.SECRET, "key": SEAL._mac_key, "buffer": mine[:64].tobytes(), "payload": large(1)}
+    wanted = {"secret": SECRET, "key": SEAL._mac_key, "buffer": mine[:64].tobytes(), "payload": large(1)}
     with Path(f"/proc/{pid}/mem").open("rb", 0) as memory:
         for begin, end, rights, path in mapped(pid):
             if rights.startswith("rw") and path != "[vvar]":
@@ -533,7 +542,7 @@ def test_a_peer_that_lies_about_slots_is_a_miss(lent, agent, lie):
             with pytest.raises(OSError):  # the client closes the connection
                 ch.expect(channel.RETURN)
 
-    with test_peer.answering(script) as port, opened(port) as reader:
+    with answering(script) as port, opened(port) as reader:
         assert get(reader, 1) is None
         stats = reader.stats()
         assert (stats["errors"], stats["corrupt"]) == (1, lie in ("another slot", "the payload of another key"))
@@ -595,6 +604,6 @@ def test_a_peer_that_describes_no_agent_is_a_miss(described):
             ch.send(channel.LEASED, slot(0, 0, bytes(32)))
             ch.receive()
 
-    with test_peer.answering(script) as port, opened(port) as reader:
+    with answering(script) as port, opened(port) as reader:
         assert get(reader, 1) is None
         assert reader.stats()["errors"] == 1

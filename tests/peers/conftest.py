@@ -1,0 +1,44 @@
+"""A store of this host, the server that lends it, and who reads from that."""
+
+import uuid
+
+import pytest
+
+from lending import SECRET, opened, serving
+from lmcache_mm.stores import open_store, slab_directory
+from lmcache_mm.stores.local import slab
+
+
+@pytest.fixture(autouse=True)
+def secret(monkeypatch):
+    monkeypatch.delenv("LMCACHE_MM_SECRET_FILE", raising=False)
+    monkeypatch.setenv("LMCACHE_MM_SECRET", SECRET.decode())
+
+
+@pytest.fixture
+def url():
+    """The URL of a shm: store that does not exist yet."""
+    url = f"shm:///test-{uuid.uuid4().hex}"
+    yield url
+    directory = slab_directory(url)[1]
+    assert not directory.exists() or slab.remove(directory)
+
+
+@pytest.fixture
+def lent(url):
+    """A store of this host that is lent."""
+    store = open_store(f"{url}?capacity=32MiB")
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def server(lent):
+    with serving(lent) as server:
+        yield server
+
+
+@pytest.fixture
+def reader(server):
+    with opened(server.address[1]) as store:
+        yield store
