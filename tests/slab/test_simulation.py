@@ -1,7 +1,5 @@
 """The index of slabs under a seeded scheduler, and its atomics under TSan."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest
@@ -79,6 +77,7 @@ def test_pins_and_evictions_that_meet_are_free_of_races(original, replacement, t
     program = tmp_path / "driver"
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{tmp_path}"]
     must_run([CXX, *flags, REPO / "tests" / "slab" / "slab_table_driver.cpp", "-o", program])
-    runs = [run([program]) for _ in range(1 if not original else 5)]
-    failed = [done.returncode != 0 for done in runs]
-    assert any(failed) == bool(original), "\n".join(done.stdout for done in runs)
+    if original:
+        assert any(run([program]).returncode for _ in range(100))  # a run in three meets the race on a busy machine
+    else:
+        must_run([program])
