@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 import torch
 
-from copy_cases import Chunks
+from copy_cases import Chunks, moved
 from driver_cases import Case, Region, as_bytes, u64s
 from layouts import PAGES, TOKENS, PagedCache
 from lmcache_mm import KVLayout, reference
@@ -65,10 +65,8 @@ def coded_case(
     layout = cache.layout
     before, places = as_bytes(cache.memory), [plane - cache.memory.data_ptr() for plane in layout.planes]
     work = torch.frombuffer(bytearray(before), dtype=torch.uint8)
-    fields = ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes")
-    here = KVLayout(planes=tuple(work.data_ptr() + p for p in places), **{f: getattr(layout, f) for f in fields})
     blank = torch.full_like(work, 0xEE)
-    given = KVLayout(planes=tuple(blank.data_ptr() + p for p in places), **{f: getattr(layout, f) for f in fields})
+    here, given = moved(layout, work, places), moved(layout, blank, places)
     planes, regions, table, sums = len(places), [], [], []
     for i, ids in enumerate(chunks.ids):
         tokens = len(ids) * layout.page_tokens - (chunks.missing if ids else 0)

@@ -6,6 +6,8 @@ import pytest
 
 from layouts import LAYOUTS, PagedCache, opaque
 
+pytest.register_assert_rewrite("slabs", "remotes", "servers")  # modules whose assertions tests rely on
+
 
 @pytest.fixture(params=LAYOUTS, ids=lambda make: make.__name__)
 def paged(request: pytest.FixtureRequest) -> PagedCache:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import NamedTuple
 
@@ -20,6 +20,13 @@ def clip(cache: PagedCache) -> tuple[bytes, list[int]]:
     first = min(layout.planes)
     at = first - cache.memory.data_ptr()
     return as_bytes(cache.memory[at : at + max(layout.planes) - first + extent]), [p - first for p in layout.planes]
+
+
+def moved(layout: KVLayout, memory: torch.Tensor, planes: Sequence[int]) -> KVLayout:
+    """The layout, with planes at these offsets in `memory`."""
+    fields = ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes")
+    moved_planes = tuple(memory.data_ptr() + plane for plane in planes)
+    return KVLayout(planes=moved_planes, **{name: getattr(layout, name) for name in fields})
 
 
 ON_DEVICE, ON_HOST, NONE = range(3)  # where payloads are
@@ -57,10 +64,7 @@ def copy_case(
     if clipped:
         before, planes = clip(cache)
     work = torch.frombuffer(bytearray(before), dtype=torch.uint8)
-    fields = ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes")
-    here = KVLayout(
-        planes=tuple(work.data_ptr() + plane for plane in planes), **{name: getattr(layout, name) for name in fields}
-    )
+    here = moved(layout, work, planes)
     unit_bytes = layout.row_bytes if token_mode else layout.page_bytes
     regions, table, sums = [], [], []
     for i, ids in enumerate(chunks.ids):

@@ -14,7 +14,7 @@ ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1 atexit_sleep_ms=0", "UBSAN_OPTIO
 
 
 def run(command: Sequence[object], timeout: int = 300, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a command; stdout has both outputs."""
+    """Runs a command in the repository; stdout has both outputs."""
     return subprocess.run(
         [str(word) for word in command],
         check=False,
@@ -22,6 +22,7 @@ def run(command: Sequence[object], timeout: int = 300, **environment: str) -> su
         stderr=subprocess.STDOUT,
         text=True,
         timeout=timeout,
+        cwd=REPO,
         env={**os.environ, **ENVIRONMENT, **environment},
     )
 

@@ -20,7 +20,14 @@ import pytest
 
 BUCKET = "bucket"
 AWS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "a secret key", "AWS_REGION": "us-east-1"}
-START_S = 30
+PATIENCE_S = 30  # after this long something is stuck
+
+
+def until(condition, what):
+    end = time.perf_counter() + PATIENCE_S
+    while not condition():
+        assert time.perf_counter() < end, what
+        time.sleep(0.01)
 
 
 def free_port():
@@ -47,7 +54,7 @@ class Server:
     def start(self):
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen(self.command, stdout=log, stderr=log, cwd=self.folder)
-        until = time.monotonic() + START_S
+        until = time.monotonic() + PATIENCE_S
         while not listens(self.port):
             if self.process.poll() is not None or time.monotonic() > until:
                 self.stop()
@@ -101,8 +108,8 @@ class ValkeyCluster:
             self.nodes.append(valkey(folder / str(i), *options))
         addresses = [f"127.0.0.1:{node.port}" for node in self.nodes]
         create = [valkey_program("valkey-cli"), "--cluster", "create", *addresses, "--cluster-yes"]
-        done = subprocess.run(create, check=False, capture_output=True, text=True, timeout=START_S)
-        until = time.monotonic() + START_S
+        done = subprocess.run(create, check=False, capture_output=True, text=True, timeout=PATIENCE_S)
+        until = time.monotonic() + PATIENCE_S
         while done.returncode == 0 and not all(self._ready(node) for node in self.nodes):
             if time.monotonic() > until:
                 done.returncode = 1

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parent.parent
+from programs import REPO, run
+
 REHEARSAL = REPO / "tests" / "rehearsal"
 # What gpu_check may import: packages on a machine with a GPU, and the two wheels that are carried there.
 GPU_MACHINE = (
@@ -27,16 +28,7 @@ pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emul
 
 def rehearse(*command: object, **environment: str) -> str:
     """Runs a program, which must succeed; returns its output."""
-    done = subprocess.run(
-        [sys.executable, str(REHEARSAL), *map(str, command)],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=REPO,
-        env={**os.environ, "PYTHONPATH": str(REPO), **environment},
-        timeout=600,
-    )
+    done = run([sys.executable, REHEARSAL, *command], 600, PYTHONPATH=str(REPO), **environment)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
@@ -64,15 +56,7 @@ def test_the_worker_of_vllm_stores_and_loads_caches_on_cuda():
 
 
 def gpu_check(out: Path, *options: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPO / "scripts" / "gpu_check.py", out, "--rehearse", *options]
-    return subprocess.run(
-        [str(word) for word in command],
-        check=False,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **environment},
-    )
+    return run([sys.executable, REPO / "scripts" / "gpu_check.py", out, "--rehearse", *options], 3600, **environment)
 
 
 def steps_of(out: Path) -> dict[str, str]:

@@ -24,10 +24,9 @@ from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers.server import Server
 from lmcache_mm.stores.remote.remote import RemoteStore
+from programs import CXX
 from servers import Kept
 from test_stores import OWNER, key, payload
-
-CXX = os.environ.get("CXX", "c++")
 
 # Preloaded: makes the n-th start of a thread or C++ allocation fail in the thread that arms it.
 FAIL_NTH = r"""

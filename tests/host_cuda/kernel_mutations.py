@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mutation import COPY, ERROR, KEYS, SPAN, TABLE, WARP, Mutation, call
+from mutation import COPY, ERROR, FAILURES, KEYS, SPAN, TABLE, WARP, Mutation, call
 
 XOR_SHUFFLE = "__shfl_xor_sync(kAllLanes, value, step)"
 EXCEPTION_SHUFFLE = "__shfl_sync(kAllLanes, n < kWarp ? first : second, n % kWarp)"
@@ -12,6 +12,7 @@ SUMMED = "ring.summed[stage].wait(begun / kStages - 1);"
 PAYLOAD = "reinterpret_cast<uint4*>(work.chunk.payload)"
 PUT_SUMS = "put_sums(copy, c, sums, length_term);"
 STEP_ENDS = "__syncthreads();\n  }\n\n  if (thread < kGroupLeaves)"
+
 # Not among them, since they only save time: the check of items.reach before an item, `first >= count` in overwrite,
 # leaving out nodes of partial leaves, and returning early if there are no items or no chunks to gather. Nor guards that
 # only payloads of 16 GiB or caches of 2**31 pages would test, nor what destructors do when CUDA fails in them.
@@ -23,7 +24,7 @@ KERNEL_MUTATIONS = [
     Mutation(KEYS, "left children", "__shfl_sync(kAllLanes, cv[w], 2 * thread % kGroupLeaves)", "cv[w]"),
     Mutation(KEYS, "right children", "__shfl_sync(kAllLanes, cv[w], (2 * thread + 1) % kGroupLeaves)", "cv[w]"),
     Mutation(KEYS, "the other lanes' bad ids", "__shfl_xor_sync(kAllLanes, value, step)", "value"),
-    Mutation(KEYS, "the other warps' bad ids", "bad = at_most(bad, first_bad);", ""),
+    Mutation(KEYS, "the other warps' bad ids", "bad = at_most(bad, first_bad);"),
     Mutation(
         COPY,
         "the atomicity of a checksum",
@@ -39,8 +40,8 @@ KERNEL_MUTATIONS = [
     Mutation(COPY, "ids in a table", "ids_in_table", "false", "if (ids_in_table)"),
     Mutation(COPY, "ids outside the cache", "chunk.id(k) < ids_end", "true"),
     # Errors and devices
-    Mutation(ERROR, "going back to the device before", "if (restore_) cudaSetDevice(before_);", ""),
-    Mutation(ERROR, "going to the call's device", call("cudaSetDevice(device)"), ""),
+    Mutation(ERROR, "going back to the device before", "if (restore_) cudaSetDevice(before_);"),
+    Mutation(ERROR, "going to the call's device", call("cudaSetDevice(device)")),
     Mutation(
         ERROR,
         "leaving alone a device that nobody chose",
@@ -70,12 +71,12 @@ KERNEL_MUTATIONS = [
         "cudaGetLastError()",
         "cudaSuccess",
         "cudaGetLastError();   ",
-        ("--api-failures",),
+        FAILURES,
     ),
-    Mutation(ERROR, "looking at errors", "error_ != cudaSuccess", "false", args=("--api-failures",)),
+    Mutation(ERROR, "looking at errors", "error_ != cudaSuccess", "false", args=FAILURES),
     # Content ids
     Mutation(KEYS, "the end of the ids", "first + k < end", "true", "first + k < end ? static_cast<u64>(token_ids"),
-    Mutation(KEYS, "finding bad ids", "if (ids[k] >= kTokenIdEnd) *bad = static_cast<u32>(first + k);", ""),
+    Mutation(KEYS, "finding bad ids", "if (ids[k] >= kTokenIdEnd) *bad = static_cast<u32>(first + k);"),
     Mutation(KEYS, "the end of the ids", "first + kBlockIds < end ? first + kBlockIds : end", "first + kBlockIds"),
     Mutation(KEYS, "an item's begin", "item.offset > first ? item.offset : first", "first"),
     Mutation(KEYS, "an item's end", "item.end < block_end ? item.end : block_end", "block_end"),
@@ -85,7 +86,7 @@ KERNEL_MUTATIONS = [
     Mutation(KEYS, "the end of a block of lanes", "first + k < stop", "true", "first + k >= p && first + k < stop"),
     Mutation(KEYS, "writing covered ids only", "(covered >> k & 1)", "true", "(covered >> k & 1) && static_cast"),
     Mutation(KEYS, "leaving bad ids as they are", "static_cast<u64>(token_ids[first + k]) < kTokenIdEnd", "true"),
-    Mutation(KEYS, "the mark of overwritten ids", "if (covered >> k & 1) ids[k] |= kOverwritten;", ""),
+    Mutation(KEYS, "the mark of overwritten ids", "if (covered >> k & 1) ids[k] |= kOverwritten;"),
     # Keys
     Mutation(KEYS, "the first of a thread's bad ids", "at_most(bad, bad_here)", "bad_here"),
     Mutation(KEYS, "blocks of ids that all warps make", "made < blake3::kLeafBlocks", "true"),
@@ -102,19 +103,19 @@ KERNEL_MUTATIONS = [
         "b == 0 ? prefixes.root[w] : shared.running[b - 1][w][leaf]",
         "shared.running[b - 1][w][leaf]",
     ),
-    Mutation(KEYS, "the last key", "if (c >= prefixes.cuts.count) return;", ""),
+    Mutation(KEYS, "the last key", "if (c >= prefixes.cuts.count) return;"),
     Mutation(KEYS, "the empty prefix", "end == 0", "false", "if (end == 0) {"),
-    Mutation(KEYS, "levels that a prefix has no subtree of", "if ((leaves >> level & 1) == 0) continue;", ""),
+    Mutation(KEYS, "levels that a prefix has no subtree of", "if ((leaves >> level & 1) == 0) continue;"),
     Mutation(KEYS, "zeros behind a bad id", "bad >= end", "true"),
     Mutation(KEYS, "the most ids that fit", "cuts.back() > kMaxIds", "false"),
-    Mutation(KEYS, "no cuts", "if (cuts.empty()) return;", ""),
+    Mutation(KEYS, "no cuts", "if (cuts.empty()) return;"),
     Mutation(KEYS, "no ids to hash", "prefixes.num_groups > 0", "true"),
     Mutation(KEYS, "no ids to overwrite", "count == 0", "false", "if (count == 0 ||"),
     # Spans
-    Mutation(SPAN, "pages outside of the cache", "if (block >= layout.num_pages) return span;", ""),
-    Mutation(SPAN, "slots outside of it", "if (position >= layout.num_pages * layout.page_tokens.d) return span;", ""),
+    Mutation(SPAN, "pages outside of the cache", "if (block >= layout.num_pages) return span;"),
+    Mutation(SPAN, "slots outside of it", "if (position >= layout.num_pages * layout.page_tokens.d) return span;"),
     Mutation(SPAN, "the tail", "valid < layout.page_tokens.d", "false"),
-    Mutation(SPAN, "slots behind the tail", "if (slot >= valid) return span;", ""),
+    Mutation(SPAN, "slots behind the tail", "if (slot >= valid) return span;"),
     Mutation(SPAN, "sizes below a unit", "bytes < unit_bytes ? 1 : bytes / unit_bytes", "bytes / unit_bytes"),
     # Copies
     Mutation(
@@ -144,28 +145,28 @@ KERNEL_MUTATIONS = [
     ),
     Mutation(COPY, "lanes behind the payload", "lane * units < work.units", "true"),
     Mutation(COPY, "a call without checksums", f"if (copy.sums) {PUT_SUMS}", PUT_SUMS),
-    Mutation(COPY, "one lane for its warp", "if (threadIdx.x % kWarp != 0) return;", ""),
+    Mutation(COPY, "one lane for its warp", "if (threadIdx.x % kWarp != 0) return;"),
     Mutation(COPY, "the length once, by one warp", "warp == 0", "true"),
     Mutation(COPY, "the length once, by one block", "tile == chunk_begin", "true"),
-    Mutation(COPY, "sums that begin at zero", call("cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream)"), ""),
+    Mutation(COPY, "sums that begin at zero", call("cudaMemsetAsync(sums, 0, 8 * call.chunks.size(), stream)")),
     Mutation(COPY, "a place for each partial sum", "(blockIdx.x + c)", "c"),
     Mutation(COPY, "the partial sums of the last block", "last_block + c + 1", "first_block + c + 1"),
     Mutation(COPY, "the partial sums of the first block", "(first_block + c)", "c"),
     Mutation(COPY, "partial sums of several kernels", "are_partial ? part.first_sum : first", "first"),
-    Mutation(COPY, "chunks of no tiles", "if (begin == end) return {0, 0, 0};", ""),
+    Mutation(COPY, "chunks of no tiles", "if (begin == end) return {0, 0, 0};"),
     Mutation(COPY, "the end of a block's tiles", "tile < end", "true", "tile < end && tile < chunk_end"),
     Mutation(COPY, "the end of a chunk's tiles", "tile < chunk_end", "true", "tile < end && tile < chunk_end"),
     Mutation(COPY, "the chunk of a tile", "tile < chunk_end", "true", "if (tile < chunk_end) {"),
     Mutation(COPY, "chunks of no pages", "chunk.count ? chunk.count : 1", "chunk.count"),
-    Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;", ""),
-    Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);", ""),
-    Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);", ""),
-    Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;", ""),
+    Mutation(COPY, "narrow units for narrow tokens", "all |= cache.token_bytes;"),
+    Mutation(COPY, "narrow units for misaligned payloads", "all |= reinterpret_cast<u64>(chunk.payload);"),
+    Mutation(COPY, "narrow units for misaligned planes", "all |= reinterpret_cast<u64>(plane);"),
+    Mutation(COPY, "calls of no bytes", "if (part.tiles() == 0) continue;"),
     *(
         Mutation(COPY, "where a part has its lanes", f"work.first + {lane}", lane, f"work.first + {lane}{next}")
         for lane, next in (("lane", ", lanes[v]"), ("lane", ", low"), ("first", " + in_tile"))
     ),
-    Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);", ""),
+    Mutation(COPY, "the cap of the grid", "most_blocks = std::min<u64>(most_blocks, call.where.max_blocks);"),
     # Coded payloads
     Mutation(WARP, "the other lanes' sums", XOR_SHUFFLE, "value", f"value += {XOR_SHUFFLE}"),
     Mutation(WARP, "the other lanes' maxima", XOR_SHUFFLE, "value", f"other = {XOR_SHUFFLE}"),
@@ -176,7 +177,7 @@ KERNEL_MUTATIONS = [
     ),
     Mutation(WARP, "the sums of those before", "__shfl_sync(kAllLanes, value, (thread - step) % kWarp)", "value"),
     Mutation(WARP, "that nobody is before the first", "thread >= step", "true"),
-    Mutation(WARP, "counts that begin at zero", "counts[i * kWarp + thread] = 0;", ""),
+    Mutation(WARP, "counts that begin at zero", "counts[i * kWarp + thread] = 0;"),
     *(
         Mutation(WARP, f"{what}", "__syncwarp();", "", f"__syncwarp();\n{then}")
         for what, then in (
@@ -188,9 +189,9 @@ KERNEL_MUTATIONS = [
         )
     ),
     Mutation(WARP, "the atomicity of a count", "atomicAdd(&counts[left & 0xFF], 1u)", "(counts[left & 0xFF] += 1u)"),
-    Mutation(WARP, "zeros, which are no exceptions", "if (thread == 0) own[0] = 0;", ""),
+    Mutation(WARP, "zeros, which are no exceptions", "if (thread == 0) own[0] = 0;"),
     Mutation(WARP, "the least top", "top >= kWindow", "true"),
-    Mutation(WARP, "the least top of all", "if (top < kWindow) top = kWindow;", ""),
+    Mutation(WARP, "the least top of all", "if (top < kWindow) top = kWindow;"),
     Mutation(WARP, "exceptions in all lanes of a smaller v", "__shfl_sync(kAllLanes, until, kWarp - 1)", "until"),
     Mutation(WARP, "exceptions that fit", "fits && exceptions", "exceptions != 0"),
     Mutation(WARP, "another top where too few fit", "exceptions > kMostExceptions", "false"),
@@ -233,31 +234,31 @@ KERNEL_MUTATIONS = [
             ("uint4* to", "to", "*in_global_memory({}) = raw[v];"),
         )
     ),
-    Mutation(COPY, "that a chunk does not fit", "if (!fits) ++sums.unfit;", ""),
-    Mutation(COPY, "a place for each kind of sum", "copy.sums += copy.sums_stride;", ""),
+    Mutation(COPY, "that a chunk does not fit", "if (!fits) ++sums.unfit;"),
+    Mutation(COPY, "a place for each kind of sum", "copy.sums += copy.sums_stride;"),
     Mutation(COPY, "memory for all kinds of sums", "part.sums_stride() * call.sums_per_chunk()", "part.sums_stride()"),
     Mutation(COPY, "a part's first plane", "call.coded && plane_bytes ? plane_bytes : kLaneBytes", "kLaneBytes"),
     Mutation(COPY, "chunks of no pages", "call.coded && plane_bytes", "call.coded"),
     Mutation(COPY, "refusing what is not in lanes", "call.coded && unit != kLaneBytes", "false"),
     # Copies by the bulk copy engine
-    Mutation(COPY, "barriers before their use", "__syncthreads();", ""),
-    Mutation(COPY, "waiting for a tile to move out", "ring.filled[stage].wait(moved / kStages);", ""),
-    Mutation(COPY, "waiting for a tile to sum up", "ring.filled[stage].wait(n / kStages);", ""),
+    Mutation(COPY, "barriers before their use", "__syncthreads();"),
+    Mutation(COPY, "waiting for a tile to move out", "ring.filled[stage].wait(moved / kStages);"),
+    Mutation(COPY, "waiting for a tile to sum up", "ring.filled[stage].wait(n / kStages);"),
     Mutation(COPY, "the phase of a tile to move out", "moved / kStages", "0"),
     Mutation(COPY, "the phase of a tile to sum up", "n / kStages", "0", "wait(n / kStages)"),
-    Mutation(COPY, "waiting until a tile is summed up", f"if (copy.sums) {SUMMED}", ""),
+    Mutation(COPY, "waiting until a tile is summed up", f"if (copy.sums) {SUMMED}"),
     Mutation(COPY, "that nobody sums up", f"if (copy.sums) {SUMMED}", SUMMED),
-    Mutation(COPY, "waiting until a tile is moved out", "wait_for_bulk_reads<kStages - kAhead>();", ""),
+    Mutation(COPY, "waiting until a tile is moved out", "wait_for_bulk_reads<kStages - kAhead>();"),
     Mutation(COPY, "a warp's tile out before the next", "__syncwarp();", "", "__syncwarp();\n    }"),
     Mutation(COPY, "a warp's sum before telling", "__syncwarp();", "", "__syncwarp();\n    if"),
-    Mutation(COPY, "telling that a tile is summed up", "ring.summed[stage].arrive();", ""),
-    Mutation(COPY, "arriving at a tile", "filled.arrive();", ""),
-    Mutation(COPY, "zeros before they are moved out", "if (zeros) fence_for_bulk_copies();", ""),
+    Mutation(COPY, "telling that a tile is summed up", "ring.summed[stage].arrive();"),
+    Mutation(COPY, "arriving at a tile", "filled.arrive();"),
+    Mutation(COPY, "zeros before they are moved out", "if (zeros) fence_for_bulk_copies();"),
     Mutation(COPY, "GPUs that have no engine", "code.ptxVersion >= 90", "true"),
-    Mutation(COPY, "groups of stores", "commit_bulk_stores();", ""),
-    Mutation(COPY, "waiting for all stores", "wait_for_bulk_stores();", ""),
-    Mutation(COPY, "moving tiles out", "if (begun >= kAhead) move_out();", ""),
-    Mutation(COPY, "moving the last tiles out", "while (moved < begun) move_out();", ""),
+    Mutation(COPY, "groups of stores", "commit_bulk_stores();"),
+    Mutation(COPY, "waiting for all stores", "wait_for_bulk_stores();"),
+    Mutation(COPY, "moving tiles out", "if (begun >= kAhead) move_out();"),
+    Mutation(COPY, "moving the last tiles out", "while (moved < begun) move_out();"),
     Mutation(COPY, "the last stage", "begun >= kStages", "false"),
     Mutation(COPY, "the end of a chunk in a sum", "first + in_tile < work.units", "true"),
     *(

@@ -16,15 +16,14 @@ class Mutation:
     file: str
     what: str  # the safeguard
     original: str
-    replacement: str
+    replacement: str = ""
     within: str = ""  # text that occurs once and contains `original`, if that occurs more often
     args: tuple[str, ...] = ()  # the driver's
-
     driver: str = ""
 
     def __post_init__(self) -> None:
         self.driver = self.driver or ("transfer_driver.cpp" if self.file in (TRANSFER, FRAGMENTS) else "driver.cpp")
 
 
-def call(text: str) -> str:
-    return f"LMC_CUDA_CHECK(op, {text});"
+def call(text: str, op: str = "op") -> str:
+    return f"LMC_CUDA_CHECK({op}, {text});"

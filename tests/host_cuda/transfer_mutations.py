@@ -20,8 +20,8 @@ TRANSFER_MUTATIONS = [
         ]
     ),
     Mutation(TRANSFER, "the device of what is destroyed", "device", "0", 'guard("transfer", device)'),
-    Mutation(TRANSFER, "refusing to come behind a capture", "refuse_capture(op, stream);", ""),
-    Mutation(TRANSFER, "refusing to be in a capture", "refuse_capture(j.op, stream);", ""),
+    Mutation(TRANSFER, "refusing to come behind a capture", "refuse_capture(op, stream);"),
+    Mutation(TRANSFER, "refusing to be in a capture", "refuse_capture(j.op, stream);"),
     *(
         Mutation(
             TRANSFER,
@@ -37,40 +37,25 @@ TRANSFER_MUTATIONS = [
     ),
     # Transfers: order
     Mutation(TRANSFER, "what the caller's stream holds", CALLERS_EVENT, "cudaSuccess"),
+    Mutation(TRANSFER, "kernels behind the caller's stream", call("cudaStreamWaitEvent(s.kernels, event)", "j.op")),
     Mutation(
-        TRANSFER,
-        "kernels behind the caller's stream",
-        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.kernels, event));",
-        "",
+        TRANSFER, "copies to pages behind the caller's stream", call("cudaStreamWaitEvent(s.copies, event)", "j.op")
     ),
-    Mutation(
-        TRANSFER,
-        "copies to pages behind the caller's stream",
-        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(s.copies, event));",
-        "",
-    ),
-    Mutation(TRANSFER, "a buffer that is free", call("cudaStreamWaitEvent(first, s.free[b])"), ""),
-    Mutation(TRANSFER, "that a buffer is filled", call("cudaEventRecord(s.filled[b], first)"), ""),
-    Mutation(TRANSFER, "a buffer that is filled", call("cudaStreamWaitEvent(second(), s.filled[b])"), ""),
-    Mutation(TRANSFER, "that a buffer is free", call("cudaEventRecord(s.free[b], second())"), ""),
+    Mutation(TRANSFER, "a buffer that is free", call("cudaStreamWaitEvent(first, s.free[b])")),
+    Mutation(TRANSFER, "that a buffer is filled", call("cudaEventRecord(s.filled[b], first)")),
+    Mutation(TRANSFER, "a buffer that is filled", call("cudaStreamWaitEvent(second(), s.filled[b])")),
+    Mutation(TRANSFER, "that a buffer is free", call("cudaEventRecord(s.free[b], second())")),
     Mutation(
         TRANSFER,
         "that layers are reached",
         call("cudaEventRecord(reached.back().event, is_store && !has_runs ? s.kernels : second())"),
-        "",
     ),
     Mutation(TRANSFER, "that long runs are read after all else", "is_store && !has_runs", "is_store"),
-    Mutation(
-        TRANSFER,
-        "that a job is finished",
-        "LMC_CUDA_CHECK(j.op, cudaEventRecord(j.finished, j.second()));",
-        "",
-    ),
+    Mutation(TRANSFER, "that a job is finished", call("cudaEventRecord(j.finished, j.second())", "j.op")),
     Mutation(
         TRANSFER,
         "the caller's stream behind the pages",
-        "LMC_CUDA_CHECK(j.op, cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), found->event));",
-        "",
+        call("cudaStreamWaitEvent(static_cast<cudaStream_t>(stream), found->event)", "j.op"),
     ),
     Mutation(TRANSFER, "waiting until layers are begun", "found != j.reached.end() || j.over", "true"),
     Mutation(
@@ -83,14 +68,11 @@ TRANSFER_MUTATIONS = [
     Mutation(TRANSFER, "waiting for no layers of a job that is over", "j.over", "false", "j.over || j.chunks"),
     Mutation(TRANSFER, "waiting for no layers of no chunks", "j.chunks.empty()", "false", "j.over || j.chunks.empty()"),
     Mutation(TRANSFER, "the right layers", "one.planes >= planes", "true"),
-    Mutation(TRANSFER, "layers that are not written yet", "if (step.end > planes) return false;", ""),
+    Mutation(TRANSFER, "layers that are not written yet", "if (step.end > planes) return false;"),
     Mutation(TRANSFER, "going on no more when it is over", "!j.over", "true", "!j.over && j.next_step"),
-    Mutation(TRANSFER, "waiting for a job", "LMC_CUDA_CHECK(j.op, cudaEventSynchronize(j.finished));", ""),
+    Mutation(TRANSFER, "waiting for a job", call("cudaEventSynchronize(j.finished)", "j.op")),
     Mutation(
-        TRANSFER,
-        "waiting for a job that nobody waits for",
-        "if (under_way) quietly(cudaEventSynchronize(finished));",
-        "",
+        TRANSFER, "waiting for a job that nobody waits for", "if (under_way) quietly(cudaEventSynchronize(finished));"
     ),
     Mutation(TRANSFER, "a job that was not begun whole", "j.plane != j.ends.back()", "false"),
     Mutation(TRANSFER, "that it is over when it was waited for", "j.end();", "", "j.end();\n  if (j.plane"),
@@ -101,19 +83,19 @@ TRANSFER_MUTATIONS = [
         )
         for what in ("copies", "kernels")
     ),
-    Mutation(TRANSFER, "jobs that outlive their ring", "state_->synchronize();", ""),
+    Mutation(TRANSFER, "jobs that outlive their ring", "state_->synchronize();"),
     Mutation(TRANSFER, "that a failed job is over", "j.end();", "", "j.end();\n    throw;", FAILURES),
     Mutation(TRANSFER, "that a failed job has no checksums", "j.plane = 0;", "", args=FAILURES),
     # Transfers: steps
     Mutation(TRANSFER, "the end of a buffer by chunks", "bytes + bytes_of(step.last, plane, *end) <= budget", "true"),
-    Mutation(TRANSFER, "the end of a buffer by layers", "if (bytes > budget) break;", ""),
+    Mutation(TRANSFER, "the end of a buffer by layers", "if (bytes > budget) break;"),
     Mutation(TRANSFER, "the first layer by itself", "plane > 0", "true", "chunk == 0 && plane > 0"),
     Mutation(TRANSFER, "steps of several layers", "whole && chunk == 0", "false"),
-    Mutation(TRANSFER, "few blocks", "s.max_blocks = blocks_for_bus(op, device);", ""),
-    Mutation(TRANSFER, "kernels before their first launch", "load_page_copies(op);", ""),
+    Mutation(TRANSFER, "few blocks", "s.max_blocks = blocks_for_bus(op, device);"),
+    Mutation(TRANSFER, "kernels before their first launch", "load_page_copies(op);"),
     Mutation(TRANSFER, "pinned memory before the first job", "i < kPinnedBlocks", "false"),
     Mutation(TRANSFER, "the end of pinned memory", "pinned_used + bytes > pinned.back().bytes", "false"),
-    Mutation(TRANSFER, "memory that is not pinned", "is_pinned = false;", ""),
+    Mutation(TRANSFER, "memory that is not pinned", "is_pinned = false;"),
     Mutation(TRANSFER, "kernels that use pinned memory only", "!is_pinned", "false", "if (!is_pinned || std::find"),
     Mutation(
         TRANSFER, "the ring for coded chunks", "std::find(coded.begin(), coded.end(), true) != coded.end()", "false"

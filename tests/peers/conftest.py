@@ -42,3 +42,19 @@ def server(lent):
 def reader(server):
     with opened(server.address[1]) as store:
         yield store
+
+
+class Written:
+    """A store that writes to the other host's store and reads through the peer's."""
+
+    def __init__(self, lent, reader):
+        self.put = lent.put
+        self.delete = lent.delete
+        self.flush = lent.flush
+        for name in ("contains", "get_into", "stats"):
+            setattr(self, name, getattr(reader, name))
+
+
+@pytest.fixture
+def store(lent, reader):
+    return Written(lent, reader)

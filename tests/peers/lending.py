@@ -13,24 +13,17 @@ from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.peers import channel, peer
 from lmcache_mm.stores.peers.server import Server
+from servers import PATIENCE_S
 from test_stores import key
 
 SECRET = b"a secret of the tests"
 SEAL = Seal(SECRET)
 LARGE = 1 << 20
-PATIENCE_S = 30  # no assertion depends on time: after this long something is stuck
 
 
 def large(i, size=LARGE):
     """payload(i, size), made faster."""
     return np.resize(np.roll(np.arange(251, dtype=np.uint8), -i), size).tobytes()
-
-
-def until(condition, what):
-    end = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -111,17 +104,6 @@ def ends(sock):
     with suppress(ConnectionResetError):
         return sock.recv(1000) == b""
     return True
-
-
-class Written:
-    """A store that writes to the other host's store and reads through the peer's."""
-
-    def __init__(self, lent, reader):
-        self.put = lent.put
-        self.delete = lent.delete
-        self.flush = lent.flush
-        for name in ("contains", "get_into", "stats"):
-            setattr(self, name, getattr(reader, name))
 
 
 def pinned(port, records):

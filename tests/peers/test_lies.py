@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lending import PATIENCE_S, SEAL, answering, head, opened
+from lending import SEAL, answering, head, opened
 from lmcache_mm.secret import MAC_BYTES
 from lmcache_mm.stores.peers import channel
+from servers import PATIENCE_S
 from test_stores import key, payload
 
 

@@ -16,24 +16,13 @@ import numpy as np
 import pytest
 
 import test_stores
-from lending import (
-    LARGE,
-    PATIENCE_S,
-    SEAL,
-    SECRET,
-    Written,
-    answering,
-    can_be_replaced,
-    connected,
-    large,
-    serve_process,
-    until,
-)
+from lending import LARGE, SEAL, SECRET, answering, can_be_replaced, connected, large, serve_process
 from lmcache_mm.commands import cli
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers import channel, nixl, nixl_agent
 from lmcache_mm.stores.peers.server import Server
+from servers import PATIENCE_S, until
 from test_stores import get, key, payload
 
 pytest.importorskip("nixl", reason="needs NIXL: pip install '.[nixl]'")
@@ -106,11 +95,6 @@ def opened(port, options="timeout=20", fresh=False):
 def reader(server):
     with opened(server.address[1]) as reader:
         yield reader
-
-
-@pytest.fixture
-def store(lent, reader):
-    return Written(lent, reader)
 
 
 for contract in (

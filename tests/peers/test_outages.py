@@ -10,22 +10,10 @@ from contextlib import closing, suppress
 import numpy as np
 import pytest
 
-from lending import (
-    LARGE,
-    PATIENCE_S,
-    SEAL,
-    answering,
-    can_be_replaced,
-    head,
-    large,
-    opened,
-    pinned,
-    serve_process,
-    serving,
-    until,
-)
+from lending import LARGE, SEAL, answering, can_be_replaced, head, large, opened, pinned, serve_process, serving
 from lmcache_mm.stores import breaker, open_store
 from lmcache_mm.stores.peers import channel
+from servers import PATIENCE_S, until
 from test_stores import get, key, payload
 
 
@@ -249,7 +237,7 @@ def test_slots_are_released_when_the_client_dies(lent, server):
     assert can_be_replaced(lent)
 
 
-def test_slots_are_released_when_the_client_stalls(lent, server, monkeypatch, caplog):
+def test_slots_are_released_when_the_client_stalls(lent, server, monkeypatch):
     monkeypatch.setattr("lmcache_mm.stores.peers.server.LEASE_S", 0.5)
     lent.put([key(i) for i in range(16)], [bytes(2 * LARGE)] * 16)
     ch = pinned(server.address[1], 16)

@@ -6,7 +6,6 @@ import threading
 import time
 import uuid
 from contextlib import closing
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,18 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import test_stores
-from lending import LARGE, Written, large, opened, serving
+from lending import LARGE, large, opened, serving
 from lmcache_mm import lane
 from lmcache_mm.stores import open_store, slab_directory
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.peers import channel, peer
 from test_stores import OWNER, get, key, payload
-
-
-@pytest.fixture
-def store(lent, reader):
-    return Written(lent, reader)
-
 
 for contract in (
     test_stores.test_what_was_put_is_contained_and_read_back,
@@ -249,4 +242,3 @@ def test_urls_that_open_no_peer_say_why(url, text):
 def test_names_and_addresses_of_peers_are_parsed():
     assert channel.host_and_port("[::1]:7700") == ("::1", 7700)
     assert channel.host_and_port("host.example:7700") == ("host.example", 7700)
-    assert Path("/dev/shm").exists()

@@ -13,13 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from lending import (
-    LARGE,
-    large,
-    serve_process,
-    until,
-)
+from lending import LARGE, large, serve_process
 from lmcache_mm.commands import certificates, cli
+from servers import until
 from test_stores import key
 
 

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lending import LARGE, PATIENCE_S, connected, ends, half_open, opened, pinned, serving, until
+from lending import LARGE, connected, ends, half_open, opened, pinned, serving
 from lmcache_mm.stores.peers import channel
 from lmcache_mm.stores.peers.channel import ProtocolError
+from servers import PATIENCE_S, until
 from test_stores import get, key, payload
 
 

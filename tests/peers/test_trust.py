@@ -5,13 +5,14 @@ import ssl
 
 import pytest
 
-from lending import LARGE, PATIENCE_S, SEAL, answering, ends, half_open, large, opened, serving, until
+from lending import LARGE, SEAL, answering, ends, half_open, large, opened, serving
 from lmcache_mm.commands import certificates, cli
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.peers import channel, peer
 from lmcache_mm.stores.peers.channel import Tls
 from lmcache_mm.stores.peers.server import Server
+from servers import PATIENCE_S, until
 from test_stores import get, key, payload
 
 

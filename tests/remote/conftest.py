@@ -1,7 +1,5 @@
 """Stores on the tests' servers."""
 
-from __future__ import annotations
-
 import uuid
 
 import pytest

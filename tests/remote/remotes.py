@@ -1,7 +1,5 @@
 """What lies on a store's server, and calls in their budgets."""
 
-from __future__ import annotations
-
 import time
 
 from lmcache_mm.stores import open_store

@@ -1,7 +1,5 @@
 """Calls over several connections, late answers and a lack of memory, with stand-ins for clients."""
 
-from __future__ import annotations
-
 import errno
 import math
 import mmap
@@ -18,7 +16,7 @@ from lmcache_mm.stores.remote import hands, record
 from lmcache_mm.stores.remote.record import HEADER_BYTES
 from lmcache_mm.stores.remote.remote import RemoteStore
 from remotes import later, within
-from servers import Kept
+from servers import Kept, until
 from test_stores import OTHER_OWNER, OWNER, get, key, payload
 
 
@@ -51,10 +49,7 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
     assert store.get_into([key(1)], [buffer]) == [False]
     assert asked.wait(10)
     answer.set()
-    until = time.monotonic() + 10
-    while not released or store._hands[0].busy:
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    until(lambda: released and not store._hands[0].busy, "the request has not ended")
     assert buffer == bytes(100)
     later(monkeypatch, 11)
     assert store.get_into([key(1)], [buffer]) == [True]  # and data in time arrives
@@ -127,10 +122,7 @@ def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten
         assert arriving.wait(10)
         assert other.forget(OWNER) == 0
         arrive.set()
-        until = time.monotonic() + 10
-        while slow._hands[0].busy:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        until(lambda: not slow._hands[0].busy, "the put has not ended")
         assert other.contains([key(1)]) == [not forgotten]
         arrive.clear()
         arriving.clear()

@@ -1,7 +1,5 @@
 """Servers that die, hang, lie, or are full."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import resource
@@ -15,6 +13,7 @@ import servers
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.remote.record import HEADER_BYTES
 from remotes import SLOW_S, engine_of, later, opened, within
+from servers import until
 from test_stores import OWNER, REMOTE, get, key, payload
 
 
@@ -53,12 +52,12 @@ def test_a_server_that_hangs_in_the_middle_is_tried_again_after_a_while(own_serv
     assert store.stats()["down"] == 1
     own_server.process.send_signal(18)
     assert get(store, 1) is None  # left alone
-    later(monkeypatch, 11)
-    until = time.perf_counter() + SLOW_S
-    while get(store, 1) is None:
-        assert time.perf_counter() < until
+
+    def back():
         later(monkeypatch, 11)
-        time.sleep(0.1)
+        return get(store, 1) == payload(1)
+
+    until(back, "the server is not used again")
     assert store.stats()["down"] == 0
     store.close()
 
@@ -79,12 +78,13 @@ def test_a_cluster_that_loses_a_node_costs_misses_until_it_is_back(tmp_path, env
             within(store.put, keys, buffers, OWNER, calls=3)
             later(monkeypatch, 11)
         cluster.nodes[1].start()
-        until = time.perf_counter() + SLOW_S
-        while not all(store.contains(keys)):  # it has restarted empty
-            assert time.perf_counter() < until
+
+        def whole():  # the node has restarted empty
             later(monkeypatch, 11)
             store.put(keys, [payload(i) for i in range(50)], OWNER)
-            time.sleep(0.1)
+            return all(store.contains(keys))
+
+        until(whole, "the node is not used again")
         assert store.forget(OWNER) == 50
         store.close()
     finally:
@@ -106,14 +106,13 @@ def test_a_server_killed_in_the_middle_of_transfers_costs_misses_and_is_used_aga
     killed.join()
     assert get(store, 1, length) is None
     own_server.start()
-    later(monkeypatch, 11)
-    until = time.perf_counter() + SLOW_S
-    while not store.contains([key(1)])[0]:
-        store.put([key(1)], [payload(1)])
-        assert time.perf_counter() < until
-        time.sleep(0.1)
+
+    def back():
         later(monkeypatch, 11)
-    assert get(store, 1) == payload(1)
+        store.put([key(1)], [payload(1)])
+        return get(store, 1) == payload(1)
+
+    until(back, "the server is not used again")
     assert get(store, 2, length) is None  # the server had kept nothing
     store.close()
 

@@ -1,7 +1,5 @@
 """Stores on other hosts are opened: passwords, TLS, URLs and packages; and commands and the demo use them."""
 
-from __future__ import annotations
-
 import json
 import ssl
 import sys

@@ -1,7 +1,5 @@
 """Stores on other hosts: damaged records, deployments and processes, owners and ages."""
 
-from __future__ import annotations
-
 import math
 import os
 import subprocess

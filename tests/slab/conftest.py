@@ -1,7 +1,5 @@
 """Stores of shm: and file:, and the simulation of their index."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

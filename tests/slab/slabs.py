@@ -1,7 +1,5 @@
 """What tests do with a store of shm: or file:, also in another process."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """shm: and file: stores after damage, a restart of the machine, and on disks that fail."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """Processes that die or stop while they have a shm: or file: store open."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -18,7 +16,7 @@ from slabs import IN_ANOTHER, MIB, REST_S, fill, no_room_is_lost, pinned, python
 from test_stores import OWNER, get, key, payload
 
 
-def test_what_a_dead_process_reserved_rests_and_what_it_pinned_is_free(kind, store, monkeypatch):
+def test_what_a_dead_process_reserved_rests_and_what_it_pinned_is_free(store, monkeypatch):
     fill(store, first=0, count=2)
     victim = subprocess.Popen(
         [
@@ -50,7 +48,7 @@ def test_what_a_dead_process_reserved_rests_and_what_it_pinned_is_free(kind, sto
 
 
 @pytest.mark.parametrize("url", ["shm", "file", "tiered"])
-def test_a_process_that_ends_without_closing_ends_well(url, directory, tmp_path):
+def test_a_process_that_ends_without_closing_ends_well(url, directory):
     places = {"shm": f"shm:///test-{uuid.uuid4().hex}?capacity=256MiB", "file": f"file://{directory}?capacity=16MiB"}
     places["tiered"] = f"tiered:{places['shm']},{places['file']}"
     code = """

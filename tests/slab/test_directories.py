@@ -1,7 +1,5 @@
 """The directories of shm: and file: stores: made, refused and removed."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -1,7 +1,5 @@
 """shm: and file: stores among processes: what is lent, evicted and forgotten."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

@@ -3,6 +3,7 @@
 import pytest
 
 from jobs import Gate, layout_of
+from lmcache_mm.copies import HostCopies
 from lmcache_mm.transfer import Transfer
 from test_stores import new_store
 
@@ -11,6 +12,29 @@ from test_stores import new_store
 def row(request):
     """Bytes per token in a layer; with 4, a layer's part of a payload begins at a lane of its checksum."""
     return request.param
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    """Makes jobs take a step per chunk, through staging memory and in place."""
+    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
+    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+
+
+@pytest.fixture
+def at_each_copy(monkeypatch):
+    """Has functions called before each copy of pages."""
+    copy = HostCopies._copy
+
+    def call(*functions):
+        def both(*arguments):
+            for function in functions:
+                function()
+            return copy(*arguments)
+
+        monkeypatch.setattr(HostCopies, "_copy", both)
+
+    return call
 
 
 @pytest.fixture(params=["mem", "shm"])

@@ -54,3 +54,8 @@ def chunks_of(*page_lists):
     return [
         Chunk(KEY[i:] + KEY[:i], torch.tensor(pages), len(pages) * PAGE_TOKENS) for i, pages in enumerate(page_lists)
     ]
+
+
+def are_equal(kv, want, chunks):
+    """Whether the chunks' pages are."""
+    return all(torch.equal(kv[:, chunk.pages], want[:, chunk.pages]) for chunk in chunks)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from jobs import PAGE_TOKENS, PAGES, PATIENCE_S, Gate, chunks_of, layers, layout_of
+from jobs import PAGE_TOKENS, PAGES, PATIENCE_S, Gate, are_equal, chunks_of, layers, layout_of
 from lmcache_mm.copies import HostCopies
 from lmcache_mm.lane import Abandoned
 from lmcache_mm.stores import open_store
@@ -33,7 +33,7 @@ def test_a_load_by_layers_fills_them_in_order_and_is_verified(make, row):
         job.layer_ready("other", 1)
 
 
-def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
+def test_a_layer_is_ready_before_the_next_one_is_begun(make, at_each_copy):
     """Otherwise nothing would overlap."""
     kv = layers()
     chunks = chunks_of([3, 1, 7])
@@ -42,15 +42,7 @@ def test_a_layer_is_ready_before_the_next_one_is_begun(make, monkeypatch):
     want = kv.clone()
     kv.zero_()
     scattered, go_on = [], threading.Event()
-    scatter = HostCopies._copy
-
-    def slow(*arguments):
-        if scattered:
-            assert go_on.wait(30)
-        scattered.append(arguments[-1])
-        return scatter(*arguments)
-
-    monkeypatch.setattr(HostCopies, "_copy", slow)
+    at_each_copy(lambda: scattered and go_on.wait(30), lambda: scattered.append(1))
     job = transfer.load(chunks, b"", by_layer=True)
     assert job.layer_ready("layer0", 10)
     assert len(scattered) == 1
@@ -266,8 +258,7 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
     assert [job.result(10) for job in jobs] == [12, 8]
     kv.zero_()
     assert transfer.load([first, second], b"").result() == 2
-    for chunk in (first, second):
-        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+    assert are_equal(kv, want, (first, second))
 
 
 def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
@@ -318,7 +309,7 @@ def test_layers_that_share_pages_or_bytes_are_ready_with_them():
     assert (len(apart.planes), apart.planes_until) == (6, {"layer0": 2, "layer1": 4, "layer2": 6})
 
 
-def test_a_cache_retrieves_layer_by_layer(tmp_path):
+def test_a_cache_retrieves_layer_by_layer():
     kv = torch.rand(3, PAGES, PAGE_TOKENS, 6)
     prompt = lmc.Prompt(list(range(21)))
     pages = list(range(6))

@@ -6,8 +6,7 @@ import time
 import pytest
 import torch
 
-from jobs import PAGE_TOKENS, PAGES, PATIENCE_S, chunks_of, hangs, layers
-from lmcache_mm.copies import HostCopies
+from jobs import PAGE_TOKENS, PAGES, PATIENCE_S, are_equal, chunks_of, hangs, layers
 from lmcache_mm.lane import Abandoned
 
 
@@ -24,20 +23,12 @@ def test_a_wait_that_ends_gives_nothing_up(make, store):
     assert transfer.load(chunks, b"").result() == 1
 
 
-def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
-    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
+def test_an_early_store_is_read_once_whoever_waits(make, small_steps, at_each_copy):
     kv = layers()
     want = kv.clone()
     chunks = chunks_of(*([page] for page in range(PAGES)))
     _, transfer = make(kv, largest=1)
-    gather = HostCopies._copy
-
-    def slow(*arguments):
-        time.sleep(0.002)
-        return gather(*arguments)
-
-    monkeypatch.setattr(HostCopies, "_copy", slow)
+    at_each_copy(lambda: time.sleep(0.002))
     job = transfer.store(chunks, b"", early=True)
     threads = [threading.Thread(target=job.pages_free, args=(10,)) for _ in range(3)]
     for thread in threads:
@@ -50,18 +41,10 @@ def test_an_early_store_is_read_once_whoever_waits(make, monkeypatch):
     assert torch.equal(kv, want)
 
 
-def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, monkeypatch):
+def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, small_steps, at_each_copy):
     """The waiting thread reads them, in several steps, one after another."""
-    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
-    gather = HostCopies._copy
-
-    def seen(*arguments):
-        readers.append(threading.current_thread())
-        return gather(*arguments)
-
-    monkeypatch.setattr(HostCopies, "_copy", seen)
+    at_each_copy(lambda: readers.append(threading.current_thread()))
     kv = layers()
     kv.zero_()
     _, transfer = make(kv, largest=1)
@@ -76,23 +59,13 @@ def test_the_pages_of_an_early_store_are_read_when_somebody_waits(make, store, m
     kv.zero_()
     assert job.result(10) == 24
     assert transfer.load(chunks, b"").result() == 3
-    for chunk in chunks:
-        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+    assert are_equal(kv, want, chunks)
 
 
-def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_written(make, monkeypatch):
+def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_written(make, small_steps, at_each_copy):
     """In several steps; the caller continues at once, and waits only before it writes the pages again."""
-    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     readers = []
-    gather = HostCopies._copy
-
-    def slow(*arguments):
-        readers.append(threading.current_thread())
-        time.sleep(0.02)
-        return gather(*arguments)
-
-    monkeypatch.setattr(HostCopies, "_copy", slow)
+    at_each_copy(lambda: readers.append(threading.current_thread()), lambda: time.sleep(0.02))
     kv = layers()
     kv.zero_()
     _, transfer = make(kv, largest=1)
@@ -111,23 +84,13 @@ def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_wr
     assert threading.current_thread() not in readers
     assert job.result(10) == 24
     assert transfer.load(chunks, b"").result() == 3
-    for chunk in chunks:
-        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+    assert are_equal(kv, want, chunks)
 
 
-def test_a_store_that_is_late_is_given_up_between_its_steps(make, monkeypatch):
+def test_a_store_that_is_late_is_given_up_between_its_steps(make, small_steps, at_each_copy):
     """It stores the pages that it has read, and touches no others."""
-    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
-    gather = HostCopies._copy
     reads = []
-
-    def slow(*arguments):
-        time.sleep(0.1)
-        reads.append(kv.clone())
-        return gather(*arguments)
-
-    monkeypatch.setattr(HostCopies, "_copy", slow)
+    at_each_copy(lambda: time.sleep(0.1), lambda: reads.append(kv.clone()))
     kv = layers()
     want = kv.clone()
     _, transfer = make(kv, largest=1)

@@ -100,10 +100,8 @@ def test_an_error_at_the_pages_is_the_jobs_too(make, store, monkeypatch):
     assert store.stats()["records"] == 0
 
 
-def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
+def test_slow_steps_are_no_reason_to_give_up(make, store, small_steps):
     """Only a store without progress uses up the patience, however long the whole takes."""
-    monkeypatch.setattr("lmcache_mm.transfer.STAGING_BYTES", 1)
-    monkeypatch.setattr("lmcache_mm.transfer.SLOTS_BYTES", 1)
     kv, patience_s = layers(), 2.0
     chunks = chunks_of(*([page] for page in range(10)))
     _, transfer = make(kv)
@@ -123,7 +121,7 @@ def test_slow_steps_are_no_reason_to_give_up(make, store, monkeypatch):
     other.close()
 
 
-def test_an_error_of_the_store_is_the_jobs(make, store, monkeypatch):
+def test_an_error_of_the_store_is_the_jobs(make, store):
     kv = layers()
     gate, transfer = make(kv)
 
@@ -141,9 +139,7 @@ def test_a_transfer_closes_in_time_over_a_store_that_hangs(make, store):
     gate, transfer = make(layers(), hangs(store, "load"))
     transfer.load(chunks_of([1]), b"")
     assert gate.reached.wait(10)
-    begun = time.monotonic()
-    transfer.close(PATIENCE_S)
-    assert time.monotonic() - begun < 5
+    assert not transfer.close(PATIENCE_S)
 
 
 def test_a_lane_that_is_gone_or_closed_leaves_no_thread():

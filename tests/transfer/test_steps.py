@@ -4,10 +4,8 @@ import threading
 import time
 
 import pytest
-import torch
 
-from jobs import PAGE_TOKENS, Gate, chunks_of, layers, layout_of
-from lmcache_mm.copies import HostCopies
+from jobs import PAGE_TOKENS, Gate, are_equal, chunks_of, layers, layout_of
 from lmcache_mm.lane import Abandoned
 from lmcache_mm.stores import open_store
 from lmcache_mm.transfer import Transfer
@@ -35,61 +33,51 @@ def in_steps(monkeypatch):
     transfer.close()
 
 
-def test_a_step_is_read_while_the_one_before_is_scattered(in_steps, monkeypatch):
+def test_a_step_is_read_while_the_one_before_is_scattered(in_steps, at_each_copy):
     kv, transfer, gate, happened, tell, wait_for = in_steps
     chunks = chunks_of([3, 1], [0, 4], [11, 2], [5, 6])
     want = kv.clone()
     assert transfer.store(chunks, b"").result() == 4 * 2 * PAGE_TOKENS
     kv.zero_()
-    scatter = HostCopies._copy
 
     def read(*arguments):
         tell("read")
         return gate.store.get_into(*arguments)
 
-    def scatter_late(*arguments):
-        tell("scatter")
+    def is_read_ahead():
         assert wait_for("read", min(len(chunks), happened.count("scatter") + 1))
-        return scatter(*arguments)
 
     gate.get_into = read
-    monkeypatch.setattr(HostCopies, "_copy", scatter_late)
+    at_each_copy(lambda: tell("scatter"), is_read_ahead)
     assert transfer.load(chunks, b"").result() == len(chunks)
-    for chunk in chunks:
-        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+    assert are_equal(kv, want, chunks)
     gate.store.delete([chunks[1].key])
     del happened[:]
-    monkeypatch.setattr(HostCopies, "_copy", scatter)
+    at_each_copy()
     assert transfer.load(chunks, b"").result() == 1
     assert happened == ["read", "read"]  # nothing is read behind what is missing
 
 
-def test_a_step_is_put_while_the_next_one_is_gathered(in_steps, monkeypatch):
+def test_a_step_is_put_while_the_next_one_is_gathered(in_steps, at_each_copy):
     kv, transfer, gate, happened, tell, wait_for = in_steps
     chunks = chunks_of([3, 1], [0, 4], [11, 2], [5, 6])
     want = kv.clone()
-    gather = HostCopies._copy
 
     def put_late(*arguments):
         tell("put")
         assert wait_for("gather", min(len(chunks), happened.count("put") + 1))
         gate.store.put(*arguments)
 
-    def gather_and_tell(*arguments):
-        tell("gather")
-        return gather(*arguments)
-
     gate.put = put_late
-    monkeypatch.setattr(HostCopies, "_copy", gather_and_tell)
+    at_each_copy(lambda: tell("gather"))
     assert transfer.store(chunks, b"").result() == 4 * 2 * PAGE_TOKENS
     kv.zero_()
     assert transfer.load(chunks, b"").result() == len(chunks)
-    for chunk in chunks:
-        assert torch.equal(kv[:, chunk.pages], want[:, chunk.pages])
+    assert are_equal(kv, want, chunks)
 
 
 @pytest.mark.parametrize("direction", ["load", "store"])
-def test_a_job_that_fails_keeps_its_memory_while_the_store_uses_it(in_steps, direction, monkeypatch):
+def test_a_job_that_fails_keeps_its_memory_while_the_store_uses_it(in_steps, direction, at_each_copy):
     """The next job would fill or read the same memory."""
     _, transfer, gate, happened, tell, wait_for = in_steps
     chunks = chunks_of([3, 1], [0, 4], [11, 2])
@@ -97,7 +85,7 @@ def test_a_job_that_fails_keeps_its_memory_while_the_store_uses_it(in_steps, dir
     if direction == "store":
         gate.store.delete([chunk.key for chunk in chunks])
     name = "get_into" if direction == "load" else "put"
-    method, copied, copy = getattr(gate.store, name), [], HostCopies._copy
+    method, copied = getattr(gate.store, name), []
     hangs_at = 2 if direction == "load" else 1
 
     def hang(*arguments):
@@ -105,15 +93,14 @@ def test_a_job_that_fails_keeps_its_memory_while_the_store_uses_it(in_steps, dir
         assert happened.count(name) < hangs_at or gate.open.wait(30)
         return method(*arguments)
 
-    def fail(*arguments):
+    def fail():
         copied.append(1)
         if len(copied) == 3 - hangs_at:
             assert wait_for(name, hangs_at)
             raise OSError("it fails here")
-        return copy(*arguments)
 
     setattr(gate, name, hang)
-    monkeypatch.setattr(HostCopies, "_copy", fail)
+    at_each_copy(fail)
     job = getattr(transfer, direction)(chunks, b"")
     assert wait_for(name, hangs_at)
     time.sleep(0.05)
