@@ -55,7 +55,7 @@ soak: $(VENV)/built $(VENV)/vllm
 fuzz:
 	mkdir -p build/corpus
 	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
-	  tests/slab/slab_fuzz.cpp csrc/slab_index.cpp -o build/slab_fuzz
+	  tests/slab/fuzz.cpp csrc/slab_index.cpp -o build/slab_fuzz
 	build/slab_fuzz -max_total_time=$(FUZZ_S) -timeout=10 -len_control=0 -max_len=512 build/corpus
 
 bench: $(VENV)/built $(VENV)/vllm

@@ -2,7 +2,7 @@
 
     python tests/soak.py --kills 10000 --stops 10000 --schedules 1000000 --json soak.json
 
-First the index of slabs runs under the simulator (tests/slab/slab_simulation.cpp), then real processes use shm:, file:,
+First the index of slabs runs under the simulator (tests/slab/simulation.cpp), then real processes use shm:, file:,
 tiered:, valkey: and peer:, in phases of some hundred signals, some of which hit a worker while it changes an index.
 After each phase all processes are dead; records that were accepted and flushed must exist with the right payload, and
 all room must be accounted for. In a tight phase records are evicted all the time; in a roomy phase never, so that a
@@ -473,7 +473,7 @@ def simulate(schedules: int, seed: int, say: Callable[[str], None]) -> list[dict
     rows, csrc = [], REPO / "csrc"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "slab_simulation"
-        files = [REPO / "tests" / "slab" / "slab_simulation.cpp", csrc / "slab_index.cpp"]
+        files = [REPO / "tests" / "slab" / "simulation.cpp", csrc / "slab_index.cpp"]
         must_run([CXX, "-std=c++17", "-O2", "-DLMC_SLAB_HOOK", f"-I{csrc}", *files, "-o", program])
         for mode, share in (("kills", 0.5), ("cuts", 0.3), ("damage", 0.2)):
             arguments = [program, mode, str(seed), str(round(schedules * share)), "300"]

@@ -34,14 +34,14 @@ def store(kind, directory):
 
 @pytest.fixture(scope="session")
 def simulation(tmp_path_factory):
-    """Builds slab_simulation.cpp on request: with another slab_index.cpp, or other flags."""
+    """Builds simulation.cpp on request: with another slab_index.cpp, or other flags."""
     if shutil.which(CXX) is None:
         pytest.skip(f"no {CXX}")
     folder = tmp_path_factory.mktemp("simulation")
 
     def build(index=REPO / "csrc" / "slab_index.cpp", *flags):
         objects = []
-        for source in (REPO / "tests" / "slab" / "slab_simulation.cpp", index):
+        for source in (REPO / "tests" / "slab" / "simulation.cpp", index):
             name = "".join(c if c.isalnum() else "_" for c in f"{source}{flags}")
             objects.append(folder / f"{name}.o")
             if not objects[-1].exists():

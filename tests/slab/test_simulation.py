@@ -76,7 +76,7 @@ def test_pins_and_evictions_that_meet_are_free_of_races(original, replacement, t
     (tmp_path / "slab_table.h").write_text(source.replace(original, replacement, 1) if original else source)
     program = tmp_path / "driver"
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=thread", f"-I{tmp_path}"]
-    must_run([CXX, *flags, REPO / "tests" / "slab" / "slab_table_driver.cpp", "-o", program])
+    must_run([CXX, *flags, REPO / "tests" / "slab" / "table_driver.cpp", "-o", program])
     if original:
         assert any(run([program]).returncode for _ in range(100))  # a run in three meets the race on a busy machine
     else:
