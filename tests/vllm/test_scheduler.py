@@ -200,10 +200,10 @@ def test_no_exception_leaves_a_hook_whatever_a_request_holds(vllm, fields):
     vllm.identified()
     vllm.step(request)
     vllm.scheduler.plan_load(request, (list(range(1, 100)),), 1)
-    (load, _) = vllm.scheduler._loading.popitem()[1]
+    (load, _) = vllm.scheduler._loading._under_way.popitem()[1]
     assert load.request_id == "junk"
     assert load.records
-    vllm.scheduler._planned.clear()
+    vllm.scheduler._loading.take_planned()
     request.go_on(3)
     vllm.step(request)
     assert vllm.scheduler.promise(request) in (None, {"lmcache_mm": {"wait": True}})

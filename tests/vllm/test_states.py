@@ -352,9 +352,9 @@ def test_a_record_that_is_lost_between_match_and_load_costs_the_hit(engine, url,
     def lose(*arguments: Any) -> None:
         plan_load(*arguments)
         asked.append(arguments)
-        ((load, release),) = scheduler._loading.values()
+        ((load, release),) = scheduler._loading._under_way.values()
         release()
-        scheduler._loading[load.serial] = (load, lambda: None)
+        scheduler._loading._under_way[load.serial] = (load, lambda: None)
         tables = {one.state_table} if lost == "state" else {0}
         found = [record for record in load.records if record.table in tables]
         with closing(open_store(url)) as store:
@@ -418,15 +418,15 @@ def test_a_state_is_saved_where_no_record_is(engine, url):
     one = engine("small states")
     ends_of(one, 256)
     lost = {key for key in one.saved if int.from_bytes(key[32:34], "little") // 256 == one.state_table}
-    connector = one.scheduler.connector._scheduler
-    save_of = connector._save_of
+    saving = one.scheduler.connector._scheduler._saving
+    plan = saving.plan
 
     def save_states_only(ours: Any, scheduled: int, step: Any) -> Any:
-        tracker = connector._tracker(ours)
+        tracker = ours.identified()
         tracker.stored_tokens = max(tracker.stored_tokens, 256)
-        return save_of(ours, scheduled, step)
+        return plan(ours, scheduled, step)
 
-    connector._save_of = save_states_only
+    saving.plan = save_states_only
     with closing(open_store(url)) as store:
         store.delete(sorted(lost))
     one.saved -= lost
