@@ -12,11 +12,12 @@ from lmcache_mm import ops
 from lmcache_mm.codec import of_layout as codec_of_layout
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
+from lmcache_mm.payloads import Chunk
 from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
-from lmcache_mm.transfer import Chunk, Transfer
+from lmcache_mm.transfer import Transfer
 
 
 @dataclass(frozen=True)

@@ -10,24 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from lmcache_mm import codec, ops
-from lmcache_mm.copies import (
-    Copies,
-    HostCopies,
-    Part,
-    Ring,
-    current_event,
-    current_stream,
-    ending,
-    whole_pages,
-)
+from lmcache_mm.copies import Copies, current_event, whole_pages
 from lmcache_mm.job import Job
 from lmcache_mm.lane import EXIT_S, Lane, Work, close_at_exit
 from lmcache_mm.layout import KVLayout
+from lmcache_mm.payloads import Chunk, Payloads
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import SlotStore, Store
 
@@ -36,15 +27,6 @@ if TYPE_CHECKING:
 
 STAGING_BYTES = 16 << 20  # least staging memory for the payloads of one step
 SLOTS_BYTES = 256 << 20  # most bytes of slots held at once
-
-
-class Chunk(NamedTuple):
-    """The pages of `tokens` consecutive tokens, stored under one key."""
-
-    key: bytes
-    pages: torch.Tensor  # block ids, int64 on the host; -1: skip the page
-    tokens: int
-    repeated: int = 0  # how many of these tokens an earlier chunk of the prompt has too, a tail
 
 
 class Transfer:
@@ -68,15 +50,9 @@ class Transfer:
         # Memory for the payloads of a step and of the next, each used by one job at a time.
         self._load_staging, self._store_staging = self._staging(2), self._staging(2)
         self._by_layer: weakref.WeakSet[Work] = weakref.WeakSet()  # stores by layers
-        self._loading, self._storing = (
-            Ring(layout, largest, urgent) if layout.device.type == "cuda" else HostCopies(layout)
-            for urgent in (True, False)
-        )
-        self._coded = coding is not None
+        self._payloads = Payloads(layout, largest, coding is not None)
         self._raw_bytes = self._stored_bytes = 0  # of stored chunks, before and after coding, since they were taken
         self._counting = threading.Lock()
-        self._planes = len(layout.planes)
-        self._ends = sorted({*layout.planes_until.values(), self._planes})  # where each layer's planes end
         if layout.device.type == "cuda" and isinstance(store, SlotStore):
             store.register(layout.device.index)
         self._loads, self._stores = Lane("lmcache_mm load"), Lane("lmcache_mm store")
@@ -188,7 +164,8 @@ class Transfer:
 
     def _tell(self, direction: str, since: float, chunks: Sequence[Chunk]) -> None:
         if self._moved and chunks:
-            self._moved(direction, time.perf_counter() - since, sum(self._payload_bytes(chunk) for chunk in chunks))
+            size = sum(self._payloads.raw_bytes(chunk) for chunk in chunks)
+            self._moved(direction, time.perf_counter() - since, size)
 
     def _load_slots(
         self, work: Work, behind: Any, step: list[Chunk], owner: bytes, by_layer: list[Copies] | None, whole: bool
@@ -203,9 +180,8 @@ class Transfer:
                 return 0
             there = [slot for slot in slots[:good] if slot]
             views = [torch.from_numpy(store.view(slot)) for slot in there]
-            found = self._scatter(work, behind, step[:good], views, coded[:good], True, by_layer)
-            expected = [slot.checksum for slot in there]
-            matches = self._matches(step[:good], views, coded[:good], found, expected)
+            sums = [slot.checksum for slot in there]
+            matches = self._payloads.scatter(work, behind, step[:good], views, coded[:good], sums, by_layer)
             for slot, match in zip(there, matches, strict=True):
                 if not match:
                     store.discard(slot)
@@ -217,73 +193,17 @@ class Transfer:
         self, store: SlotStore, step: list[Chunk], owner: bytes, lent: list[Slot]
     ) -> tuple[list[Slot | None], list[bool]]:
         """The slot of each chunk, and whether its payload is coded. Also appends the slots found to `lent`."""
-        sizes = [self._coded_bytes(chunk) for chunk in step]
-        first = [size or self._payload_bytes(chunk) for size, chunk in zip(sizes, step, strict=True)]
+        sizes = [self._payloads.coded_bytes(chunk) for chunk in step]
+        first = [size or self._payloads.raw_bytes(chunk) for size, chunk in zip(sizes, step, strict=True)]
         slots = store.lend([chunk.key for chunk in step], first, owner)
         lent += [slot for slot in slots if slot]
         again = [i for i, size in enumerate(sizes) if size and not slots[i]]
         if again:  # what did not fit is raw
-            keys, raw = [step[i].key for i in again], [self._payload_bytes(step[i]) for i in again]
+            keys, raw = [step[i].key for i in again], [self._payloads.raw_bytes(step[i]) for i in again]
             for i, slot in zip(again, store.lend(keys, raw, owner), strict=True):
                 slots[i], sizes[i] = slot, None
                 lent += [slot] if slot else []
         return slots, [size is not None for size in sizes]
-
-    def _matches(
-        self,
-        chunks: list[Chunk],
-        payloads: list[torch.Tensor],
-        coded: list[bool],
-        found: list[int],
-        expected: Sequence[int | None],
-    ) -> list[bool]:
-        """Whether each payload is what was stored. found: checksums of what the pages now hold; expected: checksums of
-        raw payloads, None for those that the store has verified."""
-        matches = []
-        for i, chunk in enumerate(chunks):
-            if coded[i]:
-                header = payloads[i][: codec.HEADER_BYTES].numpy().tobytes()
-                matches.append(header == codec.header(found[i], self._payload_bytes(chunk)))
-            else:
-                matches.append(expected[i] is None or found[i] == expected[i])
-        return matches
-
-    def _scatter(
-        self,
-        work: Work,
-        behind: Any,
-        chunks: list[Chunk],
-        payloads: list[torch.Tensor],
-        coded: list[bool],
-        checksums: bool,
-        by_layer: list[Copies] | None,
-    ) -> list[int]:
-        """Fills pages. by_layer: takes the copies, for callers that wait for layers; copies then go layer by layer.
-        Returns the payloads' checksums, if `checksums`."""
-        ends, on_the_way = self._layers(by_layer is not None)
-        sums: list[int] = []
-
-        def scatter(_: int) -> bool:
-            parts = self._parts(chunks, payloads, whole_pages=True, coded=coded)
-            if any(coded):
-                copies = self._loading.load(parts, ends, True, behind, coded)
-            else:
-                copies = self._loading.load(parts, ends, checksums and on_the_way, behind)
-            with ending(copies):
-                if by_layer is not None:
-                    by_layer.append(copies)
-                    work.advance()
-                copies.go_on(self._planes)
-                sums.extend(copies.wait())
-            return True
-
-        work.touch_pages(scatter)
-        return sums if on_the_way or not checksums else [ops.checksum(payload) for payload in payloads]
-
-    def _layers(self, by_layer: bool) -> tuple[list[int], bool]:
-        """Where each layer's planes end (one end for all planes if not `by_layer`); and whether copies can compute
-        checksums, which requires that each layer's part of a payload begins at a checksum lane."""
-        return (self._ends, self.layout.page_bytes % codec.LANE_BYTES == 0) if by_layer else ([self._planes], True)
 
     def _load_staged(
         self, work: Work, behind: Any, steps: list[list[Chunk]], owner: bytes, by_layer: list[Copies] | None
@@ -301,8 +221,8 @@ class Transfer:
             try:
                 there = step[: len(payloads)]
                 layers = by_layer if step is steps[-1] else None
-                sums = self._scatter(work, behind, there, payloads, coded, any(coded), layers)
-                matches = self._matches(there, payloads, coded, sums, [None] * len(there))
+                unknown = [None] * len(there)
+                matches = self._payloads.scatter(work, behind, there, payloads, coded, unknown, layers)
                 if damaged := [chunk.key for chunk, match in zip(there, matches, strict=True) if not match]:
                     self._store.delete(damaged)
             finally:
@@ -317,8 +237,8 @@ class Transfer:
 
     def _read(self, step: list[Chunk], staging: torch.Tensor, owner: bytes) -> tuple[list[torch.Tensor], list[bool]]:
         """The payloads of the chunks up to the first that is missing, and whether each is coded."""
-        places = self._payloads(step, staging)
-        sizes = [self._coded_bytes(chunk) for chunk in step]
+        places = self._places(step, staging)
+        sizes = [self._payloads.coded_bytes(chunk) for chunk in step]
         payloads = [place[:size] for place, size in zip(places, sizes, strict=True)]
         found = self._get(step, payloads, owner)
         again = [i for i, size in enumerate(sizes) if size and not found[i]]
@@ -349,7 +269,7 @@ class Transfer:
             whole = [chunk for chunk, there in zip(whole, present, strict=True) if not there]
         steps = [whole] if by_layer and self._in_place and whole else list(self._steps(whole))
         begun: list[float] = []
-        gathers = [partial(self._gather, work, behind, by_layer, begun, step is steps[-1]) for step in steps]
+        gathers = [partial(self._payloads.gather, work, behind, by_layer, begun, step is steps[-1]) for step in steps]
         if self._in_place:
             slots = [self._store_slots(step, owner, as_of, gather) for step, gather in zip(steps, gathers, strict=True)]
             stored = [one for of_step in slots for one in of_step]
@@ -361,14 +281,14 @@ class Transfer:
         if begun:
             self._tell("store", begun[0], [chunk for chunk, _ in stored])
         with self._counting:
-            self._raw_bytes += sum(self._payload_bytes(chunk) for chunk, _ in stored)
+            self._raw_bytes += sum(self._payloads.raw_bytes(chunk) for chunk, _ in stored)
             self._stored_bytes += sum(size for _, size in stored)
         return sum(chunk.tokens - chunk.repeated for chunk, _ in stored)
 
     def _store_slots(self, step: list[Chunk], owner: bytes, as_of: int, gather: _Gather) -> list[_Stored]:
         """Gathers the chunks that the store has room for, directly into its slots."""
         store = cast(SlotStore, self._store)
-        sizes = [self._coded_bytes(chunk) or self._payload_bytes(chunk) for chunk in step]
+        sizes = [self._payloads.coded_bytes(chunk) or self._payloads.raw_bytes(chunk) for chunk in step]
         slots = store.reserve([chunk.key for chunk in step], sizes, owner, as_of)
         chunks = [chunk for chunk, slot in zip(step, slots, strict=True) if slot]
         reserved: list[Slot | None] = [slot for slot in slots if slot]
@@ -383,7 +303,7 @@ class Transfer:
             for i in misfits:
                 reserved[i] = None
             store.abandon(given_up)
-            keys, raw_sizes = [chunks[i].key for i in misfits], [self._payload_bytes(chunks[i]) for i in misfits]
+            keys, raw_sizes = [chunks[i].key for i in misfits], [self._payloads.raw_bytes(chunks[i]) for i in misfits]
             for i, slot in zip(misfits, store.reserve(keys, raw_sizes, owner, as_of), strict=True):
                 reserved[i] = slot
             return [view(reserved[i]) for i in misfits]
@@ -428,112 +348,19 @@ class Transfer:
 
     def _fill(self, staging: torch.Tensor, step: list[Chunk], gather: _Gather) -> tuple[list[torch.Tensor], list[int]]:
         """Gathers the chunks into staging memory. Returns the payloads and their checksums."""
-        places = self._payloads(step, staging)
+        places = self._places(step, staging)
         views: list[torch.Tensor | None] = [
-            place[: self._coded_bytes(chunk)] for place, chunk in zip(places, step, strict=True)
+            place[: self._payloads.coded_bytes(chunk)] for place, chunk in zip(places, step, strict=True)
         ]
         gathered, sums = gather(step, views, lambda misfits: [places[i] for i in misfits])
         return [payload for payload in gathered if payload is not None], sums
-
-    def _gather(
-        self,
-        work: Work,
-        behind: Any,
-        by_layer: bool,
-        begun: list[float],
-        last: bool,
-        chunks: list[Chunk],
-        payloads: list[torch.Tensor | None],
-        raw: Callable[[list[int]], list[torch.Tensor | None]],
-    ) -> tuple[list[torch.Tensor | None], list[int]]:
-        """Fills host memory with the chunks' payloads, layer by layer as layers are written if `by_layer`. Returns the
-        payloads and their checksums. raw: returns memory for raw payloads of chunks that do not fit their coded ones,
-        None for those without room. begun: receives the time at which the first page is read."""
-        ends, on_the_way = self._layers(by_layer)
-        given = [payload for payload in payloads if payload is not None]
-        coded = [self._coded_bytes(chunk) is not None for chunk in chunks]
-        parts = self._parts(chunks, given, self.layout.opaque, coded)
-        store = self._storing.store
-        copies = store(parts, ends, True, coded) if self._coded else store(parts, ends, on_the_way)
-        sums: list[int] = []
-
-        def gather(planes: int) -> bool:
-            if not begun:
-                begun.append(time.perf_counter())
-            written = work.written or (current_event(self.layout.device) if work.early else behind)
-            copies.go_on(planes, written)
-            if planes < self._planes:
-                return False
-            if self._coded:  # waits, also for early work: what does not fit is read again
-                sums[:] = self._finish_coded(chunks, payloads, coded, copies.wait(), raw)
-            elif work.early:  # the caller's thread continues; its stream is ordered after the reads
-                copies.order(current_stream(self.layout.device), self._planes)
-            else:
-                copies.wait()
-            return True
-
-        with ending(copies):
-            work.touch_pages(gather, last)
-            if not self._coded:
-                sums = copies.wait()
-        return payloads, sums if on_the_way else [ops.checksum(payload) for payload in given]
-
-    def _finish_coded(
-        self,
-        chunks: list[Chunk],
-        payloads: list[torch.Tensor | None],
-        coded: list[bool],
-        found: list[int],
-        raw: Callable[[list[int]], list[torch.Tensor | None]],
-    ) -> list[int]:
-        """Completes coded payloads, and replaces those that do not fit with raw ones. Returns the checksums."""
-        sums, misfits = [], []
-        for i, (chunk, payload) in enumerate(zip(chunks, payloads, strict=True)):
-            raw_sum, tiles_sum, unfit = found[codec.SUMS * i : codec.SUMS * (i + 1)]
-            if unfit:
-                misfits.append(i)
-            if coded[i] and payload is not None and not unfit:
-                raw_sum = codec.put_header(payload, raw_sum, tiles_sum, self._payload_bytes(chunk))
-            sums.append(raw_sum)
-        if misfits:
-            for i, payload in zip(misfits, raw(misfits), strict=True):
-                payloads[i] = payload
-            there = [(i, payload) for i in misfits if (payload := payloads[i]) is not None]
-            again, places = [chunks[i] for i, _ in there], [payload for _, payload in there]
-            parts = self._parts(again, places, self.layout.opaque)
-            copies = self._storing.store(parts, [self._planes], True)
-            copies.go_on(self._planes)
-            for (i, _), total in zip(there, copies.wait(), strict=True):
-                sums[i] = total
-        return sums
-
-    def _parts(
-        self, chunks: list[Chunk], payloads: list[torch.Tensor], whole_pages: bool, coded: Sequence[bool] = ()
-    ) -> list[Part]:
-        """The chunks and payloads as copies take them."""
-        size = self.layout.page_tokens
-        places = [payload.data_ptr() for payload in payloads]
-        for i, behind_header in enumerate(coded):
-            places[i] += codec.HEADER_BYTES if behind_header else 0
-        return [
-            (pages.data_ptr(), True, len(pages), len(pages) * size if whole_pages else tokens, place, 0)
-            for (_, pages, tokens, _), place in zip(chunks, places, strict=True)
-        ]
-
-    def _payload_bytes(self, chunk: Chunk) -> int:
-        return self.layout.payload_bytes(len(chunk.pages))
-
-    def _coded_bytes(self, chunk: Chunk) -> int | None:
-        """The length of the chunk's coded payload; None if it is always stored raw."""
-        plane_bytes = len(chunk.pages) * self.layout.page_bytes
-        return codec.coded_bytes(self._planes, plane_bytes) if self._coded else None
 
     def _steps(self, chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
         """The chunks in steps, each of one chunk or of at most as many bytes as there is memory for."""
         step: list[Chunk] = []
         room = self._step_bytes
         for chunk in chunks:
-            size = whole_pages(self._payload_bytes(chunk))
+            size = whole_pages(self._payloads.raw_bytes(chunk))
             if step and size > room:
                 yield step
                 step, room = [], self._step_bytes
@@ -542,12 +369,12 @@ class Transfer:
         if step:
             yield step
 
-    def _payloads(self, step: list[Chunk], staging: torch.Tensor) -> list[torch.Tensor]:
+    def _places(self, step: list[Chunk], staging: torch.Tensor) -> list[torch.Tensor]:
         """The payload of each chunk in staging memory, page-aligned for disks."""
         payloads = []
         begin = 0
         for chunk in step:
-            size = self._payload_bytes(chunk)
+            size = self._payloads.raw_bytes(chunk)
             payloads.append(staging[begin : begin + size])
             begin += whole_pages(size)
         return payloads

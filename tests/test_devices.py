@@ -198,7 +198,7 @@ def test_every_path_restores_what_was_stored(paths: Paths, tmp_path):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
     loop = Loop(torch.device("cuda", 0), store)
     prompt, ids = lmc.Prompt([1] * 48), torch.randperm(64)[:12]
-    for ring in (loop.cache._transfer._loading, loop.cache._transfer._storing):
+    for ring in (loop.cache._transfer._payloads._loading, loop.cache._transfer._payloads._storing):
         ring.paths = paths
     with loop.on_stream:
         loop.compute(48, ids, 1.0)

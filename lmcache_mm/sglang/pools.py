@@ -13,9 +13,10 @@ from blake3 import blake3
 from lmcache_mm.cache import record_key
 from lmcache_mm.lane import Lane, Work
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
+from lmcache_mm.payloads import Chunk
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
-from lmcache_mm.transfer import Chunk, Transfer
+from lmcache_mm.transfer import Transfer
 
 PAGE_CONTEXT = "lmcache_mm v1 sglang page"
 STEP_BYTES = 16 << 20  # most bytes of pages moved by value at once

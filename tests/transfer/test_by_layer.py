@@ -223,7 +223,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
     kv = layers(row=row)
     chunks = chunks_of([3, 1, 7], [0, 11])
     _, transfer = make(kv)
-    storing = transfer._storing = Late(transfer.layout)
+    storing = transfer._payloads._storing = Late(transfer.layout)
     want = layers(row=row, seed=1)
     job = transfer.store(chunks, b"", by_layer=True)
     for i, layer in enumerate(kv):
@@ -232,7 +232,7 @@ def test_layers_are_waited_for_by_the_stream_where_copies_run_late(make, store, 
     assert storing.ordered == [2]  # with the last layer, whose reads come last
     kv.zero_()
     assert job.result(10) == 20
-    loading = transfer._loading = Late(transfer.layout)
+    loading = transfer._payloads._loading = Late(transfer.layout)
     job = transfer.load(chunks, b"", by_layer=True)
     for i in range(3):
         assert job.layer_ready(f"layer{i}", 10)
@@ -264,7 +264,7 @@ def test_stores_by_layers_of_one_forward_pass_are_written_in_turn(make, row):
 def test_room_is_given_back_behind_the_copies_into_it(tmp_path):
     store, remove = new_store("shm", tmp_path, capacity="4MiB")
     transfer = Transfer(layout_of(layers()), store, 1 << 16)
-    late = transfer._storing = Late(transfer.layout)
+    late = transfer._payloads._storing = Late(transfer.layout)
     job = transfer.store(chunks_of([3, 1, 7]), b"", by_layer=True)
     assert job.layer_written("layer0", 10)
     made_before = []
@@ -286,7 +286,7 @@ def test_a_load_by_layers_that_fails_in_between_leaves_its_pages_first(make, row
     _, transfer = make(kv)
     transfer.store(chunks, b"").result()
     kv.zero_()
-    late = transfer._loading = Late(transfer.layout, fails_at=2)
+    late = transfer._payloads._loading = Late(transfer.layout, fails_at=2)
     job = transfer.load(chunks, b"", by_layer=True)
     with pytest.raises(ZeroDivisionError):
         job.result(10)

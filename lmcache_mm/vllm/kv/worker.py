@@ -18,9 +18,10 @@ from lmcache_mm.cache import record_key
 from lmcache_mm.job import Job
 from lmcache_mm.lane import Abandoned
 from lmcache_mm.layout import KVLayout, fingerprint_of_groups
+from lmcache_mm.payloads import Chunk
 from lmcache_mm.stores import kind_of, open_store
 from lmcache_mm.stores.store import Store
-from lmcache_mm.transfer import Chunk, Transfer
+from lmcache_mm.transfer import Transfer
 from lmcache_mm.vllm.api import (
     KVCacheConfig,
     KVConnectorBase_V1,
