@@ -11,7 +11,7 @@ import torch
 
 import lmcache_mm as lmc
 from bench_copies import memcpy
-from lmcache_mm import ops
+from lmcache_mm import operands
 from lmcache_mm.commands import cli
 
 LAYERS, KV_HEADS, HEAD_DIM, PAGE_TOKENS, TOKENS = 28, 2, 128, 16, 4096
@@ -46,13 +46,13 @@ def filled(request):
 
 @pytest.fixture(scope="module")
 def pool():
-    with ThreadPoolExecutor(ops.THREADS) as pool:
+    with ThreadPoolExecutor(operands.THREADS) as pool:
         yield pool
 
 
 def memcpy_of(size: int, pool: ThreadPoolExecutor):
     source, to = torch.ones(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
-    return {"memcpy": lambda: memcpy(to, source, ops.THREADS, pool)}
+    return {"memcpy": lambda: memcpy(to, source, operands.THREADS, pool)}
 
 
 def test_match(benchmark, filled):

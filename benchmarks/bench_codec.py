@@ -19,7 +19,7 @@ import lmcache_mm as lmc
 import real_kv
 from bench_peer import CONNECTIONS
 from bench_remote import servers
-from lmcache_mm import _C, codec, ops
+from lmcache_mm import _C, codec, operands
 from lmcache_mm.commands import cli
 from lmcache_mm.stores import open_store
 from rivals import byte_codecs
@@ -40,7 +40,7 @@ def kv() -> list[torch.Tensor]:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "THREADS", 1)
+    monkeypatch.setattr(operands, "THREADS", 1)
 
 
 @pytest.mark.parametrize("simd", _C.simd_variants())

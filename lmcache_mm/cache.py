@@ -12,6 +12,7 @@ from lmcache_mm import ops
 from lmcache_mm.codec import of_layout as codec_of_layout
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
+from lmcache_mm.operands import Ids, ids_tensor
 from lmcache_mm.payloads import Chunk
 from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
 from lmcache_mm.stores import open_store
@@ -118,7 +119,7 @@ class KVCache:
         present = self.backend.contains([record.key for record in records])
         return chain((r for r, there in zip(records, present, strict=True) if there), self.chunk_tokens)
 
-    def retrieve(self, prompt: Prompt, block_ids: ops.Ids, hit: int | None = None, by_layer: bool = False) -> Job[int]:
+    def retrieve(self, prompt: Prompt, block_ids: Ids, hit: int | None = None, by_layer: bool = False) -> Job[int]:
         """Scatters the KV of the first `hit` tokens (the result of `match`, or less; None: all that the store has) into
         the pages.
 
@@ -151,7 +152,7 @@ class KVCache:
         restored.when_done(lambda tokens: self._count(restored_tokens=tokens))
         return restored
 
-    def store(self, prompt: Prompt, block_ids: ops.Ids, by_layer: bool = False) -> Job[int]:
+    def store(self, prompt: Prompt, block_ids: Ids, by_layer: bool = False) -> Job[int]:
         """Gathers the KV of `prompt` that the store lacks. The result: for a store on this host, how many tokens of the
         prompt it now holds that it did not hold before; for a store elsewhere, how many were handed to it. A token in
         several records, as the last item's tail and the prompt's tail, counts once.
@@ -204,9 +205,9 @@ class KVCache:
             for end, key in zip(ends, keys, strict=True)
         ]
 
-    def _pages(self, block_ids: ops.Ids, tokens: int) -> torch.Tensor:
+    def _pages(self, block_ids: Ids, tokens: int) -> torch.Tensor:
         """A checked copy of the block ids of the first `tokens` tokens: int64, on the host."""
-        pages = ops.ids_tensor("block_ids", block_ids)
+        pages = ids_tensor("block_ids", block_ids)
         needed = -(-tokens // self.layout.page_tokens)
         if len(pages) < needed:
             raise ValueError(f"block_ids: expected {needed} pages for {tokens} tokens, got {len(pages)}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, operands, ops
 from lmcache_mm.layout import KVLayout
 
 SPLIT = "split"
@@ -93,6 +93,6 @@ def _copy(copy: Any, raw: torch.Tensor, coded: torch.Tensor) -> Sequence[int]:
     first = torch.zeros(1, dtype=torch.int64)
     sums = torch.empty(SUMS, dtype=torch.uint64)
     chunk = (first.data_ptr(), True, 1, 1, coded.data_ptr() + HEADER_BYTES, 0)
-    copy(page, [chunk], sums.data_ptr(), ops.THREADS)
+    copy(page, [chunk], sums.data_ptr(), operands.THREADS)
     result: list[int] = sums.tolist()
     return result

@@ -13,7 +13,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
-from lmcache_mm import _C, codec, ops, transfer_paths
+from lmcache_mm import _C, codec, operands, ops, transfer_paths
 from lmcache_mm.layout import KVLayout
 
 RING_BUFFERS, RING_BUFFER_BYTES = 3, 16 << 20  # in GPU memory, per direction
@@ -109,7 +109,7 @@ class HostCopies:
         for ids, wide, count, tokens, payload, _ in parts:
             offset = begin * count * layout.page_bytes
             of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
-        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, ops.THREADS)
+        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, operands.THREADS)
         return cast(list[int], sums.tolist())
 
     def _copy_coded(
@@ -130,7 +130,7 @@ class HostCopies:
                 at = payload + begin * _C.coded_plane_bytes(plane_bytes)
                 of_layer.append((ids, wide, count, tokens, at, begin * plane_bytes))
         made = torch.empty(len(of_layer), codec.SUMS, dtype=torch.uint64)
-        copy_coded(layout.compiled, of_layer, made.data_ptr(), ops.THREADS)
+        copy_coded(layout.compiled, of_layer, made.data_ptr(), operands.THREADS)
         is_coded_chunk = torch.tensor(list(coded), dtype=torch.bool)
         sums.view(torch.int64)[is_coded_chunk] = made.view(torch.int64)
         raw = [part for part, is_coded in zip(parts, coded, strict=True) if not is_coded]

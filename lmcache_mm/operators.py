@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lmcache_mm.layout import KVLayout
+from lmcache_mm.operands import checked_root, offset_and_length
 from lmcache_mm.prompt import Item, checked_items
 
 Tensors = Sequence[torch.Tensor]
@@ -113,7 +114,7 @@ def define(operations: ModuleType) -> None:
 def apply_mm_hashes_to_token_ids(
     token_ids: torch.Tensor, mm_hashes: Any, mm_positions: Any, *rest: Any
 ) -> torch.Tensor:
-    positions = [ops._offset_and_length(i, position) for i, position in enumerate(mm_positions)]
+    positions = [offset_and_length(i, position) for i, position in enumerate(mm_positions)]
     offsets, lengths = [offset for offset, _ in positions], [length for _, length in positions]
     torch.ops.lmcache_mm.apply_mm_hashes(token_ids, mm_hashes, offsets, lengths, *rest)
     return token_ids
@@ -122,7 +123,7 @@ def apply_mm_hashes_to_token_ids(
 def prefix_keys(token_ids: Any, items: Any, root: bytes, cuts: Any, validate: bool) -> torch.Tensor:
     items = checked_items(items)
     fields = [[getattr(item, name) for item in items] for name in ("identifier", "offset", "length", "modality")]
-    rest = (list(ops._checked_root(root)), _tensor(cuts), validate)
+    rest = (list(checked_root(root)), _tensor(cuts), validate)
     keys: torch.Tensor = torch.ops.lmcache_mm.prefix_keys(_tensor(token_ids), *fields, *rest)
     return keys
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.ops import THREADS
+from lmcache_mm.operands import THREADS
 from lmcache_mm.stores.arguments import (
     check_forgotten,
     check_keys,

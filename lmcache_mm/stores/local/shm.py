@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from lmcache_mm import _C, ops
+from lmcache_mm import _C, operands
 from lmcache_mm.stores.local.slab import SlabStore, Slot
 from lmcache_mm.stores.local.slab_files import REGISTER_WAIT_S, REGISTERING, SEGMENT_BYTES, holding, map_file
 
@@ -92,4 +92,4 @@ class ShmStore(SlabStore):
 
 def _copy(to: np.ndarray, source: np.ndarray) -> int:
     """Copies and returns the checksum."""
-    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, ops.THREADS)
+    return _C.copy(to.ctypes.data, source.ctypes.data, source.nbytes, operands.THREADS)
