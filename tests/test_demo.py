@@ -23,6 +23,7 @@ import skimage.data
 import transformers
 
 import demo
+import questions
 import tiny_qwen2_vl
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import open_store, slab_directory
@@ -183,7 +184,7 @@ def test_a_second_host_starts_warm_from_the_store_of_the_first(tmp_path, monkeyp
 
 
 def test_the_exit_status_is_1_if_identifiers_do_not_tell_images_apart(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_identifier", lambda image: "an image")
+    monkeypatch.setattr(questions, "_identifier", lambda image: "an image")
     assert run_demo("--image-size", 224) == 1
     assert "2 of 8 answers differ" in capsys.readouterr().out
 

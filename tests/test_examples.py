@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-NOT_RUN = {"demo", "paged_qwen2_vl", "tiny_qwen2_vl"}  # run or imported by tests/test_demo.py
+NOT_RUN = {"demo", "questions", "paged_qwen2_vl", "tiny_qwen2_vl"}  # run or imported by tests/test_demo.py
 SAID = {
     "own_loop": "hash of a cat, question 5: 349 of 350 tokens restored, the answer is the same",
     "chat": "162 tokens, 149 restored, 8 generated",
