@@ -56,7 +56,7 @@ def remote(request: pytest.FixtureRequest, server: Any, monkeypatch: pytest.Monk
             capacity = 3 * RECORDS * (RECORD_BYTES + (1 << 20))
             stack.enter_context(closing(open_store(f"{url}&capacity={capacity}")))
         store, bare = (stack.enter_context(closing(open_store(url))) for _ in range(2))
-        engines = [hand.engine for hand in bare._hands]
+        engines = [hand.engine for hand in bare._calls.hands]
         yield scheme, store, engines
         store.clear()
         engines[0].delete([f"bare-{i}" for i in range(RECORDS)])

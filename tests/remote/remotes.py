@@ -10,7 +10,7 @@ from test_stores import key
 
 def engine_of(store):
     """The bare client, next to the store."""
-    return store._hands[0]._connect()
+    return store._calls.hands[0]._connect()
 
 
 def read_record(store, i, size=100):

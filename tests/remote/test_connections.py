@@ -49,7 +49,7 @@ def test_a_buffer_is_left_alone_once_the_call_has_returned(environment, monkeypa
     assert store.get_into([key(1)], [buffer]) == [False]
     assert asked.wait(10)
     answer.set()
-    until(lambda: released and not store._hands[0].busy, "the request has not ended")
+    until(lambda: released and not store._calls.hands[0].busy, "the request has not ended")
     assert buffer == bytes(100)
     later(monkeypatch, 11)
     assert store.get_into([key(1)], [buffer]) == [True]  # and data in time arrives
@@ -64,7 +64,7 @@ def test_what_arrives_of_a_request_given_up_earlier_is_never_taken_for_a_payload
     touch = hands.Call.touch
 
     def touch_and_late_arrival(call, move):
-        (hand,) = (hand for hand in store._hands if len(hand._memory))
+        (hand,) = (hand for hand in store._calls.hands if len(hand._memory))
         if when == "before":
             hand._memory[HEADER_BYTES + 50] ^= 1
         done = touch(call, move)
@@ -117,12 +117,12 @@ def test_a_put_that_arrives_after_its_time_is_removed_if_its_owner_was_forgotten
     slow, other = (RemoteStore("kept", lambda e=engine: e(kept), seal, 0.2, 1, 10) for engine in (Slow, Kept))
     for forgotten in (True, False):
         owner = OWNER if forgotten else OTHER_OWNER
-        slow._breaker.tell(True)
+        slow._calls.breaker.tell(True)
         slow.put([key(1)], [payload(1)], owner)
         assert arriving.wait(10)
         assert other.forget(OWNER) == 0
         arrive.set()
-        until(lambda: not slow._hands[0].busy, "the put has not ended")
+        until(lambda: not slow._calls.hands[0].busy, "the put has not ended")
         assert other.contains([key(1)]) == [not forgotten]
         arrive.clear()
         arriving.clear()
@@ -159,7 +159,7 @@ def test_calls_are_spread_over_the_connections_and_one_that_is_slow_with_much_is
     for caller in callers:
         caller.join()
     assert client.most_at_once == 4
-    assert [hand.busy for hand in store._hands] == [0] * 4
+    assert [hand.busy for hand in store._calls.hands] == [0] * 4
     store.close()
     slow = RemoteStore("slow", lambda: client, Seal(b"a secret of a deployment"), 0.5, 1, 1)
     found = slow.contains([key(i) for i in range(100)])
@@ -202,7 +202,7 @@ def test_one_connection_that_hangs_does_not_hold_up_the_others(environment):
 
     store = RemoteStore("sometimes", Sometimes, Seal(b"a secret of a deployment"), 2, 3, 10)
     assert store.contains([key(i) for i in range(5)]) == [False] * 5
-    store._breaker.tell(True)
+    store._calls.breaker.tell(True)
     for _ in range(10):
         assert store.contains([key(i) for i in range(50)]) == [True] * 50
     within(store.close)

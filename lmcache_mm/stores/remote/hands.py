@@ -1,17 +1,28 @@
-"""A remote store's connections, each with its own thread, and the calls that they share."""
+"""A remote store's connections and the calls that they share, each with a time budget.
+
+`Engine` hides the differences between servers. Its client may hang in native code for any time. So it runs on lanes,
+the store's own threads, and accesses only their memory. Records are copied between that memory and the caller's buffers
+under the call's lock, and never after the call has returned.
+"""
 
 from __future__ import annotations
 
+import logging
 import mmap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from lmcache_mm.lane import Lane
+from lmcache_mm.lane import Lane, Work
+from lmcache_mm.stores.arguments import is_lack
+from lmcache_mm.stores.breaker import PAUSE_S, Breaker
+
+logger = logging.getLogger("lmcache_mm")
 
 
 class Engine(Protocol):
@@ -136,3 +147,103 @@ class Hand:
                     memory.madvise(advice)
             self._memory = np.frombuffer(memory, np.uint8)
         return self._memory[:size]
+
+
+class LeftAlone(ConnectionError):
+    """The server was not asked, because it failed a short while ago."""
+
+
+class Calls:
+    """A store's hands, which share its calls. See RemoteStore. counts: failed calls."""
+
+    def __init__(
+        self, name: str, connect: Callable[[], Engine], timeout_s: float, connections: int, names_at_once: int
+    ) -> None:
+        self._name, self._timeout_s, self._names_at_once = name, timeout_s, names_at_once
+        self.breaker = Breaker()
+        self.counts = {"errors": 0, "timeouts": 0}
+        self._lock = threading.Lock()  # guards the counts and `busy` of the hands
+        self.hands = [Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
+
+    def do(
+        self,
+        work: Callable[[Hand, Call, int], Any],
+        items: int,
+        until: float | None = None,
+        even_if_down: bool = False,
+    ) -> tuple[list[Any], BaseException | None]:
+        """Runs work(hand, call, item) for all items on several hands. Returns the results, None for items not done, and
+        the error if there was one. until: a deadline by the monotonic clock, for calls that share a budget.
+        even_if_down: also during the pause after a failure."""
+        if not items:
+            return [], None
+        if not even_if_down and not self.breaker.admit():
+            return [None] * items, LeftAlone("failed a short while ago and is left alone")
+        call = Call(work, items, self._timeout_s if until is None else until - time.monotonic())
+        with self._lock:
+            hands = sorted(self.hands, key=lambda hand: hand.busy)[:items]
+            for hand in hands:
+                hand.busy += 1
+        for hand in hands:
+            hand.lane.submit(partial(self._work, call, hand))
+        good = call.wait()
+        error = call.error or (None if good else TimeoutError(f"no answer within {self._timeout_s:g} s"))
+        if error is not None:
+            with self._lock:
+                self.counts["timeouts" if call.error is None else "errors"] += 1
+        # A server that is slow with a large call is not down if some items arrived.
+        healthy = good or (call.error is None and call.moved)
+        if call.error is not None and is_lack(call.error):  # this host ran out, not the server
+            healthy = not self.breaker.open
+        if self.breaker.tell(healthy) and not healthy:
+            logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, error)
+        return list(call.results), error
+
+    def _work(self, call: Call, hand: Hand, _: Work) -> None:
+        """Does one item, then queues itself again behind other calls."""
+        item = call.take()
+        if item is not None:
+            try:
+                result = call.work(hand, call, item)
+            except BaseException as error:
+                call.finish(item, error=error)
+            else:
+                call.finish(item, result)
+                try:
+                    hand.lane.submit(partial(self._work, call, hand))
+                    return
+                except (RuntimeError, MemoryError):  # the store is being closed, say
+                    pass
+        with self._lock:
+            hand.busy -= 1
+
+    def in_parts(
+        self, of: Callable[[Engine, list[str]], Any], names: Sequence[str], otherwise: Any, until: float | None = None
+    ) -> list[Any]:
+        """Calls of(engine, names) for parts of the names. Returns its result per name, or `otherwise`."""
+        parts = self.parts(names)
+        results, _ = self.do(lambda hand, call, item: of(hand.engine, parts[item]), len(parts), until)
+        pairs = zip(parts, results, strict=True)
+        return [one for part, result in pairs for one in (result or [otherwise] * len(part))]
+
+    def parts(self, names: Sequence[str]) -> list[list[str]]:
+        return [list(names[i : i + self._names_at_once]) for i in range(0, len(names), self._names_at_once)]
+
+    def close(self) -> None:
+        """Returns within the time budget; abandons connections that hang."""
+        until = time.monotonic() + self._timeout_s
+        for hand in self.hands:
+            hand.lane.close(0)  # tell all of them before waiting for any
+        ended: dict[int, tuple[Engine, bool]] = {}  # connections, which hands may share, and whether they are unused
+        for hand in self.hands:
+            done = hand.lane.close(max(0.0, until - time.monotonic()))
+            if (engine := hand.connected) is not None:
+                ended[id(engine)] = (engine, done and ended.get(id(engine), (engine, True))[1])
+        for engine, nobody_uses_it in ended.values():
+            if nobody_uses_it:
+                engine.close()
+            else:
+                _left.append(engine)
+
+
+_left: list[Engine] = []  # still in use when their stores were closed: kept until the process ends

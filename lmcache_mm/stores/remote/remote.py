@@ -1,26 +1,18 @@
-"""Stores on other hosts: sealed records, a time budget for every call, and a pause for a server that fails.
-
-`Engine` hides the differences between servers. Its client may hang in native code for any time. So it runs on lanes,
-the store's own threads, and accesses only their memory. Records are copied between that memory and the caller's buffers
-under the call's lock, and never after the call has returned.
-"""
+"""Stores on other hosts: sealed records, and owners that are forgotten from every host."""
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lmcache_mm import _C
-from lmcache_mm.lane import Work
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores.arguments import (
     check_forgotten,
@@ -28,11 +20,10 @@ from lmcache_mm.stores.arguments import (
     check_process,
     checked_owner,
     checked_records,
-    is_lack,
     writable,
 )
-from lmcache_mm.stores.breaker import PAUSE_S, Breaker
-from lmcache_mm.stores.remote.hands import Call, Engine, Hand
+from lmcache_mm.stores.breaker import PAUSE_S
+from lmcache_mm.stores.remote.hands import Call, Calls, Engine, Hand, LeftAlone
 from lmcache_mm.stores.remote.record import HEADER_BYTES, MAGIC, VERSION, Head, Headers, of_this_version
 
 if TYPE_CHECKING:
@@ -40,12 +31,6 @@ if TYPE_CHECKING:
 
 MOST_UNSETTLED = 4096  # puts
 FORGOTTEN_KEPT_S = 86_400  # how long a `forget` stays written down; no put takes as long
-
-logger = logging.getLogger("lmcache_mm")
-
-
-class _LeftAlone(ConnectionError):
-    """The server was not asked, because it failed a short while ago."""
 
 
 class _Unsettled(NamedTuple):
@@ -82,95 +67,28 @@ class RemoteStore:
         ttl_s: float = 0,
     ) -> None:
         self.name = name
-        self._seal, self._timeout_s, self._ttl_s, self._names_at_once = seal, timeout_s, ttl_s, names_at_once
+        self._seal, self._timeout_s, self._ttl_s = seal, timeout_s, ttl_s
         self._headers = Headers(seal)
         deployment = f"lmcache_mm-{VERSION}-{seal.digest(b'deployment')[:8].hex()}"
         self._records, self._forgets = f"{deployment}-record-", f"{deployment}-forgotten-"  # prefixes of names
         self._pid = os.getpid()
         self._closed = False
-        self._breaker = Breaker()
         self._unsettled: deque[_Unsettled] = deque(maxlen=MOST_UNSETTLED)
-        names = ("hits", "misses", "corrupt", "puts", "dropped_puts", "errors", "timeouts")
-        self._counts: Counter[str] = Counter(dict.fromkeys(names, 0))
-        self._lock = threading.Lock()  # guards the counts and `busy` of the hands
-        self._hands = [Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
-        _, error = self._do(lambda hand, call, item: hand.engine, 1)
+        self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "corrupt", "puts", "dropped_puts"), 0))
+        self._counting = threading.Lock()
+        self._calls = Calls(name, connect, timeout_s, connections, names_at_once)
+        _, error = self._calls.do(lambda hand, call, item: hand.engine, 1)
         if isinstance(error, (PermissionError, ValueError)):
             self.close()
             raise error
-
-    # --- Calls
 
     def _check(self) -> None:
         check_process(self._pid)
         if self._closed:
             raise RuntimeError("store: it is closed")
 
-    def _do(
-        self,
-        work: Callable[[Hand, Call, int], Any],
-        items: int,
-        until: float | None = None,
-        even_if_down: bool = False,
-    ) -> tuple[list[Any], BaseException | None]:
-        """Runs work(hand, call, item) for all items on several hands. Returns the results, None for items not done, and
-        the error if there was one. until: a deadline by the monotonic clock, for calls that share a budget.
-        even_if_down: also during the pause after a failure."""
-        if not items:
-            return [], None
-        if not even_if_down and not self._breaker.admit():
-            return [None] * items, _LeftAlone("failed a short while ago and is left alone")
-        call = Call(work, items, self._timeout_s if until is None else until - time.monotonic())
-        with self._lock:
-            hands = sorted(self._hands, key=lambda hand: hand.busy)[:items]
-            for hand in hands:
-                hand.busy += 1
-        for hand in hands:
-            hand.lane.submit(partial(self._work, call, hand))
-        good = call.wait()
-        error = call.error or (None if good else TimeoutError(f"no answer within {self._timeout_s:g} s"))
-        if error is not None:
-            self._count("timeouts" if call.error is None else "errors")
-        # A server that is slow with a large call is not down if some items arrived.
-        healthy = good or (call.error is None and call.moved)
-        if call.error is not None and is_lack(call.error):  # this host ran out, not the server
-            healthy = not self._breaker.open
-        if self._breaker.tell(healthy) and not healthy:
-            logger.warning("%s failed and is left alone for %g s: %s", self.name, PAUSE_S, error)
-        return list(call.results), error
-
-    def _work(self, call: Call, hand: Hand, _: Work) -> None:
-        """Does one item, then queues itself again behind other calls."""
-        item = call.take()
-        if item is not None:
-            try:
-                result = call.work(hand, call, item)
-            except BaseException as error:
-                call.finish(item, error=error)
-            else:
-                call.finish(item, result)
-                try:
-                    hand.lane.submit(partial(self._work, call, hand))
-                    return
-                except (RuntimeError, MemoryError):  # the store is being closed, say
-                    pass
-        with self._lock:
-            hand.busy -= 1
-
-    def _in_parts(
-        self, of: Callable[[Engine, list[str]], Any], names: Sequence[str], otherwise: Any, until: float | None = None
-    ) -> list[Any]:
-        """Calls of(engine, names) for parts of the names. Returns its result per name, or `otherwise`."""
-        parts = self._parts(names)
-        results, _ = self._do(lambda hand, call, item: of(hand.engine, parts[item]), len(parts), until)
-        pairs = zip(parts, results, strict=True)
-        return [one for part, result in pairs for one in (result or [otherwise] * len(part))]
-
-    def _parts(self, names: Sequence[str]) -> list[list[str]]:
-        return [list(names[i : i + self._names_at_once]) for i in range(0, len(names), self._names_at_once)]
-
     def _count(self, name: str, by: int = 1) -> None:
-        with self._lock:
+        with self._counting:
             self._counts[name] += by
 
     def _name(self, key: bytes) -> str:
@@ -217,7 +135,7 @@ class RemoteStore:
             heads = self._heads(engine, part)
             return [head is not None and head.age_s <= self._ttl_s for head in heads]
 
-        return self._in_parts(look, names, False, until)
+        return self._calls.in_parts(look, names, False, until)
 
     def _heads(self, engine: Engine, names: Sequence[str]) -> list[Head | None]:
         headers = engine.heads(names, HEADER_BYTES)
@@ -246,7 +164,7 @@ class RemoteStore:
             head = self._read(hand, self._name(key), array, call)
             return head is not None and not (self._ttl_s and head.age_s > self._ttl_s)
 
-        found = [result is True for result in self._do(get, len(wanted))[0]]
+        found = [result is True for result in self._calls.do(get, len(wanted))[0]]
         self._count("hits", found.count(True))
         self._count("misses", found.count(False))
         return found
@@ -292,11 +210,11 @@ class RemoteStore:
 
         if as_of is not None and owner and self._forgotten(owner, moment, until):
             return
-        sent, error = self._do(send, len(lacking), until)
+        sent, error = self._calls.do(send, len(lacking), until)
         self._count("puts", sent.count(True))
         self._count("dropped_puts", len(lacking) - sent.count(True))
         # `forget` first writes itself down and then looks for records: it finds these, or this finds what it wrote.
-        if owner and lacking and not isinstance(error, _LeftAlone):
+        if owner and lacking and not isinstance(error, LeftAlone):
             forgotten = self._forgotten(owner, moment, even_if_down=True)
             if forgotten:
                 self.delete(lacking)
@@ -310,7 +228,7 @@ class RemoteStore:
         except IndexError:
             return
         forgotten = None
-        if time.monotonic() >= put.after and not self._breaker.open:
+        if time.monotonic() >= put.after and not self._calls.breaker.open:
             forgotten = self._forgotten(put.owner, put.moment)
         if forgotten:
             self.delete(put.keys)
@@ -324,13 +242,13 @@ class RemoteStore:
     def ages(self, keys: Sequence[bytes]) -> list[float]:
         self._check()
         check_keys(keys)
-        heads = self._in_parts(self._heads, [self._name(key) for key in keys], None)
+        heads = self._calls.in_parts(self._heads, [self._name(key) for key in keys], None)
         return [head.age_s if head is not None else math.inf for head in heads]
 
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
         check_keys(keys)
-        self._in_parts(lambda engine, part: engine.delete(part), [self._name(key) for key in keys], None)
+        self._calls.in_parts(lambda engine, part: engine.delete(part), [self._name(key) for key in keys], None)
 
     # --- Owners
 
@@ -342,7 +260,7 @@ class RemoteStore:
         self, owner: bytes, since: int, until: float | None = None, even_if_down: bool = False
     ) -> bool | None:
         """Whether the owner was forgotten after the moment `since`; None if that is unknown now."""
-        (at,), _ = self._do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, even_if_down)
+        (at,), _ = self._calls.do(lambda hand, call, item: self._forgotten_at(hand, owner), 1, until, even_if_down)
         return None if at is None else bool(at >= since)
 
     def _forgotten_at(self, hand: Hand, owner: bytes) -> int:
@@ -383,7 +301,7 @@ class RemoteStore:
                 removed += len(gone)
             return removed
 
-        (removed,), error = self._do(remove, 1)
+        (removed,), error = self._calls.do(remove, 1)
         if error is not None:
             raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {error}")
         return int(removed)
@@ -397,7 +315,7 @@ class RemoteStore:
             call.extend()  # many names of others may come in between
             names = [name for name in listed if name not in seen]
             seen.update(names)
-            for part in self._parts(names):
+            for part in self._calls.parts(names):
                 headers = engine.heads(part, HEADER_BYTES)
                 there = [(name, header) for name, header in zip(part, headers, strict=True) if header is not None]
                 yield [name for name, _ in there], [self._headers.parse(name, header) for name, header in there]
@@ -410,7 +328,7 @@ class RemoteStore:
             heads = [head for _, heads in self._all_heads(hand.engine, call) for head in heads if head is not None]
             return {"records": len(heads), "used_bytes": sum(HEADER_BYTES + head.payload_bytes for head in heads)}
 
-        (sizes,), error = self._do(look, 1)
+        (sizes,), error = self._calls.do(look, 1)
         if error is not None:
             raise RuntimeError(f"{self.name}: {error}")
         found: dict[str, int] = sizes
@@ -423,27 +341,12 @@ class RemoteStore:
     def stats(self) -> Mapping[str, int]:
         """Counters, and `down`: whether the store is left alone now. `sizes` says what is on the server."""
         self._check()
-        with self._lock:
-            return {**self._counts, "down": int(self._breaker.open)}
+        with self._counting:
+            return {**self._counts, **self._calls.counts, "down": int(self._calls.breaker.open)}
 
     def close(self) -> None:
         """Returns within the time budget; abandons connections that hang."""
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
-        until = time.monotonic() + self._timeout_s
-        for hand in self._hands:
-            hand.lane.close(0)  # tell all of them before waiting for any
-        ended: dict[int, tuple[Engine, bool]] = {}  # connections, which hands may share, and whether they are unused
-        for hand in self._hands:
-            done = hand.lane.close(max(0.0, until - time.monotonic()))
-            if (engine := hand.connected) is not None:
-                ended[id(engine)] = (engine, done and ended.get(id(engine), (engine, True))[1])
-        for engine, nobody_uses_it in ended.values():
-            if nobody_uses_it:
-                engine.close()
-            else:
-                _left.append(engine)
-
-
-_left: list[Engine] = []  # still in use when their stores were closed: kept until the process ends
+        self._calls.close()
