@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from lmcache_mm import lane
-from lmcache_mm.stores import SlotStore, open_store, slab_directory, tiered
+from lmcache_mm.stores import SlotStore, open_store, slab_directory, tiered, write_behind
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.local.mem import MemStore
 from lmcache_mm.stores.tiered import TieredStore
@@ -128,7 +128,7 @@ def test_a_tier_that_fails_is_left_alone_and_the_other_goes_on(store, tiers, dow
 
 
 def test_what_waits_is_bounded_and_what_is_dropped_is_counted(store, tiers, monkeypatch):
-    monkeypatch.setattr(tiered, "MOST_WAITING", 4)
+    monkeypatch.setattr(write_behind, "MOST_WAITING", 4)
     tiers[1].open.clear()
     store.put([key(0)], [payload(0)])
     assert tiers[1].reached.wait(10)
@@ -142,7 +142,7 @@ def test_what_waits_is_bounded_and_what_is_dropped_is_counted(store, tiers, monk
 
 
 def test_copies_that_wait_are_bounded(store, tiers, monkeypatch):
-    monkeypatch.setattr(tiered, "MOST_COPIED_BYTES", 5 << 20)
+    monkeypatch.setattr(write_behind, "MOST_COPIED_BYTES", 5 << 20)
     tiers[1].open.clear()
     for i in range(4):
         store.put([key(i)], [payload(i, 2 << 20)])  # too large for the first tier
@@ -217,7 +217,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
     file = store._tiers[1]
     moments = store._moments()
     file.forget(OWNER)  # by anybody
-    store._write_later([tiered.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store._behind.add([write_behind.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
     store.flush()
     assert file.contains([key(1)]) == [False]
     remove()
@@ -299,7 +299,7 @@ def test_a_batch_that_fails_does_not_end_the_writing(store, tiers, monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "_write_down", out_of_memory)
+        patch.setattr(store._behind, "_write", out_of_memory)
         store.put([key(1)], [payload(1)])
         store.flush()
     assert store.stats()["dropped_puts"] == 1

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import mmap
 import os
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,26 +25,16 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S
+from lmcache_mm.stores.write_behind import Waiting, WriteBehind
 
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
     from lmcache_mm.stores.store import Store
 
-MOST_WAITING = 1 << 16  # records that wait to be written to slower tiers
 MOST_TOLD = 4096  # moments
-MOST_COPIED_BYTES = 256 << 20  # of waiting payloads that the first tier did not take
-BATCH_BYTES = 16 << 20
 MOVES = {"get_into": "load", "put": "store"}  # methods that move payloads, as they are observed
 
 logger = logging.getLogger("lmcache_mm")
-
-
-class Waiting(NamedTuple):
-    key: bytes
-    payload_bytes: int
-    owner: bytes
-    payload: np.ndarray | None  # None: read it from the first tier
-    as_of: tuple[int, ...]  # each tier's moment when the record began to wait
 
 
 class Promotion:
@@ -82,17 +71,12 @@ class TieredStore:
         self._pid = os.getpid()
         self._down_until = [0.0] * len(tiers)
         self._counts: Counter[str] = Counter(dict.fromkeys(("hits", "misses", "promoted", "dropped_puts", "errors"), 0))
-        self._state = threading.Condition()  # guards the fields below
-        self._waiting: deque[Waiting] = deque()
-        self._copied_bytes = 0
-        self._writing = 0  # records
-        self._batches = 0  # that the writer has finished
-        self._closing = self._given_up = False
+        self._state = threading.Lock()  # guards the counts and the fields below
+        self._closing = False
         self._promotions: set[Promotion] = set()  # in progress
         self._deletions: dict[int, frozenset[bytes]] = {}  # in progress
         self._told: OrderedDict[int, tuple[int, ...]] = OrderedDict()  # the tiers' moments, by our own moment
-        self._writer = threading.Thread(target=self._write_behind, name="lmcache_mm tiers", daemon=True)
-        self._writer.start()
+        self._behind = WriteBehind(self._write_down, lambda records: self._count("dropped_puts", records))
         close_at_exit(self._end)
 
     @property
@@ -264,58 +248,11 @@ class TieredStore:
         if failed and not self._written:
             self._count("dropped_puts", len(keys))
         taken = self._contains(keys, [0], peek=True)
-        self._write_later(
-            Waiting(key, array.nbytes, owner, None if there else array, moments)
-            for key, array, there in zip(keys, arrays, taken, strict=True)
-        )
-
-    def _write_later(self, records: Iterable[Waiting]) -> None:
-        if not self._written:
-            return
-        for record in records:
-            with self._state:
-                copied = 0 if record.payload is None else record.payload_bytes
-                if len(self._waiting) >= MOST_WAITING or self._copied_bytes + copied > MOST_COPIED_BYTES:
-                    self._counts["dropped_puts"] += 1
-                    continue
-                try:
-                    kept = record if record.payload is None else record._replace(payload=record.payload.copy())
-                    self._waiting.append(kept)
-                except MemoryError:
-                    self._counts["dropped_puts"] += 1
-                    continue
-                self._copied_bytes += copied
-                self._state.notify_all()
-
-    def _write_behind(self) -> None:
-        staging: np.ndarray | None = None
-        while True:
-            with self._state:
-                self._writing = 0
-                self._batches += 1
-                self._state.notify_all()
-                self._state.wait_for(lambda: self._waiting or self._closing)
-                if not self._waiting or self._given_up:
-                    return
-                self._writing = 1
-                batch = [self._waiting.popleft()]
-                room = BATCH_BYTES - batch[0].payload_bytes
-                while self._waiting and self._waiting[0][2::2] == batch[0][2::2]:  # owner and as_of
-                    room -= self._waiting[0].payload_bytes
-                    if room < 0:
-                        break
-                    batch.append(self._waiting.popleft())
-                    self._writing += 1
-            try:
-                if staging is None or batch[0].payload_bytes > len(staging):
-                    size = max(BATCH_BYTES, batch[0].payload_bytes)
-                    staging = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
-                self._write_down(batch, staging)
-            except Exception:  # such as out of memory: the next batch may fit
-                logger.warning("%d records were not written to slower tiers", len(batch), exc_info=True)
-                self._count("dropped_puts", len(batch))
-            with self._state:
-                self._copied_bytes -= sum(record.payload_bytes for record in batch if record.payload is not None)
+        if self._written:
+            self._behind.add(
+                Waiting(key, array.nbytes, owner, None if there else array, moments)
+                for key, array, there in zip(keys, arrays, taken, strict=True)
+            )
 
     def _write_down(self, batch: list[Waiting], staging: np.ndarray) -> None:
         """Writes waiting records to the slower tiers that lack them."""
@@ -343,21 +280,11 @@ class TieredStore:
             if failed:  # a put returns None
                 self._count("dropped_puts", len(down))
 
-    def _settle(self, forgotten: Callable[[Waiting], bool]) -> None:
-        """Makes sure that forgotten records do not come back: drops those that wait, and waits for those being
-        written."""
-        with self._state:
-            for record in [record for record in self._waiting if forgotten(record)]:
-                self._waiting.remove(record)
-                self._copied_bytes -= 0 if record.payload is None else record.payload_bytes
-            batches = self._batches
-            self._state.wait_for(lambda: not self._writing or self._batches > batches)
-
     def delete(self, keys: Sequence[bytes]) -> None:
         self._check()
         check_keys(keys)
         gone = frozenset(keys)
-        self._settle(lambda record: record.key in gone)
+        self._behind.settle(lambda record: record.key in gone)
         with self._state:
             self._deletions[id(gone)] = gone  # seen by promotions that begin meanwhile
             promotions = list(self._promotions)
@@ -396,7 +323,7 @@ class TieredStore:
     def forget(self, owner: bytes) -> int:
         self._check()
         check_forgotten(owner)
-        self._settle(lambda record: record.owner == owner)
+        self._behind.settle(lambda record: record.owner == owner)
         removed = 0
         failed = []
         for tier, store in enumerate(self._tiers):
@@ -410,15 +337,14 @@ class TieredStore:
 
     def flush(self) -> None:
         self._check()
-        with self._state:
-            self._state.wait_for(lambda: not self._waiting and not self._writing)
+        self._behind.flush()
         for tier in range(len(self._tiers)):
             self._ask(tier, None, "flush")
 
     def stats(self) -> Mapping[str, int]:
         self._check()
         with self._state:
-            out = {**self._counts, "waiting": len(self._waiting), "capacity_bytes": 0, "used_bytes": 0}
+            out = {**self._counts, "waiting": self._behind.waiting, "capacity_bytes": 0, "used_bytes": 0}
         for tier in range(len(self._tiers)):
             of_tier: Mapping[str, int] = self._ask(tier, {}, "stats")
             out["capacity_bytes"] += of_tier.get("capacity_bytes", 0)
@@ -436,17 +362,10 @@ class TieredStore:
             return True
         with self._state:
             if self._closing:
-                return not self._given_up
+                return not self._behind.given_up
             self._closing = True
-            self._state.notify_all()
-        self._writer.join(patience_s)
-        with self._state:
-            self._given_up = self._writer.is_alive()
-            if self._given_up:
-                dropped = len(self._waiting) + self._writing
-                self._counts["dropped_puts"] += dropped
-                logger.warning("%d records were not written to slower tiers within %.3g s", dropped, patience_s)
-                return False
+        if not self._behind.end(patience_s):
+            return False
         for tier, store in enumerate(self._tiers):
             try:
                 store.close()

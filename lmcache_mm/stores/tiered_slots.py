@@ -9,7 +9,8 @@ import numpy as np
 
 from lmcache_mm import _C
 from lmcache_mm.stores.local.slab import Slot
-from lmcache_mm.stores.tiered import Promotion, TieredStore, Waiting
+from lmcache_mm.stores.tiered import Promotion, TieredStore
+from lmcache_mm.stores.write_behind import Waiting
 
 if TYPE_CHECKING:
     from lmcache_mm.stores.store import SlotStore, Store
@@ -91,10 +92,11 @@ class TieredSlotStore(TieredStore):
         never = (0,) * len(self._tiers)
         moments = [self._reserved.pop((slot.start, slot.generation), never) for slot in slots]
         self._first.publish(slots, checksums)
-        self._write_later(
-            Waiting(slot.key, slot.payload_bytes, slot.owner, None, as_of)
-            for slot, as_of in zip(slots, moments, strict=True)
-        )
+        if self._written:
+            self._behind.add(
+                Waiting(slot.key, slot.payload_bytes, slot.owner, None, as_of)
+                for slot, as_of in zip(slots, moments, strict=True)
+            )
 
     def abandon(self, slots: Sequence[Slot]) -> None:
         for slot in slots:

@@ -12,7 +12,7 @@ import pytest
 
 import servers
 from lmcache_mm import ops
-from lmcache_mm.stores import open_store, tiered
+from lmcache_mm.stores import open_store, write_behind
 from lmcache_mm.stores.remote import remote
 from lmcache_mm.stores.remote.record import HEADER_BYTES
 from remotes import engine_of, read_record, write_record
@@ -215,7 +215,7 @@ def test_what_waits_is_not_written_down_when_another_process_forgot_it(tmp_path)
     store, remove = new_store("mem,valkey", tmp_path)
     moments = store._moments()
     store._tiers[1].forget(OWNER)
-    store._write_later([tiered.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
+    store._behind.add([write_behind.Waiting(key(1), 100, OWNER, np.zeros(100, np.uint8), moments)])
     store.flush()
     assert store._tiers[1].contains([key(1)]) == [False]
     remove()
