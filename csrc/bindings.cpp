@@ -1,5 +1,5 @@
-// The Python module lmcache_mm._C. It takes addresses and counts, and checks nothing twice: ops.py has checked all
-// dtypes, devices, shapes and bounds before it calls.
+// The Python module lmcache_mm._C. It takes addresses and counts, and checks nothing twice: ops.py and operands.py have
+// checked all dtypes, devices, shapes and bounds before they call.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

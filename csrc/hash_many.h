@@ -1,5 +1,5 @@
 // BLAKE3 compressions, several at once in the lanes of vectors. hash_many.cpp is compiled once for each instruction
-// set; host.cpp chooses one when it first needs it.
+// set; simd.cpp chooses one when it is first needed.
 #pragma once
 
 #include "launch.h"

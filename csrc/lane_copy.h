@@ -1,5 +1,5 @@
 // Copies of whole lanes that also compute their checksum sums. lane_copy.cpp is compiled once per instruction set;
-// host.cpp chooses one when it first needs it.
+// simd.cpp chooses one when it is first needed.
 #pragma once
 
 #include "checksum.h"

@@ -2,8 +2,8 @@
 // 4-bit codes for exponents close to the tile's greatest, and a list of the few other exponents. Normative:
 // docs/design.md.
 //
-// tile_codec.cpp is compiled once per instruction set; host.cpp chooses one when it first needs it. warp_codec.h is the
-// same for GPUs.
+// tile_codec.cpp is compiled once per instruction set; simd.cpp chooses one when it is first needed. warp_codec.h is
+// the same for GPUs.
 #pragma once
 
 #include "launch.h"

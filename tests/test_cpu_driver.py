@@ -36,7 +36,7 @@ def build(folder: Path, compiler: str, variants: Sequence[str], *flags: str) -> 
         flags = (*flags, "-DLMCACHE_MM_X86")
     jobs = [
         (REPO / "tests" / "cpu_driver.cpp", folder / "driver.o", []),
-        (REPO / "csrc/host.cpp", folder / "host.o", []),
+        *((REPO / "csrc" / f"{name}.cpp", folder / f"{name}.o", []) for name in ("simd", "host_keys", "host_copies")),
     ]
     for name in variants:
         lanes, isa = VARIANTS[name]
