@@ -54,11 +54,13 @@ def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, ca
     "arguments, text",
     [
         (["stat", "shm:///none-such"], "there is no store in"),
-        (["stat", "nix"], "expected a URL that begins with"),
+        (["stat", "nix"], "peer://, nixl:// or tiered:, got 'nix'"),
+        (["stat", "shm:///x?capacity"], "expected NAME=VALUE after the question mark, got 'capacity'"),
         (["stat", "redis://localhost:6379"], "a Redis server is valkey://HOST:PORT"),
         (["stat", "peer://"], "the address that `lmcache-mm serve` listens on"),
         (["stat", "peer://127.0.0.1:1"], "is another host's: ask there"),
-        (["clear", "mem://?capacity=1MiB"], "expected shm:///NAME or file:///DIR, got 'mem:"),
+        (["clear", "foo"], "file:///DIR or a URL that begins with valkey://, s3://, mooncake://, got 'foo'"),
+        (["clear", "tiered:shm:///x,file:///y"], "got 'tiered:shm:///x,file:///y': clear its tiers one by one"),
         (["clear", "shm:///../x"], "expected a name of letters"),
     ],
 )
@@ -68,6 +70,22 @@ def test_mistakes_are_status_2_and_a_sentence(arguments, text, capsys, monkeypat
     error = capsys.readouterr().err
     assert error.startswith("python -m lmcache_mm: store: ")
     assert text in error
+
+
+def test_an_error_of_the_system_is_a_sentence_without_its_number(tmp_path, capsys):
+    tmp_path.chmod(0o755)
+    assert main(["stat", f"file://{tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m lmcache_mm: store: expected a directory of user ")
+    assert error.endswith(f" and has mode 0755: {tmp_path}\n")
+
+
+@pytest.mark.parametrize(
+    "limit, text", [(8 << 20, "8 MiB"), (64 << 10, "64 KiB"), (3 << 30, "3 GiB"), (-1, "no limit")]
+)
+def test_doctor_gives_a_limit_of_locked_memory_in_a_unit_that_suits_it(limit, text, monkeypatch):
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limit, limit))
+    assert [finding.text for finding in doctor._limits() if finding.topic == "locked memory"] == [text]
 
 
 def test_doctor_tells_what_is_there_and_what_is_wrong(capsys, monkeypatch):

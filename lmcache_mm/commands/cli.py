@@ -44,7 +44,7 @@ def stat(args: argparse.Namespace) -> int:
             raise ValueError(f"store: {args.url!r} is another host's: ask there")
         for name, value in (store.sizes() if isinstance(store, RemoteStore) else store.stats()).items():
             if name.rpartition(".")[2] not in COUNTERS:
-                print(f"{name:16} {value}" + (f"  ({_readable(value)})" if name.endswith("_bytes") else ""))
+                print(f"{name:16} {value}" + (f"  ({doctor.readable(value)})" if name.endswith("_bytes") else ""))
     return 0
 
 
@@ -55,6 +55,12 @@ def clear(args: argparse.Namespace) -> int:
             assert isinstance(store, RemoteStore)
             print(f"{store.clear()} records removed from {store.name}")
         return 0
+    if not args.url.startswith(("shm:", "file:")):
+        hint = ": clear its tiers one by one" if args.url.startswith("tiered:") else ""
+        raise ValueError(
+            f"store: expected shm:///NAME, file:///DIR or a URL that begins with {', '.join(REMOTE)}, "
+            f"got {args.url!r}{hint}"
+        )
     kind, directory = slab_directory(args.url)
     if not os.path.lexists(directory):
         raise ValueError(f"store: there is no store in {directory}")
@@ -158,18 +164,17 @@ def _on_store(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
         except BrokenPipeError:
             raise
         except (ValueError, OSError, RuntimeError) as error:
-            print(f"{_name()}: {error}", file=sys.stderr)
+            print(f"{_name()}: {_sentence(error)}", file=sys.stderr)
             return 2
 
     return checked
 
 
-def _readable(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+def _sentence(error: Exception) -> str:
+    """What an error says, without the number that Python puts before an error of the system."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    return str(error)
 
 
 def _name() -> str:

@@ -18,8 +18,7 @@ from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.engine import SGLANG_VERSIONS, VLLM_VERSIONS, is_tested
 from lmcache_mm.layout import KVLayout
 
-GIB = 1 << 30
-LEAST_BYTES = GIB  # of shared memory or of locked memory: below it few prompts fit
+LEAST_BYTES = 1 << 30  # of shared memory or of locked memory: below it few prompts fit
 MEASURED_BYTES = 256 << 20
 DRIVER = Path("/proc/driver/nvidia")
 EXTRAS = {  # what each is for, and the modules that it needs; those for developers are left out
@@ -69,7 +68,7 @@ def _gpu() -> Iterator[Finding]:
         return
     for index in range(count):
         properties = torch.cuda.get_device_properties(index)
-        where = f"{properties.name}, sm_{properties.major}{properties.minor}, {_size(properties.total_memory)}"
+        where = f"{properties.name}, sm_{properties.major}{properties.minor}, {readable(properties.total_memory)}"
         failed = _try_gpu(torch.device("cuda", index))
         known = f"{properties.major}{properties.minor}" in _C.cuda_archs.replace(".", "")
         fix = f"LMCACHE_MM_CUDA_ARCHS={properties.major}{properties.minor} pip install --force-reinstall --no-deps ."
@@ -130,11 +129,11 @@ def _limits() -> Iterator[Finding]:
         fix = (
             "a larger /dev/shm (mount -o remount,size=..., or docker run --shm-size=...)" if free < LEAST_BYTES else ""
         )
-        yield Finding("shared memory", f"{_size(free)} free, for shm: stores", fix)
+        yield Finding("shared memory", f"{readable(free)} free, for shm: stores", fix)
     else:
         yield Finding("shared memory", "there is no /dev/shm", "file: stores, or a Linux with /dev/shm")
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    text = "no limit" if locked == resource.RLIM_INFINITY else _size(locked)
+    text = "no limit" if locked == resource.RLIM_INFINITY else readable(locked)
     small = locked != resource.RLIM_INFINITY and locked < LEAST_BYTES
     needs = bool(_C.cuda_version) and _C.cuda_devices()[0] > 0
     fix = (
@@ -170,8 +169,13 @@ def _speed(to: torch.Tensor, source: torch.Tensor) -> str:
     return f"{MEASURED_BYTES / min(times) / 1e9:.1f} GB/s"
 
 
-def _size(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def readable(size: float) -> str:
+    """A number of bytes, in the unit that suits it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
 
 
 def run() -> int:

@@ -71,9 +71,8 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     scheme, _, _ = url.partition(":")
     if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
         hint = ": a Redis server is valkey://HOST:PORT" if scheme in ("redis", "rediss") else ""
-        raise ValueError(
-            f"store: expected a URL that begins with {', '.join(f'{s}://' for s in _OPENERS)}, got {url!r}{hint}"
-        )
+        schemes = ", ".join(f"{scheme}://" for scheme in _OPENERS)
+        raise ValueError(f"store: expected a URL that begins with {schemes} or tiered:, got {url!r}{hint}")
     return _OPENERS[scheme](url)
 
 
@@ -265,7 +264,10 @@ REMOTE = ("valkey://", "s3://", "mooncake://")
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """(host and path, options); ValueError for unknown options."""
     parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    try:
+        options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
+    except ValueError:
+        raise ValueError(f"store: expected NAME=VALUE after the question mark, got {parts.query!r}") from None
     for name in options:
         if name not in known:
             raise ValueError(f"store: unknown option {name!r}; {parts.scheme}: takes {', '.join(known)}")

@@ -64,8 +64,11 @@ def no_store(directory: Path) -> ValueError:
 
 def own_directory(path: Path) -> None:
     """Makes the directory if there is none; PermissionError if other users could change it."""
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "store: its parent directory does not exist", str(path)) from None
     found = os.lstat(path)
     if not stat.S_ISDIR(found.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, "store: expected a directory", str(path))
