@@ -27,14 +27,19 @@ def make(directory: Path, hosts: Sequence[str], days: int) -> list[Path]:
 
     Makes the CA if there is none: ca.pem and ca.key, which stays in `directory` and signs for later hosts. hosts: DNS
     names in lower case or addresses, as in peer: URLs. days: how long their certificates are valid, at most as long as
-    the CA. Raises ValueError for an invalid name, number of days or CA, and FileExistsError for a host that has a
-    directory; then nothing is written. After an interruption, run it again."""
+    the CA. Raises ValueError for an invalid name, number of days or CA, FileExistsError for a host that has a
+    directory, and FileNotFoundError or NotADirectoryError if `directory` cannot be made; then nothing is written. After
+    an interruption, run it again."""
     for i, host in enumerate(hosts):
         _check_host(host)
         if host in hosts[:i]:
             raise ValueError(f"host: {host} is named twice")
         if os.path.lexists(directory / host):
             raise FileExistsError(f"certificates: there is {directory / host} already; remove it to make a new one")
+    if not directory.parent.is_dir():  # not made: a misspelled path would get a second CA, which no host trusts
+        raise FileNotFoundError(f"certificates: there is no {directory.parent} to make {directory.name} in")
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"certificates: expected a directory, got {directory}")
     there = _read_ca(directory)
     most = (there[0].not_valid_after_utc - datetime.datetime.now(datetime.UTC)).days if there else CA_DAYS
     if not 1 <= days <= most:

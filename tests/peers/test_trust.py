@@ -65,6 +65,17 @@ def test_certificates_that_cannot_be_made_are_said_before_anything_is_written(tm
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+def test_a_directory_of_certificates_that_cannot_be_made_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for place, text in (
+        (tmp_path / "no" / "such", f"certificates: there is no {tmp_path}/no to make such in"),
+        (tmp_path / "file", f"certificates: expected a directory, got {tmp_path}/file"),
+    ):
+        assert cli.main(["certificates", str(place), "one"]) == 2
+        assert capsys.readouterr().err == f"python -m lmcache_mm: {text}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_ca_that_is_none_signs_nothing(tmp_path):
     certificates.make(tmp_path / "a", ["one"], 30)
     certificates.make(tmp_path / "b", ["one"], 30)
