@@ -37,11 +37,16 @@ def secret() -> bytes | None:
 
 
 def read_private(variable: str, path: Path) -> bytes:
-    """A file's content, stripped of white space. PermissionError, naming the variable that gave the path, if others can
-    read it."""
-    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+    """A file's content, stripped of white space. OSError, naming the variable that gave the path, if it cannot be read;
+    PermissionError if others can read it."""
+    try:
+        others = path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+        content = b"" if others else path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, f"{variable}: {error.strerror}", str(path)) from None
+    if others:
         raise PermissionError(f"{variable}: expected mode 0600 of {path}")
-    return path.read_bytes().strip()
+    return content.strip()
 
 
 class Seal:

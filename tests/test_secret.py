@@ -30,6 +30,9 @@ def test_the_secret_comes_from_a_private_file_or_the_environment(environment, tm
     file.chmod(0o640)
     with pytest.raises(PermissionError, match="expected mode 0600"):
         secret()
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"LMCACHE_MM_SECRET_FILE: No such file or directory: '.*/secret'"):
+        secret()
 
 
 def test_a_short_secret_is_refused_and_none_is_named(environment):

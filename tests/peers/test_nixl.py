@@ -345,6 +345,8 @@ def test_every_address_of_an_interface_names_it(tmp_path):
     for nowhere in ("198.51.100.1", "2001:db8::1"):
         with pytest.raises(ValueError, match=f"no interface has the address {nowhere}"):
             nixl_agent.interface_of(nowhere)
+    with pytest.raises(ValueError, match=r"expected an address of this host such as 127\.0\.0\.1, got 'localhost'"):
+        nixl_agent.interface_of("localhost")
     addresses = "10.9.0.1/24", "10.9.0.2/24", "10.9.0.3/24 label lo:1", "2001:db8::1/64", "2001:db8::2/64"
     commands = [f"ip addr add {address} dev lo" for address in addresses]
     names = [address.partition("/")[0] for address in addresses]

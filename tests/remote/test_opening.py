@@ -137,6 +137,11 @@ def test_urls_of_stores_beyond_this_host_that_open_none_say_why(url, text, envir
         open_store(url)
 
 
+def test_a_file_of_certificates_that_is_missing_is_named_with_its_option(tmp_path, environment):
+    with pytest.raises(FileNotFoundError, match=r"store: ca: No such file or directory: '.*/ca\.pem'"):
+        open_store(f"valkey://host:1?tls=1&ca={tmp_path}/ca.pem")
+
+
 @pytest.mark.parametrize(
     "scheme, package", [("valkey", "glide_sync"), ("s3", "obstore"), ("mooncake", "mooncake.store")]
 )

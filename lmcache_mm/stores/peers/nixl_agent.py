@@ -60,7 +60,10 @@ def interface_of(address: str) -> str:
 
     UCX itself uses the interface's first IPv4 address, or its first IPv6 address if it has no IPv4 address."""
     plain, _, scope = address.partition("%")
-    wanted = ipaddress.ip_address(plain)
+    try:
+        wanted = ipaddress.ip_address(plain)
+    except ValueError:
+        raise ValueError(f"nixl: expected an address of this host such as 127.0.0.1, got {address!r}") from None
     if wanted.is_loopback:
         return "lo"
     for name, found in _ipv4_addresses() if wanted.version == 4 else _ipv6_addresses():

@@ -161,6 +161,7 @@ class Calls:
     ) -> None:
         self._name, self._timeout_s, self._names_at_once = name, timeout_s, names_at_once
         self.breaker = Breaker()
+        self._failure = ""  # why the server is left alone
         self.counts = {"errors": 0, "timeouts": 0}
         self._lock = threading.Lock()  # guards the counts and `busy` of the hands
         self.hands = [Hand(f"lmcache_mm {name.partition(':')[0]}", connect) for _ in range(connections)]
@@ -178,7 +179,7 @@ class Calls:
         if not items:
             return [], None
         if not even_if_down and not self.breaker.admit():
-            return [None] * items, LeftAlone("failed a short while ago and is left alone")
+            return [None] * items, LeftAlone(f"is left alone for a while, since it failed: {self._failure}")
         call = Call(work, items, self._timeout_s if until is None else until - time.monotonic())
         with self._lock:
             hands = sorted(self.hands, key=lambda hand: hand.busy)[:items]
@@ -195,6 +196,8 @@ class Calls:
         healthy = good or (call.error is None and call.moved)
         if call.error is not None and is_lack(call.error):  # this host ran out, not the server
             healthy = not self.breaker.open
+        if not healthy:
+            self._failure = str(error)
         if self.breaker.tell(healthy) and not healthy:
             logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, error)
         return list(call.results), error

@@ -37,7 +37,10 @@ def connecting(
     file = os.environ.get(PASSWORD_FILE)
     password = read_private(PASSWORD_FILE, Path(file)).decode() if file else os.environ.get(PASSWORD)
     credentials = glide.ServerCredentials(password, os.environ.get(USERNAME)) if password else None
-    certificates = Path(ca).read_bytes() if ca else None
+    try:
+        certificates = Path(ca).read_bytes() if ca else None
+    except OSError as error:
+        raise OSError(error.errno, f"store: ca: {error.strerror}", ca) from None
     milliseconds = max(1, int(timeout_s * 1000))
     names = "Cluster" if cluster else ""
     advanced: dict[str, Any] = {"connection_timeout": milliseconds}
