@@ -7,7 +7,9 @@ python=${PYTHON:-python3}
 tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 wheel=$(ls -t "$PWD"/dist/lmcache_mm-*-"$tag-$tag"-manylinux*_"$(uname -m)".whl | head -n 1)
 work=$PWD/build/try_wheel
-for torch in ${TORCHS:-torch==2.6.0 torch}; do
+oldest=2.6.0
+if [ "$tag" = cp314 ]; then oldest=2.9.0; fi # the first with wheels for it
+for torch in ${TORCHS:-torch==$oldest torch}; do
   rm -rf "$work"
   "$python" -m venv "$work/env"
   mkdir "$work/clone" # without the package's folder, which would hide the installed one
