@@ -231,6 +231,12 @@ def test_keys_of_another_length_are_refused(store):
             call([bytes(65)], [bytearray(5)])
 
 
+def test_another_number_of_buffers_than_of_keys_is_refused(store):
+    for buffers in ([], [bytearray(5)] * 2):
+        with pytest.raises(ValueError, match=f"buffers: expected 1, as many as keys, got {len(buffers)}"):
+            store.get_into([key(1)], buffers)
+
+
 def test_a_wrong_checksum_is_never_read_back(single):
     store = single
     store.put([key(1)], [payload(1)], checksums=[ops.checksum(np.frombuffer(payload(1), np.uint8)) ^ 1])
@@ -460,7 +466,7 @@ def test_urls_that_open_no_store_say_why(url, text):
 
 
 def test_a_directory_without_a_parent_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="parent directory does not exist: '.*/nowhere/store'"):
+    with pytest.raises(FileNotFoundError, match=r"parent directory does not exist: '.*/nowhere/store'"):
         open_store(f"file://{tmp_path}/nowhere/store?capacity=1MiB")
 
 

@@ -336,8 +336,9 @@ def test_closing_writes_what_waits(tiers):
     tiers[1].close = lambda: seen.append(get(tiers[1], 1))
     store.close()
     assert seen == [payload(1)]
-    with pytest.raises(RuntimeError, match="it is closed"):
-        store.contains([key(1)])
+    for call in (store.contains, store.ages):
+        with pytest.raises(RuntimeError, match="it is closed"):
+            call([key(1)])
 
 
 def test_slots_of_the_first_tier_are_lent_promoted_and_written_down(tmp_path):

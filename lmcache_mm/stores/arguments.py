@@ -64,6 +64,12 @@ def bytes_of(buffer: Buffer) -> np.ndarray:
     return np.frombuffer(buffer, dtype=np.uint8)
 
 
+def _bytes_of_all(buffers: Sequence[Buffer], count: int) -> list[np.ndarray]:
+    if len(buffers) != count:
+        raise ValueError(f"buffers: expected {count}, as many as keys, got {len(buffers)}")
+    return [bytes_of(buffer) for buffer in buffers]
+
+
 def check_forgotten(owner: bytes) -> None:
     """As `checked_owner`, and ValueError for none: records without an owner cannot be forgotten."""
     if not checked_owner(owner).strip(b"\0"):
@@ -77,9 +83,7 @@ def checked_records(
     stored, for wrong keys, buffers, owner or checksums, or if their numbers differ."""
     check_keys(keys)
     checked_owner(owner)
-    if len(buffers) != len(keys):
-        raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(buffers)}")
-    arrays = [bytes_of(buffer) for buffer in buffers]
+    arrays = _bytes_of_all(buffers, len(keys))
     return arrays, None if checksums is None else checked_checksums(checksums, len(keys))
 
 
@@ -100,9 +104,9 @@ def _checked_checksum(i: int, checksum: int) -> int:
     return number
 
 
-def writable(buffers: Sequence[Buffer]) -> list[np.ndarray]:
-    """The buffers' bytes; ValueError for a read-only buffer."""
-    arrays = [bytes_of(buffer) for buffer in buffers]
+def writable(buffers: Sequence[Buffer], count: int) -> list[np.ndarray]:
+    """The buffers' bytes; ValueError for a read-only buffer, or if there are not `count`."""
+    arrays = _bytes_of_all(buffers, count)
     for i, array in enumerate(arrays):
         if not array.flags.writeable:
             raise ValueError(f"buffers[{i}]: expected a writable one")

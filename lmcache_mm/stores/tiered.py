@@ -144,9 +144,7 @@ class TieredStore:
         self._check()
         check_keys(keys)
         checked_owner(owner)
-        if len(buffers) != len(keys):
-            raise ValueError(f"buffers: expected {len(keys)}, as many as keys, got {len(buffers)}")
-        writable(buffers)
+        writable(buffers, len(keys))
         found = [False] * len(keys)
         self._get(0, keys, buffers, owner, peek, found)
         if not all(found):
@@ -317,6 +315,7 @@ class TieredStore:
             return self._told.get(as_of, (0,) * len(self._tiers))
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
+        self._check()
         of_tiers = [self._ages(tier, keys, range(len(keys))) for tier in range(len(self._tiers))]
         return [max((ages[i] for ages in of_tiers if i in ages), default=math.inf) for i in range(len(keys))]
 

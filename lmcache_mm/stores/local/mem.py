@@ -71,9 +71,12 @@ class MemStore:
         self._forgotten: OrderedDict[bytes, int] = OrderedDict()  # each owner's last moment, the earliest first
         self._forgotten_before = 0  # the latest moment that was dropped from _forgotten
         self._pid = os.getpid()
+        self._closed = False
 
     def _check(self) -> None:
         check_process(self._pid)
+        if self._closed:
+            raise RuntimeError("store: it is closed")
 
     def contains(self, keys: Sequence[bytes], peek: bool = False) -> list[bool]:
         self._check()
@@ -101,7 +104,7 @@ class MemStore:
         self._check()
         check_keys(keys)
         checked_owner(owner)
-        arrays = writable(buffers)
+        arrays = writable(buffers, len(keys))
         with self._lock:
             found = [self._get(key, array) for key, array in zip(keys, arrays, strict=True)]
             if not peek:
@@ -228,6 +231,7 @@ class MemStore:
         if os.getpid() != self._pid:
             return
         with self._lock:
+            self._closed = True
             self._records.clear()
             self._gaps = []
             self._buffer = np.empty(0, np.uint8)

@@ -404,7 +404,7 @@ class SlabStore:
     def get_into(
         self, keys: Sequence[bytes], buffers: Sequence[Buffer], owner: bytes = b"", peek: bool = False
     ) -> list[bool]:
-        arrays = writable(buffers)
+        arrays = writable(buffers, len(keys))
         slots = self.lend(keys, [array.nbytes for array in arrays], owner, peek)
         lent = [(slot, array) for slot, array in zip(slots, arrays, strict=True) if slot]
         try:

@@ -122,7 +122,7 @@ class PeerStore:
         self._check()
         check_keys(keys)
         checked_owner(owner)
-        arrays = writable(buffers)
+        arrays = writable(buffers, len(keys))
         found = [False] * len(keys)
 
         def read(places: Sequence[int]) -> Callable[[Channel], None]:

@@ -156,7 +156,7 @@ class RemoteStore:
         check_keys(keys)
         checked_owner(owner)
         self._settle()
-        arrays = writable(buffers)
+        arrays = writable(buffers, len(keys))
         wanted = list(zip(keys, arrays, strict=True))
 
         def get(hand: Hand, call: Call, item: int) -> bool:
