@@ -14,8 +14,8 @@ from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.operands import Ids, ids_tensor
 from lmcache_mm.payloads import Chunk
-from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
-from lmcache_mm.stores import open_store
+from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of, owner_to_forget
+from lmcache_mm.stores import opened
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Transfer
@@ -77,7 +77,7 @@ class KVCache:
         self._counting = threading.Lock()
         self._open = True
         self._owns_store = isinstance(store, Sequence)
-        self.backend = open_store(store) if isinstance(store, Sequence) else store
+        self.backend = opened(store)
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         capacity = self.backend.stats().get("capacity_bytes", largest)
         if capacity < largest and not self.backend.read_only:
@@ -192,8 +192,7 @@ class KVCache:
                 self._counts[name] += number
 
     def _records(self, prompt: Prompt, turns: bool = False) -> list[Record]:
-        if not isinstance(prompt, Prompt):
-            raise TypeError(f"prompt: expected lmcache_mm.Prompt, got {type(prompt).__name__}")
+        checked_prompt(prompt)
         if not self._open:
             raise RuntimeError("cache: it is closed")
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)

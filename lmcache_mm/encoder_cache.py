@@ -13,7 +13,7 @@ from blake3 import blake3
 from lmcache_mm import codec as codecs
 from lmcache_mm.layout import check_storage
 from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
-from lmcache_mm.stores import open_store
+from lmcache_mm.stores import opened
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 
@@ -51,7 +51,7 @@ class EncoderCache:
         self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
         self._counting = threading.Lock()
         self._owns_store = isinstance(store, Sequence)
-        self.backend = open_store(store) if isinstance(store, Sequence) else store
+        self.backend = opened(store)
 
     def close(self) -> None:
         """Closes the store if this cache opened it."""
@@ -197,6 +197,8 @@ def _is_coded(description: bytes, codec: str | None) -> bool:
 
 def as_tensors(output: Output) -> list[torch.Tensor]:
     """An output's tensors; TypeError or ValueError for those that cannot be stored."""
+    if not isinstance(output, (torch.Tensor, Sequence)):
+        raise TypeError(f"output: expected a torch.Tensor or a list of them, got {type(output).__name__}")
     tensors = [output] if isinstance(output, torch.Tensor) else list(output)
     for i, tensor in enumerate(tensors):
         name = "output" if isinstance(output, torch.Tensor) else f"output[{i}]"

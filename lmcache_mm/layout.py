@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -22,10 +22,21 @@ FINGERPRINT_CONTEXT = "lmcache_mm v1 layout"
 PAYLOAD_VERSION, CODED_PAYLOAD_VERSION = 1, 2
 
 
-def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
+def check_device(name: str, device: torch.device) -> None:
+    """ValueError for a device that has no operations, RuntimeError for one that this build has none for."""
+    if device.type == "cuda":
+        if not _C.cuda_version:
+            raise RuntimeError(f"{name}: on {device}, but this build of lmcache_mm has CPU operations only")
+    elif device.type != "cpu":
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {device}")
+
+
+def as_tensor(
+    name: str, value: Any, writable: bool = False, kind: str = "a torch tensor or an array with DLPack"
+) -> torch.Tensor:
     """`value` as a torch tensor that shares its memory: torch, numpy, cupy, anything with DLPack or
     __cuda_array_interface__. A read-only numpy array is copied, or refused if it is to be written. A tensor whose
-    storage has been resized to less than it needs is refused."""
+    storage has been resized to less than it needs is refused. kind: what the error for anything else expects."""
     if isinstance(value, torch.Tensor):
         check_storage(name, value)
         return value.detach()
@@ -40,7 +51,7 @@ def as_tensor(name: str, value: Any, writable: bool = False) -> torch.Tensor:
             why = _C.cuda_devices()[1] if _C.cuda_version else "this build of lmcache_mm has CPU operations only"
             raise RuntimeError(f"{name}: in CUDA memory, but no GPU can be used: {why or 'torch finds none'}")
         return torch.as_tensor(value, device="cuda")
-    raise TypeError(f"{name}: expected a torch tensor or an array with DLPack, got {type(value).__name__}")
+    raise TypeError(f"{name}: expected {kind}, got {type(value).__name__}")
 
 
 def check_storage(name: str, tensor: torch.Tensor) -> None:
@@ -188,11 +199,14 @@ class KVLayout:
 
         Raises TypeError or ValueError for tensors that differ, overlap themselves, or are expanded.
         """
+        if not isinstance(kv_caches, Iterable):
+            raise TypeError(f"kv_caches: expected a list or dict of tensors, got {type(kv_caches).__name__}")
         named = dict(kv_caches) if isinstance(kv_caches, dict) else {str(i): t for i, t in enumerate(kv_caches)}
         if not named:
             raise ValueError("kv_caches: expected at least one tensor, got none")
         tensors = {name: as_tensor(f"kv_caches[{name}]", t, writable=True) for name, t in named.items()}
         first_name, first = next(iter(tensors.items()))
+        check_device(f"kv_caches[{first_name}]", first.device)
         for name, tensor in tensors.items():
             for what in ("dtype", "device", "shape"):
                 if getattr(tensor, what) != getattr(first, what):

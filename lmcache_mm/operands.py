@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lmcache_mm import _C
-from lmcache_mm.layout import KVLayout, as_tensor
+from lmcache_mm.layout import KVLayout, as_tensor, check_device
 from lmcache_mm.prompt import count
 
 # How many threads a copy on the CPU may use: one per core of the process, at most 8, because more threads do not help
@@ -22,14 +22,6 @@ if setting := os.environ.get("LMCACHE_MM_THREADS"):
     THREADS = int(setting)
 
 Ids = Any  # a sequence of integers, or a 1-D integer tensor
-
-
-def check_device(name: str, device: torch.device) -> None:
-    if device.type == "cuda":
-        if not _C.cuda_version:
-            raise RuntimeError(f"{name}: on {device}, but this build of lmcache_mm has CPU operations only")
-    elif device.type != "cpu":
-        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {device}")
 
 
 def launch(device: torch.device) -> dict[str, Any]:
@@ -58,7 +50,7 @@ def ids_tensor(name: str, value: Ids) -> torch.Tensor:
             raise TypeError(f"{name}: expected integers, got {array.dtype}")
         tensor = torch.from_numpy(array.astype(np.int64, copy=False))
     else:
-        tensor = as_tensor(name, value)
+        tensor = as_tensor(name, value, kind="a list of integers, a torch tensor or an array with DLPack")
     if tensor.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype} on {tensor.device}")
     if tensor.ndim != 1:
@@ -91,7 +83,7 @@ class Chunks:
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout: expected lmcache_mm.KVLayout, got {type(layout).__name__}")
         check_device("layout", layout.device)
-        self.many = isinstance(ids, (list, tuple)) and len(ids) > 0 and not isinstance(ids[0], (int, np.integer))
+        self.many = isinstance(ids, (list, tuple)) and len(ids) > 0 and not isinstance(ids[0], (int, float, np.number))
         self.layout, self.token_mode = layout, token_mode
         self.ids = (
             [ids_tensor(f"{name}[{i}]", part) for i, part in enumerate(ids)] if self.many else [ids_tensor(name, ids)]
@@ -133,7 +125,8 @@ class Chunks:
 
     def _payloads(self, name: str, given: Any, unit_bytes: int) -> list[torch.Tensor]:
         if self.many != isinstance(given, (list, tuple)):
-            raise TypeError(f"{name}: expected {'a list, one payload a chunk' if self.many else 'one payload'}")
+            expected = "a list, one payload a chunk" if self.many else "one payload"
+            raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
         parts = list(given) if self.many else [given]
         if len(parts) != len(self.ids):
             raise ValueError(f"{name}: expected {len(self.ids)} payloads, one a chunk, got {len(parts)}")

@@ -14,14 +14,14 @@ one storage and writes one of them, torch copies it or raises, and with dynamic=
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from typing import Any
 
 import torch
 
 from lmcache_mm import _C, operators
-from lmcache_mm.layout import KVLayout, as_tensor
-from lmcache_mm.operands import Chunks, Ids, check_device, checked_root, ids_tensor, launch, offset_and_length
+from lmcache_mm.layout import KVLayout, as_tensor, check_device
+from lmcache_mm.operands import Chunks, Ids, checked_root, ids_tensor, launch, offset_and_length
 from lmcache_mm.prompt import Item, checked_items
 
 __all__ = [
@@ -78,8 +78,10 @@ def apply_mm_hashes_to_token_ids(
             f"token_ids: expected 1 contiguous dimension, got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
         )
     check_device("token_ids", tensor.device)
-    if isinstance(mm_hashes, (str, bytes)):
+    if isinstance(mm_hashes, (str, bytes)) or not isinstance(mm_hashes, Sized):
         raise TypeError(f"mm_hashes: expected a sequence of str, got {type(mm_hashes).__name__}")
+    if not isinstance(mm_positions, Sized):
+        raise TypeError(f"mm_positions: expected a sequence of (offset, length), got {type(mm_positions).__name__}")
     if len(mm_hashes) != len(mm_positions):
         raise ValueError(f"mm_positions: expected {len(mm_hashes)}, one for each of mm_hashes, got {len(mm_positions)}")
     if modalities is None:

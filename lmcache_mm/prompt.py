@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,8 @@ class Item:
 
 
 def checked_items(items: Any) -> tuple[Item, ...]:
+    if not isinstance(items, Iterable):
+        raise TypeError(f"items: expected a sequence of lmcache_mm.Item, got {type(items).__name__}")
     out = tuple(items)
     for i, item in enumerate(out):
         if not isinstance(item, Item):
@@ -167,6 +169,12 @@ def _field_value(name: str, value: Any) -> bytes:
     raise TypeError(f"{name}: expected str, bytes or int, got {type(value).__name__}")
 
 
+def checked_prompt(prompt: Any) -> Prompt:
+    if not isinstance(prompt, Prompt):
+        raise TypeError(f"prompt: expected lmcache_mm.Prompt, got {type(prompt).__name__}")
+    return prompt
+
+
 @dataclass(frozen=True, eq=False)
 class Prompt:
     """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
@@ -191,10 +199,11 @@ class Prompt:
         if isinstance(ids, torch.Tensor):
             ids = ids.detach().cpu().numpy()
         ids = np.asarray(ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            what = ids.dtype if ids.ndim else type(self.token_ids).__name__
+            raise TypeError(f"token_ids: expected integers, got {what}")
         if ids.ndim != 1:
             raise ValueError(f"token_ids: expected 1 dimension, got shape {tuple(ids.shape)}")
-        if ids.size and ids.dtype.kind not in "iu":
-            raise TypeError(f"token_ids: expected integers, got {ids.dtype}")
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 32):
             raise ValueError(f"token_ids: expected ids in [0, 2**32), got {int(ids.min())} to {int(ids.max())}")
         ids = np.array(ids, dtype=np.int64)

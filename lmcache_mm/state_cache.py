@@ -12,8 +12,8 @@ from lmcache_mm.cache import record_key
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.payloads import Chunk
-from lmcache_mm.prompt import Namespace, Prompt, count, owner_of, owner_to_forget
-from lmcache_mm.stores import open_store
+from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of, owner_to_forget
+from lmcache_mm.stores import opened
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Transfer
@@ -50,7 +50,7 @@ class StateCache:
         self._namespace = namespace.with_layout(of_states)
         self._open = True
         self._owns_store = isinstance(store, Sequence)
-        self.backend = open_store(store) if isinstance(store, Sequence) else store
+        self.backend = opened(store)
         self._transfer = Transfer(layout, self.backend, layout.payload_bytes(1))
 
     def close(self) -> None:
@@ -70,6 +70,7 @@ class StateCache:
     def match(self, prompt: Prompt, limit: int | None = None) -> int:
         """The most tokens of `prompt`, at most `limit`, after which the store has a state; 0 if there is none. limit:
         what a KVCache has matched, or less; None: all but the last token, which must be computed for its logits."""
+        checked_prompt(prompt)
         limit = len(prompt) - 1 if limit is None else min(count("limit", limit), len(prompt))
         cuts = [cut for cut in prompt.cuts(self._every, turns=True) if cut <= limit]
         present = unless_lacking(lambda: self.backend.contains(self._keys(prompt, cuts), peek=True), list[bool]())
@@ -94,6 +95,7 @@ class StateCache:
         return self.backend.forget(owner_to_forget(salt))
 
     def _chunk(self, prompt: Prompt, tokens: int, page: int) -> Chunk:
+        checked_prompt(prompt)
         if not 0 < count("tokens", tokens) <= len(prompt):
             raise ValueError(f"tokens: expected 1 to {len(prompt)}, the prompt's length, got {tokens}")
         if count("page", page) >= self.layout.num_pages:

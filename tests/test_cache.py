@@ -482,6 +482,9 @@ def test_an_empty_prompt_and_no_blocks_are_valid(engine):
             "layout: the",
         ),
         (lambda e: lmc.KVCache(e.layout, "mem://?capacity=1MiB", {}), TypeError, "namespace: expected"),
+        (lambda e: lmc.KVCache(e.layout, None, NAMESPACE), TypeError, "store: expected a URL, .* store, got NoneType"),
+        (lambda e: lmc.KVCache(e.layout, [None], NAMESPACE), TypeError, "store: expected a URL or .*, got NoneType"),
+        (lambda e: lmc.KVCache(e.layout, b"mem://", NAMESPACE), TypeError, "store: expected a URL or .*, got bytes"),
         (lambda e: lmc.KVCache(e.kv, "mem://?capacity=1MiB", NAMESPACE), TypeError, "layout: expected"),
     ],
 )

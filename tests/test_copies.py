@@ -244,7 +244,7 @@ def cache():
         ([PAGES], ValueError, rf"block_ids\[0\]: expected an id in \[0, {PAGES}\), or -1 to skip, got {PAGES}"),
         ([0, -2], ValueError, r"block_ids\[1\]: expected .* got -2"),
         ([[0], [1, 99]], ValueError, r"block_ids\[1\]\[1\]: expected .* got 99"),
-        ([0.5], TypeError, r"block_ids\[0\]: expected a torch tensor"),
+        ([0.5], TypeError, "block_ids: expected integers, got float64"),
         (torch.tensor([0.5]), TypeError, "block_ids: expected int32 or int64, got torch.float32"),
         (torch.zeros(1, 1, dtype=torch.int64), ValueError, "block_ids: expected 1 dimension"),
         (torch.zeros(1, dtype=torch.int64, device="meta"), ValueError, "block_ids: expected a tensor on cpu"),
@@ -298,6 +298,9 @@ def test_bad_payloads_are_refused(cache, payload, error, text):
         (lambda la: ops.gather_pages(la, [0], checksums=torch.zeros(1)), ValueError, "checksums: expected contiguous"),
         (lambda la: ops.gather_pages("layout", [0]), TypeError, "layout: expected lmcache_mm.KVLayout, got str"),
         (lambda la: ops.gather_tokens(la, [PAGES * TOKENS]), ValueError, r"slots\[0\]: expected an id in"),
+        (lambda la: ops.gather_pages(la, [[0], 5]), TypeError, r"block_ids\[1\]: expected a list of integers, .* int"),
+        (lambda la: ops.gather_pages(la, None), TypeError, "block_ids: expected a list of integers, .*, got NoneType"),
+        (lambda la: ops.scatter_pages(la, [0], []), TypeError, "payload: expected one payload, got list"),
         (lambda la: ops.gather_tokens(la, [-2]), ValueError, r"slots\[0\]: expected an id in"),
         (lambda la: ops.gather_pages(la, [0], threads=-1), ValueError, "threads: expected an integer in"),
         (lambda la: ops.checksum(torch.zeros(3)), TypeError, "payload: expected contiguous uint8"),
@@ -407,6 +410,13 @@ def test_opaque_pages_have_no_tokens_to_copy_and_no_tails():
         ([torch.zeros(99).as_strided((2, 4, 8), (10, 8, 1))], {}, ValueError, "kv_caches: expected elements that"),
         ([torch.zeros(4, 2, 8).transpose(0, 1)], {}, ValueError, "token_dim: the slots of dimension 1 do not lie"),
         (["x"], {}, TypeError, r"kv_caches\[0\]: expected a torch tensor"),
+        (None, {}, TypeError, "kv_caches: expected a list or dict of tensors, got NoneType"),
+        (
+            [torch.zeros(2, 4, 8, device="meta")],
+            {},
+            ValueError,
+            r"kv_caches\[0\]: expected a tensor on cpu or cuda, got",
+        ),
     ],
 )
 def test_tensors_that_make_no_layout_are_refused(tensors, options, error, text):

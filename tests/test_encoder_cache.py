@@ -354,6 +354,8 @@ with lmc.EncoderCache(namespace, {url!r}) as cache:
 def test_what_cannot_be_kept_is_refused_and_named(mem):
     for output, error, text in [
         ([OUTPUT, 3], TypeError, r"output\[1\]: expected a torch.Tensor, got int"),
+        (None, TypeError, "output: expected a torch.Tensor or a list of them, got NoneType"),
+        (OUTPUT.float().numpy(), TypeError, "output: expected a torch.Tensor or a list of them, got ndarray"),
         (OUTPUT.to_sparse(), TypeError, "output: expected a dense tensor, got torch.sparse_coo"),
         (torch.zeros(3, device="meta"), ValueError, "output: expected a tensor on cpu or cuda, got one on meta"),
         ([OUTPUT] * 500, ValueError, "output: expected tensors that 4096 bytes can describe, got 500"),
@@ -367,7 +369,17 @@ def test_what_cannot_be_kept_is_refused_and_named(mem):
         mem.load("\ud800")
     with pytest.raises(TypeError, match=r"namespace: expected lmcache_mm\.Namespace, got str"):
         lmc.EncoderCache("m", mem.backend)
+    with pytest.raises(TypeError, match="store: expected a URL, a list of URLs or an open store, got NoneType"):
+        lmc.EncoderCache(NAMESPACE, None)
     assert mem.backend.stats()["records"] == 0
+
+
+def test_after_close_there_is_one_clear_error():
+    cache = lmc.EncoderCache(NAMESPACE, "mem://?capacity=1MiB")
+    cache.close()
+    for call in (lambda: cache.load("a"), lambda: cache.save("a", OUTPUT), lambda: cache.contains("a")):
+        with pytest.raises(RuntimeError, match="store: it is closed"):
+            call()
 
 
 def test_a_store_of_the_callers_stays_open():

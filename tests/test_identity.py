@@ -349,7 +349,7 @@ def test_a_namespace_does_not_show_its_secret():
         ([[1, 2], [3, 4]], ValueError, "token_ids: expected 1 dimension"),
         ([2**64], ValueError, "token_ids: expected integers that int64 can hold"),
         (torch.tensor([1], dtype=torch.int16), TypeError, "token_ids: .* got torch.int16"),
-        ("abc", TypeError, "token_ids: expected a torch tensor"),
+        ("abc", TypeError, "token_ids: expected a list of integers, a torch tensor"),
         ([True, False], TypeError, "token_ids: expected integers, got bool"),
     ],
 )
@@ -383,6 +383,8 @@ def test_an_overwrite_of_bad_ids_touches_nothing():
         (["a"], [(0, 1)], ["\ud800"], ValueError, "modality: expected a string that UTF-8 can hold"),
         ([None], [(0, 1)], None, TypeError, "identifier: expected str, got NoneType"),
         ("a", [(0, 1)], None, TypeError, "mm_hashes: expected a sequence of str"),
+        (None, [(0, 1)], None, TypeError, "mm_hashes: expected a sequence of str, got NoneType"),
+        (["a"], None, None, TypeError, r"mm_positions: expected a sequence of \(offset, length\), got NoneType"),
     ],
 )
 def test_bad_items_are_refused_and_nothing_is_overwritten(hashes, positions, modalities, error, text):
@@ -424,6 +426,7 @@ def test_read_only_ids_are_read_but_not_overwritten():
         (ROOT, [-1, 1], [], ValueError, "cuts: expected strictly ascending token counts from 0 on"),
         (ROOT, [11], [], ValueError, "cuts: expected at most the prompt's 10 tokens, got 11"),
         (ROOT, [1.0], [], TypeError, "cuts: expected integers"),
+        (ROOT, [1], None, TypeError, "items: expected a sequence of lmcache_mm.Item, got NoneType"),
         (ROOT, [1], ["a"], TypeError, r"items\[0\]: expected lmcache_mm.Item, got str"),
     ],
 )
@@ -437,6 +440,13 @@ def test_bad_roots_cuts_and_items_are_refused(root, cuts, items, error, text):
     [
         (lambda: lmc.Prompt([1, -1]), ValueError, r"token_ids: expected ids in \[0, 2\*\*32\)"),
         (lambda: lmc.Prompt([1.0]), TypeError, "token_ids: expected integers"),
+        (lambda: lmc.Prompt(None), TypeError, "token_ids: expected integers, got NoneType"),
+        (lambda: lmc.Prompt("text"), TypeError, "token_ids: expected integers, got str"),
+        (
+            lambda: lmc.Prompt([1], lmc.Item("a", 0, 1)),
+            TypeError,
+            "items: expected a sequence of lmcache_mm.Item, got Item",
+        ),
         (lambda: lmc.Prompt([[1]]), ValueError, "token_ids: expected 1 dimension"),
         (lambda: lmc.Prompt([1], [("a", 0, 1)]), TypeError, r"items\[0\]: expected lmcache_mm.Item"),
         (lambda: lmc.Prompt([1], salt=7.0), TypeError, "salt: expected str or bytes, got float"),

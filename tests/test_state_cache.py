@@ -127,6 +127,9 @@ def test_a_hit_of_both_ends_where_there_are_kv_and_a_state(states):
         (lambda c, _: c.store(PROMPT, 0, 1), ValueError, "tokens: expected 1 to 200"),
         (lambda c, _: c.retrieve(PROMPT, 201, 1), ValueError, "tokens: expected 1 to 200"),
         (lambda c, _: c.store(PROMPT, 64, PAGES), ValueError, "page: expected less than 8, got 8"),
+        (lambda c, _: c.match([1, 2]), TypeError, "prompt: expected lmcache_mm.Prompt, got list"),
+        (lambda c, _: c.store(None, 64, 1), TypeError, "prompt: expected lmcache_mm.Prompt, got NoneType"),
+        (lambda _, s: StateCache(layout_of(s), None, NAMESPACE), TypeError, "store: expected a URL, .*, got NoneType"),
         (lambda c, _: c.match(PROMPT, limit=-1), ValueError, "limit: expected an integer"),
         (
             lambda _, s: StateCache(layout_of(s), "mem:", NAMESPACE, every_tokens=0),

@@ -59,10 +59,14 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     Credentials come from the environment, see docs/stores.md. An unreachable server is not an error: the store has no
     hits. A valkey: URL without tls=1 for a server that speaks TLS is one, and the reverse.
 
-    Raises ValueError if `url` is not a store's URL, PermissionError, OSError or RuntimeError if the store cannot be
-    opened (see `SlabStore.open`), RuntimeError if its client is not installed.
+    Raises TypeError or ValueError if `url` is not a store's URL, PermissionError, OSError or RuntimeError if the store
+    cannot be opened (see `SlabStore.open`), RuntimeError if its client is not installed.
     """
-    if any(_CREDENTIALS.search(one) for one in ([url] if isinstance(url, str) else url)):
+    urls = [url] if isinstance(url, (str, bytes)) or not isinstance(url, Sequence) else url
+    for one in urls:
+        if not isinstance(one, str):
+            raise TypeError(f"store: expected a URL or a list of URLs, got {type(one).__name__}")
+    if any(_CREDENTIALS.search(one) for one in urls):
         raise ValueError("store: expected a URL without user and password: credentials come from the environment")
     if not isinstance(url, str):
         return _open_tiers(list(url), observe)
@@ -74,6 +78,16 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
         schemes = ", ".join(f"{scheme}://" for scheme in _OPENERS)
         raise ValueError(f"store: expected a URL that begins with {schemes} or tiered:, got {url!r}{hint}")
     return _OPENERS[scheme](url)
+
+
+def opened(store: str | Sequence[str] | Store) -> Store:
+    """The store that a URL or a list of them names, opened; or an open store, as it is. Raises what `open_store`
+    raises, and TypeError for anything else."""
+    if isinstance(store, Sequence):
+        return open_store(store)
+    if not hasattr(store, "get_into"):
+        raise TypeError(f"store: expected a URL, a list of URLs or an open store, got {type(store).__name__}")
+    return store
 
 
 def kind_of(url: str | Sequence[str]) -> str:
