@@ -1,6 +1,7 @@
 """Stores on other hosts are opened: passwords, TLS, URLs and packages; and commands and the demo use them."""
 
 import json
+import socket
 import ssl
 import sys
 from importlib import import_module
@@ -135,6 +136,16 @@ def test_an_endpoint_without_tls_beyond_this_host_is_warned_of(host, warned, rec
 def test_urls_of_stores_beyond_this_host_that_open_none_say_why(url, text, environment):
     with pytest.raises(ValueError, match=text):
         open_store(url)
+
+
+def test_a_bucket_that_cannot_be_reached_is_said_in_one_line(environment, caplog, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        assert cli.main(["stat", f"s3://bucket?endpoint=http://127.0.0.1:{free.getsockname()[1]}"]) == 2
+    said = capsys.readouterr().err
+    assert "since it failed: Generic S3 error: " in said
+    assert said.count("\n") == 1
+    assert [record.message.count("\n") for record in caplog.records] == [0]
 
 
 def test_a_file_of_certificates_that_is_missing_is_named_with_its_option(tmp_path, environment):

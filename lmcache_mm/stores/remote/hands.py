@@ -149,6 +149,11 @@ class Hand:
         return self._memory[:size]
 
 
+def first_line(error: BaseException | None) -> str:
+    """What an error says: those of obstore go on with the structures of its program."""
+    return str(error).partition("\n")[0]
+
+
 class LeftAlone(ConnectionError):
     """The server was not asked, because it failed a short while ago."""
 
@@ -197,9 +202,9 @@ class Calls:
         if call.error is not None and is_lack(call.error):  # this host ran out, not the server
             healthy = not self.breaker.open
         if not healthy:
-            self._failure = str(error)
+            self._failure = first_line(error)
         if self.breaker.tell(healthy) and not healthy:
-            logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, error)
+            logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, self._failure)
         return list(call.results), error
 
     def _work(self, call: Call, hand: Hand, _: Work) -> None:

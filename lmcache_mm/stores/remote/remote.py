@@ -23,7 +23,7 @@ from lmcache_mm.stores.arguments import (
     writable,
 )
 from lmcache_mm.stores.breaker import PAUSE_S
-from lmcache_mm.stores.remote.hands import Call, Calls, Engine, Hand, LeftAlone
+from lmcache_mm.stores.remote.hands import Call, Calls, Engine, Hand, LeftAlone, first_line
 from lmcache_mm.stores.remote.record import HEADER_BYTES, MAGIC, VERSION, Head, Headers, of_this_version
 
 if TYPE_CHECKING:
@@ -303,7 +303,7 @@ class RemoteStore:
 
         (removed,), error = self._calls.do(remove, 1)
         if error is not None:
-            raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {error}")
+            raise RuntimeError(f"{what}: not everything could be removed: {self.name}: {first_line(error)}")
         return int(removed)
 
     def _all_heads(self, engine: Engine, call: Call) -> Iterator[tuple[list[str], list[Head | None]]]:
@@ -330,7 +330,7 @@ class RemoteStore:
 
         (sizes,), error = self._calls.do(look, 1)
         if error is not None:
-            raise RuntimeError(f"{self.name}: {error}")
+            raise RuntimeError(f"{self.name}: {first_line(error)}")
         found: dict[str, int] = sizes
         return found
 
