@@ -79,11 +79,8 @@ class KVCache:
         self._owns_store = isinstance(store, Sequence)
         self.backend = opened(store)
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
-        capacity = self.backend.stats().get("capacity_bytes", largest)
-        if capacity < largest and not self.backend.read_only:
-            self._close_store()
-            raise ValueError(f"store: expected a capacity of at least a chunk's {largest} bytes, got {capacity}")
         try:
+            check_room(self.backend, "chunk", largest)
             self._transfer = Transfer(layout, self.backend, largest, coding=self.codec)
         except BaseException:
             self._close_store()
@@ -227,6 +224,13 @@ class KVCache:
             Chunk(r.key, pages[r.begin // size : -(-r.end // size)], r.end - r.begin, max(0, before - r.begin))
             for r, before in zip(records, [0, *(r.end for r in records)], strict=False)
         ]
+
+
+def check_room(store: Store, what: str, size: int) -> None:
+    """ValueError for a store that could never hold a payload of this size."""
+    capacity = store.stats().get("capacity_bytes", size)
+    if capacity < size and not store.read_only:
+        raise ValueError(f"store: expected a capacity of at least a {what}'s {size} bytes, got {capacity}")
 
 
 def chain(records: Iterable[Record], chunk_tokens: int) -> list[Record]:

@@ -8,7 +8,7 @@ import torch
 from blake3 import blake3
 
 from lmcache_mm import ops
-from lmcache_mm.cache import record_key
+from lmcache_mm.cache import check_room, record_key
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.payloads import Chunk
@@ -51,12 +51,20 @@ class StateCache:
         self._open = True
         self._owns_store = isinstance(store, Sequence)
         self.backend = opened(store)
-        self._transfer = Transfer(layout, self.backend, layout.payload_bytes(1))
+        try:
+            check_room(self.backend, "state", layout.payload_bytes(1))
+            self._transfer = Transfer(layout, self.backend, layout.payload_bytes(1))
+        except BaseException:
+            self._close_store()
+            raise
 
     def close(self) -> None:
         """Finishes all jobs, then closes the store if this cache opened it."""
         self._open = False
         self._transfer.close()
+        self._close_store()
+
+    def _close_store(self) -> None:
         if self._owns_store:
             self._owns_store = False
             self.backend.close()

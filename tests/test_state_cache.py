@@ -151,6 +151,13 @@ def test_bad_arguments_are_refused(cache, states, call, error, text):
         call(cache, states)
 
 
+def test_a_store_smaller_than_a_state_is_refused(states):
+    layout = layout_of(states)
+    size = layout.payload_bytes(1)
+    with pytest.raises(ValueError, match=f"store: expected a capacity of at least a state's {size} bytes, got 64"):
+        StateCache(layout, "mem://?capacity=64", NAMESPACE)
+
+
 def test_after_close_there_is_one_clear_error(states):
     cache = StateCache(layout_of(states), "mem://?capacity=1MiB", NAMESPACE)
     cache.close()
