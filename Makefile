@@ -13,7 +13,7 @@
 #   make wheel    wheels in dist/ for Linux with glibc 2.28 or newer, for each of $PYTHONS that is here or in Debian's packages
 #                 (default python3.11 to python3.14): built from the sdist, checked by auditwheel, loaded in an empty
 #                 environment; with MACHINE=aarch64 for that
-#   make test-wheel  the wheel of $PYTHON beside each of $TORCHS (default torch 2.6 and the newest): examples and tests
+#   make test-wheel  the wheel of $PYTHON beside each of $TORCHS (default the oldest from 2.6 on and the newest): examples, tests
 #   make lint     formatters and type checks
 # LMCACHE_MM_CUDA=AUTO|ON|OFF and LMCACHE_MM_CUDA_ARCHS say what is built, see setup.py.
 
