@@ -8,7 +8,7 @@ tag=$("$python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
 wheel=$(ls -t "$PWD"/dist/lmcache_mm-*-"$tag-$tag"-manylinux*_"$(uname -m)".whl | head -n 1)
 work=$PWD/build/try_wheel
 oldest=2.6.0
-if [ "$tag" = cp314 ]; then oldest=2.9.0; fi # the first with wheels for it
+if [ "$tag" = cp314 ]; then oldest=2.10.0; fi # the first whose torch.compile runs there
 for torch in ${TORCHS:-torch==$oldest torch}; do
   rm -rf "$work"
   "$python" -m venv "$work/env"
