@@ -15,9 +15,10 @@ NAMESPACE_CONTEXT = "lmcache_mm v1 namespace"
 OWNER_CONTEXT = "lmcache_mm v1 owner"
 REQUEST_FIELDS = ("salt", "lora", "prompt_embeds")
 NAMESPACE_FIELDS = (
-    *("secret", "model", "weights", "quantisation", "rope", "hf_overrides", "dtype", "kv_dtype", "layout"),
+    *("secret", "model", "weights", "quantization", "rope", "hf_overrides", "dtype", "kv_dtype", "layout"),
     *("tp", "pp", "cp", "speculative", "encoder"),
 )
+HASHED_NAMES = {"quantization": "quantisation"}  # as the first version spelled it: another spelling is another key
 
 
 def utf8(name: str, value: Any) -> bytes:
@@ -126,7 +127,7 @@ class Namespace:
     ) -> bytes:
         """The 32-byte root of all prefix keys of one tenant (`salt`), LoRA and digest of prompt embeddings. Raises
         TypeError or ValueError for values that `Prompt` does not accept."""
-        fields = dict(self._fields)
+        fields = {HASHED_NAMES.get(name, name): value for name, value in self._fields.items()}
         for name, value in (("salt", salt), ("lora", lora), ("prompt_embeds", prompt_embeds)):
             if value is not None:
                 fields[name] = _request_field(name, value)

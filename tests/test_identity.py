@@ -330,6 +330,13 @@ def test_a_prompt_shows_neither_its_tokens_nor_whose_it_is():
     assert shown == "Prompt(2 tokens, 1 items, salt=..., lora=...)"
 
 
+def test_quantization_is_hashed_as_the_first_version_spelled_it():
+    namespace = lmc.Namespace(quantization="fp8")
+    hashed = encode_fields({"quantisation": b"fp8"})
+    assert namespace.root() == blake3(hashed, derive_key_context=NAMESPACE_CONTEXT).digest()
+    assert "quantization" in namespace and repr(namespace) == "Namespace(quantization=b'fp8')"
+
+
 def test_a_namespace_does_not_show_its_secret():
     assert "hunter2" not in repr(lmc.Namespace(secret="hunter2", model="m"))
 

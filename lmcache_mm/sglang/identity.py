@@ -33,7 +33,7 @@ FROM_THE_MODEL = (
     *("sharded_state", "gguf", "bitsandbytes", "runai_streamer"),
 )
 # Options that change the weights or how they are quantized.
-QUANTISATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
+QUANTIZATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
 # Options that name a file that KV depends on.
 FILES = ("quantization_param_path", "decrypted_config_file")
 
@@ -84,7 +84,7 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
         secret=secret(),
         model=str(args.model_path),
         weights=_weights(args, model, weights),
-        quantisation=_given(args, QUANTISATION),
+        quantization=_given(args, QUANTIZATION),
         hf_overrides=overrides if overrides not in (None, "", "{}") else None,
         dtype=str(args.dtype),
         kv_dtype=str(args.kv_cache_dtype),
