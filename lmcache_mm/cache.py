@@ -167,6 +167,7 @@ class KVCache:
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
+        self._check()
         return self.backend.forget(owner_to_forget(salt))
 
     def stats(self) -> dict[str, float]:
@@ -174,6 +175,7 @@ class KVCache:
         `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens (the results of `retrieve` and
         `store`); for stored records also raw_bytes (before coding), stored_bytes (after coding) and codec_ratio (1
         without a codec). `backend.stats()` has the store's own counters."""
+        self._check()
         with self._counting:
             raw, stored = self._transfer.take_bytes()
             self._counts["raw_bytes"] += raw
@@ -183,6 +185,10 @@ class KVCache:
         rate = counts["hit_tokens"] / max(1, counts["queried_tokens"])
         return counts | {"hit_rate": rate, "codec_ratio": ratio}
 
+    def _check(self) -> None:
+        if not self._open:
+            raise RuntimeError("cache: it is closed")
+
     def _count(self, **tokens: int) -> None:
         with self._counting:
             for name, number in tokens.items():
@@ -190,8 +196,7 @@ class KVCache:
 
     def _records(self, prompt: Prompt, turns: bool = False) -> list[Record]:
         checked_prompt(prompt)
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
+        self._check()
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)
         ends = prompt.cuts(self.chunk_tokens, self._whole, turns)
         keys = ops.prefix_keys(prompt.token_ids, prompt.items, root, ends).numpy()

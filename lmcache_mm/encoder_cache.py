@@ -34,7 +34,7 @@ class EncoderCache:
 
     namespace: everything besides the item that decides the output: model, weights, dtype, and in `encoder` any other
     setting of the engine. store: a URL or a list of URLs (see `open_store`), or an open store, which the caller must
-    close; the same store may hold KV. Methods may be called from several threads.
+    close; the same store may hold KV. Several threads may call methods; RuntimeError after `close`.
 
     `identifier` and `modality` name an item, as in `Item`: its place in a prompt and the text around it do not
     matter. Compute the identifier from the data that the encoder gets; never let a client choose it.
@@ -50,11 +50,13 @@ class EncoderCache:
         self._namespace, self._codec = namespace, codec
         self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
         self._counting = threading.Lock()
+        self._open = True
         self._owns_store = isinstance(store, Sequence)
         self.backend = opened(store)
 
     def close(self) -> None:
         """Closes the store if this cache opened it."""
+        self._open = False
         if self._owns_store:
             self._owns_store = False
             self.backend.close()
@@ -150,14 +152,20 @@ class EncoderCache:
 
     def forget(self, salt: str | bytes) -> int:
         """Removes everything stored under a tenant's salt, KV included; returns the number of records."""
+        self._check()
         return self.backend.forget(owner_to_forget(salt))
 
     def stats(self) -> dict[str, float]:
         """Counts since this cache was made: queried_items and hit_items (by `load` and `load_into`), hit_rate (their
         ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
+        self._check()
         with self._counting:
             counts: dict[str, float] = dict(self._counts)
         return counts | {"hit_rate": counts["hit_items"] / max(1, counts["queried_items"])}
+
+    def _check(self) -> None:
+        if not self._open:
+            raise RuntimeError("cache: it is closed")
 
     def _count(self, **items: int) -> None:
         with self._counting:
@@ -165,6 +173,7 @@ class EncoderCache:
                 self._counts[name] += number
 
     def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
+        self._check()
         if identifier == "":
             raise ValueError("identifier: expected a name for the item's content, got an empty string")
         return output_key(self._namespace.root(salt, lora), identifier, modality)

@@ -100,7 +100,12 @@ class StateCache:
 
     def forget(self, salt: str | bytes) -> int:
         """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
+        self._check()
         return self.backend.forget(owner_to_forget(salt))
+
+    def _check(self) -> None:
+        if not self._open:
+            raise RuntimeError("cache: it is closed")
 
     def _chunk(self, prompt: Prompt, tokens: int, page: int) -> Chunk:
         checked_prompt(prompt)
@@ -112,8 +117,7 @@ class StateCache:
         return Chunk(key, torch.tensor([page]), self.layout.page_tokens)
 
     def _keys(self, prompt: Prompt, cuts: Sequence[int]) -> list[bytes]:
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
+        self._check()
         if not cuts:
             return []
         root = self._namespace.root(prompt.salt, prompt.lora, prompt.prompt_embeds)

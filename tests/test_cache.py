@@ -151,11 +151,15 @@ def test_two_namespaces_share_a_store_but_no_records():
 
 def test_after_close_there_is_one_clear_error(engine):
     p, ids = prompt(), torch.arange(64)
-    engine.cache.close()
-    for use in (engine.cache.match, lambda p: engine.cache.store(p, ids), lambda p: engine.cache.retrieve(p, ids)):
+    cache = engine.cache
+    cache.close()
+    for use in (
+        *(lambda: cache.match(p), lambda: cache.store(p, ids), lambda: cache.retrieve(p, ids)),
+        *(lambda: cache.forget("a"), cache.stats),
+    ):
         with pytest.raises(RuntimeError, match="cache: it is closed"):
-            use(p)
-    engine.cache.close()
+            use()
+    cache.close()
 
 
 @pytest.mark.parametrize("hit", [0, 1, 15, 16, 17, 63, 64, 69, 70, 71, 79, 80, 81, 82, 83])

@@ -377,8 +377,11 @@ def test_what_cannot_be_kept_is_refused_and_named(mem):
 def test_after_close_there_is_one_clear_error():
     cache = lmc.EncoderCache(NAMESPACE, "mem://?capacity=1MiB")
     cache.close()
-    for call in (lambda: cache.load("a"), lambda: cache.save("a", OUTPUT), lambda: cache.contains("a")):
-        with pytest.raises(RuntimeError, match="store: it is closed"):
+    for call in (
+        *(lambda: cache.load("a"), lambda: cache.load_into("a", OUTPUT), lambda: cache.save("a", OUTPUT)),
+        *(lambda: cache.contains("a"), lambda: cache.forget("a"), cache.stats),
+    ):
+        with pytest.raises(RuntimeError, match="cache: it is closed"):
             call()
 
 
@@ -387,3 +390,5 @@ def test_a_store_of_the_callers_stays_open():
         with lmc.EncoderCache(NAMESPACE, store) as cache:
             cache.save("a", OUTPUT)
         assert store.stats()["records"] == 2
+        with pytest.raises(RuntimeError, match="cache: it is closed"):
+            cache.load("a")

@@ -161,6 +161,9 @@ def test_a_store_smaller_than_a_state_is_refused(states):
 def test_after_close_there_is_one_clear_error(states):
     cache = StateCache(layout_of(states), "mem://?capacity=1MiB", NAMESPACE)
     cache.close()
-    for call in (lambda: cache.match(PROMPT, 256), lambda: cache.store(PROMPT, 64, 1)):
+    for call in (
+        *(lambda: cache.match(PROMPT, 256), lambda: cache.store(PROMPT, 64, 1), lambda: cache.retrieve(PROMPT, 64, 1)),
+        lambda: cache.forget("a"),
+    ):
         with pytest.raises(RuntimeError, match="cache: it is closed"):
             call()
