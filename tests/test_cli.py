@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import uuid
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,22 @@ def test_stat_prints_what_a_store_holds(url, capsys):
     assert not any(line.startswith("hits") for line in lines)
 
 
+def test_stat_creates_no_store(url, tmp_path, capsys):
+    other = f"file://{tmp_path}/other?capacity=1MiB"
+    with closing(open_store(other)):
+        pass
+    (tmp_path / "empty").mkdir(mode=0o700)
+    for missing in (f"{url}?capacity=1MiB", f"file://{tmp_path}/empty?capacity=1MiB"):
+        for asked in (missing, f"tiered:{missing},{other}", f"tiered:{other},{missing}"):
+            assert main(["stat", asked]) == 2
+            assert "there is no store in" in capsys.readouterr().err
+    assert not any((tmp_path / "empty").iterdir())
+    with closing(open_store(f"{url}?capacity=1MiB")):
+        pass
+    assert main(["stat", f"tiered:{url},{other}"]) == 0
+    assert "tier1.records" in capsys.readouterr().out
+
+
 def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, capsys):
     store = open_store(f"{url}?capacity=1MiB")
     store.put([key(1), key(2)], [payload(1), payload(2)])
@@ -58,9 +75,9 @@ def test_clear_removes_the_store_and_while_it_is_open_only_what_is_in_it(url, ca
         (["stat", "shm:///x?capacity"], "expected NAME=VALUE after the question mark, got 'capacity'"),
         (["stat", "redis://localhost:6379"], "a Redis server is valkey://HOST:PORT"),
         (["stat", "peer://"], "the address that `lmcache-mm serve` listens on"),
-        (["stat", "peer://127.0.0.1:1"], "is another host's: ask there"),
+        (["stat", "peer://127.0.0.1:1"], "is another host's: run `stat` on that host"),
         (["clear", "foo"], "file:///DIR or a URL that begins with valkey://, s3://, mooncake://, got 'foo'"),
-        (["clear", "tiered:shm:///x,file:///y"], "got 'tiered:shm:///x,file:///y': clear its tiers one by one"),
+        (["clear", "tiered:shm:///x,file:///y"], "names several stores: clear them one by one"),
         (["clear", "shm:///../x"], "expected a name of letters"),
     ],
 )

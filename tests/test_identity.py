@@ -334,7 +334,8 @@ def test_quantization_is_hashed_as_the_first_version_spelled_it():
     namespace = lmc.Namespace(quantization="fp8")
     hashed = encode_fields({"quantisation": b"fp8"})
     assert namespace.root() == blake3(hashed, derive_key_context=NAMESPACE_CONTEXT).digest()
-    assert "quantization" in namespace and repr(namespace) == "Namespace(quantization=b'fp8')"
+    assert "quantization" in namespace
+    assert repr(namespace) == "Namespace(quantization=b'fp8')"
 
 
 def test_a_namespace_does_not_show_its_secret():

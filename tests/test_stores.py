@@ -434,6 +434,7 @@ def test_the_gaps_of_mem_are_apart_and_join(calls):
     "url, text",
     [
         ("tiered:", "expected a URL that begins with mem://, .*got ''"),
+        ("tiered://mem://?capacity=1MiB", "expected tiered:URL,URL,..., .*got 'tiered://mem://"),
         ("tiered:mem://?capacity=1MiB,disk:///x", "expected a URL that begins with mem://, .*got 'disk:///x'"),
         ("mem://", "capacity is missing"),
         ("mem://?capacity=", "capacity: expected a size such as 512MiB or 8GiB, got ''"),

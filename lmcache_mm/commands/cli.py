@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 from lmcache_mm import __version__
 from lmcache_mm.commands import calibrate, doctor
 from lmcache_mm.secret import Seal
-from lmcache_mm.stores import REMOTE, open_store, slab_directory
+from lmcache_mm.stores import REMOTE, open_store, slab_directory, tiers_of
 from lmcache_mm.stores.local import slab
 from lmcache_mm.stores.local.shm import ShmStore
+from lmcache_mm.stores.local.slab_files import own_directory
 from lmcache_mm.stores.peers.channel import Tls, host_and_port
 from lmcache_mm.stores.peers.nixl_agent import SlabAgent, interface_of
 from lmcache_mm.stores.peers.peer import PeerStore
@@ -34,18 +35,26 @@ COUNTERS = ("hits", "misses", "corrupt", "puts", "dropped_puts", "evictions", "e
 
 
 def stat(args: argparse.Namespace) -> int:
-    """Prints a store's figures, one per line. Makes no store."""
-    if args.url.startswith("mem:"):
-        raise ValueError("store: each process has its own mem:, so there is nothing to see from here")
-    if args.url.startswith(("shm:", "file:")) and not os.path.lexists(slab_directory(args.url)[1]):
-        raise ValueError(f"store: there is no store in {slab_directory(args.url)[1]}")
+    """Prints a store's numbers, one per line. Creates no store."""
+    for url in tiers_of(args.url):
+        if url.startswith("mem:"):
+            raise ValueError("store: each process has its own mem:, so there is nothing to see from here")
+        if url.startswith(("shm:", "file:")):
+            _check_exists(slab_directory(url)[1])
     with closing(open_store(args.url)) as store:
         if isinstance(store, PeerStore):
-            raise ValueError(f"store: {args.url!r} is another host's: ask there")
+            raise ValueError(f"store: {args.url!r} is another host's: run `stat` on that host")
         for name, value in (store.sizes() if isinstance(store, RemoteStore) else store.stats()).items():
             if name.rpartition(".")[2] not in COUNTERS:
                 print(f"{name:16} {value}" + (f"  ({doctor.readable(value)})" if name.endswith("_bytes") else ""))
     return 0
+
+
+def _check_exists(directory: Path) -> None:
+    if os.path.lexists(directory):
+        own_directory(directory)  # an error that says more
+    if not (directory / "slab").exists():  # a failed opening may leave an empty directory
+        raise ValueError(f"store: there is no store in {directory}")
 
 
 def clear(args: argparse.Namespace) -> int:
@@ -55,11 +64,11 @@ def clear(args: argparse.Namespace) -> int:
             assert isinstance(store, RemoteStore)
             print(f"{store.clear()} records removed from {store.name}")
         return 0
+    if args.url.startswith("tiered:"):
+        raise ValueError("store: a tiered: URL names several stores: clear them one by one, each by its own URL")
     if not args.url.startswith(("shm:", "file:")):
-        hint = ": clear its tiers one by one" if args.url.startswith("tiered:") else ""
         raise ValueError(
-            f"store: expected shm:///NAME, file:///DIR or a URL that begins with {', '.join(REMOTE)}, "
-            f"got {args.url!r}{hint}"
+            f"store: expected shm:///NAME, file:///DIR or a URL that begins with {', '.join(REMOTE)}, got {args.url!r}"
         )
     kind, directory = slab_directory(args.url)
     if not os.path.lexists(directory):

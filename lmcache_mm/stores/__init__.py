@@ -71,13 +71,20 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     if not isinstance(url, str):
         return _open_tiers(list(url), observe)
     if url.startswith("tiered:"):
-        return _open_tiers(url.removeprefix("tiered:").split(","), observe)
+        return _open_tiers(tiers_of(url), observe)
     scheme, _, _ = url.partition(":")
     if scheme not in _OPENERS or not url.startswith(f"{scheme}://"):
         hint = ": a Redis server is valkey://HOST:PORT" if scheme in ("redis", "rediss") else ""
         schemes = ", ".join(f"{scheme}://" for scheme in _OPENERS)
         raise ValueError(f"store: expected a URL that begins with {schemes} or tiered:, got {url!r}{hint}")
     return _OPENERS[scheme](url)
+
+
+def tiers_of(url: str) -> list[str]:
+    """The URLs that a tiered: URL consists of; another URL alone. ValueError for tiered://."""
+    if url.startswith("tiered://"):
+        raise ValueError(f"store: expected tiered:URL,URL,..., without slashes before the first URL, got {url!r}")
+    return url.removeprefix("tiered:").split(",") if url.startswith("tiered:") else [url]
 
 
 def opened(store: str | Sequence[str] | Store) -> Store:
