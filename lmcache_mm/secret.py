@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
+from lmcache_mm.extras import how_to_install
+
 if TYPE_CHECKING:
     from lmcache_mm.stores.arguments import Buffer
 
@@ -45,19 +47,19 @@ def read_private(variable: str, path: Path) -> bytes:
     except OSError as error:
         raise OSError(error.errno, f"{variable}: {error.strerror}", str(path)) from None
     if others:
-        raise PermissionError(f"{variable}: expected mode 0600 of {path}")
+        raise PermissionError(f"{variable}: {path} must be readable only by its owner (chmod 600)")
     return content.strip()
 
 
 class Seal:
     """Digests and MACs that only holders of the secret can make and check. Raises ValueError for a short secret,
-    RuntimeError if the package cryptography is not installed."""
+    RuntimeError if the package cryptography, which `extra` installs, is missing."""
 
-    def __init__(self, secret: bytes) -> None:
+    def __init__(self, secret: bytes, extra: str = "peer") -> None:
         try:
             from cryptography.hazmat.primitives import ciphers  # noqa: PLC0415
         except ImportError as error:
-            raise RuntimeError(f"store: {error}: pip install '.[EXTRA]', EXTRA being the store's scheme") from error
+            raise RuntimeError(f"store: {error}: {how_to_install(extra)}") from error
         self._ciphers = ciphers
         if len(secret) < LEAST_BYTES:
             raise ValueError(f"secret: expected at least {LEAST_BYTES} bytes, got {len(secret)}")
@@ -66,15 +68,16 @@ class Seal:
         self._connection_key = blake3(secret, derive_key_context=CONNECTION_CONTEXT).digest()
 
     @classmethod
-    def of_deployment(cls, what: str) -> Seal:
+    def of_deployment(cls, what: str, extra: str = "peer") -> Seal:
         """A seal with the environment's secret. ValueError, naming `what`, which needs it, if there is none."""
         value = secret()
         if value is None:
             raise ValueError(
-                f"{what}: needs the deployment's secret, since its records leave this machine: set "
-                f"LMCACHE_MM_SECRET_FILE (a file of mode 0600) or LMCACHE_MM_SECRET, at least {LEAST_BYTES} bytes"
+                f"{what}: needs the deployment's secret, also on loopback, since other users and hosts could read or "
+                f"forge records without it: put at least {LEAST_BYTES} bytes into a file (umask 077; head -c 32 "
+                "/dev/urandom | base64 > secret), and set LMCACHE_MM_SECRET_FILE to its path"
             )
-        return cls(value)
+        return cls(value, extra)
 
     def digest(self, text: bytes) -> bytes:
         """32 bytes that stand for a record key or an owner outside this machine, or authenticate a short text:

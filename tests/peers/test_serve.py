@@ -23,7 +23,7 @@ def test_serve_says_what_is_wrong(url, capsys, tmp_path):
     listener = socket.create_server(("127.0.0.1", 0))
     taken = f"127.0.0.1:{listener.getsockname()[1]}"
     for arguments, text in (
-        (["--store", url, "--listen", "127.0.0.1:0"], "there is no store in"),
+        (["--store", url, "--listen", "127.0.0.1:0"], "yet: start the engine that creates it, or"),
         (["--store", "mem://?capacity=1MiB", "--listen", "127.0.0.1:0"], "expected shm:///NAME, got 'mem:"),
         (["--store", f"{url}?capacity=1MiB", "--listen", "7700"], "--listen: expected HOST:PORT, got '7700'"),
         (["--store", f"{url}?capacity=1MiB", "--listen", ":7700"], "--listen: expected HOST:PORT, got ':7700'"),

@@ -100,7 +100,7 @@ def test_a_store_whose_making_was_cut_short_is_made_anew(kind, directory, monkey
         patch.setattr(os, "rename", interrupted)
         with pytest.raises(KeyboardInterrupt):
             kind.open(directory, MIB)
-    with pytest.raises(ValueError, match=r"there is no store in .* yet; add .capacity=8GiB"):
+    with pytest.raises(ValueError, match=r"there is no store in .* yet: .* adding .capacity=8GiB"):
         kind.open(directory, None)
     store = kind.open(directory, MIB)
     fill(store)

@@ -58,7 +58,8 @@ def granules_of(capacity: int) -> tuple[int, int]:
 
 def no_store(directory: Path) -> ValueError:
     return ValueError(
-        f"store: there is no store in {directory} yet; add ?capacity=8GiB (or another size) to its URL to create it"
+        f"store: there is no store in {directory} yet: start the engine that creates it, or create it by adding "
+        "?capacity=8GiB (or another size) to its URL"
     )
 
 

@@ -61,7 +61,7 @@ class Tls:
             if not path.is_file():
                 raise ValueError(f"tls: there is no {path}: `lmcache-mm certificates` makes a directory per host")
         if key.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            raise PermissionError(f"tls: expected mode 0600 of {key}")
+            raise PermissionError(f"tls: {key} must be readable only by its owner (chmod 600)")
         try:
             self.certificate = ssl.PEM_cert_to_DER_cert(cert.read_text())
             self.client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
