@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from blake3 import blake3
 
+from lmcache_mm.extras import how_to_install
 from questions import CHUNK_TOKENS, PAGE_TOKENS, Questions, Row
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         import tiny_qwen2_vl  # noqa: F401
     except ImportError as error:
-        return _complain(f"{error}. The demo needs more packages: pip install '.[demo]'")
+        return _complain(f"{error}. The demo needs more packages: {how_to_install('demo')}")
     try:
         return _run(args, rich.console.Console())
     except _Misuse as error:

@@ -26,25 +26,28 @@ def main() -> None:
     os.environ.setdefault("LMCACHE_MM_SECRET", secrets.token_hex(16))  # the same on both hosts
     lent = f"shm:///example-{uuid.uuid4().hex}"
     command = [sys.executable, "-c", "from lmcache_mm.commands.cli import main; raise SystemExit(main())"]
-    pages, cache = cache_on(f"{lent}?capacity=16MiB")
-    with cache:
-        pages.normal_()
-        cache.store(PROMPT, list(range(22))).result()
-        # Beyond loopback, use --tls and ?tls= with a directory made by `lmcache-mm certificates`.
-        serve = [*command, "serve", "--store", lent, "--listen", "127.0.0.1:0"]
-        with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
-            try:
-                assert server.stdout
-                address = re.search(r"lent at (\S+:\d+),", server.stdout.readline())
-                assert address
-                there, reader = cache_on(f"peer://{address[1]}")
-                with reader:
-                    restored = reader.retrieve(PROMPT, list(range(22))).result()
-            finally:
-                server.terminate()
-        assert torch.equal(there.flatten(0, 1)[:restored], pages.flatten(0, 1)[:restored])
-        print(f"{restored} of {len(PROMPT)} tokens read from the other host")
-    subprocess.run([*command, "clear", lent], check=True, stdout=subprocess.DEVNULL)
+    try:
+        pages, cache = cache_on(f"{lent}?capacity=16MiB")
+        with cache:
+            pages.normal_()
+            cache.store(PROMPT, list(range(22))).result()
+            # Beyond loopback, use --tls and ?tls= with a directory made by `lmcache-mm certificates`.
+            serve = [*command, "serve", "--store", lent, "--listen", "127.0.0.1:0"]
+            with subprocess.Popen(serve, stdout=subprocess.PIPE, text=True) as server:
+                try:
+                    assert server.stdout
+                    address = re.search(r"lent at (\S+:\d+),", server.stdout.readline())
+                    if not address:
+                        raise SystemExit(server.wait())  # it has said why
+                    there, reader = cache_on(f"peer://{address[1]}")
+                    with reader:
+                        restored = reader.retrieve(PROMPT, list(range(22))).result()
+                finally:
+                    server.terminate()
+            assert torch.equal(there.flatten(0, 1)[:restored], pages.flatten(0, 1)[:restored])
+            print(f"{restored} of {len(PROMPT)} tokens read from the other host")
+    finally:
+        subprocess.run([*command, "clear", lent], check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_doctor_tells_which_engines_and_extras_are_here_without_an_import_of_the
     assert sglang.fix.startswith("SGLang 0.5.23, or LMCACHE_MM_ANY_SGLANG=1")
     extras = {finding.topic: finding for finding in doctor._extras()}
     assert extras["[peer]"].text == "installed, for peer: stores, serve and certificates"
-    assert extras["[valkey]"].text == "not installed (pip install '.[valkey]'), for valkey: stores"
+    assert extras["[valkey]"].text == "not installed (pip install -e '.[valkey]' in the clone), for valkey: stores"
     assert not any(finding.fix for finding in extras.values())  # an extra that is not here is no mistake
     here.clear()
     assert [finding.text for finding in doctor._engines()] == [

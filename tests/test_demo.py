@@ -16,7 +16,7 @@ import pytest
 import torch
 
 for package in ("transformers", "torchvision", "skimage", "rich"):
-    pytest.importorskip(package, reason=f"the demo needs {package}: pip install '.[demo]'")
+    pytest.importorskip(package, reason=f"the demo needs {package}: pip install -e '.[demo]'")
 
 import PIL.Image
 import skimage.data
@@ -257,7 +257,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatc
     assert run_demo() == 2
     complaint = capsys.readouterr().err
     assert "skimage" in complaint
-    assert "pip install '.[demo]'" in complaint
+    assert "pip install -e '.[demo]'" in complaint
 
 
 class Fixture:

@@ -156,7 +156,7 @@ def test_figures_that_cannot_be_shown_are_a_sentence(shm, capsys):
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "pip install '.[metrics]'" in done.stderr
+    assert "pip install -e '.[metrics]'" in done.stderr
 
 
 def test_healthz_says_what_is_wrong(shm):

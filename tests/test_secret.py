@@ -7,6 +7,7 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from lmcache_mm.secret import Seal, secret
+from lmcache_mm.stores import open_store
 
 SECRET = b"a secret of more than sixteen bytes"
 
@@ -28,7 +29,7 @@ def test_the_secret_comes_from_a_private_file_or_the_environment(environment, tm
     environment.setenv("LMCACHE_MM_SECRET_FILE", str(file))
     assert secret() == b"another one, in a file"
     file.chmod(0o640)
-    with pytest.raises(PermissionError, match="expected mode 0600"):
+    with pytest.raises(PermissionError, match=r"secret must be readable only by its owner \(chmod 600\)"):
         secret()
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"LMCACHE_MM_SECRET_FILE: No such file or directory: '.*/secret'"):
@@ -77,5 +78,10 @@ def test_a_mac_is_of_one_secret_key_length_and_payload_and_never_twice_the_same(
 def test_without_its_package_a_seal_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)
     monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
-    with pytest.raises(RuntimeError, match=r"pip install '\.\[EXTRA\]'"):
-        Seal(SECRET)
+    monkeypatch.setenv("LMCACHE_MM_SECRET", SECRET.decode())
+    for url, extra in (
+        *(("valkey://host:1", "valkey"), ("s3://bucket", "s3"), ("mooncake://host:1", "mooncake")),
+        *(("peer://127.0.0.1:1", "peer"), ("nixl://127.0.0.1:1?trusted_network=1", "nixl")),
+    ):
+        with pytest.raises(RuntimeError, match=rf"pip install -e '\.\[{extra}\]' in the clone"):
+            open_store(url)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from lmcache_mm import __version__
 from lmcache_mm.commands import calibrate, doctor
+from lmcache_mm.extras import how_to_install
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores import REMOTE, open_store, slab_directory, tiers_of
 from lmcache_mm.stores.local import slab
@@ -127,7 +128,7 @@ def _metrics_at(address: str) -> Metrics:
     try:
         from lmcache_mm.commands.metrics import Metrics  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(f"serve: --metrics needs the extra: pip install '.[metrics]' ({error})") from None
+        raise ValueError(f"serve: --metrics needs the extra: {how_to_install('metrics')} ({error})") from None
     with _binding("--metrics", address):
         return Metrics(_address_of("--metrics", address))
 
@@ -158,7 +159,7 @@ def make_certificates(args: argparse.Namespace) -> int:
     try:
         from lmcache_mm.commands import certificates  # noqa: PLC0415
     except ImportError as error:
-        raise ValueError(f"certificates: needs the extra: pip install '.[peer]' ({error})") from None
+        raise ValueError(f"certificates: needs the extra: {how_to_install('peer')} ({error})") from None
     for place in certificates.make(args.directory, args.hosts, args.days):
         print(f"{place}: copy it to that host, and name it in --tls and ?tls=")
     return 0

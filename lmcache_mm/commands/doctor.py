@@ -16,20 +16,12 @@ import torch
 
 from lmcache_mm import _C, ops, transfer_paths
 from lmcache_mm.engine import SGLANG_VERSIONS, VLLM_VERSIONS, is_tested
+from lmcache_mm.extras import EXTRAS, how_to_install
 from lmcache_mm.layout import KVLayout
 
 LEAST_BYTES = 1 << 30  # of shared memory or of locked memory: below it few prompts fit
 MEASURED_BYTES = 256 << 20
 DRIVER = Path("/proc/driver/nvidia")
-EXTRAS = {  # what each is for, and the modules that it needs; those for developers are left out
-    "peer": ("peer: stores, serve and certificates", ("cryptography",)),
-    "nixl": ("nixl: stores", ("nixl", "cryptography")),
-    "valkey": ("valkey: stores", ("glide_sync", "cryptography")),
-    "s3": ("s3: stores", ("obstore", "cryptography")),
-    "mooncake": ("mooncake: stores", ("mooncake", "cryptography")),
-    "metrics": ("serve --metrics", ("prometheus_client",)),
-    "completion": ("completion of commands in a shell", ("argcomplete",)),
-}
 
 
 class Finding(NamedTuple):
@@ -53,7 +45,7 @@ def findings() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     if not _C.cuda_version:
         if torch.cuda.is_available():
-            fix = "LMCACHE_MM_CUDA=ON pip install --force-reinstall --no-deps ., with nvcc on the PATH"
+            fix = f"LMCACHE_MM_CUDA=ON {how_to_install()}, with nvcc on the PATH"
             yield Finding("gpu", f"{torch.cuda.get_device_name()}, which this build cannot use", fix)
         return
     count, why = _C.cuda_devices()
@@ -71,7 +63,7 @@ def _gpu() -> Iterator[Finding]:
         where = f"{properties.name}, sm_{properties.major}{properties.minor}, {readable(properties.total_memory)}"
         failed = _try_gpu(torch.device("cuda", index))
         known = f"{properties.major}{properties.minor}" in _C.cuda_archs.replace(".", "")
-        fix = f"LMCACHE_MM_CUDA_ARCHS={properties.major}{properties.minor} pip install --force-reinstall --no-deps ."
+        fix = f"LMCACHE_MM_CUDA_ARCHS={properties.major}{properties.minor} {how_to_install()}"
         if failed:
             yield Finding(f"gpu {index}", f"{where}: a launch fails: {failed}", fix)
         else:
@@ -110,7 +102,7 @@ def _engines() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, (purpose, modules) in EXTRAS.items():
         there = all(importlib.util.find_spec(module) for module in modules)
-        how = "installed" if there else f"not installed (pip install '.[{extra}]')"
+        how = "installed" if there else f"not installed ({how_to_install(extra)})"
         yield Finding(f"[{extra}]", f"{how}, for {purpose}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from lmcache_mm.extras import how_to_install
 from lmcache_mm.secret import Seal
 from lmcache_mm.stores.local.file import FileStore
 from lmcache_mm.stores.local.mem import MemStore
@@ -161,7 +162,7 @@ def _open_nixl(url: str) -> Store:
             "port: add trusted_network=1 if you trust all those hosts, or use peer:"
         )
     address, tls, timeout_s = _peer(url, place, options)
-    return NixlStore(*address, Seal.of_deployment(f"nixl://{place}"), tls, timeout_s)
+    return NixlStore(*address, Seal.of_deployment(f"nixl://{place}", "nixl"), tls, timeout_s)
 
 
 def _peer(url: str, place: str, options: Mapping[str, str]) -> tuple[tuple[str, int], Tls | None, float]:
@@ -184,7 +185,7 @@ def _client(extra: str) -> Any:
     try:
         return import_module(f"lmcache_mm.stores.remote.{extra}")
     except ImportError as error:
-        raise RuntimeError(f"store: {extra}: {error}: pip install '.[{extra}]'") from error
+        raise RuntimeError(f"store: {extra}: {error}: {how_to_install(extra)}") from error
 
 
 def _open_valkey(url: str) -> Store:
@@ -234,7 +235,8 @@ def _open_remote(
     name: str, options: dict[str, str], connecting: Callable[[float], Any], connections: int, names_at_once: int
 ) -> Store:
     """connecting(timeout_s): returns the `connect` of `RemoteStore`; connections: the default."""
-    seal = Seal.of_deployment(f"store: {name.partition(':')[0]}")
+    scheme = name.partition(":")[0]
+    seal = Seal.of_deployment(f"store: {scheme}", scheme)
     timeout_s, ttl_s = _timeout(options), _seconds("ttl", options.get("ttl", "0"))
     wanted = _connections(options, connections)
     return RemoteStore(name, connecting(timeout_s), seal, timeout_s, wanted, names_at_once, ttl_s)

@@ -25,7 +25,7 @@ from lmcache_mm.stores.peers.server import Server
 from servers import PATIENCE_S, until
 from test_stores import get, key, payload
 
-pytest.importorskip("nixl", reason="needs NIXL: pip install '.[nixl]'")
+pytest.importorskip("nixl", reason="needs NIXL: pip install -e '.[nixl]'")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -364,7 +364,7 @@ def test_every_address_of_an_interface_names_it(tmp_path):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(RuntimeError, match=r"pip install '\.\[nixl\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install -e '\.\[nixl\]'"):
         open_store("nixl://127.0.0.1:7700?trusted_network=1")
 
 

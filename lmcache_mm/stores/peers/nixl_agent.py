@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_mm.extras import how_to_install
+
 IDLE_POLL_S = 0.05
 POLL_S = 3e-4
 START_S = 60.0
@@ -52,7 +54,7 @@ _IFREQ = struct.Struct("16s4x4s16x")  # of <net/if.h>, with an IPv4 address
 def check_package() -> None:
     """RuntimeError if NIXL is not installed."""
     if importlib.util.find_spec("nixl") is None:
-        raise RuntimeError("nixl: needs an extra: pip install '.[nixl]'")
+        raise RuntimeError(f"nixl: needs an extra: {how_to_install('nixl')}")
 
 
 def interface_of(address: str) -> str:
