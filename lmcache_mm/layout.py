@@ -199,8 +199,10 @@ class KVLayout:
 
         Raises TypeError or ValueError for tensors that differ, overlap themselves, or are expanded.
         """
-        if not isinstance(kv_caches, Iterable):
-            raise TypeError(f"kv_caches: expected a list or dict of tensors, got {type(kv_caches).__name__}")
+        if not isinstance(kv_caches, Iterable) or isinstance(kv_caches, torch.Tensor):
+            raise TypeError(
+                f"kv_caches: expected a list or dict of tensors, one per layer, got {type(kv_caches).__name__}"
+            )
         named = dict(kv_caches) if isinstance(kv_caches, dict) else {str(i): t for i, t in enumerate(kv_caches)}
         if not named:
             raise ValueError("kv_caches: expected at least one tensor, got none")

@@ -217,6 +217,8 @@ class Prompt:
         for name in REQUEST_FIELDS:
             if getattr(self, name) is not None:
                 _request_field(name, getattr(self, name))
+        if not isinstance(self.turns, Iterable):
+            raise TypeError(f"turns: expected a sequence of token counts, got {type(self.turns).__name__}")
         turns = tuple(count(f"turns[{i}]", turn) for i, turn in enumerate(self.turns))
         if any(turn > len(ids) for turn in turns):
             raise ValueError(f"turns: expected at most the prompt's {len(ids)} tokens, got {max(turns)}")

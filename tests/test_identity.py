@@ -455,6 +455,7 @@ def test_bad_roots_cuts_and_items_are_refused(root, cuts, items, error, text):
             TypeError,
             "items: expected a sequence of lmcache_mm.Item, got Item",
         ),
+        (lambda: lmc.Prompt([1], turns=1), TypeError, "turns: expected a sequence of token counts, got int"),
         (lambda: lmc.Prompt([[1]]), ValueError, "token_ids: expected 1 dimension"),
         (lambda: lmc.Prompt([1], [("a", 0, 1)]), TypeError, r"items\[0\]: expected lmcache_mm.Item"),
         (lambda: lmc.Prompt([1], salt=7.0), TypeError, "salt: expected str or bytes, got float"),

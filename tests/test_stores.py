@@ -473,10 +473,13 @@ def test_a_directory_without_a_parent_is_an_error_that_names_it(tmp_path):
 
 def test_no_room_is_an_error_that_says_so(tmp_path):
     size = 1 << 50
-    with pytest.raises(OSError, match=rf"no room for {size} bytes in .*, where \d+ bytes are free"):
-        open_store(f"file://{tmp_path}/large?capacity={size}")
-    assert not [path for path in (tmp_path / "large").iterdir() if path.name != "lock"]
-    assert os.listdir(tmp_path) == ["large"]
+    (tmp_path / "mine").mkdir(mode=0o700)
+    for name in ("new", "mine"):
+        with pytest.raises(OSError, match=rf"no room for {size} bytes in .*, where \d+ bytes are free"):
+            open_store(f"file://{tmp_path}/{name}?capacity={size}")
+    assert os.listdir(tmp_path) == ["mine"]
+    assert os.listdir(tmp_path / "mine") == ["lock"]
+    open_store(f"file://{tmp_path}/new?capacity=1MiB").close()
 
 
 SCHEMES = st.sampled_from(

@@ -145,10 +145,18 @@ class SlabStore:
             raise ValueError(f"capacity: expected at least {LEAST_GRANULE_BYTES} bytes, got {capacity}")
         if capacity is None and not os.path.lexists(directory):
             raise no_store(directory)
+        new = not os.path.lexists(directory)
         with opening(directory) as self._lock_fd:
             if any(store._lock_fd == self._lock_fd for store in _open.values()):
                 raise ValueError(f"store: {directory} is open in this process under another name")
-            self._take_over(capacity)
+            try:
+                self._take_over(capacity)
+            except OSError:
+                if new and not (directory / "slab").exists():  # nothing of it stays, as after `remove`
+                    with suppress(OSError):
+                        (directory / "lock").unlink()
+                        directory.rmdir()
+                raise
         try:
             self._open_slab()
         except BaseException:
