@@ -411,7 +411,12 @@ def test_opaque_pages_have_no_tokens_to_copy_and_no_tails():
         ([torch.zeros(4, 2, 8).transpose(0, 1)], {}, ValueError, "token_dim: the slots of dimension 1 do not lie"),
         (["x"], {}, TypeError, r"kv_caches\[0\]: expected a torch tensor"),
         (None, {}, TypeError, "kv_caches: expected a list or dict of tensors, one per layer, got NoneType"),
-        (torch.zeros(2, 8, 4, 16), {}, TypeError, "kv_caches: expected a list .* of tensors, one per layer, got Tensor"),
+        (
+            torch.zeros(2, 8, 4, 16),
+            {},
+            TypeError,
+            "kv_caches: expected a list .* of tensors, one per layer, got Tensor",
+        ),
         (
             [torch.zeros(2, 4, 8, device="meta")],
             {},
