@@ -25,7 +25,7 @@ class Copies(Protocol):
 
     def go_on(self, planes: int, behind: Any = None) -> None:
         """Starts the copies of the first `planes` planes that have not started, ordered after `behind`. On CUDA, a
-        store's copies start only once they make a step. After an exception nothing is under way."""
+        store's copies start only once they make a step. After an exception nothing is in progress."""
         ...
 
     def order(self, stream: int, planes: int) -> None:

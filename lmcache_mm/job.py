@@ -18,8 +18,12 @@ PATIENCE_S = 30.0  # default patience with a store that makes no progress
 
 
 class Job(Generic[T]):
-    """A retrieve or store under way. Do not touch the pages that it reads or writes until `pages_free`. On CUDA it runs
-    after the work that the caller's current stream held when it was requested."""
+    """A retrieve or store in progress. Do not touch the pages that it reads or writes until `pages_free`. On CUDA it
+    runs after the work that the caller's current stream held when it was requested.
+
+    To get pages back, call `pages_free`, which waits; where no call may wait, `give_up`, which ends a job that is
+    stuck, or `abandon`, which ends any. An early store, as one by layers is, was requested before its pages were
+    written: it reads them only during calls of this object's methods, or after `written`."""
 
     def __init__(
         self,
@@ -31,11 +35,13 @@ class Job(Generic[T]):
         self.work, self._layout, self._by_layer, self._result_of = work, layout, by_layer, result_of
 
     def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
         return self.work.future.done()
 
     def result(self, timeout_s: float | None = None) -> T:
-        """The job's result; TimeoutError if there is none after `timeout_s` seconds, Abandoned if there will never be
-        one. For a store that is early or by layers, this reads the pages that have not been read."""
+        """The job's result; TimeoutError if there is none after `timeout_s` seconds,
+        `lmcache_mm.lane.Abandoned`, a RuntimeError, if there will never be one. For an early store, this reads the
+        pages that have not been read."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if self.work.early:
             self.work.read_pages(deadline)
@@ -60,23 +66,23 @@ class Job(Generic[T]):
 
     def give_up(self, patience_s: float = PATIENCE_S) -> bool:
         """Abandons the job if it made no progress for `patience_s` seconds, and returns whether it did. An abandoned
-        job does not touch its pages any more."""
+        job does not touch its pages anymore."""
         return self.work.give_up(patience_s)
 
     def abandon(self) -> bool:
-        """Gives the job up, unless it is using its pages right now. True: it will not touch them any more."""
+        """Gives the job up, unless it is using its pages right now. True: it will not touch them anymore."""
         return self.work.abandon()
 
     def pages_free(self, patience_s: float = PATIENCE_S) -> bool:
         """Returns when the job is done with its pages, though it may still process what it has read. False: it made no
         progress for `patience_s` seconds (for example, a store hangs) and was abandoned; then it does not touch its
-        pages any more either.
+        pages anymore either.
 
         For an early store, this call reads the pages."""
         return self.work.leave_pages(patience_s)
 
     def leave_pages(self, deadline: float) -> bool:
-        """Returns when the job will not touch its pages any more. False: it was not done with them by `deadline` (by
+        """Returns when the job will not touch its pages anymore. False: it was not done with them by `deadline` (by
         time.monotonic()) and was abandoned."""
         if self.work.pages_left(max(0.0, deadline - time.monotonic())):
             return True

@@ -52,9 +52,9 @@ def encode_fields(fields: dict[str, bytes]) -> bytes:
 class Item:
     """One image, video or audio of a prompt.
 
-    `identifier` names the content: any string, normally a hash of the decoded data. This library takes equal
-    identifiers for equal content, so clients must not choose them.
-    The item covers positions [offset, offset + length) of the prompt.
+    `identifier` names the content: any string, normally a hash of the decoded data. Equal identifiers are assumed to
+    mean equal content, so clients must not choose them.
+    The item covers positions [offset, offset + length) of the prompt, clipped to the prompt's end.
 
     Raises TypeError or ValueError for strings that UTF-8 cannot hold and for offsets or lengths outside `[0, 2**63)`.
     """
@@ -145,7 +145,7 @@ def owner_of(salt: str | bytes | None) -> bytes:
 def owner_to_forget(salt: str | bytes) -> bytes:
     """As `owner_of`; ValueError for None, since records without a salt have no owner."""
     if salt is None:
-        raise ValueError("salt: expected one, got none")
+        raise ValueError("salt: expected a salt, got None")
     return owner_of(salt)
 
 
@@ -154,7 +154,7 @@ def _request_field(name: str, value: Any) -> bytes:
     if not isinstance(value, (str, bytes)):
         raise TypeError(f"{name}: expected str or bytes, got {type(value).__name__}")
     if not value:
-        raise ValueError(f"{name}: expected a name, got an empty one; pass None for none")
+        raise ValueError(f"{name}: expected a nonempty str or bytes; pass None for no {name}")
     return _field_value(name, value)
 
 
@@ -181,8 +181,9 @@ class Prompt:
     """One request: token ids, the items that cover some of them, the tenant's salt, LoRA and prompt embeddings.
 
     `token_ids`: integers, 1-D, in `[0, 2**32)`, not overwritten; copied. `items`: each needs an identifier, since two
-    without one would look equal. `salt`, `lora` (a fingerprint of the adapter's file) and `prompt_embeds` (a digest)
-    are fields of the namespace: a nonempty str or bytes, or None. Requests with different salts share nothing.
+    without one would look equal; the positions that an item covers are clipped to the prompt's end. `salt`, `lora` (a
+    fingerprint of the adapter's file) and `prompt_embeds` (a digest) are fields of the namespace: a nonempty str or
+    bytes, or None. Requests with different salts share nothing.
     `turns`: token counts at which earlier prompts ended that this one continues, such as the turns of a chat; their
     records are looked up there. TypeError or ValueError for anything else. The repr shows neither tokens nor names.
     """

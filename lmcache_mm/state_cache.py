@@ -40,7 +40,7 @@ class StateCache:
             if not isinstance(value, kind):
                 raise TypeError(f"{name}: expected lmcache_mm.{kind.__name__}, got {type(value).__name__}")
         if not layout.opaque:
-            raise ValueError("layout: expected opaque pages, got pages of tokens")
+            raise ValueError("layout: expected opaque pages (KVLayout with opaque=True), got pages of tokens")
         self._every = count("every_tokens", every_tokens)
         if not self._every:
             raise ValueError("every_tokens: expected at least 1, got 0")

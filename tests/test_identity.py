@@ -78,7 +78,7 @@ def test_prefix_keys_of_the_golden_prompt_are_the_golden_ones(dtype):
 def test_namespace_roots_are_the_golden_ones(case):
     namespace = lmc.Namespace(**case["fields"])
     if "" in case["request"].values():  # a root that the format has but no request can
-        with pytest.raises(ValueError, match="expected a name"):
+        with pytest.raises(ValueError, match="expected a nonempty str or bytes; pass None for no "):
             namespace.root(**case["request"])
         fields = {**namespace._fields, **{name: value.encode() for name, value in case["request"].items()}}
         root = blake3(encode_fields(fields), derive_key_context=NAMESPACE_CONTEXT).digest()
@@ -321,7 +321,7 @@ def test_one_rule_says_what_a_salt_is_wherever_it_enters(name, salt, error):
             enter()
     assert owner_of(None) == b""
     assert owner_of("5") == owner_of(b"5") != owner_of("0")
-    with pytest.raises(ValueError, match="salt: expected one, got none"):
+    with pytest.raises(ValueError, match="salt: expected a salt, got None"):
         cache.forget(None)
 
 

@@ -93,7 +93,7 @@ def serving_figures(url):
         lent, figures = process.stdout.readline(), process.stdout.readline()
         assert "/metrics" in figures, process.stderr.read()
         port = int(lent.partition(" is lent at ")[2].partition(",")[0].rpartition(":")[2])
-        yield process, port, figures.removeprefix("figures at ").split("/metrics")[0]
+        yield process, port, figures.removeprefix("metrics at ").split("/metrics")[0]
     finally:
         process.kill()
         process.communicate()

@@ -142,7 +142,7 @@ def test_a_hit_of_both_ends_where_there_are_kv_and_a_state(states):
                 KVLayout.from_tensors([s], page_tokens=6, page_dim=0, token_dim=1), "mem:", NAMESPACE
             ),
             ValueError,
-            "layout: expected opaque pages",
+            r"layout: expected opaque pages \(KVLayout with opaque=True\)",
         ),
     ],
 )

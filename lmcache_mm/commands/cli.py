@@ -115,7 +115,7 @@ def serve(args: argparse.Namespace) -> int:
                 print(f"{args.store} is lent at {_place(server.address)}, {how}", flush=True)
                 if metrics:
                     metrics.watch(store, server)
-                    print(f"figures at http://{_place(metrics.address)}/metrics and /healthz", flush=True)
+                    print(f"metrics at http://{_place(metrics.address)}/metrics and /healthz", flush=True)
                 while not stopped.wait(1):  # a signal may come to another thread
                     pass
     finally:
@@ -268,7 +268,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve_parser.add_argument(
         "--metrics",
         metavar="HOST:PORT",
-        help="answer /metrics and /healthz there by HTTP, to everybody who reaches it: figures only",
+        help="answer /metrics and /healthz there by HTTP, to everybody who reaches it: metrics only, no keys",
     )
     serve_parser.add_argument("--verbose", action="store_true", help="log connections to standard error")
     serve_parser.set_defaults(run=_on_store(serve))

@@ -31,7 +31,7 @@ COUNTERS = {
 
 
 class Metrics:
-    """Answers at an address until `close`, to everybody who reaches it: figures, no keys and no payloads.
+    """Answers at an address until `close`, to everybody who reaches it: metrics, no keys and no payloads.
 
     Register a server by `watch`, and give its constructor `answered`. OSError where the address cannot be bound."""
 

@@ -379,7 +379,7 @@ class HiCacheBackend(HiCacheStorage):
         return counts | {f"store.{name}": number for name, number in self._store.stats().items()}
 
     def close(self) -> None:
-        """Ends work under way, within timeout_s in all, and closes the store."""
+        """Ends work in progress, within timeout_s in all, and closes the store."""
         if self._closed:
             return
         self._closed = True

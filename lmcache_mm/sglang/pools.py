@@ -52,7 +52,7 @@ class Pages(Protocol):
         ...
 
     def close(self, until: float) -> bool:
-        """Ends work under way, until `until` by time.monotonic(). Whether all work is done."""
+        """Ends work in progress, until `until` by time.monotonic(). Whether all work is done."""
         ...
 
 

@@ -71,7 +71,9 @@ class Store(Protocol):
         is down: such a record is not copied into another store, where it would count as new."""
         ...
 
-    def delete(self, keys: Sequence[bytes]) -> None: ...
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Removes the records of these keys, if they exist."""
+        ...
 
     def forget(self, owner: bytes) -> int:
         """Removes all records of an owner; returns their number."""
@@ -85,7 +87,9 @@ class Store(Protocol):
         """Counters since the store was opened, and the current `capacity_bytes`, `used_bytes` and `records`."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Gives back memory, threads and connections. No other method may be called after that."""
+        ...
 
 
 @runtime_checkable
@@ -94,9 +98,19 @@ class SlotStore(Store, Protocol):
 
     def lend(
         self, keys: Sequence[bytes], sizes: Sequence[int], owner: bytes = b"", peek: bool = False
-    ) -> list[Slot | None]: ...
-    def release(self, slots: Sequence[Slot]) -> None: ...
-    def discard(self, slot: Slot) -> None: ...
+    ) -> list[Slot | None]:
+        """Pins the records of `keys` that have these sizes until `release`; None for the others. They are not verified:
+        compare the checksum, and call `discard` if it differs."""
+        ...
+
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Gives lent slots back. Nothing may read them after that."""
+        ...
+
+    def discard(self, slot: Slot) -> None:
+        """Removes the record of a lent slot whose checksum is wrong. The slot stays lent."""
+        ...
+
     def reserve(
         self,
         keys: Sequence[bytes],
@@ -104,8 +118,23 @@ class SlotStore(Store, Protocol):
         owner: bytes = b"",
         as_of: int | None = None,
         age_s: float = 0.0,
-    ) -> list[Slot | None]: ...
-    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None: ...
-    def abandon(self, slots: Sequence[Slot]) -> None: ...
-    def view(self, slot: Slot) -> Any: ...
-    def register(self, device: int) -> None: ...
+    ) -> list[Slot | None]:
+        """Slots to write payloads to; None for keys that exist, and where there is no room. Pass each slot to `publish`
+        or `abandon`. `owner`, `as_of`, `age_s`: as in `put`."""
+        ...
+
+    def publish(self, slots: Sequence[Slot], checksums: Sequence[int]) -> None:
+        """Makes reserved slots visible to all readers, once they are filled with payloads of these checksums."""
+        ...
+
+    def abandon(self, slots: Sequence[Slot]) -> None:
+        """Gives reserved slots back. Nothing may write to them after that."""
+        ...
+
+    def view(self, slot: Slot) -> Any:
+        """A slot's bytes in place, uint8; valid only while the slot is lent or reserved."""
+        ...
+
+    def register(self, device: int) -> None:
+        """Pins the slots' memory for transfers to and from a GPU until the store is closed."""
+        ...

@@ -243,7 +243,7 @@ class EncoderScheduler:
         return True
 
     def _abandon(self, ours: _Request) -> None:
-        """Abandons the request's work under way."""
+        """Abandons the request's work in progress."""
         for work in [*ours.fetching.values(), *([ours.identifying] if ours.identifying else [])]:
             work.abandon()
         ours.fetching.clear()

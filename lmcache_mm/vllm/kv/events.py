@@ -174,7 +174,7 @@ class Events:
         return looked_for and self._lane.stalled_s() < self._timeout_s
 
     def forget(self) -> None:
-        """Announces all records as removed: this engine will not use them any more."""
+        """Announces all records as removed: this engine will not use them anymore."""
         self._remove(list(self._told))
         self._waiting.clear()
         self._wanted = False

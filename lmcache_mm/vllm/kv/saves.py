@@ -147,7 +147,7 @@ class Saves:
         return self._under_way > 0 and time.monotonic() < self._until
 
     def written(self, step: SchedulerOutput, loads: Iterable[Load], requests: Mapping[str, OurRequest]) -> set[int]:
-        """Pages that a step writes, by computing or loading, if saves under way may still read them."""
+        """Pages that a step writes, by computing or loading, if saves in progress may still read them."""
         if self._under_way <= 0:
             return set()
         written = {page for load in loads for one in load.records for page in one.pages}

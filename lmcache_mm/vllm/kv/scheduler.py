@@ -199,7 +199,7 @@ class Scheduler:
         return {"lmcache_mm": {"wait": True}}
 
     def drop(self, request: Request) -> None:
-        """Forgets a request, but not its load under way: vLLM keeps the pages until workers report the load."""
+        """Forgets a request, but not its load in progress: vLLM keeps the pages until workers report the load."""
         self._requests.pop(request.request_id, None)
 
     # --- Matching
@@ -282,7 +282,7 @@ class Scheduler:
         return work.future.done()
 
     def _found(self, ours: OurRequest, tracker: RequestTracker) -> list[Record] | None:
-        """The request's records that the store has; None if the lookup is still under way."""
+        """The request's records that the store has; None if the lookup is still in progress."""
         if ours.lookup is None:
             records = self._loadable(ours.request, tracker)
             if self._store.local:

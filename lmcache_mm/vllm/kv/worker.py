@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """A save under way."""
+    """A save in progress."""
 
     save: Save
     jobs: list[Job[int]]
@@ -124,7 +124,7 @@ class Worker:
         ]
 
     def fall_asleep(self) -> None:
-        """Returns when no load or save touches pages any more. New ones fail until `wake_up`."""
+        """Returns when no load or save touches pages anymore. New ones fail until `wake_up`."""
         self._asleep = True
         deadline = time.monotonic() + min(STEP_SAVE_S, self._options.timeout_s)
         for _, parts in self._loading.values():
@@ -190,7 +190,7 @@ class Worker:
         self._in_step = []
 
     def _succeeded(self, load: Load, parts: list[Part]) -> bool:
-        """Whether a load has filled all its pages. It must not touch them any more."""
+        """Whether a load has filled all its pages. It must not touch them anymore."""
         if not parts:
             return False
         if not all(part.job.done() for part in parts):
@@ -258,7 +258,7 @@ class Worker:
         self._see_saves()
 
     def _leave(self, pages: set[int] | None, patience_s: float) -> None:
-        """Returns when no save reads any of `pages` any more (None: any page). Saves that take longer than `patience_s`
+        """Returns when no save reads any of `pages` anymore (None: any page). Saves that take longer than `patience_s`
         in all are given up, at once if the store has already done nothing for that long."""
         stalled_s = max((transfer.stores_stalled_s() for transfer in self._transfers), default=0.0)
         deadline = time.monotonic() + max(0.0, min(patience_s, self._options.timeout_s) - stalled_s)
