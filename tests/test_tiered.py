@@ -107,6 +107,12 @@ def test_what_is_too_large_for_the_first_tier_goes_below(store, tiers):
     assert get(store, 1, 2 << 20) == payload(1, 2 << 20)
 
 
+def test_the_room_of_tiers_is_not_known_if_that_of_one_is_not(store, tiers, monkeypatch):
+    assert store.stats()["capacity_bytes"] == 5 << 20
+    monkeypatch.setattr(tiers[1], "stats", dict)  # as a server's
+    assert "capacity_bytes" not in store.stats()
+
+
 @pytest.mark.parametrize("down", [0, 1])
 def test_a_tier_that_fails_is_left_alone_and_the_other_goes_on(store, tiers, down, monkeypatch, caplog):
     store.put([key(1)], [payload(1)])

@@ -343,11 +343,12 @@ class TieredStore:
     def stats(self) -> Mapping[str, int]:
         self._check()
         with self._state:
-            out = {**self._counts, "waiting": self._behind.waiting, "capacity_bytes": 0, "used_bytes": 0}
-        for tier in range(len(self._tiers)):
-            of_tier: Mapping[str, int] = self._ask(tier, {}, "stats")
-            out["capacity_bytes"] += of_tier.get("capacity_bytes", 0)
-            out["used_bytes"] += of_tier.get("used_bytes", 0)
+            out = {**self._counts, "waiting": self._behind.waiting}
+        of_tiers: list[Mapping[str, int]] = [self._ask(tier, {}, "stats") for tier in range(len(self._tiers))]
+        if all("capacity_bytes" in of_tier for of_tier in of_tiers):  # servers do not say theirs
+            out["capacity_bytes"] = sum(of_tier["capacity_bytes"] for of_tier in of_tiers)
+        out["used_bytes"] = sum(of_tier.get("used_bytes", 0) for of_tier in of_tiers)
+        for tier, of_tier in enumerate(of_tiers):
             out |= {f"tier{tier}.{name}": value for name, value in of_tier.items()}
         return out
 

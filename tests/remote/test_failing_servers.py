@@ -6,11 +6,13 @@ import resource
 import threading
 import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 
 import servers
 from lmcache_mm.stores import open_store
+from lmcache_mm.stores.remote.hands import Calls
 from lmcache_mm.stores.remote.record import HEADER_BYTES
 from remotes import SLOW_S, engine_of, later, opened, within
 from servers import until
@@ -41,6 +43,20 @@ def test_a_server_that_never_answers_costs_its_budget_once(scheme, environment, 
         with pytest.raises(RuntimeError, match=r"forget: not everything could be removed: .* since it failed: \w"):
             store.forget(OWNER)
         within(store.close)
+
+
+def test_why_a_server_is_left_alone_is_remembered_when_this_host_runs_out_of_memory():
+    def fails(*_):
+        raise ConnectionError("refused")
+
+    def lacks(*_):
+        raise MemoryError
+
+    calls = Calls("valkey://host", lambda: SimpleNamespace(close=lambda: None), 1.0, 1, 10)
+    calls.do(fails, 1)
+    calls.do(lacks, 1, even_if_down=True)
+    assert str(calls.do(fails, 1)[1]).endswith("since it failed: refused")
+    calls.close()
 
 
 def test_a_server_that_hangs_in_the_middle_is_tried_again_after_a_while(own_server, monkeypatch):

@@ -42,13 +42,14 @@ def test_passwords_come_from_the_environment_or_a_private_file(environment, tmp_
 
 
 def test_wrong_keys_of_s3_and_buckets_that_are_not_there_are_errors(environment):
+    url = remote_url("s3")  # whose server has the right keys
     environment.setenv("AWS_SECRET_ACCESS_KEY", "another")
     with pytest.raises(PermissionError, match="refuses the credentials of AWS_ACCESS_KEY_ID") as raised:
-        open_store(remote_url("s3"))
+        open_store(url)
     assert "another" not in str(raised.value)
     environment.setenv("AWS_SECRET_ACCESS_KEY", servers.AWS["AWS_SECRET_ACCESS_KEY"])
     with pytest.raises(ValueError, match="there is no bucket s3://none-such"):
-        open_store(remote_url("s3").replace("bucket/", "none-such/"))
+        open_store(url.replace("bucket/", "none-such/"))
 
 
 def test_tls_checks_the_servers_certificate(environment, tmp_path):

@@ -186,6 +186,7 @@ class MemStore:
         insort(self._gaps, (begin, end))
 
     def moment(self) -> int:
+        self._check()
         return self._moment
 
     def ages(self, keys: Sequence[bytes]) -> list[float]:
@@ -219,6 +220,7 @@ class MemStore:
 
     def flush(self) -> None:
         """Every put is visible when it returns."""
+        self._check()
 
     def stats(self) -> Mapping[str, int]:
         self._check()

@@ -201,7 +201,7 @@ class Calls:
         healthy = good or (call.error is None and call.moved)
         if call.error is not None and is_lack(call.error):  # this host ran out, not the server
             healthy = not self.breaker.open
-        if not healthy:
+        elif not healthy:
             self._failure = first_line(error)
         if self.breaker.tell(healthy) and not healthy:
             logger.warning("%s failed and is left alone for %g s: %s", self._name, PAUSE_S, self._failure)
