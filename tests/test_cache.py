@@ -337,7 +337,7 @@ def test_what_one_tenant_stored_is_forgotten_everywhere(engine):
     assert engine.cache.forget("ours") == len(keys_of(engine, ours))
     assert engine.cache.match(ours) == 0
     assert retrieved(engine, theirs) == len(theirs)
-    with pytest.raises(ValueError, match="salt: expected a name"):
+    with pytest.raises(ValueError, match="salt: expected a nonempty str"):
         engine.cache.forget("")
 
 

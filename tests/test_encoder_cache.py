@@ -225,7 +225,7 @@ def test_a_tenant_is_forgotten(cache):
     assert cache.forget("s") == 2
     assert cache.load("a", salt="s") is None
     assert same(cache.load("a", salt="t"), OUTPUT)
-    with pytest.raises(ValueError, match="salt: expected a name"):
+    with pytest.raises(ValueError, match="salt: expected a nonempty str"):
         cache.forget("")
 
 
