@@ -151,7 +151,7 @@ class Hand:
 
 def first_line(error: BaseException | None) -> str:
     """What an error says: those of obstore go on with the structures of its program."""
-    return str(error).partition("\n")[0]
+    return str(error).strip().partition("\n")[0]
 
 
 class LeftAlone(ConnectionError):
