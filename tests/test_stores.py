@@ -528,3 +528,14 @@ def test_any_url_opens_a_store_or_raises_what_is_documented(data):
         except (ValueError, OSError, RuntimeError):
             return
         store.close()
+
+
+def test_a_closed_store_says_so_in_every_method(local):
+    local.close()
+    for call in (
+        *(lambda: local.contains([key(1)]), lambda: local.get_into([key(1)], [bytearray(8)])),
+        *(lambda: local.put([key(1)], [payload(1)]), lambda: local.delete([key(1)]), lambda: local.ages([key(1)])),
+        *(lambda: local.forget(OWNER), local.moment, local.flush, local.stats),
+    ):
+        with pytest.raises(RuntimeError, match="it is closed"):
+            call()
