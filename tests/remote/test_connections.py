@@ -150,13 +150,18 @@ class Shared:
         self.closed.append(self.asked_at_once)
 
 
+def ask_at_once(store, callers):
+    """Threads that have begun to ask for one record each."""
+    threads = [threading.Thread(target=store.contains, args=([key(i)],)) for i in range(callers)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def test_calls_are_spread_over_the_connections_and_one_that_is_slow_with_much_is_not_down():
     client = Shared(0.05)
     store = RemoteStore("shared", lambda: client, Seal(b"a secret of a deployment"), 30, 4, 1)
-    callers = [threading.Thread(target=store.contains, args=([key(i)],)) for i in range(16)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
+    for caller in ask_at_once(store, 16):
         caller.join()
     assert client.most_at_once == 4
     assert [hand.busy for hand in store._calls.hands] == [0] * 4
@@ -172,9 +177,7 @@ def test_calls_are_spread_over_the_connections_and_one_that_is_slow_with_much_is
 def test_a_client_is_closed_once_and_behind_what_it_does():
     client = Shared(0.3)
     store = RemoteStore("shared", lambda: client, Seal(b"a secret of a deployment"), 10, 4, 1)
-    callers = [threading.Thread(target=store.contains, args=([key(i)],)) for i in range(4)]
-    for caller in callers:
-        caller.start()
+    callers = ask_at_once(store, 4)
     time.sleep(0.1)
     store.close()
     assert client.closed == [0]

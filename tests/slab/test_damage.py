@@ -119,6 +119,12 @@ def test_any_first_page_is_a_header_or_none_and_its_second_copy_is_as_good(store
     run()
 
 
+def assert_takes_records(store):
+    fill(store)
+    assert get(store, 111, 100_000) == payload(111, 100_000)
+    assert no_room_is_lost(store)
+
+
 @pytest.mark.parametrize("size", [0, 100, 4096, 50_000, 10**7])
 def test_an_index_of_another_length_is_made_as_long_as_it_has_to_be(kind, directory, size):
     store = kind.open(directory, MIB)
@@ -126,9 +132,7 @@ def test_an_index_of_another_length_is_made_as_long_as_it_has_to_be(kind, direct
     store.close()
     os.truncate(directory / "table", size)
     store = kind.open(directory, MIB)
-    fill(store)
-    assert get(store, 111, 100_000) == payload(111, 100_000)
-    assert no_room_is_lost(store)
+    assert_takes_records(store)
 
 
 def test_files_cut_short_while_they_are_open_are_no_crash(kind, directory):
@@ -149,9 +153,7 @@ def test_files_cut_short_while_they_are_open_are_no_crash(kind, directory):
         store.close()
         os.truncate(directory / "slab", MIB)
         store = kind.open(directory, MIB)
-        fill(store)
-        assert get(store, 111, 100_000) == payload(111, 100_000)
-        assert no_room_is_lost(store)
+        assert_takes_records(store)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
 

@@ -154,8 +154,7 @@ class SlabStore:
             except OSError:
                 if new and not (directory / "slab").exists():  # nothing of it stays, as after `remove`
                     with suppress(OSError):
-                        (directory / "lock").unlink()
-                        directory.rmdir()
+                        _remove_directory(directory)
                 raise
         try:
             self._open_slab()
@@ -507,6 +506,11 @@ def remove(directory: Path) -> bool:
             if any(locked_by_another(fd, row) for row in range(ROWS)):
                 return False
             remove_files(directory)
-            (directory / "lock").unlink()
-            directory.rmdir()
+            _remove_directory(directory)
     return True
+
+
+def _remove_directory(directory: Path) -> None:
+    """Removes the lock and the directory of a store without other files. The caller holds the lock."""
+    (directory / "lock").unlink()
+    directory.rmdir()

@@ -383,7 +383,7 @@ class Scheduler:
             metadata.look = self._namespace.resets
         self._look, self._at_once_left_s = False, AT_ONCE_S
         metadata.written = self._saving.written(step, metadata.loads, self._requests)
-        if self._loading.request_ids() and self._options.load != "async":
+        if self._options.load != "async" and self._loading.request_ids():
             # Tokens computed from pages that are being loaded are valid only if all ranks report that the loads
             # succeeded. They are saved after that.
             return metadata
