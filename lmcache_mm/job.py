@@ -22,8 +22,8 @@ class Job(Generic[T]):
     runs after the work that the caller's current stream held when it was requested.
 
     To get pages back, call `pages_free`, which waits; where no call may wait, `give_up`, which ends a job that is
-    stuck, or `abandon`, which ends any. An early store, as one by layers is, was requested before its pages were
-    written: it reads them only during calls of this object's methods, or after `written`."""
+    stuck, or `abandon`, which ends any. An early store is requested before its pages are written; a store by layers is
+    one. It reads the pages only during calls of this object's methods, or after `written`."""
 
     def __init__(
         self,
