@@ -402,7 +402,7 @@ def test_a_transfer_that_stalls_costs_the_timeout_and_leaves_buffers_alone(lent,
     lent.put([key(1)], [large(1, size)])
     with opened(server.address[1], "timeout=1") as reader:
         buffer = np.zeros(size, np.uint8)
-        until(lambda: reader.get_into([key(1)], [buffer]) == [True] or reader._breaker.tell(True), "no hit")
+        read_again(reader, size)
         stalled = reader._readers[-1]._process.pid
         agent._process.send_signal(signal.SIGSTOP)
         try:
@@ -453,9 +453,7 @@ def test_a_server_that_is_killed_and_comes_back_is_read_again(own):
         process.wait()
         assert get(reader, 1, LARGE) is None
         with serve_process(url, f"127.0.0.1:{port}", *arguments) as (again, _):
-            reader._breaker.tell(True)
-            until(lambda: get(reader, 1, LARGE) or reader._breaker.tell(True), "it is not read again")
-            assert get(reader, 1, LARGE) == large(1)
+            read_again(reader)
             again.send_signal(signal.SIGTERM)
             assert again.wait(PATIENCE_S) == 0
 
@@ -471,8 +469,7 @@ def test_a_process_that_lends_and_has_ended_is_started_again(own):
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         (child,) = [int(child) for child in children if b"nixl_agent" in Path(f"/proc/{child}/cmdline").read_bytes()]
         signal.pidfd_send_signal(os.pidfd_open(child), signal.SIGKILL)
-        until(lambda: get(reader, 1, LARGE) or reader._breaker.tell(True), "it is not read again")
-        assert get(reader, 1, LARGE) == large(1)
+        read_again(reader)
         assert process.poll() is None
 
 
