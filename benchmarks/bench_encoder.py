@@ -54,7 +54,7 @@ def test_load_encoder_output(against, tower, store):
     output = tower.encode()
     url = {"mem": "mem://", "shm": f"shm:///bench-{os.getpid()}"}[store]
     namespace = lmc.Namespace(model="m", dtype=output.dtype)
-    with lmc.EncoderCache(namespace, f"{url}?capacity=64MiB") as cache:
+    with lmc.EncoderCache(f"{url}?capacity=64MiB", namespace) as cache:
         cache.save("a", output)
         assert torch.equal(cache.load("a"), output)
         against(

@@ -180,7 +180,7 @@ class Questions:
 
         loop.synchronize()
         begin = time.perf_counter()
-        encoder = _Encoder(loop, lmc.EncoderCache(self.namespace, cache.backend) if by_content else None)
+        encoder = _Encoder(loop, lmc.EncoderCache(cache.backend, self.namespace) if by_content else None)
         tokens = loop.generate(request, block_ids, min(restored, n - 1), self.max_new_tokens, encoder.encode)
         answer = [next(tokens)]
         ttft_s += time.perf_counter() - begin

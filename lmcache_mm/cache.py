@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from lmcache_mm import ops
+from lmcache_mm.base_cache import BaseCache
 from lmcache_mm.codec import of_layout as codec_of_layout
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.operands import Ids, ids_tensor
 from lmcache_mm.payloads import Chunk
-from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of, owner_to_forget
-from lmcache_mm.stores import opened
+from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Transfer
@@ -35,7 +35,7 @@ def record_key(prefix_key: bytes, group: int = 0, rank: int = 0) -> bytes:
     return prefix_key + group.to_bytes(2, "little") + rank.to_bytes(2, "little")
 
 
-class KVCache:
+class KVCache(BaseCache):
     """Reuse of the KV of `layout`'s pages across prompts, through a store.
 
     layout: where the pages are. store: a URL or a list of them (see `open_store`), or an open store, which the caller
@@ -75,33 +75,19 @@ class KVCache:
         names = ("queried_tokens", "hit_tokens", "restored_tokens", "stored_tokens", "raw_bytes", "stored_bytes")
         self._counts = dict.fromkeys(names, 0)
         self._counting = threading.Lock()
-        self._open = True
-        self._owns_store = isinstance(store, Sequence)
-        self.backend = opened(store)
+        super().__init__(store)
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         try:
             check_room(self.backend, "chunk", largest)
             self._transfer = Transfer(layout, self.backend, largest, coding=self.codec)
         except BaseException:
-            self._close_store()
+            super().close()
             raise
 
     def close(self) -> None:
-        """Finishes all jobs, then closes the store if this cache opened it."""
         self._open = False
         self._transfer.close()
-        self._close_store()
-
-    def _close_store(self) -> None:
-        if self._owns_store:
-            self._owns_store = False
-            self.backend.close()
-
-    def __enter__(self) -> KVCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
     def match(self, prompt: Prompt) -> int:
         """How many tokens of `prompt` can be restored now, up to all of them. A loop that needs logits retrieves one
@@ -165,11 +151,6 @@ class KVCache:
         job.when_done(lambda tokens: self._count(stored_tokens=tokens))
         return job
 
-    def forget(self, salt: str | bytes) -> int:
-        """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
-        self._check()
-        return self.backend.forget(owner_to_forget(salt))
-
     def stats(self) -> dict[str, float]:
         """Counters since this cache was created: queried_tokens and hit_tokens (of `match`, and of `retrieve` without
         `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens (the results of `retrieve` and
@@ -184,10 +165,6 @@ class KVCache:
         ratio = counts["raw_bytes"] / counts["stored_bytes"] if counts["stored_bytes"] else 1.0
         rate = counts["hit_tokens"] / max(1, counts["queried_tokens"])
         return counts | {"hit_rate": rate, "codec_ratio": ratio}
-
-    def _check(self) -> None:
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
 
     def _count(self, **tokens: int) -> None:
         with self._counting:

@@ -11,9 +11,9 @@ import torch
 from blake3 import blake3
 
 from lmcache_mm import codec as codecs
+from lmcache_mm.base_cache import BaseCache
 from lmcache_mm.layout import check_storage
-from lmcache_mm.prompt import Namespace, owner_of, owner_to_forget, utf8
-from lmcache_mm.stores import opened
+from lmcache_mm.prompt import Namespace, owner_of, utf8
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 
@@ -29,12 +29,12 @@ DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isin
 Output = torch.Tensor | Sequence[torch.Tensor]
 
 
-class EncoderCache:
+class EncoderCache(BaseCache):
     """Keeps encoder outputs in a store. An output is one tensor or a list of tensors, of any dtypes and shapes.
 
-    namespace: everything besides the item that decides the output: model, weights, dtype, and in `encoder` any other
-    setting of the engine. store: a URL or a list of URLs (see `open_store`), or an open store, which the caller must
-    close; the same store may hold KV. Several threads may call methods; RuntimeError after `close`.
+    store: a URL or a list of URLs (see `open_store`), or an open store, which the caller must close; the same store may
+    hold KV. namespace: everything besides the item that decides the output: model, weights, dtype, and in `encoder` any
+    other setting of the engine. Several threads may call methods; RuntimeError after `close`.
 
     `identifier` and `modality` name an item, as in `Item`: its place in a prompt and the text around it do not
     matter. Compute the identifier from the data that the encoder gets; never let a client choose it.
@@ -43,29 +43,14 @@ class EncoderCache:
     a GPU.
     """
 
-    def __init__(self, namespace: Namespace, store: str | Sequence[str] | Store, codec: str | None = None) -> None:
+    def __init__(self, store: str | Sequence[str] | Store, namespace: Namespace, codec: str | None = None) -> None:
         if not isinstance(namespace, Namespace):
             raise TypeError(f"namespace: expected lmcache_mm.Namespace, got {type(namespace).__name__}")
         codecs.check_name(codec)
         self._namespace, self._codec = namespace, codec
         self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
         self._counting = threading.Lock()
-        self._open = True
-        self._owns_store = isinstance(store, Sequence)
-        self.backend = opened(store)
-
-    def close(self) -> None:
-        """Closes the store if this cache opened it."""
-        self._open = False
-        if self._owns_store:
-            self._owns_store = False
-            self.backend.close()
-
-    def __enter__(self) -> EncoderCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().__init__(store)
 
     def contains(
         self, identifier: str, modality: str = "image", *, salt: str | bytes | None = None, lora: str | None = None
@@ -150,11 +135,6 @@ class EncoderCache:
         self._count(stored_items=stored)
         return stored
 
-    def forget(self, salt: str | bytes) -> int:
-        """Removes everything stored under a tenant's salt, KV included; returns the number of records."""
-        self._check()
-        return self.backend.forget(owner_to_forget(salt))
-
     def stats(self) -> dict[str, float]:
         """Counts since this cache was made: queried_items and hit_items (by `load` and `load_into`), hit_rate (their
         ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
@@ -162,10 +142,6 @@ class EncoderCache:
         with self._counting:
             counts: dict[str, float] = dict(self._counts)
         return counts | {"hit_rate": counts["hit_items"] / max(1, counts["queried_items"])}
-
-    def _check(self) -> None:
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
 
     def _count(self, **items: int) -> None:
         with self._counting:

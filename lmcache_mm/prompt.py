@@ -86,9 +86,20 @@ def checked_items(items: Any) -> tuple[Item, ...]:
 class Namespace:
     """Everything besides the prompt that decides the bytes of KV or encoder outputs.
 
-    Namespace(model=..., weights=..., dtype=...): see NAMESPACE_FIELDS for the names. All are optional; give each one
-    that applies. Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out.
-    `KVCache` adds `layout` itself. TypeError for other names or types.
+    Namespace(model=..., weights=..., dtype=...). All fields are optional; give each one that applies, since two caches
+    with equal namespaces read each other's records:
+
+    - model, weights: the model's name, and its commit or a digest of its weights
+    - quantization, rope, hf_overrides: how the model was changed when it was loaded
+    - dtype, kv_dtype: of activations and of the KV cache
+    - tp, pp, cp: the number of tensor-, pipeline- and context-parallel ranks
+    - speculative: the method of speculative decoding and its draft model
+    - encoder: settings of the vision or audio encoder
+    - secret: bytes that outsiders cannot guess; without them, anyone can compute keys
+    - layout: `KVCache` and `StateCache` add it themselves
+
+    Values are str, bytes, int or, for dtypes, torch.dtype; None is the same as leaving a field out. TypeError for other
+    names or types.
     """
 
     def __init__(self, **fields: str | bytes | int | torch.dtype | None) -> None:

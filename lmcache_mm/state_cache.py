@@ -8,12 +8,12 @@ import torch
 from blake3 import blake3
 
 from lmcache_mm import ops
+from lmcache_mm.base_cache import BaseCache
 from lmcache_mm.cache import check_room, record_key
 from lmcache_mm.job import Job
 from lmcache_mm.layout import KVLayout
 from lmcache_mm.payloads import Chunk
-from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of, owner_to_forget
-from lmcache_mm.stores import opened
+from lmcache_mm.prompt import Namespace, Prompt, checked_prompt, count, owner_of
 from lmcache_mm.stores.arguments import unless_lacking
 from lmcache_mm.stores.store import Store
 from lmcache_mm.transfer import Transfer
@@ -21,7 +21,7 @@ from lmcache_mm.transfer import Transfer
 LAYOUT_CONTEXT = "lmcache_mm v1 state layout"
 
 
-class StateCache:
+class StateCache(BaseCache):
     """Reuse of states across prompts, through a store. Use it together with a KVCache if there are attention layers.
 
     layout: an opaque layout, with one state of all layers per page. If a layer's state consists of several tensors,
@@ -48,32 +48,18 @@ class StateCache:
         # The fingerprint itself would collide with that of a KVCache with equal pages.
         of_states = blake3(layout.fingerprint(layout.page_tokens), derive_key_context=LAYOUT_CONTEXT).digest()
         self._namespace = namespace.with_layout(of_states)
-        self._open = True
-        self._owns_store = isinstance(store, Sequence)
-        self.backend = opened(store)
+        super().__init__(store)
         try:
             check_room(self.backend, "state", layout.payload_bytes(1))
             self._transfer = Transfer(layout, self.backend, layout.payload_bytes(1))
         except BaseException:
-            self._close_store()
+            super().close()
             raise
 
     def close(self) -> None:
-        """Finishes all jobs, then closes the store if this cache opened it."""
         self._open = False
         self._transfer.close()
-        self._close_store()
-
-    def _close_store(self) -> None:
-        if self._owns_store:
-            self._owns_store = False
-            self.backend.close()
-
-    def __enter__(self) -> StateCache:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
     def match(self, prompt: Prompt, limit: int | None = None) -> int:
         """The most tokens of `prompt`, at most `limit`, after which the store has a state; 0 if there is none. limit:
@@ -97,15 +83,6 @@ class StateCache:
         whether the state was handed to it. ValueError as in `retrieve`."""
         job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))
         return job.then(bool)
-
-    def forget(self, salt: str | bytes) -> int:
-        """Removes all records that were stored under a tenant's salt from the store. Returns their number."""
-        self._check()
-        return self.backend.forget(owner_to_forget(salt))
-
-    def _check(self) -> None:
-        if not self._open:
-            raise RuntimeError("cache: it is closed")
 
     def _chunk(self, prompt: Prompt, tokens: int, page: int) -> Chunk:
         checked_prompt(prompt)

@@ -375,7 +375,7 @@ def test_a_codec_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="codec: expected 'split' or None, got 'zip'"):
         cache_over(layers, "mem://?capacity=8MiB", "zip")
     with pytest.raises(ValueError, match="codec: expected 'split' or None, got 'zip'"):
-        lmc.EncoderCache(lmc.Namespace(model="m"), "mem://?capacity=8MiB", codec="zip")
+        lmc.EncoderCache("mem://?capacity=8MiB", lmc.Namespace(model="m"), codec="zip")
 
 
 # --- Encoder outputs
@@ -386,7 +386,7 @@ def test_encoder_outputs_are_coded_where_they_are_bf16(store):
     namespace = lmc.Namespace(model="m")
     noise = torch.randint(-(2**15), 2**15, (4096,), dtype=torch.int16).view(torch.bfloat16)
     mixed = [output, torch.arange(5)]
-    with lmc.EncoderCache(namespace, store, codec="split") as cache:
+    with lmc.EncoderCache(store, namespace, codec="split") as cache:
         outputs = {"one": output, "two": [output, output[:1]], "mixed": mixed, "noise": noise, "none": output[:0]}
         for name, given in outputs.items():
             assert cache.save(name, given)
@@ -396,7 +396,7 @@ def test_encoder_outputs_are_coded_where_they_are_bf16(store):
             pairs = zip(loaded, given, strict=True) if isinstance(given, list) else [(loaded, given)]
             for a, b in pairs:
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        raw = lmc.EncoderCache(namespace, cache.backend)
+        raw = lmc.EncoderCache(cache.backend, namespace)
         assert [name for name in outputs if raw.contains(name)] == ["mixed"]
         assert raw.save("one", output)
         assert torch.equal(raw.load("one"), cache.load("one"))
@@ -404,7 +404,7 @@ def test_encoder_outputs_are_coded_where_they_are_bf16(store):
 
 def test_a_coded_encoder_output_that_is_wrong_is_a_miss_and_may_be_saved_again():
     output = torch.randn(3, 700, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with lmc.EncoderCache(lmc.Namespace(model="m"), "mem://?capacity=8MiB", codec="split") as cache:
+    with lmc.EncoderCache("mem://?capacity=8MiB", lmc.Namespace(model="m"), codec="split") as cache:
         assert cache.save("one", output)
         key = encoder_cache.payload_key(cache._key("one", "image", None, None), encoder_cache.describe(output), "split")
         cache.backend.delete([key])

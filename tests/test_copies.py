@@ -343,7 +343,7 @@ def test_a_tensor_whose_memory_was_freed_is_refused_before_it_is_touched(cache):
         r"kv_caches\[0\]": lambda: lmc.KVLayout.from_tensors(
             [freed(torch.half, 3, 4, 8)], page_tokens=4, page_dim=0, token_dim=1
         ),
-        "output": lambda: lmc.EncoderCache(lmc.Namespace(), "mem://?capacity=1MiB").save("a", freed(torch.half, 99)),
+        "output": lambda: lmc.EncoderCache("mem://?capacity=1MiB", lmc.Namespace()).save("a", freed(torch.half, 99)),
     }.items():
         with pytest.raises(ValueError, match=f"{name}: expected a storage of"):
             call()

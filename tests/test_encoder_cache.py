@@ -28,13 +28,13 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 @pytest.fixture(params=["mem", "shm", "file", "mem,file", "shm,file"])
 def cache(request, tmp_path):
     store, remove = new_store(request.param, tmp_path)
-    yield lmc.EncoderCache(NAMESPACE, store)
+    yield lmc.EncoderCache(store, NAMESPACE)
     remove()
 
 
 @pytest.fixture
 def mem():
-    with lmc.EncoderCache(NAMESPACE, "mem://?capacity=1MiB") as cache:
+    with lmc.EncoderCache("mem://?capacity=1MiB", NAMESPACE) as cache:
         yield cache
 
 
@@ -113,7 +113,7 @@ def test_tensors_of_any_strides_and_devices_are_saved_and_filled(cache, device):
 
 
 def test_what_the_store_has_no_room_for_is_not_said_to_be_saved():
-    with lmc.EncoderCache(NAMESPACE, "mem://?capacity=64KiB") as cache:
+    with lmc.EncoderCache("mem://?capacity=64KiB", NAMESPACE) as cache:
         assert not cache.save("a", torch.zeros(1 << 17, dtype=torch.uint8))
         assert cache.load("a") is None
         assert cache.save("b", torch.zeros(1 << 10, dtype=torch.uint8))
@@ -164,7 +164,7 @@ outputs = tensors() | st.lists(tensors(), max_size=4)
     texts.filter(bool), texts, outputs, st.sampled_from([{}, {"salt": "s"}, {"salt": "s", "lora": "l"}, {"lora": "s"}])
 )
 def test_keys_and_records_equal_the_reference(identifier, modality, output, request):
-    with lmc.EncoderCache(NAMESPACE, "mem://?capacity=16MiB") as cache:
+    with lmc.EncoderCache("mem://?capacity=16MiB", NAMESPACE) as cache:
         cache.save(identifier, output, modality, **request)
         assert same(cache.load(identifier, modality, **request), output)
         tensors = encoder_cache.as_tensors(output)
@@ -205,7 +205,7 @@ def test_other_items_tenants_adapters_and_models_are_misses(cache):
         assert cache.load(**asked) is None
         assert not cache.load_into(output=torch.zeros_like(OUTPUT), **asked)
     for namespace in (dict(model="m"), dict(model="m", weights="w", dtype=torch.bfloat16, encoder="fp8")):
-        other_model = lmc.EncoderCache(lmc.Namespace(**namespace), cache.backend)
+        other_model = lmc.EncoderCache(cache.backend, lmc.Namespace(**namespace))
         assert other_model.load("a", salt="s", lora="l") is None
     assert same(cache.load("a", salt="s", lora="l"), OUTPUT)
 
@@ -279,7 +279,7 @@ def test_a_description_that_nobody_wrote_is_a_miss(start):
 def described_by_nobody(start, size):
     """Stores an item with these bytes as its description, and if given a size, with a payload of that size."""
     description = start.ljust(encoder_cache.DESCRIPTION_BYTES, b"\0")
-    with lmc.EncoderCache(NAMESPACE, "mem://?capacity=256KiB") as cache:
+    with lmc.EncoderCache("mem://?capacity=256KiB", NAMESPACE) as cache:
         cache.backend.put(keys_of("a", OUTPUT)[:1], [description])
         if size is None:
             assert not cache.contains("a")
@@ -334,12 +334,12 @@ def test_a_store_that_is_full_drops_what_does_not_fit(mem):
 def test_another_process_finds_what_was_saved(tmp_path):
     url = f"shm:///test-{uuid.uuid4().hex}"
     try:
-        with lmc.EncoderCache(NAMESPACE, f"{url}?capacity=1MiB") as cache:
+        with lmc.EncoderCache(f"{url}?capacity=1MiB", NAMESPACE) as cache:
             cache.save("a", OUTPUT, salt="s")
         code = f"""
 import torch, lmcache_mm as lmc
 namespace = lmc.Namespace(model="m", weights="w", dtype=torch.bfloat16)
-with lmc.EncoderCache(namespace, {url!r}) as cache:
+with lmc.EncoderCache({url!r}, namespace) as cache:
     print(cache.load("a", salt="s").float().sum().item())
 """
         done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120)
@@ -368,14 +368,14 @@ def test_what_cannot_be_kept_is_refused_and_named(mem):
     with pytest.raises(ValueError, match="identifier: expected a string that UTF-8 can hold"):
         mem.load("\ud800")
     with pytest.raises(TypeError, match=r"namespace: expected lmcache_mm\.Namespace, got str"):
-        lmc.EncoderCache("m", mem.backend)
+        lmc.EncoderCache(mem.backend, "m")
     with pytest.raises(TypeError, match="store: expected a URL, a list of URLs or an open store, got NoneType"):
-        lmc.EncoderCache(NAMESPACE, None)
+        lmc.EncoderCache(None, NAMESPACE)
     assert mem.backend.stats()["records"] == 0
 
 
 def test_after_close_there_is_one_clear_error():
-    cache = lmc.EncoderCache(NAMESPACE, "mem://?capacity=1MiB")
+    cache = lmc.EncoderCache("mem://?capacity=1MiB", NAMESPACE)
     cache.close()
     for call in (
         *(lambda: cache.load("a"), lambda: cache.load_into("a", OUTPUT), lambda: cache.save("a", OUTPUT)),
@@ -387,7 +387,7 @@ def test_after_close_there_is_one_clear_error():
 
 def test_a_store_of_the_callers_stays_open():
     with contextlib.closing(open_store("mem://?capacity=1MiB")) as store:
-        with lmc.EncoderCache(NAMESPACE, store) as cache:
+        with lmc.EncoderCache(store, NAMESPACE) as cache:
             cache.save("a", OUTPUT)
         assert store.stats()["records"] == 2
         with pytest.raises(RuntimeError, match="cache: it is closed"):

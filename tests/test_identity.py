@@ -310,7 +310,7 @@ def test_a_namespace_reads_dtypes_and_integers_and_leaves_none_out():
 @pytest.mark.parametrize("name", ["salt", "lora", "prompt_embeds"])
 def test_one_rule_says_what_a_salt_is_wherever_it_enters(name, salt, error):
     namespace = lmc.Namespace(model="m")
-    cache = lmc.EncoderCache(namespace, "mem://?capacity=1KiB")
+    cache = lmc.EncoderCache("mem://?capacity=1KiB", namespace)
     enters = [lambda: lmc.Prompt([1], **{name: salt}), lambda: namespace.root(**{name: salt})]
     if name != "prompt_embeds":
         enters += [lambda: cache.contains("a", **{name: salt})]

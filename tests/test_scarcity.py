@@ -225,7 +225,7 @@ def used(store, by_layers=(False, True)):
         found += [match == 60, restored == 60]
         cache.forget("ours")
     cache.close()
-    items = lmc.EncoderCache(lmc.Namespace(model="m"), store)
+    items = lmc.EncoderCache(store, lmc.Namespace(model="m"))
     items.save("a", want)
     store.flush()
     loaded = items.load("a")

@@ -160,7 +160,7 @@ def test_encoder_outputs_go_to_the_device_and_back():
     """After the stream's earlier work, from and to pinned memory, with any strides."""
     outputs = [torch.randn(5, 7, device=CUDA), torch.arange(12, dtype=torch.int16, device=CUDA).view(3, 4).t()]
     want = [one.cpu() for one in outputs]
-    cache, stream = EncoderCache(Namespace(model="m"), "mem://?capacity=1MiB"), torch.cuda.Stream()
+    cache, stream = EncoderCache("mem://?capacity=1MiB", Namespace(model="m")), torch.cuda.Stream()
     with cache, torch.cuda.stream(stream):
         outputs[0].copy_(want[0].pin_memory(), non_blocking=True)
         assert cache.save("item", outputs)
