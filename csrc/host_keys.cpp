@@ -80,7 +80,8 @@ void apply_mm_hashes_to_token_ids(i64* token_ids, u64 count, const ItemTable& it
 void check_cuts(const std::vector<u64>& cuts, u64 count) {
   for (std::size_t i = 0; i < cuts.size(); ++i)
     if (static_cast<i64>(cuts[i]) < 0 || (i && cuts[i] <= cuts[i - 1]))
-      throw std::invalid_argument("cuts: expected strictly ascending token counts from 0 on");
+      throw std::invalid_argument("cuts: expected strictly ascending token counts from 0 on, got " +
+                                  std::to_string(static_cast<i64>(cuts[i])) + " at index " + std::to_string(i));
   if (!cuts.empty() && cuts.back() > count)
     throw std::invalid_argument("cuts: expected at most the prompt's " + std::to_string(count) + " tokens, got " +
                                 std::to_string(cuts.back()));

@@ -7,6 +7,7 @@ EXTRAS = {  # what each is for, and the modules that it needs; those for develop
     "s3": ("s3: stores", ("obstore", "cryptography")),
     "mooncake": ("mooncake: stores", ("mooncake", "cryptography")),
     "metrics": ("serve --metrics", ("prometheus_client",)),
+    "demo": ("examples/demo.py", ("transformers", "torchvision", "PIL", "skimage", "rich")),
     "completion": ("completion of commands in a shell", ("argcomplete",)),
 }
 

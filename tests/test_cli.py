@@ -157,7 +157,7 @@ def test_doctor_tells_which_engines_and_extras_are_here_without_an_import_of_the
 
 def test_doctor_knows_all_extras_of_users():
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-    for_developers = {"demo", "test", "bench", "docs", "lint"}
+    for_developers = {"test", "bench", "docs", "lint"}
     assert doctor.EXTRAS.keys() == project["optional-dependencies"].keys() - for_developers
 
 

@@ -431,7 +431,7 @@ def test_read_only_ids_are_read_but_not_overwritten():
         ("r" * 32, [1], [], TypeError, "root: expected bytes, got str"),
         (ROOT, [2, 1], [], ValueError, "cuts: expected strictly ascending"),
         (ROOT, [1, 1], [], ValueError, "cuts: expected strictly ascending"),
-        (ROOT, [-1, 1], [], ValueError, "cuts: expected strictly ascending token counts from 0 on"),
+        (ROOT, [-1, 1], [], ValueError, "cuts: expected strictly ascending token counts from 0 on, got -1 at index 0"),
         (ROOT, [11], [], ValueError, "cuts: expected at most the prompt's 10 tokens, got 11"),
         (ROOT, [1.0], [], TypeError, "cuts: expected integers"),
         (ROOT, [1], None, TypeError, "items: expected a sequence of lmcache_mm.Item, got NoneType"),

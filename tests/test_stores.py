@@ -443,6 +443,7 @@ def test_the_gaps_of_mem_are_apart_and_join(calls):
         ("mem://?capacity=1GiBs", "capacity: expected a size"),
         ("mem://?capacity=8", "capacity: expected at least 64 bytes, got 8"),
         ("mem://?capacity=1GiB&size=3", "unknown option 'size'"),
+        ("shm:///name#2?capacity=1GiB", "expected a URL without a fragment, got 'shm:///name#2"),
         ("mem://host?capacity=1GiB", "takes no host and no path"),
         ("memory://?capacity=1GiB", "expected a URL that begins with mem://"),
         ("/tmp/x", "expected a URL that begins with mem://"),

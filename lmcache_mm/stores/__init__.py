@@ -286,6 +286,8 @@ REMOTE = ("valkey://", "s3://", "mooncake://")
 
 def _split(url: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """(host and path, options); ValueError for unknown options."""
+    if "#" in url:
+        raise ValueError(f"store: expected a URL without a fragment, got {url!r}")
     parts = urlsplit(url)
     try:
         options = dict(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
