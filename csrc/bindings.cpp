@@ -489,7 +489,8 @@ PYBIND11_MODULE(_C, m) {
              py::gil_scoped_release release;
              return std::make_unique<cuda::Event>(device, reinterpret_cast<void*>(stream));
            }),
-           py::arg("device"), py::arg("stream"));
+           py::arg("device"), py::arg("stream"))
+      .def("wait", &cuda::Event::wait, py::call_guard<py::gil_scoped_release>());
 
   py::class_<cuda::Staging::Job>(m, "CudaTransfer", py::metaclass((PyObject*)&PyType_Type), without_gil)
       .def("go_on", &cuda::Staging::Job::go_on, py::arg("planes"), py::arg("behind") = nullptr,

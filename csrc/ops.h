@@ -176,6 +176,8 @@ class Event {
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
 
+  void wait() const;
+
  private:
   friend class Staging;
   int device_;

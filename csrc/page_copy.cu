@@ -24,7 +24,7 @@ constexpr u32 kBlocksPerSm = sizeof(Index) == 4 ? 4 : 3;  // registers allow no 
 template <typename Index>
 constexpr u32 kTileLanes = kThreads * kLanes<Index>;
 template <bool kGather>
-constexpr u32 kCodedBlocksPerSm = kGather ? 2 : 3;  // each with 32 or 25 KiB in flight
+constexpr u32 kCodedBlocksPerSm = kGather ? 2 : 3;  // each with 32 or 24 KiB in flight
 
 // A chunk and its place among the tiles of a kernel.
 template <typename Index>

@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import Any
 
 import torch
 
+from lmcache_mm.copies import current_event
 from lmcache_mm.encoder_cache import Packed, pack, write
 from lmcache_mm.lane import Lane
 from lmcache_mm.stores import kind_of, open_store
@@ -64,20 +66,19 @@ class EncoderWorker:
         try:
             as_of = store.moment()
             packed = pack(output)
+            copied = current_event(output.device)
         except Exception:  # out of memory, or not a tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
             self._stats.add(encoder_failed_stores=1)
             return
-        copied = torch.cuda.current_stream(output.device).record_event() if output.is_cuda else None
         with self._lock:
             self._waiting_bytes += packed.payload.nbytes
         self._puts.submit(lambda _: self._put(store, key, packed, as_of, copied))
 
-    def _put(self, store: Store, key: OutputKey, packed: Packed, as_of: int, copied: torch.cuda.Event | None) -> None:
+    def _put(self, store: Store, key: OutputKey, packed: Packed, as_of: int, copied: Any) -> None:
         try:
             if copied is not None:
-                torch.cuda.set_device(copied.device)  # threads start on device 0, where a wait would make a context
-                copied.synchronize()
+                copied.wait()
             begun = time.perf_counter()
             write(store, key.key, packed, key.owner, as_of, self._codec)
             seconds = time.perf_counter() - begun
