@@ -33,7 +33,7 @@ from lmcache_mm.vllm.kv.messages import Handshake, Metadata, WorkerMetadata
 from lmcache_mm.vllm.kv.scheduler import Scheduler
 from lmcache_mm.vllm.kv.worker import Worker
 from lmcache_mm.vllm.metrics import PromMetrics, Stats
-from lmcache_mm.vllm.options import NAME, Options, groups_of
+from lmcache_mm.vllm.options import ENCODER_NAME, NAME, Options, groups_of
 
 logger = logging.getLogger("vllm.lmcache_mm")
 
@@ -89,6 +89,7 @@ class LMCacheMMConnector(KVConnectorBase_V1, SupportsHMA):
         self._promises = multi is None
         self._side: Scheduler | Worker
         if role == KVConnectorRole.SCHEDULER:
+            _warn_of_embeddings(vllm_config)
             self._side = Scheduler(vllm_config, options, groups, chunk_tokens, unit)
         else:
             self._side = Worker(vllm_config, options, groups, chunk_tokens, kv_cache_config, alone=multi is None)
@@ -249,6 +250,21 @@ def _see_to_failures(config: VllmConfig, role: KVConnectorRole, engines: Any) ->
     elif role == KVConnectorRole.SCHEDULER and ours.kv_load_failure_policy != "recompute":
         logger.info("%s: requests whose load fails are computed (kv_load_failure_policy=recompute)", NAME)
         ours.kv_load_failure_policy = "recompute"
+
+
+def _warn_of_embeddings(config: VllmConfig) -> None:
+    """vLLM lets clients describe embeddings that they do not send, in case a connector has them. The encoder connector
+    fails such a request. Without it the model gets the request, and the engine ends."""
+    model, encoder = config.model_config, config.ec_transfer_config
+    multimodal = None if model is None else model.multimodal_config
+    if multimodal is None or not multimodal.enable_mm_embeds or not config.kv_transfer_config.is_kv_consumer:
+        return
+    if encoder is None or not encoder.is_ec_consumer:
+        logger.warning(
+            "%s: with this connector, vLLM accepts requests that describe embeddings and contain none, and such a "
+            "request ends the engine: add %s, which fails it alone, or strip *_embeds from untrusted requests",
+            *(NAME, ENCODER_NAME),
+        )
 
 
 # MultiConnector's front end looks connectors up by name only.
