@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -458,20 +461,84 @@ def test_pages_that_kernels_cannot_code_are_stored_raw(device: torch.device):
 
 @NO_GPU
 def test_operations_on_a_gpu_wait_for_nobody_and_keep_the_stream(tmp_path):
-    """They are enqueued after a long product on the stream, and return before it is done."""
+    """They are enqueued after long products on the stream, and return before these are done."""
     device = torch.device("cuda", 0)
     cache = OnDevice(token_major(), device)
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream):
         a = torch.randn(*(2 * [128 if REHEARSAL else 4096]), device=device)
-        done = torch.cuda.Event()
+        products = torch.cuda.Event()
+        # Pinned, since a copy from other memory waits for the stream.
+        flipped = period_251(len(cache.memory)).flip(0).pin_memory()
+        ops.gather_pages(cache.layout, [3, 1])  # the first call may load the kernel, and wait
         for _ in range(50):
             a = a @ a / 64
-        cache.memory.copy_(period_251(len(cache.memory)).flip(0).to(device))
+        products.record()
+        cache.memory.copy_(flipped, non_blocking=True)
         payload = ops.gather_pages(cache.layout, [3, 1])
-        done.record()
-        assert not done.query()
+        assert not products.query()
     stream.synchronize()
     cache.host.memory.copy_(period_251(len(cache.memory)).flip(0))
     want = reference.gather_pages(cache.host.layout, cache.host.memory, [3, 1], 2 * TOKENS)
     assert torch.equal(payload.cpu(), want)
+
+
+# --- What else has code for GPUs
+
+
+ARRAYS = ["__cuda_array_interface__", *(["cupy"] if importlib.util.find_spec("cupy") else [])]
+
+
+@NO_GPU
+@pytest.mark.parametrize("library", ARRAYS)
+def test_arrays_of_other_libraries_on_a_gpu_are_used_in_place(library: str):
+    kept = torch.arange(5 * 4 * 16, dtype=torch.uint8, device="cuda:0").view(5, 4, 16)
+    ids = torch.arange(300, device="cuda:0")
+    if library == "cupy":
+        cupy = importlib.import_module("cupy")
+        array, array_of_ids = cupy.asarray(kept), cupy.asarray(ids)
+    else:
+        interfaces = kept.__cuda_array_interface__, ids.__cuda_array_interface__
+        array, array_of_ids = (SimpleNamespace(__cuda_array_interface__=one) for one in interfaces)
+    layout = lmc.KVLayout.from_tensors([array], page_tokens=4, page_dim=0, token_dim=1)
+    ops.scatter_pages(layout, [3], torch.full((64,), 7, dtype=torch.uint8, device="cuda:0"))
+    torch.cuda.synchronize()
+    assert (kept[3] == 7).all()
+    assert torch.equal(ops.prefix_keys(array_of_ids, [], ROOT, [256]), ops.prefix_keys(ids, [], ROOT, [256]))
+
+
+@NO_GPU
+def test_a_compiled_step_on_a_gpu_does_what_it_does_outside():
+    def step(layout, kv, ids, blocks, payload):
+        keys = ops.prefix_keys(ids, [lmc.Item("a", 3, 20)], ROOT, [4, 16])
+        intact = ops.scatter_pages(layout, [blocks], [payload], checksums=sums)
+        kv[2] = kv[1] + 1
+        return keys, intact, ops.gather_pages(layout, blocks.flip(0))
+
+    ids, blocks = torch.arange(40, device="cuda:0"), torch.tensor([1, 3], device="cuda:0")
+    payload = period_251(2 * 4 * 16 * 4).to("cuda:0")
+    sums = torch.tensor([reference.checksum(payload.cpu())], device="cuda:0")
+    found = []
+    for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        kv = torch.zeros(5, 4, 16, dtype=torch.int32, device="cuda:0")
+        layout = lmc.KVLayout.from_tensors([kv], page_tokens=4, page_dim=0, token_dim=1)
+        found.append((*run(layout, kv, ids, blocks, payload), kv))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert found[1][1].tolist() == [True]
+
+
+@NO_GPU
+def test_encoder_outputs_go_to_a_gpu_and_back():
+    """After the stream's earlier work, from and to pinned memory, with any strides."""
+    outputs = [torch.randn(5, 7, device="cuda"), torch.arange(12, dtype=torch.int16, device="cuda").view(3, 4).t()]
+    want = [one.cpu() for one in outputs]
+    cache = lmc.EncoderCache("mem://?capacity=1MiB", lmc.Namespace(model="m"))
+    with cache, torch.cuda.stream(torch.cuda.Stream()):
+        outputs[0].copy_(want[0].pin_memory(), non_blocking=True)
+        assert cache.save("item", outputs)
+        loaded = cache.load("item", device="cuda")
+        assert [(one.device.type, one.cpu().tolist()) for one in loaded] == [("cuda", one.tolist()) for one in want]
+        for one in outputs:
+            one.zero_()
+        assert cache.load_into("item", outputs)
+        assert all(torch.equal(one.cpu(), same) for one, same in zip(outputs, want, strict=True))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import torch_device
-from lmcache_mm import _C, EncoderCache, Namespace, ops
+from lmcache_mm import _C, ops
 from lmcache_mm.encoder_cache import read
 from lmcache_mm.layout import KVLayout, as_tensor
 
@@ -154,22 +154,6 @@ def test_a_graph_runs_what_was_captured_as_often_as_it_is_replayed():
         assert (y == 4 * value**2 + 1).all()
         assert (x == value + 1).all()
         assert (payload == value).all()
-
-
-def test_encoder_outputs_go_to_the_device_and_back():
-    """After the stream's earlier work, from and to pinned memory, with any strides."""
-    outputs = [torch.randn(5, 7, device=CUDA), torch.arange(12, dtype=torch.int16, device=CUDA).view(3, 4).t()]
-    want = [one.cpu() for one in outputs]
-    cache, stream = EncoderCache("mem://?capacity=1MiB", Namespace(model="m")), torch.cuda.Stream()
-    with cache, torch.cuda.stream(stream):
-        outputs[0].copy_(want[0].pin_memory(), non_blocking=True)
-        assert cache.save("item", outputs)
-        loaded = cache.load("item", device="cuda")
-        assert [(one.device, one.cpu().tolist()) for one in loaded] == [(CUDA, one.tolist()) for one in want]
-        for one in outputs:
-            one.zero_()
-        assert cache.load_into("item", outputs)
-        assert all(torch.equal(one.cpu(), same) for one, same in zip(outputs, want, strict=True))
 
 
 def test_the_encoders_worker_copies_on_the_stream_of_the_forward_pass():

@@ -220,6 +220,7 @@ KNOWN: dict[str, Any] = {
     "get_device_capability": get_device_capability,
     "get_device_name": lambda device=None: get_device_properties(device).name,
     "get_device_properties": get_device_properties,
+    "get_rng_state": lambda device=None: torch.get_rng_state(),
     "graph": Capture,
     "init": lambda: None,
     "is_available": lambda: True,
@@ -228,6 +229,7 @@ KNOWN: dict[str, Any] = {
     "manual_seed": lambda seed: None,  # random numbers come from the CPU's generator
     "manual_seed_all": lambda seed: None,
     "set_device": device_index,
+    "set_rng_state": lambda new_state, device=None: torch.set_rng_state(new_state),
     "set_stream": lambda stream: torch_device.set_current_stream(stream.cuda_stream),
     "stream": StreamContext,
     "synchronize": synchronize,
