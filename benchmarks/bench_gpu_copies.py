@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lmcache_mm as lmc
-from bench_gpu_transfers import CHUNK_TOKENS, PAGE_TOKENS, pages_of
+from bench_gpu_transfers import CHUNK_TOKENS, PAGE_TOKENS, checked, pages_of
 from device import DEVICE, SIZES, Work, compare, do
 from lmcache_mm import ops
 from rivals import PageCopies, Rivals
@@ -54,11 +54,9 @@ def test_copies_in_memory(benchmark, direction, run_bytes):
         rivals.add("torch", lambda: lambda: rows.index_copy_(0, ids, payload.view(pages, -1)), check)
         PageCopies(in_cache, addresses, run_bytes).add_to(rivals, check, to_host=None)
         copy = lambda **given: ops.scatter_pages(layout, [ids], [payload], **given)  # noqa: E731
-    ours = {"ours": copy, "with checksum": lambda: copy(checksums=sums)}
-    for work in ours.values():
-        check(work)
+    ours = checked({"ours": copy, "with checksum": lambda: copy(checksums=sums)}, check)
     facts = {"gpu": direction, "run_bytes": run_bytes, "bytes": 2 * SIZES.payload_bytes}
-    compare(benchmark, ours, rivals.works, "stream", rivals.missing, **facts)
+    compare(benchmark, ours.works, rivals.works, "stream", rivals.missing, ours.missing, **facts)
 
 
 @pytest.mark.parametrize("direction", ["gather", "scatter"])

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from bench_gpu_transfers import Pages, one_copy, rivals_of, transfers
-from device import DEVICE, ON_GPU, SIZES, SIZES_NAME, Work, do, finish, synchronize, warm_up
+from device import BULK, DEVICE, ON_GPU, SIZES, SIZES_NAME, Work, do, finish, synchronize, warm_up
 
 MODEL = "Qwen2-VL-7B"
 ROWS = 32  # sequences decoded at once
@@ -105,7 +105,7 @@ def kinds_of_transfers() -> tuple[dict[str, tuple[Work, int]], dict[str, str]]:
 
 BUS = "one DMA" if ON_GPU else "memcpy"
 WAYS = ["ring", "batch"] if ON_GPU else ["ours"]
-BLOCKS = [f"{d}: {n} blocks" for d in ("store", "load") for n in (2, 4, 8, 16)] if ON_GPU else []
+BLOCKS = [f"{d}: {n} blocks" for d in ("store", "load") for n in (2, 4, 8, 16)] if BULK else []
 RIVALS = ["Triton", "bulk copies by 8 blocks", "LMCache straight"] if ON_GPU else []
 OURS = [f"{direction}: {way}" for direction in ("store", "load", "both") for way in (BUS, *WAYS)]
 KINDS = ["nothing", *OURS, *BLOCKS, *(f"{d}: {r}" for r in RIVALS for d in ("store", "load")), "nothing again"]

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import bench_gpu_transfers
+import device
 import rivals
 from bench_gpu_transfers import Pages, one_copy, transfers
 from rivals import Rivals, byte_codecs
@@ -47,6 +50,25 @@ def test_a_rival_that_copies_something_else_is_left_out_and_named(pages, directi
     # A store by one copy starts from finished payloads.
     assert list(rivals.works) == ["right", *(["one copy"] if direction == "store" else []), "right again"]
     assert all("wrong bytes" in why or "other pages" in why for why in rivals.missing.values())
+
+
+def test_one_of_our_ways_that_fails_costs_no_other_and_the_case_fails(monkeypatch):
+    def ways(pages: Pages, *_: object) -> dict:
+        def wrong():
+            flip(pages.host, 0)
+
+        return {"wrong": wrong, **transfers(pages, "store"), "failing": lambda: 1 // 0}
+
+    monkeypatch.setattr(bench_gpu_transfers, "transfers", ways)
+    monkeypatch.setattr(device, "SIZES", device.TINY)
+    benchmark = SimpleNamespace(extra_info={}, pedantic=lambda *_, **__: None)
+    with pytest.raises(AssertionError, match="wrong bytes"):
+        bench_gpu_transfers.measure(benchmark, "store", "Qwen2-VL-2B", 272)
+    found = benchmark.extra_info
+    assert found["device_s"] > 0
+    assert found["others_s"] == {}
+    assert list(found["failed"]) == ["wrong", "failing"]
+    assert "ZeroDivisionError" in found["failed"]["failing"]
 
 
 def test_a_rival_that_cannot_be_made_is_named_with_the_reason():
