@@ -203,6 +203,7 @@ def transfers(cases: list[dict[str, Any]], device: str) -> str:
         elif "tokens" in facts:
             what += f" of {facts['tokens']:,} tokens"
         what += f", {facts['model']}" if "model" in facts else ""
+        what += " (the device waited for the host)" if facts.get("queue_was_full") is False else ""
         first, *peers = facts["peers_s"].items() or [("", 0.0)]
         others = [*peers, *facts["others_s"].items()]
         share = f"{first[1] / took:.0%} of {first[0]}" if first[0] else ""

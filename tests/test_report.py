@@ -87,6 +87,12 @@ def test_lines_of_a_gpu_become_tables():
     ]
 
 
+def test_times_of_a_device_that_waited_for_the_host_say_so():
+    text = report.on_gpu([MACHINE, *(case(1e-5, gpu="keys", tokens=n, cuts=4, queue_was_full=n > 9) for n in (9, 10))])
+    assert "\n| keys of 9 tokens, 4 cuts (the device waited for the host) | 10 µs |" in text
+    assert "\n| keys of 10 tokens, 4 cuts | 10 µs |" in text
+
+
 def test_lines_of_a_gpu_become_a_picture(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "GPU_PLOT", tmp_path / "plot.svg")
     report.draw_gpu(LINES)
