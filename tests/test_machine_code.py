@@ -33,8 +33,9 @@ def test_no_kernel_has_a_stack_or_spills(kernels):
 def test_copies_of_whole_lanes_load_and_store_128_bits_of_global_memory(kernels):
     for kernel in kernels:
         if "<" in kernel.name:
-            assert len(re.findall(r"\bLDG\.E\.128", kernel.sass)) >= 4, kernel.name
-            assert len(re.findall(r"\bSTG\.E\.128", kernel.sass)) >= 4, kernel.name
+            accesses = re.findall(r"\b(LDG|STG)\.E\.128", kernel.sass)
+            assert accesses[:4] == ["LDG"] * 4, f"{kernel.name}: it stores before four loads are under way"
+            assert accesses.count("STG") >= 4, kernel.name
             assert not re.search(r"\b(LD|ST)\.E\.128", kernel.sass), kernel.name
 
 
