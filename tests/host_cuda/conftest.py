@@ -15,6 +15,12 @@ from identity_cases import blake3_cases, identity_cases
 from programs import CXX
 
 
+def pytest_report_collectionfinish(items: list[pytest.Item]) -> list[str]:
+    tried = [item for item in items if item.name.startswith("test_what_is_taken_away_is_missed")]
+    numbers = [item.callspec.params["number"] for item in tried if isinstance(item, pytest.Function)]
+    return [f"mutations: {', '.join(map(str, numbers))}"] if numbers else []
+
+
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Builds:
     if platform.machine() != "x86_64":
