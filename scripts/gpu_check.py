@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -30,7 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 REHEARSAL = ROOT / "tests" / "rehearsal"
 LIMIT_S = 560
 TAIL = 3000  # characters of a step's output that the report keeps
+CASE_S = 60  # the longest that one test or benchmark case may take
+SLOWER = 10  # how much longer everything may take in a rehearsal
+NEEDED = ("blake3", "hypothesis", "numpy", "pybind11", "pytest", "pytest_benchmark")  # and torch, see ABOUT
 BENCHMARKS = ("transfers", "keys", "copies", "interference")  # bench_gpu_*.py, the most informative first
+DRIVERS = ("driver", "transfer_driver")  # tests/host_cuda/*.cpp
+ENCODER_TEST = "test_tensors_of_any_strides_and_devices_are_saved_and_filled"
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Fields of the report from nvidia-smi.
 QUERIES = {
@@ -212,7 +220,8 @@ def machine(python: Sequence[object]) -> dict[str, Any]:
     add("kernel", platform.release)
     add("python", platform.python_version)
     add("nvcc", lambda: output(of_cuda("nvcc"), "--version").splitlines()[-1])
-    add("commit", lambda: output("git", "rev-parse", "HEAD"))
+    # A tree that was copied to the machine has no .git.
+    add("commit", lambda: os.environ.get("LMCACHE_MM_COMMIT") or output("git", "rev-parse", "HEAD"))
     add("changed", lambda: len(output("git", "status", "--porcelain", "--branch").splitlines()) - 1)
     return found
 
@@ -226,13 +235,26 @@ def of_cuda(program: str) -> str:
 # --- The steps
 
 
+def check_what_is_needed() -> None:
+    """RuntimeError that names what this machine lacks, before anything is compiled."""
+    missing = [name for name in ("cmake", "ninja", of_cuda("nvcc")) if shutil.which(name) is None]
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # or a wheel for another Python
+            missing.append(str(error))
+    if missing:
+        raise RuntimeError(f"not found: {', '.join(missing)}; pip has all of these but nvcc, which CUDA has")
+
+
+def build_folder(capability: str, rehearse: bool) -> Path:
+    return ROOT / "build" / ("rehearsal" if rehearse else f"gpu_check-{sys.implementation.cache_tag}-{capability}")
+
+
 def build(python: Sequence[object], capability: str, rehearse: bool) -> Step:
     """Builds by CMake, since setup.py needs a recent setuptools."""
-    missing = [name for name in ("cmake", "ninja", of_cuda("nvcc")) if shutil.which(name) is None]
-    if missing:
-        raise RuntimeError(f"not found: {', '.join(missing)}; pip installs cmake and ninja, CUDA has nvcc")
     pybind11 = output(sys.executable, "-m", "pybind11", "--cmakedir")
-    folder = ROOT / "build" / ("rehearsal" if rehearse else f"gpu_check-{sys.implementation.cache_tag}-{capability}")
+    folder = build_folder(capability, rehearse)
     if rehearse:
         options = ["-DLMCACHE_MM_REHEARSAL=ON"]
     else:
@@ -262,11 +284,52 @@ def benchmark_files() -> list[Path]:
     return sorted(sorted((ROOT / "benchmarks").glob("bench_gpu*.py")), key=rank)
 
 
-def measuring_steps(python: Sequence[object], out: Path) -> Iterator[Step]:
+def cases_file() -> Path:
+    """The small cases of tests/*_cases.py for `driver`, by a digest of what makes them."""
+    sources = [*(ROOT / "tests").glob("*_cases.py"), ROOT / "tests" / "layouts.py", ROOT / "tests" / "vectors.json"]
+    sources.append(ROOT / "lmcache_mm" / "reference.py")
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(sources))).hexdigest()[:16]
+    return ROOT / "build" / f"cases-{digest}"
+
+
+def driver_steps(python: Sequence[object], capability: str, objects: Path, folder: Path) -> Iterator[Step]:
+    """Builds the drivers of tests/host_cuda from the kernels that `build` compiled, and runs each for a moment: whether
+    kernels hang or write wrong bytes is known before anything is measured."""
+    write = f"""
+import sys; sys.path.insert(0, "tests")
+from pathlib import Path
+from coded_cases import coded_cases; from copy_cases import copy_cases
+from driver_cases import write_cases; from identity_cases import identity_cases
+cases = Path({str(cases_file())!r})
+if not cases.exists():
+    new = cases.with_suffix(".new")
+    write_cases(new, [case for make in (identity_cases, copy_cases, coded_cases) for case in make() if case.small])
+    new.replace(cases)
+"""
+    kernels = [objects / f"{source.name}.o" for source in sorted((ROOT / "csrc").glob("*.cu"))]
+    for name in reversed(DRIVERS):
+        if name == "driver":
+            yield Step("cases", [[*python, "-c", write]], 120, "build")
+        flags = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{capability}", f"-I{ROOT / 'csrc'}"]
+        source, compiled = ROOT / "tests" / "host_cuda" / f"{name}.cpp", folder / f"{name}.o"
+        compile_it = [of_cuda("nvcc"), *flags, "-x", "cu", "-c", source, "-o", compiled]
+        link_it = [of_cuda("nvcc"), f"-arch=sm_{capability}", compiled, *kernels, "-o", folder / name]
+        yield Step(f"{name} built", [compile_it, link_it], 100, "cases" if name == "driver" else "build")
+        yield Step(name, [drive(folder, name, "--schedules", 2)], 40, f"{name} built")
+
+
+def drive(folder: Path, name: str, *options: object) -> list[object]:
+    return [folder / name, *([cases_file()] if name == "driver" else []), *options]
+
+
+def measuring_steps(python: Sequence[object], out: Path, case_s: float) -> Iterator[Step]:
     pytest = [*python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    # Machines without a GPU run the CPU part of tests/test_devices.py.
-    devices = [*pytest, "--maxfail=5", "tests/test_devices.py", "-k", "not cpu"]
-    yield Step("operations and transfers", [devices], 150, "build")
+    if importlib.util.find_spec("pytest_timeout"):
+        # A thread ends the process: a signal would wait for the call of CUDA that hangs.
+        pytest += [f"--timeout={case_s:.0f}", "--timeout-method=thread"]
+    # Machines without a GPU run the CPU part of these tests.
+    tests = ["tests/test_devices.py", "tests/test_encoder_cache.py::" + ENCODER_TEST]
+    yield Step("operations and transfers", [[*pytest, "--maxfail=5", *tests, "-k", "not cpu"]], 150, "build")
     yield Step("doctor", [[*python, "-m", "lmcache_mm", "doctor"]], 60, "build", good=(0, 1))  # 1: it found something
     yield Step("calibrate", [[*python, "-m", "lmcache_mm", "calibrate", "--dry-run"]], 60, "build")
     lines = {"LMCACHE_MM_BENCH_LINES": str(out / "gpu_check.jsonl")}
@@ -276,30 +339,16 @@ def measuring_steps(python: Sequence[object], out: Path) -> Iterator[Step]:
             yield Step(f"{path.stem} {name.removeprefix('test_')}", [of], 120, "build", environment=lines)
 
 
-def sanitizing_steps(python: Sequence[object], capability: str, folder: Path) -> Iterator[Step]:
-    """The drivers of tests/host_cuda on the GPU, plain and under compute-sanitizer."""
-    cases = folder / "cases"
-    write = f"""
-import sys; sys.path.insert(0, "tests")
-from pathlib import Path
-from copy_cases import copy_cases; from driver_cases import write_cases; from identity_cases import identity_cases
-write_cases(Path({str(cases)!r}), [case for case in (*identity_cases(), *copy_cases()) if case.small])
-"""
-    kernels = sorted((ROOT / "csrc").glob("*.cu"))
-    for name in ("driver", "transfer_driver"):
-        sources = [ROOT / "tests" / "host_cuda" / f"{name}.cpp", *kernels]
-        flags = ["-std=c++17", "-O2", "-lineinfo", f"-arch=sm_{capability}", "-x", "cu", f"-I{ROOT / 'csrc'}"]
-        compile_it = [of_cuda("nvcc"), *flags, *sources, "-o", folder / name]
-        yield Step(f"{name} built", [*([[*python, "-c", write]] if name == "driver" else []), compile_it], 150, "build")
-    for tool in (None, *TOOLS):
-        for name in ("driver", "transfer_driver"):
-            arguments = [cases] if name == "driver" else []
-            if tool is None:
-                yield Step(name, [[folder / name, *arguments, "--schedules", 20]], 60, f"{name} built")
-            else:
-                command = [of_cuda("compute-sanitizer"), "--tool", tool, "--error-exitcode", 9]
-                one = [*command, folder / name, *arguments, "--schedules", 1]
-                yield Step(f"{name} under {tool}", [one], 60, f"{name} built")
+def sanitizing_steps(folder: Path) -> Iterator[Step]:
+    """The drivers again: with more schedules, and under compute-sanitizer."""
+    for name in DRIVERS:
+        yield Step(f"{name} again", [drive(folder, name, "--seed", 2, "--schedules", 20)], 60, f"{name} built")
+    for tool in TOOLS:
+        command = [of_cuda("compute-sanitizer"), "--tool", tool, "--error-exitcode", 9]
+        for name in DRIVERS:
+            # Seeds 2 and 3 of transfers: one plane and six, all at once and by layers, raw and coded, by each path.
+            options = ["--seed", 2, "--schedules", 1 if name == "driver" else 2]
+            yield Step(f"{name} under {tool}", [[*command, *drive(folder, name, *options)]], 60, f"{name} built")
 
 
 def chosen(every: list[Step], pattern: str) -> list[Step]:
@@ -314,7 +363,7 @@ def chosen(every: list[Step], pattern: str) -> list[Step]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="directory for the results")
-    only = 'only steps whose names this expression matches; without "build" among them, the last build is used'
+    only = "only steps whose names this expression matches, and those that they need"
     parser.add_argument("--only", default="", metavar="PATTERN", help=only)
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="SECONDS", help=f"for all steps ({LIMIT_S})")
     parser.add_argument("--list", action="store_true", help="print the steps' names")
@@ -342,7 +391,7 @@ def main() -> int:
         os.environ["PATH"] = f"{REHEARSAL / 'bin'}{os.pathsep}{os.environ['PATH']}"
         os.environ["LMCACHE_MM_BENCH_TINY"] = "1"
     if args.list:
-        every = [Step("build", [], 0), *measuring_steps(python, Path()), *sanitizing_steps(python, "", Path())]
+        every = every_step(python, args, Step("build", [], 0), "", Path(), Path())
         print("\n".join(step.name for step in chosen(every, args.only)))
         return 0
     out = args.out.resolve()
@@ -361,22 +410,35 @@ def main() -> int:
         check.write()
 
 
+def every_step(
+    python: list[object], args: argparse.Namespace, first: Step, capability: str, out: Path, folder: Path
+) -> list[Step]:
+    slower = SLOWER if args.rehearse else 1
+    objects = build_folder(capability, args.rehearse) / "CMakeFiles" / "_C.dir" / "csrc"
+    every = [first, *driver_steps(python, capability, objects, folder)]
+    every += [*measuring_steps(python, out, CASE_S * slower), *sanitizing_steps(folder)]
+    for step in every:
+        step.limit_s *= slower
+    return every
+
+
 def steps(check: Check, args: argparse.Namespace, python: list[object], folder: Path) -> int:
-    check.found["machine"] = about = machine(python)
-    check.write()
-    if about["gpu"] is None:
-        print(f"gpu_check: torch finds no GPU on this machine: {about['unknown']['gpu']}", file=sys.stderr)
-        return 2
-    print(json.dumps(about, indent=1), flush=True)
     try:
-        every = [build(python, about["capability"], args.rehearse), *measuring_steps(python, check.out)]
-        every += sanitizing_steps(python, about["capability"], folder)
+        check_what_is_needed()
+        check.found["machine"] = about = machine(python)
+        check.write()
+        if about["gpu"] is None:
+            raise RuntimeError(f"torch finds no GPU on this machine: {about['unknown']['gpu']}")
+        print(json.dumps(about, indent=1), flush=True)
+        first = build(python, about["capability"], args.rehearse)
     except RuntimeError as error:
         print(f"gpu_check: {error}", file=sys.stderr)
         return 2
-    for step in chosen(every, args.only):
-        step.limit_s *= 10 if args.rehearse else 1
+    for step in chosen(every_step(python, args, first, about["capability"], check.out, folder), args.only):
         check.run(step)
+        if step.name in DRIVERS and check.found["steps"][-1]["status"] != "ok":
+            # Where the kernel of bulk copies hangs, it would hang each benchmark.
+            os.environ["LMCACHE_MM_BENCH_NO_BULK"] = "1"
     check.found["ended"] = True
     return 0 if all(one["status"] == "ok" for one in check.found["steps"]) else 1
 

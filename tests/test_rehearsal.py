@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from programs import REPO, run
 REHEARSAL = REPO / "tests" / "rehearsal"
 # What gpu_check may import: packages on a machine with a GPU, and the two wheels that are carried there.
 GPU_MACHINE = (
-    "torch numpy cupy-cuda13x pytest pytest-benchmark hypothesis transformers triton pybind11 cmake ninja blake3 "
-    "lmcache-mm"
+    "torch numpy cupy-cuda13x pytest pytest-benchmark pytest-timeout hypothesis transformers triton pybind11 cmake "
+    "ninja blake3 lmcache-mm"
 )
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulated device supports x86-64 only")
@@ -66,7 +67,8 @@ def steps_of(out: Path) -> dict[str, str]:
 def test_gpu_check_runs_whole_with_what_the_machine_of_a_gpu_has(tmp_path: Path):
     """All tests and benchmarks for a GPU, doctor, calibrate, and the drivers under a stand-in for compute-sanitizer.
     Every contestant of a benchmark copies the right bytes."""
-    done = gpu_check(tmp_path, "--limit", 3000, LMCACHE_MM_REHEARSAL_PACKAGES=GPU_MACHINE)
+    given = {"LMCACHE_MM_REHEARSAL_PACKAGES": GPU_MACHINE, "LMCACHE_MM_COMMIT": "a commit"}
+    done = gpu_check(tmp_path, "--limit", 3000, **given)
     assert done.returncode == 0, done.stdout
     steps = steps_of(tmp_path)
     assert set(steps.values()) == {"ok"}
@@ -88,6 +90,7 @@ def test_gpu_check_runs_whole_with_what_the_machine_of_a_gpu_has(tmp_path: Path)
         assert all(one["median"] > 0 for of in times.values() for one in of.values())
     machine = json.loads((tmp_path / "gpu_check.json").read_text())["machine"]
     assert (machine["gpu"], machine["pcie_generation"], machine["power_limit_w"]) == ("host_cuda", "5", "700.00")
+    assert machine["commit"] == "a commit"
     assert machine["ecc"] is None
     assert machine["throttled"] is None
     assert "[N/A]" in machine["unknown"]["ecc"]
@@ -100,20 +103,42 @@ def test_other_packages_are_hidden_there():
     assert "No module named 'obstore'" in said
 
 
-def test_a_step_that_fails_costs_no_other_and_what_it_needs_comes_before_it(tmp_path: Path):
-    broken = tmp_path / "bin"
-    broken.mkdir()
-    (broken / "g++").write_text("#!/bin/sh\nexit 3\n")
-    (broken / "g++").chmod(0o755)
-    path = {"PATH": f"{broken}{os.pathsep}{os.environ['PATH']}"}
+@pytest.fixture
+def broken_compiler(tmp_path: Path) -> dict[str, str]:
+    """The environment of a machine on which the drivers cannot be built."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "g++").write_text("#!/bin/sh\nexit 3\n")
+    (folder / "g++").chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_a_step_that_fails_costs_no_other_and_what_it_needs_comes_before_it(
+    tmp_path: Path, broken_compiler: dict[str, str]
+):
     out = tmp_path / "out"
-    assert gpu_check(out, "--only", "^driver$|^doctor", **path).returncode == 1
+    assert gpu_check(out, "--only", "^driver$|^doctor", **broken_compiler).returncode == 1
     assert steps_of(out) == {
         "build": "ok",
-        "doctor": "ok",
+        "cases": "ok",
         "driver built": "exit 3",
         "driver": "skipped, since there is no driver built",
+        "doctor": "ok",
     }
+
+
+def test_benchmarks_leave_out_bulk_copies_where_a_driver_fails(tmp_path: Path, broken_compiler: dict[str, str]):
+    out = tmp_path / "out"
+    assert gpu_check(out, "--only", "^transfer_driver$|one_chunk", **broken_compiler).returncode == 1
+    assert steps_of(out)["bench_gpu_transfers one_chunk"] == "ok"
+    cases = [line for line in map(json.loads, (out / "gpu_check.jsonl").open()) if "times" in line]
+    assert [case["gpu"] for case in cases] == ["store", "load"]
+    for case in cases:
+        assert list(case["others_s"]) == ["ring", "batch"]
+        assert {name for name, why in case["missing"].items() if "a driver" in why} == {
+            "bulk copies by 2 blocks",
+            "bulk copies by 8 blocks",
+        }
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -147,15 +172,31 @@ def test_gpu_check_says_what_it_would_run_and_what_it_is_given_wrong(tmp_path: P
 
     assert say("--list", "--only", "driver under synccheck") == (
         0,
-        "build\ndriver built\ntransfer_driver built\ndriver under synccheck\ntransfer_driver under synccheck\n",
+        "build\ntransfer_driver built\ncases\ndriver built\ndriver under synccheck\ntransfer_driver under synccheck\n",
     )
-    # By the shell script, which makes its environment.
-    command = [REPO / "scripts" / "gpu_check.sh", tmp_path, "--list", "--only", "doctor"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    assert (
-        subprocess.check_output([str(word) for word in command], text=True, env={**os.environ, "PATH": path})
-        == "build\ndoctor\n"
-    )
+    every = say("--list")[1].split("\n")
+    first = ["build", "transfer_driver built", "transfer_driver", "cases", "driver built", "driver"]
+    assert every[: len(first)] == first
+    # A folder with a package that cannot be imported.
+    (tmp_path / "blake3.py").write_text("raise ImportError('a wheel for another Python')")
+    done = run([sys.executable, REPO / "scripts" / "gpu_check.py", tmp_path, "--rehearse"], PYTHONPATH=str(tmp_path))
+    assert done.returncode == 2
+    assert "not found: a wheel for another Python; pip has all" in done.stdout
     assert say("--help")[0] == 0
     assert say()[0] == 2
     assert "expected a regular expression" in say("out", "--only", "(")[1]
+
+
+def test_the_script_finds_the_programs_beside_a_python_that_is_not_on_the_path(tmp_path: Path):
+    """cmake and ninja came with it as packages."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in ("bash", "dirname", "env", "mkdir", "mktemp", "realpath"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    (folder / "python3").write_text(f'#!{shutil.which("sh")}\nexec {sys.executable} "$@"\n')
+    (folder / "python3").chmod(0o755)
+    command = [REPO / "scripts" / "gpu_check.sh", tmp_path / "out"]
+    assert run([*command, "--list", "--only", "doctor"], PATH=str(folder)).stdout == "build\ndoctor\n"
+    done = run([*command, "--limit", 0, "--only", "^build$"], PATH=str(folder))
+    assert "gpu_check: " in done.stdout or "no time left" in done.stdout  # no GPU, or no nvcc, or all is there
+    assert "cmake" not in done.stdout
