@@ -429,7 +429,9 @@ void leave_others_alone(u64 seed) {
   const std::vector<Chunk> chunks = chunks_of(records);
   const std::vector<u64> ends{pages.end()};
   Caller caller(pages.bytes), captured(0);
-  caller.write(pages, random_numbers(random, pages.bytes));
+  const std::vector<u8> content = random_numbers(random, pages.bytes);
+  caller.write(pages, content);
+  const u8* const written = caller.read(pages);
   cudaGraph_t graph = nullptr;
   CHECK(cudaStreamBeginCapture(captured.stream, cudaStreamCaptureModeGlobal));
   const auto is_refused = [&](const auto& work) {
@@ -447,6 +449,11 @@ void leave_others_alone(u64 seed) {
   const auto transfer = [&](std::size_t c) {
     if (!staging) staging = std::make_unique<cuda::Staging>(1, ring.get(), buffer_bytes, 2, true, 0);
     const cuda::Event behind(1, caller.stream);
+    if (c == 0) {
+      behind.wait();
+      if (std::memcmp(written, content.data(), content.size()) != 0)
+        fail("an event was waited for, and the work before it has not run");
+    }
     std::unique_ptr<cuda::Staging::Job> job =
         staging->store(pages.cache, {chunks[c]}, ends, true, fragment_bytes, kernel_blocks);
     job->go_on(pages.end(), &behind);

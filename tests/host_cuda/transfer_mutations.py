@@ -70,6 +70,7 @@ TRANSFER_MUTATIONS = [
     Mutation(TRANSFER, "the right layers", "one.planes >= planes", "true"),
     Mutation(TRANSFER, "layers that are not written yet", "if (step.end > planes) return false;"),
     Mutation(TRANSFER, "going on no more when it is over", "!j.over", "true", "!j.over && j.next_step"),
+    Mutation(TRANSFER, "waiting for an event", call("cudaEventSynchronize(static_cast<cudaEvent_t>(event_))")),
     Mutation(TRANSFER, "waiting for a job", call("cudaEventSynchronize(j.finished)", "j.op")),
     Mutation(
         TRANSFER, "waiting for a job that nobody waits for", "if (under_way) quietly(cudaEventSynchronize(finished));"
