@@ -106,7 +106,7 @@ def environment(combination: str, **more: str) -> dict[str, str]:
 def run(name: str, folder: Path, combination: str = "0.33-V1", **more: str) -> dict[str, Any]:
     """A scenario's findings, from a process that shares nothing with others, not even the seed of Python's hashes."""
     done = subprocess.run(
-        [*python(combination), HERE / "scenarios.py", name, folder],
+        [*python(combination), HERE / "engines" / "scenarios.py", name, folder],
         check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -155,7 +155,7 @@ class Forks:
             if combination not in self._processes:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 with theirs:
-                    command = [*python(combination), HERE / "scenarios.py"]
+                    command = [*python(combination), HERE / "engines" / "scenarios.py"]
                     process = subprocess.Popen(command, stdin=theirs, env=environment(combination))
                 self._processes[combination] = ours, process
             return self._processes[combination][0]
