@@ -6,7 +6,7 @@ import pytest
 
 from layouts import LAYOUTS, PagedCache, opaque
 
-pytest.register_assert_rewrite("slabs", "remotes", "servers")  # modules whose assertions tests rely on
+pytest.register_assert_rewrite("slabs", "remotes", "servers", "findings")  # modules whose assertions tests rely on
 
 
 @pytest.fixture(params=LAYOUTS, ids=lambda make: make.__name__)

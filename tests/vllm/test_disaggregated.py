@@ -11,9 +11,9 @@ import pytest
 
 import servers
 import tiny_qwen2_vl
+from combinations import CHOSEN, environment, pytestmark, python  # noqa: F401
 from disaggregated import TIMEOUT_S, Engine, ec_config, encode, kv_config, prefill, question, started, text
 from lmcache_mm.commands.cli import main as lmcache_mm
-from test_connector import CHOSEN, environment, pytestmark, python  # noqa: F401
 
 WAIT = {"lmcache_mm": {"wait": True}}
 ODD: list[Any] = [None, True, False, 0, -1.5, "abc", [], ["lmcache_mm"], {}]
