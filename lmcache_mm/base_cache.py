@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Self
 
@@ -11,10 +12,15 @@ from lmcache_mm.stores.store import Store
 
 
 class BaseCache:
-    """A store and whether it must be closed with the cache; RuntimeError after `close`."""
+    """A store, whether it must be closed with the cache, and counters; RuntimeError after `close`.
 
-    def __init__(self, store: str | Sequence[str] | Store) -> None:
+    unit: what the cache looks up, such as "tokens". counts: further counters beside queried_ and hit_`unit`."""
+
+    def __init__(self, store: str | Sequence[str] | Store, unit: str, *counts: str) -> None:
         self._open = True
+        self._unit = unit
+        self._counts = dict.fromkeys((f"queried_{unit}", f"hit_{unit}", *counts), 0)
+        self._counting = threading.Lock()
         self._owns_store = isinstance(store, Sequence)
         self.backend = opened(store)
 
@@ -36,6 +42,17 @@ class BaseCache:
         share it. Returns their number."""
         self._check()
         return self.backend.forget(owner_to_forget(salt))
+
+    def stats(self) -> dict[str, float]:
+        self._check()
+        with self._counting:
+            counts: dict[str, float] = dict(self._counts)
+        return counts | {"hit_rate": counts[f"hit_{self._unit}"] / max(1, counts[f"queried_{self._unit}"])}
+
+    def _count(self, **counts: int) -> None:
+        with self._counting:
+            for name, number in counts.items():
+                self._counts[name] += number
 
     def _check(self) -> None:
         if not self._open:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -39,12 +38,12 @@ class KVCache(BaseCache):
     """Reuse of the KV of `layout`'s pages across prompts, through a store.
 
     layout: where the pages are. store: a URL or a list of them (see `open_store`), or an open store, which the caller
-    closes. namespace: everything besides prompt and layout that determines the KV bytes. chunk_tokens: the number of
-    tokens per chunk, a multiple of layout.page_tokens. opaque_tails: also store partial pages of an opaque layout,
-    whole, with whatever their unused slots hold; without it, hits in an opaque layout end at whole pages. codec:
-    "split" stores payloads of bf16 numbers in 0.78 of their length and restores them bit for bit; other payloads are
-    stored as they are. It saves space in a small store, and bandwidth to a distant one. The attribute `codec` says
-    whether it is used.
+    closes; the attribute `backend` is the open store. namespace: everything besides prompt and layout that determines
+    the KV bytes. chunk_tokens: the number of tokens per chunk, a multiple of layout.page_tokens. opaque_tails: also
+    store partial pages of an opaque layout, whole, with whatever their unused slots hold; without it, hits in an opaque
+    layout end at whole pages. codec: "split" stores payloads of bf16 numbers in 0.78 of their length and restores them
+    bit for bit; other payloads are stored as they are. It saves space in a small store, and bandwidth to a distant one.
+    The attribute `codec` says whether it is used.
 
     Block ids are always those of the whole prompt: block_ids[i] is the page of tokens
     [i * page_tokens, (i + 1) * page_tokens). Several threads may call methods; RuntimeError after `close`.
@@ -72,10 +71,7 @@ class KVCache(BaseCache):
         self.codec = codec_of_layout(codec, layout)
         self._namespace = namespace.with_layout(layout.fingerprint(chunk_tokens, codec=self.codec))
         self._whole = layout.page_tokens if layout.opaque and not opaque_tails else 1
-        names = ("queried_tokens", "hit_tokens", "restored_tokens", "stored_tokens", "raw_bytes", "stored_bytes")
-        self._counts = dict.fromkeys(names, 0)
-        self._counting = threading.Lock()
-        super().__init__(store)
+        super().__init__(store, "tokens", "restored_tokens", "stored_tokens", "raw_bytes", "stored_bytes")
         largest = layout.payload_bytes(chunk_tokens // layout.page_tokens)
         try:
             check_room(self.backend, "chunk", largest)
@@ -156,20 +152,11 @@ class KVCache(BaseCache):
         `hit`), hit_rate (their ratio, 0 to 1), restored_tokens and stored_tokens (the results of `retrieve` and
         `store`); for stored records also raw_bytes (before coding), stored_bytes (after coding) and codec_ratio (1
         without a codec). `backend.stats()` has the store's own counters."""
-        self._check()
-        with self._counting:
-            raw, stored = self._transfer.take_bytes()
-            self._counts["raw_bytes"] += raw
-            self._counts["stored_bytes"] += stored
-            counts: dict[str, float] = dict(self._counts)
+        raw, stored = self._transfer.take_bytes()
+        self._count(raw_bytes=raw, stored_bytes=stored)
+        counts = super().stats()
         ratio = counts["raw_bytes"] / counts["stored_bytes"] if counts["stored_bytes"] else 1.0
-        rate = counts["hit_tokens"] / max(1, counts["queried_tokens"])
-        return counts | {"hit_rate": rate, "codec_ratio": ratio}
-
-    def _count(self, **tokens: int) -> None:
-        with self._counting:
-            for name, number in tokens.items():
-                self._counts[name] += number
+        return counts | {"codec_ratio": ratio}
 
     def _records(self, prompt: Prompt, turns: bool = False) -> list[Record]:
         checked_prompt(prompt)

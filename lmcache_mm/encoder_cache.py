@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -33,8 +32,9 @@ class EncoderCache(BaseCache):
     """Keeps encoder outputs in a store. An output is one tensor or a list of tensors, of any dtypes and shapes.
 
     store: a URL or a list of URLs (see `open_store`), or an open store, which the caller must close; the same store may
-    hold KV. namespace: everything besides the item that decides the output: model, weights, dtype, and in `encoder` any
-    other setting of the engine. Several threads may call methods; RuntimeError after `close`.
+    hold KV; the attribute `backend` is the open store. namespace: everything besides the item that decides the output:
+    model, weights, dtype, and in `encoder` any other setting of the engine. Several threads may call methods;
+    RuntimeError after `close`.
 
     `identifier` and `modality` name an item, as in `Item`: its place in a prompt and the text around it do not
     matter. Compute the identifier from the data that the encoder gets; never let a client choose it.
@@ -48,12 +48,15 @@ class EncoderCache(BaseCache):
             raise TypeError(f"namespace: expected lmcache_mm.Namespace, got {type(namespace).__name__}")
         codecs.check_name(codec)
         self._namespace, self._codec = namespace, codec
-        self._counts = dict.fromkeys(("queried_items", "hit_items", "stored_items"), 0)
-        self._counting = threading.Lock()
-        super().__init__(store)
+        super().__init__(store, "items", "stored_items")
 
     def contains(
-        self, identifier: str, modality: str = "image", *, salt: str | bytes | None = None, lora: str | None = None
+        self,
+        identifier: str,
+        modality: str = "image",
+        *,
+        salt: str | bytes | None = None,
+        lora: str | bytes | None = None,
     ) -> bool:
         """Whether the output could be loaded now. Nothing is reserved: a later load may not find it."""
         key = self._key(identifier, modality, salt, lora)
@@ -67,7 +70,7 @@ class EncoderCache(BaseCache):
         *,
         device: torch.device | str = "cpu",
         salt: str | bytes | None = None,
-        lora: str | None = None,
+        lora: str | bytes | None = None,
     ) -> torch.Tensor | list[torch.Tensor] | None:
         """The output as it was saved, a tensor or a list of tensors, on `device`; None if it is missing or damaged.
 
@@ -87,7 +90,7 @@ class EncoderCache(BaseCache):
         modality: str = "image",
         *,
         salt: str | bytes | None = None,
-        lora: str | None = None,
+        lora: str | bytes | None = None,
     ) -> bool:
         """Fills tensors of the saved dtypes and shapes, with any strides. If the output is missing or damaged, returns
         False and leaves them unchanged. On CUDA it enqueues, as `load` does. Raises what `save` raises."""
@@ -110,7 +113,7 @@ class EncoderCache(BaseCache):
         modality: str = "image",
         *,
         salt: str | bytes | None = None,
-        lora: str | None = None,
+        lora: str | bytes | None = None,
     ) -> bool:
         """Stores a copy of the output. False: the store has it or has no room for it, or memory for a copy is short.
 
@@ -138,17 +141,9 @@ class EncoderCache(BaseCache):
     def stats(self) -> dict[str, float]:
         """Counts since this cache was made: queried_items and hit_items (by `load` and `load_into`), hit_rate (their
         ratio, 0 to 1) and stored_items. The store's own counters are `backend.stats()`."""
-        self._check()
-        with self._counting:
-            counts: dict[str, float] = dict(self._counts)
-        return counts | {"hit_rate": counts["hit_items"] / max(1, counts["queried_items"])}
+        return super().stats()
 
-    def _count(self, **items: int) -> None:
-        with self._counting:
-            for name, number in items.items():
-                self._counts[name] += number
-
-    def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | None) -> bytes:
+    def _key(self, identifier: str, modality: str, salt: str | bytes | None, lora: str | bytes | None) -> bytes:
         self._check()
         if identifier == "":
             raise ValueError("identifier: expected a name for the item's content, got an empty string")

@@ -112,7 +112,7 @@ class Chunks:
         if tokens is None:
             return
         if isinstance(tokens, Sequence) != self.many or (isinstance(tokens, Sequence) and len(tokens) != len(self.ids)):
-            raise ValueError(f"tokens: expected {'one for each chunk' if self.many else 'one integer'}, got {tokens!r}")
+            raise ValueError(f"tokens: expected {'one per chunk' if self.many else 'one integer'}, got {tokens!r}")
         given = tokens if isinstance(tokens, Sequence) else [tokens]
         size = self.layout.page_tokens
         for i, (number, part) in enumerate(zip(given, self.ids, strict=True)):
@@ -125,11 +125,11 @@ class Chunks:
 
     def _payloads(self, name: str, given: Any, unit_bytes: int) -> list[torch.Tensor]:
         if self.many != isinstance(given, (list, tuple)):
-            expected = "a list, one payload a chunk" if self.many else "one payload"
+            expected = "a list, one payload per chunk" if self.many else "one payload"
             raise TypeError(f"{name}: expected {expected}, got {type(given).__name__}")
         parts = list(given) if self.many else [given]
         if len(parts) != len(self.ids):
-            raise ValueError(f"{name}: expected {len(self.ids)} payloads, one a chunk, got {len(parts)}")
+            raise ValueError(f"{name}: expected {len(self.ids)} payloads, one per chunk, got {len(parts)}")
         payloads = []
         for i, (part, ids) in enumerate(zip(parts, self.ids, strict=True)):
             where = self._nth(name, i)

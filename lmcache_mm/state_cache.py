@@ -25,9 +25,10 @@ class StateCache(BaseCache):
     """Reuse of states across prompts, through a store. Use it together with a KVCache if there are attention layers.
 
     layout: an opaque layout, with one state of all layers per page. If a layer's state consists of several tensors,
-    they are views of its page's bytes. store: as in KVCache, which may share it. namespace: everything besides prompt
-    and layout that determines the bytes of a state; name the tensors of a page in it. every_tokens: `match` looks for
-    states at multiples of it, and at the ends of the prompt, its items and turns.
+    they are views of its page's bytes. store: as in KVCache, which may share it; the attribute `backend` is the open
+    store. namespace: everything besides prompt and layout that determines the bytes of a state; name the tensors of a
+    page in it. every_tokens: `match` looks for states at multiples of it, and at the ends of the prompt, its items and
+    turns.
 
     A state's bytes may also depend on how the tokens before it were split into steps: `retrieve` restores the state
     that was stored first. Several threads may call methods; RuntimeError after `close`.
@@ -48,7 +49,7 @@ class StateCache(BaseCache):
         # The fingerprint itself would collide with that of a KVCache with equal pages.
         of_states = blake3(layout.fingerprint(layout.page_tokens), derive_key_context=LAYOUT_CONTEXT).digest()
         self._namespace = namespace.with_layout(of_states)
-        super().__init__(store)
+        super().__init__(store, "states", "restored_states", "stored_states")
         try:
             check_room(self.backend, "state", layout.payload_bytes(1))
             self._transfer = Transfer(layout, self.backend, layout.payload_bytes(1))
@@ -68,21 +69,31 @@ class StateCache(BaseCache):
         limit = len(prompt) - 1 if limit is None else min(count("limit", limit), len(prompt))
         cuts = [cut for cut in prompt.cuts(self._every, turns=True) if cut <= limit]
         present = unless_lacking(lambda: self.backend.contains(self._keys(prompt, cuts), peek=True), list[bool]())
-        return max((cut for cut, there in zip(cuts, present, strict=False) if there), default=0)
+        hit = max((cut for cut, there in zip(cuts, present, strict=False) if there), default=0)
+        self._count(queried_states=1, hit_states=hit > 0)
+        return hit
 
     def retrieve(self, prompt: Prompt, tokens: int, page: int) -> Job[bool]:
         """Fills the page with the state after the first `tokens` tokens. The result: whether it was found and verified;
         if not, the page holds garbage. ValueError for a page or a number of tokens that does not exist."""
-        job = self._transfer.load([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))
-        return job.then(bool)
+        job = self._transfer.load([self._chunk(prompt, tokens, page)], owner_of(prompt.salt)).then(bool)
+        job.when_done(lambda restored: self._count(restored_states=restored))
+        return job
 
     def store(self, prompt: Prompt, tokens: int, page: int) -> Job[bool]:
         """Stores the page as the state after the first `tokens` tokens, if the store has none. `tokens` must be a
         multiple of `every_tokens` or an end of the prompt, its items or turns, else nothing will match it. The result:
         for a store on this host, whether it now holds a state that it did not hold before; for a store elsewhere,
         whether the state was handed to it. ValueError as in `retrieve`."""
-        job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))
-        return job.then(bool)
+        job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt)).then(bool)
+        job.when_done(lambda stored: self._count(stored_states=stored))
+        return job
+
+    def stats(self) -> dict[str, float]:
+        """Counts since this cache was made: queried_states (calls of `match`), hit_states (those that found a state),
+        hit_rate (their ratio, 0 to 1), restored_states and stored_states (calls of `retrieve` and `store` that returned
+        True). The store's own counters are `backend.stats()`."""
+        return super().stats()
 
     def _chunk(self, prompt: Prompt, tokens: int, page: int) -> Chunk:
         checked_prompt(prompt)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import uuid
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -208,6 +209,14 @@ def test_other_items_tenants_adapters_and_models_are_misses(cache):
         other_model = lmc.EncoderCache(cache.backend, lmc.Namespace(**namespace))
         assert other_model.load("a", salt="s", lora="l") is None
     assert same(cache.load("a", salt="s", lora="l"), OUTPUT)
+
+
+def test_an_adapter_is_named_as_in_a_prompt(cache):
+    cache.save("a", OUTPUT, lora=b"l")
+    assert same(cache.load("a", lora="l"), OUTPUT)
+    of_prompt = get_type_hints(lmc.Prompt)["lora"]
+    for method in (cache.contains, cache.load, cache.load_into, cache.save):
+        assert get_type_hints(method)["lora"] == of_prompt
 
 
 def test_keys_of_outputs_are_none_of_kv_even_under_one_root():

@@ -94,6 +94,20 @@ def test_a_lost_and_a_damaged_state_are_told(cache, states):
     assert not cache.retrieve(PROMPT, 64, 5).result()
 
 
+def test_what_was_asked_is_counted(cache):
+    names = ("queried_states", "hit_states", "restored_states", "stored_states", "hit_rate")
+    assert cache.stats() == dict.fromkeys(names, 0)
+    assert cache.match(PROMPT) == 0
+    assert cache.store(PROMPT, 64, 3).result()
+    assert not cache.store(PROMPT, 64, 3).result()  # it exists
+    assert cache.match(PROMPT) == 64
+    assert cache.match(PROMPT, limit=63) == 0
+    assert cache.match(PROMPT) == 64
+    assert cache.retrieve(PROMPT, 64, 5).result()
+    assert not cache.retrieve(PROMPT, 128, 5).result()
+    assert cache.stats() == dict(zip(names, (4, 2, 1, 1, 0.5), strict=True))
+
+
 def test_what_a_tenant_stored_is_forgotten(cache):
     theirs = Prompt(range(200), salt="theirs")
     assert cache.store(theirs, 64, 3).result()
@@ -163,7 +177,7 @@ def test_after_close_there_is_one_clear_error(states):
     cache.close()
     for call in (
         *(lambda: cache.match(PROMPT, 256), lambda: cache.store(PROMPT, 64, 1), lambda: cache.retrieve(PROMPT, 64, 1)),
-        lambda: cache.forget("a"),
+        *(lambda: cache.forget("a"), cache.stats),
     ):
         with pytest.raises(RuntimeError, match="cache: it is closed"):
             call()

@@ -574,6 +574,18 @@ def test_a_process_that_lies_is_a_miss(lent, server, tmp_path, monkeypatch, answ
 
 
 @pytest.mark.parametrize(
+    "described, text",
+    [
+        (b"", "expected an agent's description of 20 bytes or more, got 0"),
+        (struct.pack("<QQI", 0, 1 << 40, 5) + b"met", "expected 5 bytes of an agent's metadata, got 3"),
+    ],
+)
+def test_a_description_of_no_agent_is_told_what_is_wrong(described, text):
+    with pytest.raises(ValueError, match=text):
+        nixl_agent.described_agent(described)
+
+
+@pytest.mark.parametrize(
     "described",
     [b"", struct.pack("<QQI", 0, 1 << 40, 0), bytes(25), struct.pack("<QQI", 0, 1 << 40, 5) + b"agent"],
     ids=["nothing", "no metadata", "too much", "other metadata"],

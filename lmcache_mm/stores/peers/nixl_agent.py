@@ -323,11 +323,11 @@ class Reader(_Process):
 def described_agent(said: bytes) -> tuple[int, int, bytes]:
     """(the slab's address in the agent's process, its bytes, the agent's metadata); ValueError for anything else."""
     if len(said) < _AGENT.size:
-        raise ValueError("no description of an agent")
+        raise ValueError(f"expected an agent's description of {_AGENT.size} bytes or more, got {len(said)}")
     base, slab_bytes, metadata_bytes = _AGENT.unpack_from(said)
     metadata = said[_AGENT.size :]
     if len(metadata) != metadata_bytes:
-        raise ValueError("no description of an agent")
+        raise ValueError(f"expected {metadata_bytes} bytes of an agent's metadata, got {len(metadata)}")
     return base, slab_bytes, metadata
 
 
