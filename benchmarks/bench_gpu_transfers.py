@@ -133,7 +133,7 @@ class Pages:
         if way is None:
             job = getattr(copies, direction)(parts, ends, *options)
         else:
-            job = getattr(copies._staging, direction)(self.layout.compiled, parts, ends, *options, *way)
+            job = getattr(copies._staging, direction)(self.layout._compiled, parts, ends, *options, *way)
         job.go_on(planes, behind)
         return job
 

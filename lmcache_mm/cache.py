@@ -127,7 +127,7 @@ class KVCache(BaseCache):
         if hit is None:
             self._count(queried_tokens=len(prompt), hit_tokens=limit)
         job = self._transfer.load(chunks, owner_of(prompt.salt), by_layer)
-        restored = job.then(lambda loaded: min(limit, records[loaded - 1].end) if loaded else 0)
+        restored = job._then(lambda loaded: min(limit, records[loaded - 1].end) if loaded else 0)
         restored.when_done(lambda tokens: self._count(restored_tokens=tokens))
         return restored
 

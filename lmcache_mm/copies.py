@@ -109,7 +109,7 @@ class HostCopies:
         for ids, wide, count, tokens, payload, _ in parts:
             offset = begin * count * layout.page_bytes
             of_layer.append((ids, wide, count, tokens, payload + offset, offset if checksums else 0))
-        copy(layout.compiled, False, of_layer, sums.data_ptr() if checksums else 0, operands.THREADS)
+        copy(layout._compiled, False, of_layer, sums.data_ptr() if checksums else 0, operands.THREADS)
         return cast(list[int], sums.tolist())
 
     def _copy_coded(
@@ -130,7 +130,7 @@ class HostCopies:
                 at = payload + begin * _C.coded_plane_bytes(plane_bytes)
                 of_layer.append((ids, wide, count, tokens, at, begin * plane_bytes))
         made = torch.empty(len(of_layer), codec.SUMS, dtype=torch.uint64)
-        copy_coded(layout.compiled, of_layer, made.data_ptr(), operands.THREADS)
+        copy_coded(layout._compiled, of_layer, made.data_ptr(), operands.THREADS)
         is_coded_chunk = torch.tensor(list(coded), dtype=torch.bool)
         sums.view(torch.int64)[is_coded_chunk] = made.view(torch.int64)
         raw = [part for part, is_coded in zip(parts, coded, strict=True) if not is_coded]
@@ -157,14 +157,14 @@ class Ring:
         """coded: as in `HostCopies`."""
         least = self.paths.store_fragment_bytes(self._bytes_of(parts))
         blocks = self.paths.store_layer_blocks if len(ends) > 1 else 0
-        return self._staging.store(self._layout.compiled, parts, ends, checksums, least, blocks, coded)
+        return self._staging.store(self._layout._compiled, parts, ends, checksums, least, blocks, coded)
 
     def load(
         self, parts: list[Part], ends: list[int], checksums: bool, behind: Any, coded: Sequence[bool] = ()
     ) -> Copies:
         least = self.paths.load_fragment_bytes(self._bytes_of(parts))
         blocks = self.paths.load_layer_blocks if len(ends) > 1 else 0
-        return self._staging.load(self._layout.compiled, parts, ends, checksums, behind, least, blocks, coded)
+        return self._staging.load(self._layout._compiled, parts, ends, checksums, behind, least, blocks, coded)
 
     def _bytes_of(self, parts: list[Part]) -> int:
         return sum(self._layout.payload_bytes(pages) for _, _, pages, *_ in parts)

@@ -79,8 +79,8 @@ class KVLayout:
     which dimensions in which order), and `layers` names the layers; both are used only in the fingerprint.
     `planes_until`: for each layer, how many planes, from the first on, hold it and the layers before it.
 
-    `memory` and `description` stand for the layout in torch.compile, see operators.py: contiguous tensors over the
-    storages that contain the planes, and where in them the planes are; "" if a plane is outside of them.
+    `memory` stands for the layout in torch.compile, see operators.py: contiguous tensors over the storages that contain
+    the planes.
 
     The layout keeps no copy: the cache must outlive it and every operation on it. `from_tensors` holds references.
     """
@@ -99,7 +99,7 @@ class KVLayout:
     tensors: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
     planes_until: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
     memory: tuple[torch.Tensor, ...] = field(default=(), repr=False, compare=False)
-    description: str = field(default="", init=False, repr=False, compare=False)
+    _description: str = field(default="", init=False, repr=False, compare=False)  # where in `memory` the planes are
 
     def __post_init__(self) -> None:
         for name in ("num_pages", "page_stride", "page_tokens", "runs", "run_stride", "run_bytes", "token_bytes"):
@@ -129,9 +129,10 @@ class KVLayout:
         if self.num_pages * max(self.page_stride, extent) >= 1 << 62 or len(self.planes) * self.page_bytes >= 1 << 40:
             raise ValueError("KVLayout: the cache exceeds 2**62 bytes, or a page of all planes 2**40")
         plane_bytes = (self.num_pages - 1) * self.page_stride + extent if self.num_pages else 0
-        object.__setattr__(self, "description", self._described(plane_bytes))
+        object.__setattr__(self, "_description", self._described(plane_bytes))
 
     def _described(self, plane_bytes: int) -> str:
+        """The text for torch.compile; "" if a plane is outside of `memory`."""
         spans = [(s.data_ptr(), s.nbytes()) for s in (tensor.untyped_storage() for tensor in self.memory)]
         places = [
             next(((i, plane - at) for i, (at, size) in enumerate(spans) if 0 <= plane - at <= size - plane_bytes), None)
@@ -144,10 +145,12 @@ class KVLayout:
 
     @property
     def opaque(self) -> bool:
+        """Whether pages can only be copied whole."""
         return self.token_bytes == 0
 
     @property
     def page_bytes(self) -> int:
+        """Bytes of one page in one plane."""
         return self.runs * self.run_bytes
 
     @property
@@ -160,7 +163,7 @@ class KVLayout:
         return len(self.planes) * pages * self.page_bytes
 
     @cached_property
-    def compiled(self) -> _C.PagedCache:
+    def _compiled(self) -> _C.PagedCache:
         """The same layout in the form that kernels take."""
         return _C.PagedCache(
             planes=self.planes,

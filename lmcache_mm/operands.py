@@ -170,7 +170,7 @@ class Chunks:
             out = out if self.many else out[0]
         payloads = self._payloads("out", out, unit_bytes)
         sums = self._checksums(checksums, filled=True)
-        arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
+        arguments = (self.layout._compiled, self.token_mode, self._plain(payloads))
         address = 0 if sums is None else sums.data_ptr()
         if self.layout.device.type == "cuda":
             _C.cuda_gather(*arguments, self._host_ids, address, **launch(self.layout.device), max_blocks=max_blocks)
@@ -184,7 +184,7 @@ class Chunks:
         payloads = self._payloads("payload", payload, unit_bytes)
         expected = self._checksums(checksums, filled=False)
         sums = None if expected is None else torch.empty_like(expected)
-        arguments = (self.layout.compiled, self.token_mode, self._plain(payloads))
+        arguments = (self.layout._compiled, self.token_mode, self._plain(payloads))
         address = 0 if sums is None else sums.data_ptr()
         if self.layout.device.type == "cuda":
             _C.cuda_scatter(*arguments, self._host_ids, address, **launch(self.layout.device), max_blocks=max_blocks)

@@ -2,7 +2,7 @@
 
 A compiler moves and reorders memory, and knows only by an operator's arguments what it reads and writes. So operators
 take a layout as its tensors (`KVLayout.memory`), which scatters declare as written, and as text that says where in them
-the planes are (`KVLayout.description`). An operator calls the function of `ops` that it stands for, with all its
+the planes are (`KVLayout._description`). An operator calls the function of `ops` that it stands for, with all its
 checks.
 """
 
@@ -137,7 +137,7 @@ def gather(layout: KVLayout, token_mode: bool, ids: Any, out: Any, tokens: Any, 
     else:
         payloads = out if many else [out]
     tokens = [tokens] if isinstance(tokens, int) else tokens
-    torch.ops.lmcache_mm.gather(layout.memory, layout.description, token_mode, chunks, payloads, tokens, *rest)
+    torch.ops.lmcache_mm.gather(layout.memory, layout._description, token_mode, chunks, payloads, tokens, *rest)
     return out
 
 
@@ -147,7 +147,7 @@ def scatter(
     chunks, many = _chunks(layout, ids)
     payloads = payload if many else [payload]
     intact: torch.Tensor = torch.ops.lmcache_mm.scatter(
-        layout.memory, layout.description, token_mode, chunks, payloads, checksums, *rest
+        layout.memory, layout._description, token_mode, chunks, payloads, checksums, *rest
     )
     return None if checksums is None else intact
 
@@ -158,7 +158,7 @@ def _tensor(ids: Any) -> torch.Tensor:
 
 def _chunks(layout: KVLayout, ids: Any) -> tuple[list[torch.Tensor], bool]:
     """The ids of each chunk, and whether they were given as a list of chunks."""
-    if not layout.description:
+    if not layout._description:
         raise TypeError("layout: expected one made by from_tensors inside torch.compile, got one made from addresses")
     many = isinstance(ids, (list, tuple)) and len(ids) > 0 and not isinstance(ids[0], int)
     return [_tensor(chunk) for chunk in (ids if many else [ids])], many

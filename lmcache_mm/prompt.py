@@ -124,7 +124,7 @@ class Namespace:
         out._fields = {**self._fields, "layout": bytes(fingerprint)}
         return out
 
-    def with_weights(self, weights: str) -> Namespace:
+    def _with_weights(self, weights: str) -> Namespace:
         """This namespace with other `weights`."""
         out = Namespace()
         out._fields = {**self._fields, "weights": utf8("weights", weights)}
@@ -205,7 +205,7 @@ class Prompt:
     lora: str | bytes | None = None
     prompt_embeds: str | bytes | None = None
     turns: Sequence[int] = ()
-    end_of_items: int = field(init=False, repr=False)
+    _end_of_items: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         ids = self.token_ids
@@ -236,7 +236,7 @@ class Prompt:
             raise ValueError(f"turns: expected at most the prompt's {len(ids)} tokens, got {max(turns)}")
         object.__setattr__(self, "turns", turns)
         ends = (item.offset + item.length for item in self.items)
-        object.__setattr__(self, "end_of_items", min(len(ids), max(ends, default=0)))
+        object.__setattr__(self, "_end_of_items", min(len(ids), max(ends, default=0)))
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -250,5 +250,5 @@ class Prompt:
         down to a multiple of `whole` tokens, the last item's end, the prompt's end and, with `turns`, the ends of its
         turns."""
         n = len(self)
-        ends = {end // whole * whole for end in (n, self.end_of_items, *(self.turns if turns else ()))} - {0}
+        ends = {end // whole * whole for end in (n, self._end_of_items, *(self.turns if turns else ()))} - {0}
         return sorted({*range(chunk_tokens, n + 1, chunk_tokens), *ends})

@@ -76,7 +76,7 @@ class StateCache(BaseCache):
     def retrieve(self, prompt: Prompt, tokens: int, page: int) -> Job[bool]:
         """Fills the page with the state after the first `tokens` tokens. The result: whether it was found and verified;
         if not, the page holds garbage. ValueError for a page or a number of tokens that does not exist."""
-        job = self._transfer.load([self._chunk(prompt, tokens, page)], owner_of(prompt.salt)).then(bool)
+        job = self._transfer.load([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))._then(bool)
         job.when_done(lambda restored: self._count(restored_states=restored))
         return job
 
@@ -85,7 +85,7 @@ class StateCache(BaseCache):
         multiple of `every_tokens` or an end of the prompt, its items or turns, else nothing will match it. The result:
         for a store on this host, whether it now holds a state that it did not hold before; for a store elsewhere,
         whether the state was handed to it. ValueError as in `retrieve`."""
-        job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt)).then(bool)
+        job = self._transfer.store([self._chunk(prompt, tokens, page)], owner_of(prompt.salt))._then(bool)
         job.when_done(lambda stored: self._count(stored_states=stored))
         return job
 

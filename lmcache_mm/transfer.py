@@ -112,7 +112,7 @@ class Transfer:
             return Job(_nothing(self._stores), self.layout, ())
         lane, staging = made
         job = self._submit(lane, self._put, chunks, owner, as_of, staging, True, early=True)
-        self._by_layer.add(job.work)
+        self._by_layer.add(job._work)
         return job
 
     def _staging(self, steps: int) -> list[torch.Tensor]:

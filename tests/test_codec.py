@@ -197,7 +197,7 @@ def test_pages_are_coded_and_restored(variant, runs, threads, monkeypatch):
         (ids.data_ptr(), True, len(ids), n, payload.data_ptr() + codec.HEADER_BYTES, 0)
         for ids, n, payload in zip(chunks, tokens, payloads, strict=True)
     ]
-    _C.gather_coded(layout.compiled, parts, sums.data_ptr(), threads)
+    _C.gather_coded(layout._compiled, parts, sums.data_ptr(), threads)
     for raw, payload, (raw_sum, tiles_sum, unfit) in zip(raws, payloads, sums.view(-1, 3).tolist(), strict=True):
         assert not unfit
         assert codec.put_header(payload, raw_sum, tiles_sum, len(raw)) == ops.checksum(payload)
@@ -206,7 +206,7 @@ def test_pages_are_coded_and_restored(variant, runs, threads, monkeypatch):
     for tensor in layout.tensors:
         tensor.zero_()
     whole = [(*part[:3], 4 * part[2], *part[4:]) for part in parts]
-    _C.scatter_coded(layout.compiled, whole, sums.data_ptr(), threads)
+    _C.scatter_coded(layout._compiled, whole, sums.data_ptr(), threads)
     assert sums.view(-1, 3)[:, 0].tolist() == [ops.checksum(raw) % 2**64 for raw in raws]
     for tensor, want in zip(layout.tensors, wanted, strict=True):
         assert torch.equal(tensor[:, [1, 2, 3, 5, 0]], want[:, [1, 2, 3, 5, 0]])
@@ -244,7 +244,7 @@ def test_bad_ids_are_refused():
     payload = torch.zeros(100_000, dtype=torch.uint8)
     for copy in (_C.gather_coded, _C.scatter_coded):
         with pytest.raises(ValueError, match=r"expected an id in \[0, 7\)"):
-            copy(layout.compiled, [(pages.data_ptr(), True, 1, 4, payload.data_ptr(), 0)], sums.data_ptr(), 1)
+            copy(layout._compiled, [(pages.data_ptr(), True, 1, 4, payload.data_ptr(), 0)], sums.data_ptr(), 1)
 
 
 # --- Caches

@@ -126,12 +126,12 @@ def test_what_is_wrong_outside_is_wrong_inside():
         with pytest.raises(torch._dynamo.exc.Unsupported):  # the compiler cannot know whose planes these are
             run(elsewhere, torch.tensor([1]))
     with pytest.raises(RuntimeError, match="given one other strides"):
-        operators._layout([kv[0].transpose(0, 1)], layout.description)
+        operators._layout([kv[0].transpose(0, 1)], layout._description)
 
 
 def test_torch_finds_nothing_wrong_with_the_operators():
     _, layout = layers()
-    at, sums = (list(layout.memory), layout.description), torch.zeros(2, dtype=torch.int64)
+    at, sums = (list(layout.memory), layout._description), torch.zeros(2, dtype=torch.int64)
     ids, items = [torch.tensor([1, 2]), torch.tensor([3])], (["a"], [2], [3], ["image"])
     pages, rows = ([torch.zeros(3 * n * b, dtype=torch.uint8) for n in (2, 1)] for b in (layout.page_bytes, 192))
     for operator, *arguments in (

@@ -84,12 +84,12 @@ def failing(call, *arguments):
 
 def gather():
     out.zero_()
-    failing(_C.gather, layout.compiled, False, [chunk], sums.ctypes.data, 5)
+    failing(_C.gather, layout._compiled, False, [chunk], sums.ctypes.data, 5)
     assert torch.equal(out, want) and sums[0] == want_sum % 2**64
 
 def scatter():
     out.copy_(want)
-    failing(_C.scatter, layout.compiled, False, [chunk], sums.ctypes.data, 5)
+    failing(_C.scatter, layout._compiled, False, [chunk], sums.ctypes.data, 5)
     assert sums[0] == want_sum % 2**64
 
 def copy():

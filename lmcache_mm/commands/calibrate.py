@@ -96,9 +96,9 @@ class Bench:
     ) -> list[int]:
         behind = _C.CudaEvent(self._device.index, torch.cuda.current_stream(self._device).cuda_stream)
         if direction == "store":
-            job = self._staging[direction].store(layout.compiled, parts, ends, True, least, blocks)
+            job = self._staging[direction].store(layout._compiled, parts, ends, True, least, blocks)
         else:
-            job = self._staging[direction].load(layout.compiled, parts, ends, True, behind, least, blocks)
+            job = self._staging[direction].load(layout._compiled, parts, ends, True, behind, least, blocks)
         job.go_on(ends[-1], behind)
         return job.wait()
 

@@ -137,11 +137,11 @@ class AddressedPages:
 
     def load(self, hashes: Sequence[str], places: Sequence[int]) -> Iterator[Work]:
         for part, transfer in enumerate(self._transfers):
-            yield transfer.load(self._chunks(hashes, places, part), self._owner).work
+            yield transfer.load(self._chunks(hashes, places, part), self._owner)._work
 
     def store(self, hashes: Sequence[str], places: Sequence[int]) -> Iterator[Work]:
         for part, transfer in enumerate(self._transfers):
-            yield transfer.store(self._chunks(hashes, places, part), self._owner).work
+            yield transfer.store(self._chunks(hashes, places, part), self._owner)._work
 
     def _chunks(self, hashes: Sequence[str], places: Sequence[int], part: int) -> list[Chunk]:
         pages = torch.tensor(places, dtype=torch.int64).div_(self.page_tokens, rounding_mode="floor")

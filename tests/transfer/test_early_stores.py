@@ -71,14 +71,14 @@ def test_the_pages_of_an_early_store_are_read_by_its_own_thread_once_they_are_wr
     _, transfer = make(kv, largest=1)
     chunks = chunks_of([3, 1, 7], [0], [11, 2])
     job = transfer.store(chunks, b"", early=True)
-    assert not job.leave_pages(time.monotonic() + 0.05)  # given up before they were written
+    assert not job._leave_pages(time.monotonic() + 0.05)  # given up before they were written
     job = transfer.store(chunks, b"", early=True)
     time.sleep(0.05)
     assert not readers
     kv.copy_(layers(seed=1))  # computed meanwhile
     want = kv.clone()
     job.written()
-    assert job.leave_pages(time.monotonic() + 10)
+    assert job._leave_pages(time.monotonic() + 10)
     kv.zero_()
     assert len(readers) == 3
     assert threading.current_thread() not in readers
@@ -97,7 +97,7 @@ def test_a_store_that_is_late_is_given_up_between_its_steps(make, small_steps, a
     chunks = chunks_of(*([page] for page in range(12)))
     job = transfer.store(chunks, b"", early=True)
     job.written()
-    assert not job.leave_pages(time.monotonic() + 0.05)
+    assert not job._leave_pages(time.monotonic() + 0.05)
     kv.zero_()  # by the pages' new owner
     with pytest.raises(Abandoned):
         job.result(10)

@@ -130,7 +130,7 @@ class EncoderScheduler:
         if weights_now == self._weights_now:
             return
         self._weights_now = weights_now
-        self._namespace = self._base if self._weights_now is None else self._base.with_weights(self._weights_now)
+        self._namespace = self._base if self._weights_now is None else self._base._with_weights(self._weights_now)
         for ours in self._requests.values():
             self._abandon(ours)
         self._requests, self._planned = {}, {}

@@ -87,5 +87,5 @@ class LiveNamespace:
             return
         prints = [self._layouts[rank].fingerprint for rank in sorted(self._layouts)]
         layout = prints[0] if len(prints) == 1 else blake3(b"".join(prints)).digest()
-        base = self._base if self.weights is None else self._base.with_weights(self.weights)
+        base = self._base if self.weights is None else self._base._with_weights(self.weights)
         self.now = None if self.weights == identity.UNKNOWN else base.with_layout(layout)

@@ -129,7 +129,7 @@ class Worker:
         deadline = time.monotonic() + min(STEP_SAVE_S, self._options.timeout_s)
         for _, parts in self._loading.values():
             for part in parts:
-                part.job.leave_pages(deadline)
+                part.job._leave_pages(deadline)
         self._leave(None, STEP_SAVE_S)
 
     def wake_up(self) -> None:
@@ -265,7 +265,7 @@ class Worker:
         for saving in self._saving:
             if pages is not None and saving.pages.isdisjoint(pages):
                 continue
-            if not all([job.leave_pages(deadline) for job in saving.jobs]) and not self._warned:
+            if not all([job._leave_pages(deadline) for job in saving.jobs]) and not self._warned:
                 self._warned = True
                 logger.warning("%s: the store is too slow for the engine: saves are given up (failed_stores)", NAME)
 
