@@ -1,4 +1,4 @@
-"""What operators see: figures of transfers, of tiers and of `serve`."""
+"""What operators see: metrics of transfers, of tiers and of `serve`."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ def test_tiers_behind_the_first_tell_what_they_took_themselves(tmp_path):
 
 
 @contextmanager
-def serving_figures(url):
-    """(process, port of the store, base URL of the figures)."""
+def serving_metrics(url):
+    """(process, port of the store, base URL of the metrics)."""
     command = [sys.executable, "-m", "lmcache_mm", "serve", "--store", url]
     command += ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        lent, figures = process.stdout.readline(), process.stdout.readline()
-        assert "/metrics" in figures, process.stderr.read()
+        lent, where = process.stdout.readline(), process.stdout.readline()
+        assert "/metrics" in where, process.stderr.read()
         port = int(lent.partition(" is lent at ")[2].partition(",")[0].rpartition(":")[2])
-        yield process, port, figures.removeprefix("metrics at ").split("/metrics")[0]
+        yield process, port, where.removeprefix("metrics at ").split("/metrics")[0]
     finally:
         process.kill()
         process.communicate()
@@ -121,7 +121,7 @@ def shm(monkeypatch):
 def test_serve_answers_prometheus_and_those_who_ask_whether_it_lives(shm):
     store = open_store(f"{shm}?capacity=8MiB")
     store.put([key(0), key(1)], [payload(0, 50_000), payload(1, 70_000)])
-    with serving_figures(shm) as (process, port, base):
+    with serving_metrics(shm) as (process, port, base):
         before = samples(fetch(f"{base}/metrics")[2])
         assert before["lmcache_mm_store_capacity_bytes"] == 8 << 20
         assert (before["lmcache_mm_store_used_bytes"], before["lmcache_mm_store_records"]) == (120_000, 2)
@@ -145,7 +145,7 @@ def test_serve_answers_prometheus_and_those_who_ask_whether_it_lives(shm):
     store.close()
 
 
-def test_figures_that_cannot_be_shown_are_a_sentence(shm, capsys):
+def test_metrics_that_cannot_be_shown_are_a_sentence(shm, capsys):
     open_store(f"{shm}?capacity=1MiB").close()
     arguments = ["serve", "--store", shm, "--listen", "127.0.0.1:0", "--metrics"]
     assert main([*arguments, "9400"]) == 2
@@ -211,7 +211,7 @@ def test_the_stores_of_the_deployments_open_and_their_servers_are_there(monkeypa
     ports = {
         one["metadata"]["name"]: one["spec"]["ports"][0] for (kind, _), one in KUBERNETES.items() if kind == "Service"
     }
-    lent = {one[one.index("--store") + 1] for one in (SERVICES["figures"]["command"], containers()["figures"]["args"])}
+    lent = {one[one.index("--store") + 1] for one in (SERVICES["metrics"]["command"], containers()["metrics"]["args"])}
     assert lent == {"shm:///vllm"}
     for urls in (stores_of(SERVICES["vllm"]["command"]), stores_of(containers()["vllm"]["args"])):
         for url in urls:
@@ -230,25 +230,25 @@ def test_the_stores_of_the_deployments_open_and_their_servers_are_there(monkeypa
 
 
 @pytest.mark.parametrize("where", ["compose", "kubernetes"])
-def test_the_figures_are_asked_for_where_they_are_answered(where):
-    arguments = SERVICES["figures"]["command"] if where == "compose" else containers()["figures"]["args"]
+def test_the_metrics_are_scraped_where_they_are_answered(where):
+    arguments = SERVICES["metrics"]["command"] if where == "compose" else containers()["metrics"]["args"]
     args = make_parser().parse_args(arguments)
     port = int(args.metrics.rpartition(":")[2])
     assert args.run
     if where == "compose":
-        assert f"http://127.0.0.1:{port}/healthz" in SERVICES["figures"]["healthcheck"]["test"][-1]
+        assert f"http://127.0.0.1:{port}/healthz" in SERVICES["metrics"]["healthcheck"]["test"][-1]
         assert "http://127.0.0.1:8000/health'" in SERVICES["vllm"]["healthcheck"]["test"][-1]
         (config,) = documents("prometheus.yml")
         targets = {job["static_configs"][0]["targets"][0] for job in config["scrape_configs"]}
-        assert targets == {f"figures:{port}", "vllm:8000"}
-        assert SERVICES["figures"]["ipc"] == "service:vllm"
+        assert targets == {f"metrics:{port}", "vllm:8000"}
+        assert SERVICES["metrics"]["ipc"] == "service:vllm"
         (source,) = documents("grafana-datasource.yaml")[0]["datasources"]
         assert urlsplit(source["url"]).hostname in SERVICES
         assert f"127.0.0.1:9090:{urlsplit(source['url']).port}" in SERVICES["prometheus"]["ports"]
     else:
-        figures = containers()["figures"]
-        assert figures["ports"] == [{"name": "figures", "containerPort": port}]
-        assert figures["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "figures"}
+        sidecar = containers()["metrics"]
+        assert sidecar["ports"] == [{"name": "metrics", "containerPort": port}]
+        assert sidecar["livenessProbe"]["httpGet"] == {"path": "/healthz", "port": "metrics"}
         assert containers()["vllm"]["readinessProbe"]["httpGet"]["port"] == containers()["vllm"]["ports"][0]["name"]
     engine = SERVICES["vllm"]["command"] if where == "compose" else containers()["vllm"]["args"]
     assert "--port=8000" in engine

@@ -1,4 +1,4 @@
-"""lmcache-mm calibrate: measures the fastest way of a GPU's transfers, and saves the answer."""
+"""lmcache-mm calibrate: finds the fastest way to copy between a GPU and the host, and saves it."""
 
 from __future__ import annotations
 
@@ -205,13 +205,13 @@ def measure(device: torch.device) -> Iterator[str | Paths]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Measures the fastest way of transfers between a GPU and the host, and saves the answer."
+    parser.description = "Find the fastest way to copy between a GPU and the host, and save it."
     parser.epilog = (
-        "Needs 1.2 GiB of the GPU's memory and 0.5 GiB of pinned memory, and a GPU that nothing else "
-        "uses. Processes started later use the answer; without one they use defaults."
+        "This needs a GPU that nothing else uses, 1.2 GiB of its memory, and 0.5 GiB of pinned memory. Processes that "
+        "start later use what it has saved. Without it they use defaults."
     )
     parser.add_argument("--device", type=int, default=0, metavar="N", help="the GPU, by its number (default: 0)")
-    parser.add_argument("--dry-run", action="store_true", help="measure and print, save nothing")
+    parser.add_argument("--dry-run", action="store_true", help="measure and print, but save nothing")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -197,19 +197,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lmcache-mm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
-        ("stat", stat, "what a store holds"),
+        ("stat", stat, "show what a store holds"),
         ("clear", clear, "remove everything from a store, and a shm: or file: store itself if no process has it open"),
     ):
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("url", metavar="URL", help="such as shm:///NAME or file:///DIR, capacity may be left out")
+        example = "such as shm:///NAME, file:///DIR or valkey://HOST:PORT; you can leave out capacity"
+        command.add_argument("url", metavar="URL", help=f"the store's URL, {example}")
         command.set_defaults(run=_on_store(run))
     _add_serve(commands)
     _add_certificates(commands)
-    text = "what this machine offers, what is wrong with it, and how to fix it"
+    text = "show what this machine offers, what is wrong with it, and how to fix it"
     commands.add_parser("doctor", help=text, description=text[0].upper() + text[1:] + ".").set_defaults(
         run=lambda _: doctor.run()
     )
-    calibrate_parser = commands.add_parser("calibrate", help="measure the fastest way of a GPU's transfers")
+    calibrate_parser = commands.add_parser("calibrate", help="find the fastest way to copy between a GPU and the host")
     calibrate.add_arguments(calibrate_parser)
     calibrate_parser.set_defaults(run=calibrate.run)
     return parser
@@ -235,40 +236,47 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve_parser = commands.add_parser(
         "serve",
         help="lend a shm: store to other hosts, which open it as peer://HOST:PORT",
-        description="Lends a shm: store to other hosts, which open it as peer://HOST:PORT and can read it, no more. "
-        "Both sides need the deployment's secret, in LMCACHE_MM_SECRET_FILE or LMCACHE_MM_SECRET, and certificates "
-        "(lmcache-mm certificates) unless the address is this host's loopback. Ends on SIGINT or SIGTERM.",
+        description="Lend a shm: store to other hosts, which open it as peer://HOST:PORT. They can read it but not "
+        "change it. Both sides need the deployment's secret, in LMCACHE_MM_SECRET_FILE or LMCACHE_MM_SECRET. Unless "
+        "the address is on this host's loopback, both also need certificates (lmcache-mm certificates). The command "
+        "stops on SIGINT or SIGTERM.",
     )
     serve_parser.add_argument(
         "--store",
         metavar="URL",
         required=True,
-        help="shm:///NAME, capacity may be left out; with the engines' ttl if they have one, or older records are lent",
+        help="the store to lend, shm:///NAME; if the engines' URLs have a ttl, add the same one "
+        "(shm:///NAME?ttl=3600), because records of any age are lent otherwise",
     )
     serve_parser.add_argument(
-        "--listen", metavar="HOST:PORT", required=True, help="the address to bind, and no other; port 0 is any free one"
+        "--listen", metavar="HOST:PORT", required=True, help="the address to listen on; port 0 picks a free port"
     )
-    serve_parser.add_argument("--tls", metavar="DIR", type=Path, help="this host's ca.pem, cert.pem and key.pem")
+    serve_parser.add_argument(
+        "--tls", metavar="DIR", type=Path, help="the folder with this host's ca.pem, cert.pem and key.pem"
+    )
     serve_parser.add_argument(
         "--connections",
         metavar="N",
         type=int,
         default=64,
-        help="the most at once, default %(default)s: count the hosts that read x their engines' processes x 4 (peer: "
-        "stores' connections); with more than that, idle ones are closed to make room",
+        help="the most connections at once (default: %(default)s). Each process of a reading engine keeps up to 4 "
+        "open. When the limit is reached, idle connections are closed to make room.",
     )
     serve_parser.add_argument(
         "--nixl",
         action="store_true",
-        help="lend to nixl://HOST:PORT too; HOST is an address of this host, whose interface is used",
+        help="also lend to nixl://HOST:PORT, through the network interface that has the address of --listen",
     )
     serve_parser.add_argument(
-        "--trusted-network", action="store_true", help="needed for --nixl: all who reach the port may read the slab"
+        "--trusted-network",
+        action="store_true",
+        help="required by --nixl: says that every host that can reach the port may read the store",
     )
     serve_parser.add_argument(
         "--metrics",
         metavar="HOST:PORT",
-        help="answer /metrics and /healthz there by HTTP, to everybody who reaches it: metrics only, no keys",
+        help="serve /metrics and /healthz at this address by HTTP. Everybody who can reach it can read the metrics, "
+        "which contain no keys or payloads.",
     )
     serve_parser.add_argument("--verbose", action="store_true", help="log connections to standard error")
     serve_parser.set_defaults(run=_on_store(serve))
@@ -278,14 +286,15 @@ def _add_certificates(commands: argparse._SubParsersAction[argparse.ArgumentPars
     certificates_parser = commands.add_parser(
         "certificates",
         help="make the certificates that hosts need to lend stores to each other",
-        description="Makes DIR/HOST for each host, with ca.pem, cert.pem and key.pem, for `serve --tls` and peer: "
-        "stores' ?tls=. The first run makes the CA; DIR/ca.key signs for later hosts, and stays here.",
+        description="Make a folder DIR/HOST for each host, with ca.pem, cert.pem and key.pem, for `serve --tls` and "
+        "for ?tls= in peer: URLs. The first run also makes the deployment's CA. Keep DIR/ca.key on this machine: later "
+        "runs sign certificates with it.",
     )
     certificates_parser.add_argument("directory", metavar="DIR", type=Path, help="created if missing")
     certificates_parser.add_argument(
-        "hosts", metavar="HOST", nargs="+", help="a name or address as in peer://HOST:PORT"
+        "hosts", metavar="HOST", nargs="+", help="a name or address, as in peer://HOST:PORT"
     )
     certificates_parser.add_argument(
-        "--days", metavar="N", type=int, default=365, help="how long they are valid, default %(default)s"
+        "--days", metavar="N", type=int, default=365, help="for how many days they are valid (default: %(default)s)"
     )
     certificates_parser.set_defaults(run=_on_store(make_certificates))

@@ -16,17 +16,17 @@ from lmcache_mm.stores.local.shm import ShmStore
 from lmcache_mm.stores.metered import BYTES, SECONDS
 from lmcache_mm.stores.peers.server import Server
 
-SILENT_S = 5.0  # after which a client that says nothing is let go
+SILENT_S = 5.0  # then the connection of a client that sends nothing is closed
 GAUGES = {
     "capacity_bytes": "Room of the store.",
-    "used_bytes": "Bytes of the payloads in the store, whoever put them.",
+    "used_bytes": "Bytes of all payloads in the store.",
     "records": "Records in the store.",
     "processes": "Processes that have the store open, this one included.",
 }
 COUNTERS = {
-    "hits": "Records that other hosts asked for and that were lent.",
-    "misses": "Records that other hosts asked for and that were not there.",
-    "corrupt": "Records that were found damaged, and removed.",
+    "hits": "Records that other hosts requested and got.",
+    "misses": "Records that other hosts requested and that the store did not have.",
+    "corrupt": "Records that were found damaged and removed.",
 }
 
 
@@ -38,10 +38,10 @@ class Metrics:
     def __init__(self, address: tuple[str, int]) -> None:
         self._registry = CollectorRegistry()
         self.seconds = Histogram(
-            "lmcache_mm_serve_seconds", "Seconds to send what was asked for.", buckets=SECONDS, registry=self._registry
+            "lmcache_mm_serve_seconds", "Seconds to answer a request.", buckets=SECONDS, registry=self._registry
         )
         self.bytes = Histogram(
-            "lmcache_mm_serve_bytes", "Bytes of what was asked for.", buckets=BYTES, registry=self._registry
+            "lmcache_mm_serve_bytes", "Bytes sent to answer a request.", buckets=BYTES, registry=self._registry
         )
         self._figures: _Figures | None = None
         metrics = self
@@ -95,7 +95,7 @@ class Metrics:
 
 
 class _Figures(Collector):
-    """Those of a store and its server, read when they are asked for."""
+    """Metrics of a store and its server, read at each scrape."""
 
     def __init__(self, store: ShmStore, server: Server) -> None:
         self._store, self._server = store, server
@@ -114,5 +114,5 @@ class _Figures(Collector):
             yield GaugeMetricFamily(f"lmcache_mm_store_{name}", text, value=stats[name])
         for name, text in COUNTERS.items():
             yield CounterMetricFamily(f"lmcache_mm_serve_{name}", text, value=stats[name])
-        text = "Connections that read from here."
+        text = "Connections from other hosts."
         yield GaugeMetricFamily("lmcache_mm_serve_connections", text, value=self._server.connections())
