@@ -30,7 +30,7 @@ MEDIA = {"memory": Path("/dev/shm"), "disk": Path.home()}
 
 @pytest.fixture(params=["layer_first", "page_first"])
 def pool(request, monkeypatch):
-    """Of Qwen2.5-7B: 28 layers of 4 heads of 128, 57,344 bytes a token."""
+    """Of Qwen2.5-7B: 28 layers of 4 heads of 128, 57,344 bytes per token."""
     monkeypatch.setattr(hosts, "PAGE", TOKENS)
     return hosts.mha(request.param, pages=2 * PAGES + 1, heads=4, width=128, layers=28)
 

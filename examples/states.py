@@ -1,4 +1,4 @@
-"""A loop of one's own over a recurrent model: its state behind a prefix is kept, instead of KV per token."""
+"""Your own loop over a recurrent model: it keeps the state after a prefix, instead of KV per token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Model:
         self.states = torch.zeros(PAGES, LAYERS, WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor, page: int) -> int:
-        """Goes on from the state in a page, which is that behind `x` afterwards; returns the next token."""
+        """Continues from the state in a page and leaves the state after `x` there; returns the next token."""
         for layer, state in enumerate(self.states[page]):
             q, k, v = (x @ weight for weight in self.weights[layer])
             out = []
@@ -41,7 +41,7 @@ def answer(model: Model, prompt: lmc.Prompt, image: torch.Tensor, cache: lmc.Sta
         done = 0
         model.states[page] = 0
     restored, token = done, 0
-    # A step ends where a state is to be kept: every so many tokens, and at the image's end.
+    # A step ends where a state is to be kept: at multiples of STEP_TOKENS, and at the image's end.
     for end in (end for end in prompt.cuts(STEP_TOKENS) if end > restored):
         token = model.forward(x[done:end], page)
         done = end
