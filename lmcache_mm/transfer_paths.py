@@ -27,9 +27,8 @@ class Paths:
     """A device's choices.
 
     store, load: pairs (count, bytes): a batch of at least `count` fragments is faster if they are at least `bytes` long
-    on average. Default without a measurement: 256 KiB, where the fixed cost of a fragment is 2 %: on an H100, each
-    fragment longer than 28 KiB costs about 0.1 µs besides its bytes (50,000 copies: 40 GB/s at 28 KiB, 51 GB/s at
-    64 KiB).
+    on average. Default without a measurement: 256 KiB. A fragment has a fixed cost, which long fragments spread over
+    more bytes. The length that suffices has not been measured.
     store_layer_blocks, load_layer_blocks: how many blocks of a kernel run a transfer by layers; 0: the ring runs it.
     ring_blocks: the most blocks of the ring's kernels; 0: as many as should keep up with the device's bus.
     """
