@@ -58,7 +58,7 @@ def open_store(url: str | Sequence[str], observe: Observe | None = None) -> Stor
     valkey:, s3: and mooncake: need the deployment's secret (see `lmcache_mm.secret`). They take timeout=SECONDS, the
     most that a call waits, and connections=NUMBER, the requests at a time; valkey: and s3: also take ttl=SECONDS.
     Credentials come from the environment, see docs/stores.md. An unreachable server is not an error: the store has no
-    hits. A valkey: URL without tls=1 for a server that speaks TLS is one, and the reverse.
+    hits. It is an error if only one of a valkey: URL and its server uses TLS.
 
     Raises TypeError or ValueError if `url` is not a store's URL, PermissionError, OSError or RuntimeError if the store
     cannot be opened (see `SlabStore.open`), RuntimeError if its client is not installed.

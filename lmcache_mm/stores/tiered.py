@@ -55,7 +55,7 @@ class TieredStore:
     """See `Store`; `tiers`: the stores, the fastest first; they are closed with this one.
 
     A put is in the first tier when it returns, and in the others some time later. The number of waiting records is
-    bounded. `flush` and `close` wait for them, and so does interpreter exit, for EXIT_S at most; a killed process loses
+    bounded. `flush` and `close` wait for them; interpreter exit waits for EXIT_S at most; a killed process loses
     them. A hit in a slower tier is copied to the tiers above; a record that this process deletes meanwhile does not
     come back. A tier that raises counts as empty for 10 s; read-only tiers are never written. stats() includes the
     tiers' own, as `tier0.hits` and so on. Raises RuntimeError if no thread can be started.

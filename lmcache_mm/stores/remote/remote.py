@@ -46,11 +46,11 @@ class RemoteStore:
     """See `Store`.
 
     name: for messages. connect: makes a connection, on each lane. If it raises PermissionError (wrong credentials) or
-    ValueError (wrong configuration), so does the constructor; after any other error it warns and counts the store as
+    ValueError (wrong configuration), the constructor raises it; after any other error it warns and counts the store as
     down. seal: the deployment's. timeout_s: how long a call waits. connections: the most requests at a time.
     names_at_once: the most names per request. ttl_s: after that a record counts as gone; 0: never.
 
-    A call that fails or is not answered in time gives misses or dropped puts, and so do all calls in the next 10 s;
+    A call that fails or is not answered in time gives misses or dropped puts. All calls in the next 10 s do the same,
     then one call tries again. Only `forget` and `clear` raise RuntimeError if they fail.
     """
 

@@ -73,7 +73,7 @@ def connecting(
 
 def _check_tls(host: str, port: int, timeout_s: float, tls: bool) -> None:
     """OSError if nothing listens there. ValueError if only one of server and URL is for TLS:
-    the client would try again until its time is up, and say no more than that."""
+    the client would try again until its time is up, and then say only that."""
     place = f"valkey://{host}:{port}"
     if _speaks(host, port, timeout_s, tls) or not _speaks(host, port, timeout_s, not tls):
         return
