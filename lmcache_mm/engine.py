@@ -1,8 +1,10 @@
-"""Code that the packages for engines share: tested versions, digests of a model's weights, checks of common options."""
+"""Code that the packages for engines share: tested versions, names of a model's weights, checks of common options."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,20 @@ from blake3 import blake3
 VLLM_VERSIONS = ("0.32", "0.33")  # the two newest minor versions
 SGLANG_VERSIONS = ("0.5.23",)
 
+# Values of --load-format with which an engine reads all weights from the model's folder or from the hub's commit. Not
+# npcache: it reads copies that it made of former weights.
+FROM_THE_MODEL = (
+    *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "mistral"),
+    *("sharded_state", "runai_streamer"),
+)
+VLLM_FROM_THE_MODEL = (*FROM_THE_MODEL, "hf", "runai_streamer_sharded")
+SGLANG_FROM_THE_MODEL = (*FROM_THE_MODEL, "layered", "gguf", "bitsandbytes")
+
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".kt")
+MODEL_FILES = (*WEIGHT_FILES, ".json", ".py")  # configurations, which files to read, --trust-remote-code
+# JSON files that only decide what the tokens are, by how their names begin.
+TEXT_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "chat_template", "generation_config")
 
 _digests: dict[tuple[str, int, int, int, int], bytes] = {}  # of files, by path, device, inode, size and time
 
@@ -23,24 +37,47 @@ def is_tested(version: str, versions: Sequence[str]) -> bool:
     return any(f"{version}.".startswith(f"{tested}.") for tested in versions)
 
 
-def digest_of_files(paths: Iterable[Path]) -> str:
-    """A digest of files' names and contents. Contents are read again when a file's inode, size or time changes."""
+def digest_of_files(paths: Iterable[Path], folder: Path | None = None) -> str:
+    """A digest of files' contents and their names, relative to `folder` if it is given. Contents are read again when a
+    file's inode, size or time changes."""
     hasher = blake3(derive_key_context=FILES_CONTEXT)
     for path in sorted(paths):
         found = path.stat()
         state = (str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
         if state not in _digests:
             _digests[state] = blake3(max_threads=blake3.AUTO).update_mmap(path).digest()
-        name = path.name.encode()
+        name = (path.relative_to(folder).as_posix() if folder else path.name).encode()
         hasher.update(len(name).to_bytes(4, "little") + name + _digests[state])
     return hasher.hexdigest()
 
 
 def digest_of_folder(model: str) -> str | None:
-    """A digest of the weights and configuration of a model in a local folder; None for anything else."""
-    folder = Path(model)
-    files = [path for pattern in WEIGHT_FILES for path in folder.glob(pattern)] if folder.is_dir() else []
-    return digest_of_files([*files, *folder.glob("config.json")]) if files else None
+    """A digest of the weights, settings and code of a model in a local folder and the folders in it; None without
+    weights."""
+    files = [path for path in _files_in(model) if path.suffix in MODEL_FILES and not path.name.startswith(TEXT_FILES)]
+    return digest_of_files(files, Path(model)) if any(path.suffix in WEIGHT_FILES for path in files) else None
+
+
+def commit_of(revision: Any) -> str | None:
+    """The commit that a revision of the hub stands for, if the hub's library has resolved it or it is a commit's full
+    name. None for others, which may stand for another commit tomorrow."""
+    commit = getattr(revision, "resolved", revision)
+    return commit if isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit) else None
+
+
+def _files_in(model: str) -> Iterator[Path]:
+    """All files in a folder that an engine may read."""
+    for name, folders, files in os.walk(model, followlinks=True):
+        folder = Path(name)
+        # Engines skip "original". A link to a folder above would not end.
+        folders[:] = [
+            inner
+            for inner in folders
+            if not inner.startswith(".")
+            and inner != "original"
+            and not folder.resolve().is_relative_to((folder / inner).resolve())
+        ]
+        yield from (folder / file for file in files if (folder / file).is_file())
 
 
 def check_options(owner: str, given: Mapping[str, Any], known: Sequence[str], example: str) -> None:

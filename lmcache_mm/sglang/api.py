@@ -21,6 +21,7 @@ def check_version(version: str) -> None:
 
 check_version(sglang.__version__)
 
+from huggingface_hub.constants import HF_HUB_CACHE  # noqa: E402
 from sglang.srt.arg_groups.overrides import resolving_view  # noqa: E402
 from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
 from sglang.srt.mem_cache.hicache_storage import (  # noqa: E402
@@ -38,6 +39,7 @@ from sglang.srt.observability.metrics_collector import StorageMetrics  # noqa: E
 from sglang.srt.runtime_context import get_server_args  # noqa: E402
 
 __all__ = [
+    "HF_HUB_CACHE",
     "HiCacheStorage",
     "HiCacheStorageConfig",
     "HiCacheStorageExtraInfo",

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
-from lmcache_mm.engine import check_options, digest_of_files, digest_of_folder
+from lmcache_mm.engine import SGLANG_FROM_THE_MODEL, check_options, commit_of, digest_of_files, digest_of_folder
 from lmcache_mm.prompt import Namespace
 from lmcache_mm.secret import secret
+from lmcache_mm.sglang.api import HF_HUB_CACHE
 
 NAME = "HiCacheBackend"
 EXAMPLE = "shm:///sglang?capacity=32GiB"
@@ -27,13 +28,16 @@ SGLANG_OPTIONS = (
         "hicache_storage_pass_prefix_keys",
     ),
 )
-# Values of --load-format that read all weights from the model's folder or from the hub's commit.
-FROM_THE_MODEL = (
-    *("auto", "pt", "safetensors", "fastsafetensors", "instanttensor", "npcache", "mistral", "layered"),
-    *("sharded_state", "gguf", "bitsandbytes", "runai_streamer"),
-)
 # Options that change the weights or how they are quantized.
 QUANTIZATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
+# Options that say in what precision KV and states are kept.
+DTYPES = (
+    *("kv_cache_dtype", "speculative_draft_kv_cache_dtype", "mamba_ssm_dtype", "qsa_indexer_dtype"),
+    *("enable_deepseek_v4_fp4_indexer", "enable_int8_mamba_checkpoint"),
+)
+# Options with which weights come from elsewhere than from the model.
+ELSEWHERE = ("custom_weight_loader", "weight_cache_mode", "checkpoint_engine_wait_weights_before_ready")
+NOT_SET: tuple[Any, ...] = (None, False, "", "{}", [], "off")
 # Options that name a file that KV depends on.
 FILES = ("quantization_param_path", "decrypted_config_file")
 
@@ -87,7 +91,7 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
         quantization=_given(args, QUANTIZATION),
         hf_overrides=overrides if overrides not in (None, "", "{}") else None,
         dtype=str(args.dtype),
-        kv_dtype=str(args.kv_cache_dtype),
+        kv_dtype=_given(args, DTYPES),
         tp=config.tp_size,
         pp=config.pp_size,
         cp=config.attn_cp_size,
@@ -98,7 +102,7 @@ def namespace_of(args: Any, model: Any, config: Any, weights: str | None) -> Nam
 
 def _given(args: Any, names: Sequence[str]) -> str | None:
     """The options that are set, as JSON."""
-    given = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, "", "{}")}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) not in NOT_SET}
     return json.dumps(given, sort_keys=True, default=str) if given else None
 
 
@@ -107,6 +111,8 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
     named = (
         f"{weights or _weights_of_model(args, model)} {_given(args, ('weight_version', 'model_loader_extra_config'))}"
     )
+    if args.kt_weight_path:
+        named += f" {_given(args, ('kt_weight_path', 'kt_method'))}"
     for option in FILES:
         if path := getattr(args, option):
             named += f" {option} {digest_of_files([Path(path)])}"
@@ -127,12 +133,31 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
 
 
 def _weights_of_model(args: Any, model: Any) -> str:
-    if args.load_format in FROM_THE_MODEL and not args.custom_weight_loader:
-        named = digest_of_folder(model.model_path) or getattr(model.hf_config, "_commit_hash", None)
-        if named:
-            return str(named)
+    """A digest of the files, or the hub's commit, that all weights come from. ValueError without them."""
+    elsewhere = _given(args, ELSEWHERE)
+    if args.load_format in SGLANG_FROM_THE_MODEL and not elsewhere and not hasattr(model, "model_weights"):
+        named = (
+            digest_of_folder(model.model_path) if Path(model.model_path).exists() else _commit(args, model.model_path)
+        )
+        experts = digest_of_folder(args.kt_weight_path) if args.kt_weight_path else ""
+        if named and experts is not None:
+            return f"{named} {experts}".rstrip()
     raise ValueError(
         f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}, which are loaded with "
-        f"--load-format {args.load_format} {' '.join(args.custom_weight_loader or ())}; name them with "
-        '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change'
+        f"--load-format {args.load_format}{f' and {elsewhere}' if elsewhere else ''}; name them with "
+        '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change; '
+        "for a model of the hub, --revision with a commit is enough"
     )
+
+
+def _commit(args: Any, model: str) -> str | None:
+    """The commit of the hub that all files of the model come from, if that is known.
+
+    SGLang does not keep it. If the hub's cache has several, SGLang may have started with any of them, since others may
+    have come while it ran."""
+    if commit := commit_of(args.revision):
+        return commit
+    folders = {str(folder) for folder in (HF_HUB_CACHE, args.download_dir) if folder}
+    name = "models--" + model.replace("/", "--")
+    commits = {path.name for folder in folders for path in Path(folder, name, "snapshots").glob("*")}
+    return commits.pop() if len(commits) == 1 else None

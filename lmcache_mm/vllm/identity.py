@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from lmcache_mm.engine import digest_of_files, digest_of_folder
+from lmcache_mm.engine import VLLM_FROM_THE_MODEL, commit_of, digest_of_files, digest_of_folder
 from lmcache_mm.prompt import Namespace
 from lmcache_mm.secret import secret
 
@@ -30,6 +30,10 @@ ENCODER_SETTINGS = (
     *("mm_encoder_tp_mode", "mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path"),
     *("video_pruning_rate", "video_pruning_method", "mm_processor_kwargs", "mm_device_do_normalize"),
 )
+# vLLM settings that change the model's configuration or code.
+CONFIG_SETTINGS = ("hf_overrides", "hf_config_path", "code_revision")
+# vLLM settings that name another model than `model`, from which weights or the configuration come.
+OTHER_MODELS = ("model_weights", "hf_config_path")
 
 UNKNOWN = ""
 # By instance_id of an engine: the name of its weights since its caches were last reset, None for those it started with.
@@ -55,15 +59,14 @@ def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> 
         name: getattr(text_config, name, None)
         for name in ("rope_parameters", "rope_scaling", "rope_theta", "max_position_embeddings")
     }
-    overrides = model.hf_overrides
     speculative = config.speculative_config
     return Namespace(
         secret=secret(),
         model=str(model.model),
-        weights=weights or _weights(config),
+        weights=_weights(config, weights),
         quantization=None if model.quantization is None else str(model.quantization),
         rope=json.dumps(rope, sort_keys=True, default=str),
-        hf_overrides=json.dumps(overrides, sort_keys=True, default=str) if overrides else None,
+        hf_overrides=_given(model, CONFIG_SETTINGS),
         dtype=model.dtype,
         kv_dtype=f"{cache.cache_dtype} {' '.join(sorted(set(kv_dtypes)))}",
         tp=parallel.tensor_parallel_size,
@@ -79,9 +82,9 @@ def encoder_namespace_of(config: Any, weights: str | None) -> Namespace:
     return Namespace(
         secret=secret(),
         model=str(model.model),
-        weights=weights or _weights(config),
+        weights=_weights(config, weights),
         quantization=None if model.quantization is None else str(model.quantization),
-        hf_overrides=json.dumps(model.hf_overrides, sort_keys=True, default=str) if model.hf_overrides else None,
+        hf_overrides=_given(model, CONFIG_SETTINGS),
         dtype=model.dtype,
         tp=config.parallel_config.tensor_parallel_size,
         encoder=_encoder_settings(model),
@@ -96,15 +99,34 @@ def _encoder_settings(model: Any) -> str | None:
     return json.dumps({name: value for name, value in given.items() if value is not None}, sort_keys=True, default=str)
 
 
-def _weights(config: Any) -> str:
-    model = config.model_config
-    if config.load_config.load_format == "dummy":
+def _given(config: Any, names: Iterable[str]) -> str | None:
+    """The settings that are not empty, as JSON."""
+    given = {name: getattr(config, name) for name in names if getattr(config, name)}
+    return json.dumps(given, sort_keys=True, default=str) if given else None
+
+
+def _weights(config: Any, weights: str | None) -> str:
+    """A name for the weights, with the loader's options, which may change them or say where they are."""
+    options = _given(config.load_config, ("model_loader_extra_config",))
+    named = weights or _weights_of_model(config.model_config, config.load_config.load_format)
+    return f"{named} {options}" if options else named
+
+
+def _weights_of_model(model: Any, load_format: str) -> str:
+    if load_format == "dummy":
         return f"dummy {model.seed}"
-    named = digest_of_folder(model.model) or getattr(model.hf_config, "_commit_hash", None)
-    if named:
-        return str(named)
+    others = {name: getattr(model, name) for name in OTHER_MODELS}
+    elsewhere = [f"{name} {other}" for name, other in others.items() if other not in ("", None, model.model)]
+    if load_format in VLLM_FROM_THE_MODEL and not elsewhere:
+        if Path(model.model).exists():
+            named = digest_of_folder(model.model)
+        else:  # older versions of transformers know the commit even if vLLM has not resolved the revision
+            named = commit_of(model.revision) or getattr(model.hf_config, "_commit_hash", None)
+        if named:
+            return named
     raise ValueError(
-        f"lmcache_mm: neither files nor a commit identify the weights of {model.model!r}; name them with "
+        f"lmcache_mm: neither files nor a commit identify the weights of {model.model!r}, which are loaded with "
+        f"{', '.join([f'load_format {load_format}', *elsewhere])}; name them with "
         '"weights": "NAME" in the extra config of the connector, and use a new name whenever they change'
     )
 
