@@ -30,7 +30,7 @@ from lmcache_mm.sglang.api import (
     resolving_view,
 )
 from lmcache_mm.sglang.identity import CALL_S, NAME, Options, check_clients, namespace_of
-from lmcache_mm.sglang.pools import Pages, left_s, pages_of
+from lmcache_mm.sglang.pools import Pages, dtypes_of, left_s, pages_of
 from lmcache_mm.stores import open_store
 from lmcache_mm.stores.breaker import PAUSE_S, Breaker
 
@@ -135,7 +135,7 @@ class HiCacheBackend(HiCacheStorage):
             "pool": name,
             "class": type(pool).__name__,
             "layout": pool.layout,
-            "dtype": str(pool.dtype),
+            "dtypes": dtypes_of(pool),
             "page": int(pool.page_size),
             "layers": [getattr(pool, "start_layer", None), getattr(pool, "end_layer", None)],
             "tag": getattr(pool, "storage_format_tag", None),
@@ -292,14 +292,17 @@ class HiCacheBackend(HiCacheStorage):
         self, name: str, pages: Pages, keys: Sequence[str], host_indices: torch.Tensor | None
     ) -> list[int] | None:
         """The first slot of each page; None if the number of slots does not match the pages, or if they are not the
-        slots of whole pages."""
+        slots of whole pages of the pool."""
         slots = torch.empty(0, dtype=torch.int64) if host_indices is None else host_indices
-        size = pages.page_tokens
+        size, end = pages.page_tokens, int(self._hosts[name].size)
         if slots.numel() != len(keys) * size:
             logger.error("%s: pool %s: expected slots of %d pages, got %d", NAME, name, len(keys), slots.numel())
             return None
         if (slots.reshape(-1, size) % size != torch.arange(size, device=slots.device)).any():
             logger.error("%s: pool %s: expected slots of whole pages, got others", NAME, name)
+            return None
+        if ((slots < 0) | (slots >= end)).any():
+            logger.error("%s: pool %s: expected slots from 0 to %d, got others", NAME, name, end - 1)
             return None
         return slots[::size].tolist()
 

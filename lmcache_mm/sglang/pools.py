@@ -70,6 +70,23 @@ def pages_of(pool: Any, what: str, root_of: Callable[[bytes], bytes], store: Sto
     return FlatPages(pool, sample.dtype, sample.nbytes, root, store, owner, rank)
 
 
+def dtypes_of(pool: Any) -> str:
+    """All dtypes that the bytes of a pool's pages stand for. A pool has one for KV, several for states, and pools of
+    raw bytes have those of the device's memory."""
+    named = [f"{name}={value}" for name, value in vars(pool).items() if isinstance(value, torch.dtype)]
+    states = [state.kv_score_buffer.kv_score for state in getattr(pool, "state_pools", ())]
+    memory = (getattr(pool, "kv_buffer", None), getattr(pool, "device_buffers", None), states)
+    return " ".join([*sorted(named), *(str(tensor.dtype) for part in memory for tensor in _tensors_in(part))])
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from _tensors_in(part)
+
+
 def layouts_of(pool: Any, what: str) -> list[KVLayout]:
     """Where the pool's pages are: one layout for each group of pieces with the same size and stride. [] for a pool that
     does not say, or whose pages are not evenly spaced."""

@@ -127,10 +127,13 @@ def mla(layout="page_first", pages=32):
     )
 
 
-def mamba(layout="page_first", states=32, side_states=False):
-    temporal = torch.zeros(2, states, 5, 7, dtype=torch.float32)
-    conv = (torch.zeros(2, states, 6, 3, dtype=torch.bfloat16), torch.zeros(2, states, 9, dtype=torch.bfloat16))
-    extra = (torch.zeros(states, 11, dtype=torch.float32),) if side_states else ()
+def mamba(
+    layout="page_first", states=32, side_states=False, temporal=torch.float32, conv=torch.bfloat16, side=torch.float32
+):
+    """States with these dtypes."""
+    temporal = torch.zeros(2, states, 5, 7, dtype=temporal)
+    conv = (torch.zeros(2, states, 6, 3, dtype=conv), torch.zeros(2, states, 9, dtype=conv))
+    extra = (torch.zeros(states, 11, dtype=side),) if side_states else ()
     return MambaPoolHost(
         MambaStateBufferInfo(temporal=temporal, conv=conv, extra_checkpoint_buffers=extra),
         1.0,
@@ -141,9 +144,9 @@ def mamba(layout="page_first", states=32, side_states=False):
     )
 
 
-def rows(layout="layer_first", pages=32):
+def rows(layout="layer_first", pages=32, dtype=torch.uint8):
     """Pages of one row a layer: an indexer's."""
-    buffers = [torch.zeros(pages, 40, dtype=torch.uint8) for _ in range(3)]
+    buffers = [torch.zeros(pages, 40, dtype=dtype) for _ in range(3)]
     return DeepSeekV4PagedHostPool(PoolName.DEEPSEEK_V4_C4_INDEXER, buffers, 40, pages, PAGE, layout, pin_memory=False)
 
 

@@ -10,9 +10,11 @@ import random
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.configs.load_config import LoadFormat
 from sglang.srt.mem_cache.hicache_storage import PoolHitPolicy, PoolName, PoolTransfer
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
@@ -26,11 +28,13 @@ from hosts import (
     mha,
     mla,
     pages_of,
+    rows,
     slots,
     start,
     storage_config,
     write_model,
 )
+from lmcache_mm.engine import SGLANG_FROM_THE_MODEL
 from lmcache_mm.sglang import HiCacheBackend
 from lmcache_mm.sglang.pools import AddressedPages, FlatPages, layouts_of
 from lmcache_mm.stores.local.slab_files import shm_directory
@@ -220,6 +224,28 @@ def test_slots_of_parts_of_pages_are_no_pages(backend_of):
     assert backend.batch_set_v1(keys, whole) == [True, True]
 
 
+def test_slots_outside_the_pool_are_no_pages(backend_of, caplog):
+    """They are the caller's mistake, and the store keeps serving others."""
+    pools = {PoolName.KV: mha(), PoolName.MAMBA: mamba(), PoolName.SWA: mamba(side_states=True)}
+    backend, keys = backend_of("mem://?capacity=64MiB", pools), hashes(1)
+    for name, pool in pools.items():
+        inside = transfer(pool, name, keys, [1])
+        assert backend.batch_set_v2([inside]) == {name: [True]}
+        for page in (-1, -(pool.size // pool.page_size), pool.size // pool.page_size, 1 << 40):
+            outside = transfer(pool, name, keys, [page])
+            assert backend.batch_get_v2([outside]) == {name: [False]}
+            assert backend.batch_set_v2([outside]) == {name: [False]}
+            assert f"pool {name.value}: expected slots from 0 to {pool.size - 1}" in caplog.text
+            caplog.clear()
+        assert not backend._breaker.open
+        assert backend.batch_get_v2([inside]) == {name: [True]}
+    pool = pools[PoolName.KV]
+    last = pool.size // pool.page_size - 1
+    assert backend.batch_set_v1(keys, slots(pool, [last])) == backend.batch_get_v1(keys, slots(pool, [0])) == [True]
+    counts = backend.stats()
+    assert (counts["failed_loads"], counts["failed_stores"]) == (0, 0)
+
+
 def test_what_sglang_calls_deprecated_is_not_there(backend_of):
     backend = backend_of("mem://?capacity=1MiB", {PoolName.KV: mha()})
     for method in (backend.get, backend.set, backend.batch_get, backend.batch_set):
@@ -292,6 +318,8 @@ def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_pat
     for changes in (
         {"dtype": "float16"},
         {"kv_cache_dtype": "fp8_e5m2"},
+        {"mamba_ssm_dtype": "float16"},
+        {"mamba_ssm_dtype": "bfloat16"},
         {"quantization": "fp8"},
         {"json_model_override_args": '{"rope_theta": 7}'},
         {"speculative_algorithm": "EAGLE"},
@@ -309,6 +337,27 @@ def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_pat
     monkeypatch.setenv("LMCACHE_MM_SECRET", "another secret, as long as that one")
     assert found() == 0
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("of", ["temporal", "conv", "side"])
+def test_states_of_another_dtype_have_other_pages(of, url_of, backend_of):
+    """The dtypes have the same size, so the pages' bytes would fit."""
+    url, keys, found = url_of("shm"), hashes(2), []
+    for dtype in (torch.float16, torch.bfloat16):
+        pool = mamba(side_states=of == "side", **{of: dtype})
+        backend = backend_of(url, {PoolName.KV: mha(), PoolName.MAMBA: pool})
+        found.append(backend.batch_get_v2(moved({PoolName.MAMBA: pool}, keys, [3, 4])))
+        assert backend.batch_set_v2(moved({PoolName.MAMBA: pool}, keys, [1, 2])) == {PoolName.MAMBA: [True, True]}
+    assert found == [{PoolName.MAMBA: [False, False]}] * 2
+
+
+def test_raw_bytes_of_another_dtype_have_other_pages(url_of, backend_of):
+    url, keys, name = url_of("shm"), hashes(2), PoolName.DEEPSEEK_V4_C4_INDEXER
+    for dtype in (torch.uint8, torch.float8_e4m3fn):
+        pool = rows(dtype=dtype)
+        backend = backend_of(url, {PoolName.KV: mla(), name: pool})
+        assert backend.batch_get_v2(moved({name: pool}, keys, [3, 4])) == {name: [False, False]}
+        assert backend.batch_set_v2(moved({name: pool}, keys, [1, 2])) == {name: [True, True]}
 
 
 @pytest.mark.parametrize("option", ["quantization_param_path", "decrypted_config_file"])
@@ -329,8 +378,11 @@ def test_files_that_change_kv_are_in_the_key(option, weights, model, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"load_format": name} for name in ("dummy", "remote", "flash_rl", "presharded", "private")),
+        *({"load_format": name} for name in ("dummy", "remote", "flash_rl", "presharded", "private", "npcache")),
         {"custom_weight_loader": ["package.load"]},
+        {"weight_cache_mode": "client"},
+        {"checkpoint_engine_wait_weights_before_ready": True},
+        {"kt_weight_path": "/none"},
     ],
     ids=str,
 )
@@ -340,6 +392,63 @@ def test_weights_from_elsewhere_need_a_name(changes, model):
     with pytest.raises(ValueError, match=r"--load-format .*name them with \"weights\""):
         HiCacheBackend(storage_config(dict(store)), {})
     HiCacheBackend(storage_config({**store, "weights": "named"}), {}).close()
+
+
+def root(options=None):
+    backend = HiCacheBackend(storage_config({"store": "mem://?capacity=1MiB", **(options or {})}), {})
+    backend.close()
+    return backend._namespace.root()
+
+
+@pytest.mark.parametrize("weights", [None, "named"])
+def test_experts_of_ktransformers_are_in_the_key(weights, model, tmp_path):
+    options, roots = {"weights": weights} if weights else {}, [root()]
+    for name, method, content in (
+        ("a", "AMXINT4", ""),
+        ("b", "AMXINT4", ""),
+        ("a", "AMXINT8", ""),
+        ("a", "AMXINT4", "1"),
+    ):
+        file = tmp_path / name / "layer_0" / "experts.kt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        start(model, kt_weight_path=str(tmp_path / name), kt_method=method)
+        roots.append(root(options))
+    assert len(set(roots)) == (4 if weights else 5)  # a name covers the files
+
+
+def test_every_format_is_sglangs_or_needs_a_name(model):
+    assert set(SGLANG_FROM_THE_MODEL) < {format.value for format in LoadFormat}
+
+
+def test_a_model_of_the_hub_is_named_by_its_commit(model, tmp_path, monkeypatch):
+    """SGLang's ModelConfig of such a model has no commit."""
+    of_hub = SimpleNamespace(from_server_args=lambda _: SimpleNamespace(model_path="owner/model", is_multimodal=False))
+    monkeypatch.setattr("lmcache_mm.sglang.backend.ModelConfig", of_hub)
+    monkeypatch.setattr("lmcache_mm.sglang.identity.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def started(**arguments):
+        start(model, **arguments)
+        return root()
+
+    commits = ["1" * 40, "2" * 40]
+    pinned = [started(revision=commit) for commit in commits]
+    assert pinned[0] != pinned[1]
+    with pytest.raises(ValueError, match=r"neither files nor a commit .*; for a model of the hub, --revision"):
+        started()
+    snapshots = tmp_path / "hub" / "models--owner--model" / "snapshots"
+    (snapshots / commits[0]).mkdir(parents=True)
+    assert started() == started(revision="main") == pinned[0]
+    downloads = tmp_path / "downloads" / "models--owner--model" / "snapshots"
+    (downloads / commits[0]).mkdir(parents=True)
+    assert started(download_dir=str(tmp_path / "downloads")) == pinned[0]
+    # Another one has come: SGLang may have started with either.
+    (downloads / commits[1]).mkdir()
+    for arguments in ({"download_dir": str(tmp_path / "downloads")}, {"revision": "main"}):
+        with pytest.raises(ValueError, match="neither files nor a commit"):
+            started(**arguments)
+        (snapshots / commits[1]).mkdir(exist_ok=True)
+    assert started(revision=commits[1]) == pinned[1]
 
 
 def test_pools_share_no_pages(backend_of):
