@@ -1,7 +1,9 @@
 """An engine of SGLang's on the CPU, with its hierarchical cache over a store: python engine.py MODEL STORE.
 
-SGLang can copy between an engine's KV cache and its host pool on accelerators only. Here the cache is in host memory,
-and torch makes these copies; all else is SGLang's own. The processes that SGLang starts import this module too.
+SGLang's hierarchical cache runs on accelerators only: it has no other kernels that copy between an engine's KV cache
+and its host pool, and registers the pool's memory with CUDA. Here the cache is in host memory, torch makes the copies,
+and nothing is registered. Streams are a CPU's, as SGLang chooses by itself where there is no accelerator. All else is
+SGLang's own. The processes that it starts import this module too.
 Prints as JSON, for each run, the tokens that were generated and how many were cached, and where.
 """
 

@@ -108,10 +108,12 @@ def test_on_every_store_pages_come_back(kind, url_of, backend_of):
     assert second.batch_exists(keys) == 0
 
 
+@pytest.mark.parametrize("kind", STORES)
 @pytest.mark.parametrize("seed", range(8))
-def test_prefixes_that_can_be_restored_are_those_of_file(seed, url_of, backend_of, peer_of):
+def test_prefixes_that_can_be_restored_are_those_of_file(seed, kind, url_of, backend_of, peer_of):
     pools = {PoolName.KV: mha(), PoolName.SWA: mha(layers=1), PoolName.DRAFT: mha(layers=2)}
-    ours, peer = backend_of("mem://?capacity=64MiB", pools), peer_of(pools)
+    ours, peer = backend_of(url_of(kind), pools), peer_of(pools)
+    ours.clear()
     dice = random.Random(seed)
     keys = hashes(12)
     for name, pool in pools.items():
@@ -119,6 +121,7 @@ def test_prefixes_that_can_be_restored_are_those_of_file(seed, url_of, backend_o
         there = list(range(12)) if seed == 0 else there
         for backend in (ours, peer):
             backend.batch_set_v2([transfer(pool, name, [keys[i] for i in there], there)])
+    ours._store.flush()
     windows = [1, 2, 3, 5]
     for swa, draft in itertools.product([*windows, None], [*windows, None]):
         asked = [
@@ -486,8 +489,9 @@ def write_until_killed(url, ready):
         backend.batch_set_v1(hashes(16, begin), slots(pools[PoolName.KV], pages))
 
 
-def test_what_a_killed_writer_stored_is_whole_or_a_miss(url_of, backend_of):
-    url = url_of("shm")
+@pytest.mark.parametrize("kind", ["shm", "file", "tiered"])
+def test_what_a_killed_writer_stored_is_whole_or_a_miss(kind, url_of, backend_of):
+    url = url_of(kind)
     processes = multiprocessing.get_context("fork")
     for kill in range(4):
         begun = processes.Value("q", -1)
@@ -511,23 +515,41 @@ def test_what_a_killed_writer_stored_is_whole_or_a_miss(url_of, backend_of):
         reader.close()
 
 
-@pytest.mark.parametrize("kind", ["shm", "file"])
+def damage(url, backend, page_hash, content):
+    """Changes a bit of a page of the KV pool, wherever the store has it."""
+    if isinstance(url, list):
+        for tier in url:
+            damage(tier, backend, page_hash, content)
+    elif url.startswith("valkey"):
+        ((key,),) = backend._pools["kv"].keys([page_hash])
+        name, client = backend._store._name(key), backend._store._calls.hands[0]._connect()._client
+        last = str(client.custom_command(["STRLEN", name]) - 1)
+        (byte,) = client.custom_command(["GETRANGE", name, last, last])
+        client.custom_command(["SETRANGE", name, last, bytes([byte ^ 1])])
+    else:
+        path = url.partition("://")[2].partition("?")[0]
+        directory = shm_directory(path.strip("/")) if url.startswith("shm") else path
+        with open(f"{directory}/slab", "r+b") as slab:
+            whole = slab.read()
+            begin = whole.index(content[:64])
+            slab.seek(begin + 5)
+            slab.write(bytes([whole[begin + 5] ^ 1]))
+        if url.startswith("file"):
+            os.sync()
+
+
+@pytest.mark.parametrize("kind", ["shm", "file", "valkey", "tiered"])
 def test_a_damaged_page_is_a_miss(kind, url_of, backend_of):
     url, pool, keys = url_of(kind), mha("page_first", width=128), hashes(4)
     backend = backend_of(url, {PoolName.KV: pool})
+    backend.clear()
     fill(pool, [1, 2, 3, 4], 0)
     assert backend.batch_set_v1(keys, slots(pool, [1, 2, 3, 4])) == [True] * 4
-    path = url.partition("://")[2].partition("?")[0]
-    directory = shm_directory(path.strip("/")) if kind == "shm" else path
-    with open(f"{directory}/slab", "r+b") as slab:
-        content = slab.read()
-        begin = content.index(pages_of(pool, [3])[0][:64])
-        slab.seek(begin + 5)
-        slab.write(bytes([content[begin + 5] ^ 1]))
-    if kind == "file":
-        os.sync()
-    assert backend.batch_get_v1(keys, slots(pool, [10, 11, 12, 13])) == [True, True, False, False]
-    assert pages_of(pool, [10, 11]) == pages_of(pool, [1, 2])
+    backend._store.flush()
+    damage(url, backend, keys[2], pages_of(pool, [3])[0])
+    for _ in getattr(backend._store, "tiers", [backend._store]):  # each read finds one of them
+        assert backend.batch_get_v1(keys, slots(pool, [10, 11, 12, 13])) == [True, True, False, False]
+        assert pages_of(pool, [10, 11]) == pages_of(pool, [1, 2])
     assert backend.batch_exists(keys) == 2  # it was removed
     assert backend.batch_set_v1(keys, slots(pool, [1, 2, 3, 4])) == [True] * 4
     assert backend.batch_get_v1(keys, slots(pool, [10, 11, 12, 13])) == [True] * 4
