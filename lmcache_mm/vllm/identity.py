@@ -30,6 +30,8 @@ ENCODER_SETTINGS = (
     *("mm_encoder_tp_mode", "mm_encoder_attn_backend", "mm_encoder_attn_dtype", "mm_encoder_fp8_scale_path"),
     *("video_pruning_rate", "video_pruning_method", "mm_processor_kwargs", "mm_device_do_normalize"),
 )
+# vLLM settings that say how weights are quantized.
+QUANTIZATION = ("quantization", "quantization_config")
 # vLLM settings that change the model's configuration or code.
 CONFIG_SETTINGS = ("hf_overrides", "hf_config_path", "code_revision")
 # vLLM settings that name another model than `model`, from which weights or the configuration come.
@@ -64,7 +66,7 @@ def namespace_of(config: Any, kv_dtypes: Iterable[str], weights: str | None) -> 
         secret=secret(),
         model=str(model.model),
         weights=_weights(config, weights),
-        quantization=None if model.quantization is None else str(model.quantization),
+        quantization=_given(model, QUANTIZATION),
         rope=json.dumps(rope, sort_keys=True, default=str),
         hf_overrides=_given(model, CONFIG_SETTINGS),
         dtype=model.dtype,
@@ -83,7 +85,7 @@ def encoder_namespace_of(config: Any, weights: str | None) -> Namespace:
         secret=secret(),
         model=str(model.model),
         weights=_weights(config, weights),
-        quantization=None if model.quantization is None else str(model.quantization),
+        quantization=_given(model, QUANTIZATION),
         hf_overrides=_given(model, CONFIG_SETTINGS),
         dtype=model.dtype,
         tp=config.parallel_config.tensor_parallel_size,

@@ -101,6 +101,7 @@ def engine(model: str | Path, load_format: str = "auto", commit: str | None = No
         "hf_config": text,
         "hf_text_config": text,
         "quantization": None,
+        "quantization_config": None,
         "dtype": torch.bfloat16,
         "multimodal_config": None,
         "seed": 0,
@@ -161,6 +162,8 @@ def test_what_changes_vllms_weights_is_in_the_key(weights, tmp_path):
         {"code_revision": "a"},
         {"code_revision": "b"},
         {"hf_overrides": {"rope_theta": 7}},
+        {"quantization": "online"},
+        {"quantization": "online", "quantization_config": {"linear": "fp8_per_channel"}},
         *([{"hf_config_path": "/another"}] if weights else []),
     ]
     found = [roots(engine(folder, "sharded_state", **change), weights) for change in changes]
