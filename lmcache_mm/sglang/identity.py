@@ -134,7 +134,7 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
 
 def _weights_of_model(args: Any, model: Any) -> str:
     """A digest of the files, or the hub's commit, that all weights come from. ValueError without them."""
-    elsewhere = _given(args, ELSEWHERE)
+    elsewhere, or_else = _given(args, ELSEWHERE), ""
     if args.load_format in SGLANG_FROM_THE_MODEL and not elsewhere and not hasattr(model, "model_weights"):
         named = (
             digest_of_folder(model.model_path) if Path(model.model_path).exists() else _commit(args, model.model_path)
@@ -142,11 +142,12 @@ def _weights_of_model(args: Any, model: Any) -> str:
         experts = digest_of_folder(args.kt_weight_path) if args.kt_weight_path else ""
         if named and experts is not None:
             return f"{named} {experts}".rstrip()
+        or_else = "; for a model of the hub, --revision with a commit is enough"
     raise ValueError(
         f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}, which are loaded with "
         f"--load-format {args.load_format}{f' and {elsewhere}' if elsewhere else ''}; name them with "
-        '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change; '
-        "for a model of the hub, --revision with a commit is enough"
+        '"weights": "NAME" in --hicache-storage-backend-extra-config, and use a new name whenever they change'
+        f"{or_else}"
     )
 
 
