@@ -196,6 +196,7 @@ def _read_photographs(args: argparse.Namespace) -> list[tuple[str, Photograph]]:
 def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, str, str]:
     """The model on `device`, its processor, its name, and a fingerprint of its weights."""
     import transformers
+    from huggingface_hub import snapshot_download
 
     import tiny_qwen2_vl
 
@@ -220,12 +221,11 @@ def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
             raise _Misuse(f"--model: cannot load {source}: {_first_line(error)}") from error
         if loaded["missing_keys"]:
             raise _Misuse(f"--model: {source} lacks weights, such as {min(loaded['missing_keys'])}")
-        weights = getattr(config, "_commit_hash", None)
-        if weights is None:
-            digest = blake3()
-            for file in sorted(Path(source).glob("*.safetensors")):
-                digest.update_mmap(file)
-            weights = digest.hexdigest()
+        folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+        digest = blake3()
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            digest.update_mmap(file)
+        weights = digest.hexdigest()
     if args.model is None:
         return model.to(device).eval(), processor, "tiny Qwen2-VL with random weights", f"random {weights}"
     return model.to(device).eval(), processor, args.model, weights
