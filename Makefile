@@ -65,7 +65,7 @@ bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 bench-sglang: $(VENV)/built $(VENV)-sglang/ready
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest -s benchmarks/bench_sglang.py \
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest benchmarks/bench_sglang.py --benchmark-json=$(RESULTS) \
 	  --benchmark-columns=median,iqr,rounds $(ARGS)
 
 docs: $(VENV)/built

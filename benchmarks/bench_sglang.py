@@ -57,20 +57,14 @@ def moved(pool, keys, first):
     return [PoolTransfer(name=PoolName.KV, host_indices=indices, keys=keys)]
 
 
-def facts(pool):
-    return {"bytes": PAGES * pool.page_size * pool.size_per_token}
-
-
-def show(benchmark):
-    """GB/s."""
-    info = benchmark.extra_info
-    seconds = {"ours": benchmark.stats.stats.median, **info["peers_s"]}
-    info["GB/s"] = {name: round(info["bytes"] / s / 1e9, 2) for name, s in seconds.items()}
-    print(info["GB/s"], end=" ")
+def facts(pool, request, what):
+    size = PAGES * pool.page_size * pool.size_per_token
+    layout, medium = request.node.callspec.params["pool"], request.node.callspec.params["backends"]
+    return {"bytes": size, "hicache": f"{what}, {layout}, {'shm:' if medium == 'memory' else 'file: on a disk'}"}
 
 
 @pytest.mark.benchmark(group="SGLang set")
-def test_set(benchmark, against, pool, backends):
+def test_set(against, pool, backends, request):
     """Pages that are not there yet. On a disk, `file` leaves them in the page cache; ours are on the disk."""
     ours, theirs = backends
     hosts.fill(pool, range(PAGES), 1)
@@ -79,12 +73,11 @@ def test_set(benchmark, against, pool, backends):
     def set_in(backend):
         assert all(backend.batch_set_v2(moved(pool, hosts.hashes(PAGES, next(fresh) * PAGES), 0))[PoolName.KV])
 
-    against(lambda: set_in(ours), {"file": lambda: set_in(theirs)}, rounds=ROUNDS, **facts(pool))
-    show(benchmark)
+    against(lambda: set_in(ours), {"file": lambda: set_in(theirs)}, rounds=ROUNDS, **facts(pool, request, "set"))
 
 
 @pytest.mark.benchmark(group="SGLang get")
-def test_get(benchmark, against, pool, backends):
+def test_get(against, pool, backends, request):
     """Pages that were stored. On a disk, `file` finds them in the page cache; ours are read from the disk."""
     ours, theirs = backends
     keys = hosts.hashes(PAGES)
@@ -99,5 +92,4 @@ def test_get(benchmark, against, pool, backends):
         hosts.fill(pool, range(PAGES, PAGES + 2), 2)
         get_from(backend)
         assert hosts.pages_of(pool, range(PAGES, 2 * PAGES)) == expected
-    against(lambda: get_from(ours), {"file": lambda: get_from(theirs)}, rounds=ROUNDS, **facts(pool))
-    show(benchmark)
+    against(lambda: get_from(ours), {"file": lambda: get_from(theirs)}, rounds=ROUNDS, **facts(pool, request, "get"))

@@ -1,8 +1,8 @@
-"""Makes the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json [--gpu LINES.jsonl] [--write]
+"""Makes the tables of docs/benchmarks.md: python benchmarks/report.py RESULTS.json... [--gpu LINES.jsonl] [--write]
 
-RESULTS: a file kept by make bench; LINES: the lines that the benchmarks appended on a GPU, by default
-benchmarks/results/gpu.jsonl if it exists. Prints Markdown; --write puts it between the markers in docs/benchmarks.md
-and draws the pictures in docs. Every figure there comes from here.
+RESULTS: files kept by make bench and make bench-sglang. LINES: the lines that the benchmarks appended on a GPU, by
+default benchmarks/results/gpu.jsonl if it exists. Prints Markdown; --write puts it between the markers in
+docs/benchmarks.md and draws the pictures in docs. Every figure there comes from here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,18 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
     return table(headings, rows) if rows else ""
 
 
+def sglang(benchmarks: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in benchmarks:
+        facts, median = one["extra_info"], one["stats"]["median"]
+        if "hicache" in facts:
+            theirs = facts["peers_s"]["file"]
+            speeds = [speed(facts["bytes"] / took) for took in (median, theirs)]
+            rows.append([facts["hicache"], *speeds, f"{theirs / median:.1f}×"])
+    headings = ["SGLang 0.5.23, 32 pages of 3.7 MB per call", "ours", "SGLang's file", "times as fast"]
+    return table(headings, rows) if rows else ""
+
+
 def transfers(cases: list[dict[str, Any]], device: str) -> str:
     """The results of bench_gpu_*.py, on a GPU or on the CPU."""
     rows = []
@@ -359,20 +372,24 @@ def place_of(results: dict[str, Any]) -> str:
     return f"{machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}, Python {machine['python']}"
 
 
-def report(path: Path, gpu_lines: list[dict[str, Any]]) -> str:
-    results = json.loads(path.read_text())
-    name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
-    heading = f"Medians on {place_of(results)} (`{name}`), {results['datetime'][:10]}.\n"
-    parts = [
-        part(results["benchmarks"])
-        for part in (keys, copies, cache, encoder, stores, remote, network, codec, vllm, on_cpu)
-    ]
-    return "\n".join(part for part in (heading, *parts, on_gpu(gpu_lines)) if part)
+PARTS = (keys, copies, cache, encoder, stores, remote, network, codec, vllm, sglang, on_cpu)
+
+
+def report(paths: Sequence[Path], gpu_lines: list[dict[str, Any]]) -> str:
+    parts = []
+    for path in paths:
+        results = json.loads(path.read_text())
+        name = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
+        commit = results["commit_info"]
+        of = f"{results['datetime'][:10]}, commit {commit['id'][:7]}{', with changes' * commit['dirty']}"
+        parts.append(f"Medians on {place_of(results)} (`{name}`), {of}.\n")
+        parts += [part(results["benchmarks"]) for part in PARTS]
+    return "\n".join(part for part in (*parts, on_gpu(gpu_lines)) if part)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="a file written by make bench")
+    parser.add_argument("results", type=Path, nargs="+", help="files written by make bench or make bench-sglang")
     parser.add_argument("--gpu", type=Path, help="lines that the benchmarks appended on a GPU")
     parser.add_argument(
         "--write", action="store_true", help="replace the tables in docs/benchmarks.md and the pictures"
@@ -381,14 +398,14 @@ def main() -> int:
     try:
         file = args.gpu or (GPU_LINES if GPU_LINES.exists() else None)
         gpu_lines = [json.loads(line) for line in file.read_text().splitlines()] if file else []
-        text = report(args.results.resolve(), gpu_lines)
+        text = report([path.resolve() for path in args.results], gpu_lines)
     except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{args.results}: not a result of make bench: {error!r}")
+        parser.error(f"{' '.join(map(str, args.results))}: not results of make bench: {error!r}")
     if args.write and any(line["machine"]["sizes"] != "gpu" for line in gpu_lines if "machine" in line):
         parser.error(f"{file}: not written, since it was measured with other sizes than a GPU's")
     if args.write:
         before, rest = PAGE.read_text().split(BEGIN)
-        results = json.loads(args.results.read_text())
+        results = json.loads(args.results[0].read_text())
         draw(results["benchmarks"], place_of(results))
         plots = [PLOT]
         if measured_on_gpu(gpu_lines):

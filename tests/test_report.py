@@ -12,7 +12,7 @@ import report
 
 ROOT = Path(__file__).parent.parent
 PAGE = report.PAGE.read_text()
-RESULTS = ROOT / re.findall(r"\(`(benchmarks/results/[^`]+\.json)`\)", PAGE)[0]
+RESULTS = [ROOT / name for name in re.findall(r"\(`(benchmarks/results/[^`]+\.json)`\)", PAGE)]
 
 
 def times(median: float) -> dict[str, dict[str, float]]:
@@ -107,7 +107,7 @@ def test_what_was_measured_with_tiny_sizes_is_never_written(tmp_path, monkeypatc
     lines = tmp_path / "lines.jsonl"
     tiny = [{"machine": MACHINE["machine"] | {"sizes": "tiny"}}, *LINES[1:]]
     lines.write_text("\n".join(json.dumps(line) for line in tiny))
-    monkeypatch.setattr(sys, "argv", ["report.py", str(RESULTS), "--gpu", str(lines), *options])
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, RESULTS), "--gpu", str(lines), *options])
     if options:
         with pytest.raises(SystemExit):
             report.main()
