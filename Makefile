@@ -8,7 +8,7 @@
 #                 all stores, and the real vLLM over stores that misbehave; about an hour (docs/reliability.md)
 #   make fuzz     libFuzzer on the index of slabs for $(FUZZ_S) s; needs clang++
 #   make bench    benchmarks, kept in $(RESULTS); prints what the kernels' machine code promises
-#   make bench-sglang  the backend for SGLang beside SGLang's own
+#   make bench-sglang  the backend for SGLang beside SGLang's own, kept in $(SGLANG_RESULTS)
 #   make docs     the pages in build/site
 #   make wheel    wheels in dist/ for Linux with glibc 2.28 or newer, for each of $PYTHONS that is here or in Debian's packages
 #                 (default python3.11 to python3.14): built from the sdist, checked by auditwheel, loaded in an empty
@@ -29,6 +29,7 @@ KILLS ?= 10000
 STOPS ?= 10000
 FUZZ_S ?= 600
 RESULTS ?= benchmarks/results/latest.json
+SGLANG_RESULTS ?= benchmarks/results/sglang-latest.json
 
 .PHONY: demo test test-vllm-all test-sglang mutations soak fuzz bench bench-sglang docs wheel test-wheel lint format clean
 
@@ -65,8 +66,9 @@ bench: $(VENV)/built $(VENV)/vllm
 	$(BIN)/python benchmarks/report.py $(RESULTS)
 
 bench-sglang: $(VENV)/built $(VENV)-sglang/ready
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest benchmarks/bench_sglang.py --benchmark-json=$(RESULTS) \
-	  --benchmark-columns=median,iqr,rounds $(ARGS)
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. $(VENV)-sglang/bin/python -m pytest benchmarks/bench_sglang.py \
+	  --benchmark-json=$(SGLANG_RESULTS) --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/python benchmarks/report.py $(SGLANG_RESULTS)
 
 docs: $(VENV)/built
 	$(BIN)/mkdocs build --strict

@@ -24,7 +24,9 @@ BEGIN, END = "<!-- benchmarks begin -->", "<!-- benchmarks end -->"
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; all columns except the first are right-aligned."""
+    """A Markdown table; all columns except the first are right-aligned. Without rows, an empty string."""
+    if not rows:
+        return ""
     rule = ["---"] + ["--:"] * (len(headings) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (headings, rule, *rows)) + "\n"
 
@@ -68,7 +70,7 @@ def copies(benchmarks: list[dict[str, Any]]) -> str:
     headings += [f"{t} thread{'s' * (t > 1)}{', checksum' * checksum}" for t, checksum in columns]
     memcpy = ["memcpy of the same bytes"]
     memcpy += [speed(sorted(speeds[threads])[len(speeds[threads]) // 2]) for threads, _ in columns]
-    rows = [memcpy]
+    rows = [memcpy] if cells else []
     for (page_bytes, direction), row in sorted(cells.items()):
         rows.append([f"{direction}, {page_bytes:,} byte pages", *(row.get(column, "") for column in columns)])
     return table(headings, rows)
@@ -100,7 +102,7 @@ def encoder(benchmarks: list[dict[str, Any]]) -> str:
             row[facts["encoder_store"]] = f"{seconds(median)} ({encoding / median:,.0f}×)"
     cells = [[name, *(row.get(column, "") for column in ("encoder", "mem", "shm"))] for name, row in rows.items()]
     headings = ["EncoderCache, one image", "encoded again", "loaded from mem:", "from shm:"]
-    return table(headings, cells) if cells else ""
+    return table(headings, cells)
 
 
 def stores(benchmarks: list[dict[str, Any]]) -> str:
@@ -139,7 +141,7 @@ def remote(benchmarks: list[dict[str, Any]]) -> str:
             rows.append(["the MAC alone, one thread", "", speed(facts["mac_bytes"] / median), "", "", ""])
     headings = ["stores beyond one host, records of 7 MiB, servers on this machine", "bare client", "ours"]
     headings += ["ours without MACs", "ours / bare", "without MACs / bare"]
-    return table(headings, rows) if rows else ""
+    return table(headings, rows)
 
 
 def network(benchmarks: list[dict[str, Any]]) -> str:
@@ -151,7 +153,7 @@ def network(benchmarks: list[dict[str, Any]]) -> str:
         shares = [f"{time / median:.0%} of {name}" for name, time in facts["peers_s"].items()]
         rows.append([facts["network"], speed(facts["bytes"] / median), ", ".join(shares)])
     headings = ["64 records of 7 MiB over loopback", "median", "of the same bytes over bare connections"]
-    return table(headings, rows) if rows else ""
+    return table(headings, rows)
 
 
 def codec(benchmarks: list[dict[str, Any]]) -> str:
@@ -176,7 +178,7 @@ def codec(benchmarks: list[dict[str, Any]]) -> str:
             ends.append([f"{facts['coded_store']}, {facts['direction']}", *cells])
     speeds_table = table(["KV of SmolLM2-135M, one thread", "ratio", "of raw bytes", "ours is faster by"], speeds)
     ends_table = table(["KVCache, 4,096 tokens of SmolLM2-135M", "raw", "with the codec", "faster by"], ends)
-    return "\n".join(part for part, rows in ((speeds_table, speeds), (ends_table, ends)) if rows)
+    return "\n".join(filter(None, (speeds_table, ends_table)))
 
 
 def vllm(benchmarks: list[dict[str, Any]]) -> str:
@@ -187,7 +189,7 @@ def vllm(benchmarks: list[dict[str, Any]]) -> str:
             times = [seconds(median), *(f"{seconds(facts[name])}" for name in ("connector_s", "connector_p99_s"))]
             rows.append([facts["steps_of"], *times, f"{facts['share']:.1%}", f"{facts['share_p99']:.1%}"])
     headings = ["vLLM 0.32, tiny model, steps", "step", "inside connector calls", "p99", "share of its step", "p99"]
-    return table(headings, rows) if rows else ""
+    return table(headings, rows)
 
 
 def sglang(benchmarks: list[dict[str, Any]]) -> str:
@@ -199,7 +201,7 @@ def sglang(benchmarks: list[dict[str, Any]]) -> str:
             speeds = [speed(facts["bytes"] / took) for took in (median, theirs)]
             rows.append([facts["hicache"], *speeds, f"{theirs / median:.1f}×"])
     headings = ["SGLang 0.5.23, 32 pages of 3.7 MB per call", "ours", "SGLang's file", "times as fast"]
-    return table(headings, rows) if rows else ""
+    return table(headings, rows)
 
 
 def transfers(cases: list[dict[str, Any]], device: str) -> str:
@@ -231,7 +233,7 @@ def transfers(cases: list[dict[str, Any]], device: str) -> str:
         )
     of_host = ["call", "call until done"] if device == "gpu" else []
     headings = [f"on the {device.upper()}", "ours", *of_host, "share", "others, as shares of the same"]
-    tables = [table(headings, rows)] if rows else []
+    tables = [table(headings, rows)]
     beside = [facts for facts in cases if "beside" in facts and "median_s" in facts]
     for where in dict.fromkeys(facts.get("where", "") for facts in beside):
         here = [facts for facts in beside if facts.get("where", "") == where]
@@ -248,8 +250,8 @@ def transfers(cases: list[dict[str, Any]], device: str) -> str:
             ]
             for facts in (here if nothing else [])
         ]
-        tables += [table([heading, "median", "p99", "transferred"], steps)] if steps else []
-    return "\n".join(tables)
+        tables.append(table([heading, "median", "p99", "transferred"], steps))
+    return "\n".join(filter(None, tables))
 
 
 def on_cpu(benchmarks: list[dict[str, Any]]) -> str:
@@ -263,7 +265,8 @@ def place_of_gpu(lines: list[dict[str, Any]]) -> str:
 
 
 def measured_on_gpu(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [line for line in lines if line.get("device") == "gpu" and line.get("outcome") == "passed"]
+    """The cases with times, also those in which one of our ways or an alternative failed."""
+    return [line for line in lines if line.get("device") == "gpu" and (line.get("device_s") or "median_s" in line)]
 
 
 def on_gpu(lines: list[dict[str, Any]]) -> str:
@@ -273,7 +276,11 @@ def on_gpu(lines: list[dict[str, Any]]) -> str:
     kinds = {"transfers": "fragment_bytes", "keys": "cuts", "copies": "run_bytes", "interference": "beside"}
     absent = [kind for kind, fact in kinds.items() if not any(fact in facts for facts in cases)]
     missing = {f"{name} ({why})" for line in lines for name, why in line.get("missing", {}).items()}
-    failed = [line["name"] for line in lines if line.get("outcome") == "failed"]
+    failed = [
+        line["name"] + "".join(f", {way} ({why})" for way, why in line.get("failed", {}).items())
+        for line in lines
+        if line.get("outcome") == "failed"
+    ]
     notes = [
         f"Medians on {place_of_gpu(lines)}. `ours` is the device's time; a call's times are the host's.",
         *(f"{kind}: not measured yet." for kind in absent),

@@ -214,8 +214,8 @@ class Staging {
   };
 
   // ring: device memory of `buffers` (at least 2) times buffer_bytes (a multiple of 256), which only this object uses
-  // during its lifetime. urgent: its streams get the highest priority (for loads), else the lowest. max_blocks: of a
-  // kernel's grid; 0: as many as keep up with the bus.
+  // during its lifetime. urgent: its streams get the highest priority (for loads), else the lowest. max_blocks: of the
+  // grid of a kernel without the codec; with it, three times as many. 0: as many as keep up with the bus.
   Staging(int device, u8* ring, u64 buffer_bytes, u32 buffers, bool urgent, u32 max_blocks);
   ~Staging();
 

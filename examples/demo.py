@@ -222,8 +222,11 @@ def _load_model(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         if loaded["missing_keys"]:
             raise _Misuse(f"--model: {source} lacks weights, such as {min(loaded['missing_keys'])}")
         folder = source if Path(source).is_dir() else snapshot_download(source, local_files_only=True)
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise _Misuse(f"--model: {source} has no *.safetensors, which name the weights in keys")
         digest = blake3()
-        for file in sorted(Path(folder).glob("*.safetensors")):
+        for file in files:
             digest.update_mmap(file)
         weights = digest.hexdigest()
     if args.model is None:

@@ -26,6 +26,8 @@ SGLANG_FROM_THE_MODEL = (*FROM_THE_MODEL, "layered", "gguf", "bitsandbytes")
 FILES_CONTEXT = "lmcache_mm v1 vllm files"
 WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".kt")
 MODEL_FILES = (*WEIGHT_FILES, ".json", ".py")  # configurations, which files to read, --trust-remote-code
+# Files of training that engines leave out.
+TRAINING_FILES = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 # JSON files that only decide what the tokens are, by how their names begin.
 TEXT_FILES = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "chat_template", "generation_config")
 
@@ -52,9 +54,12 @@ def digest_of_files(paths: Iterable[Path], folder: Path | None = None) -> str:
 
 
 def digest_of_folder(model: str) -> str | None:
-    """A digest of the weights, settings and code of a model in a local folder and the folders in it; None without
-    weights."""
-    files = [path for path in _files_in(model) if path.suffix in MODEL_FILES and not path.name.startswith(TEXT_FILES)]
+    """A digest of the weights, settings and code of a model in a local folder and the folders in it, or of a model that
+    is one file; None without weights."""
+    if Path(model).is_file():
+        return digest_of_files([Path(model)])
+    files = [path for path in _files_in(model) if path.suffix in MODEL_FILES and path.name not in TRAINING_FILES]
+    files = [path for path in files if path.suffix != ".json" or not path.name.startswith(TEXT_FILES)]
     return digest_of_files(files, Path(model)) if any(path.suffix in WEIGHT_FILES for path in files) else None
 
 
@@ -69,12 +74,13 @@ def _files_in(model: str) -> Iterator[Path]:
     """All files in a folder that an engine may read."""
     for name, folders, files in os.walk(model, followlinks=True):
         folder = Path(name)
-        # Engines skip "original". A link to a folder above would not end.
+        # Engines skip "original", and checkpoints of training. A link to a folder above would not end.
         folders[:] = [
             inner
             for inner in folders
             if not inner.startswith(".")
             and inner != "original"
+            and not inner.startswith("checkpoint-")
             and not folder.resolve().is_relative_to((folder / inner).resolve())
         ]
         yield from (folder / file for file in files if (folder / file).is_file())

@@ -155,7 +155,7 @@ def owner_of(salt: str | bytes | None) -> bytes:
 
 def owner_to_forget(salt: str | bytes) -> bytes:
     """As `owner_of`; ValueError for None too, since records without a salt have no owner."""
-    if salt is None or salt in ("", b""):
+    if salt is None or (isinstance(salt, (str, bytes)) and not salt):
         raise ValueError(f"salt: expected a nonempty str or bytes, got {salt!r}")
     return owner_of(salt)
 

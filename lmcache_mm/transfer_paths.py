@@ -30,7 +30,8 @@ class Paths:
     on average. Default without a measurement: 256 KiB. A fragment has a fixed cost, which long fragments spread over
     more bytes. The length that suffices has not been measured.
     store_layer_blocks, load_layer_blocks: how many blocks of a kernel run a transfer by layers; 0: the ring runs it.
-    ring_blocks: the most blocks of the ring's kernels; 0: as many as should keep up with the device's bus.
+    ring_blocks: the most blocks of the ring's kernels; 0: as many as should keep up with the device's bus. Kernels with
+    the codec have up to three times as many.
     """
 
     store: tuple[tuple[int, int], ...] = ((1, 256 << 10),)

@@ -32,4 +32,4 @@ print(Path(sys.executable).parent, Path(sys.prefix) / "bin", Path(sys.executable
 PYTHON
 )
 [ -n "$wheels" ] && python3 -m pip --python "$venv/bin/python" install --quiet --no-index --no-deps "$wheels"/*.whl
-PATH="$programs:$PATH" exec "$venv/bin/python" scripts/gpu_check.py "$out" "$@"
+PATH="$PATH:$programs" exec "$venv/bin/python" scripts/gpu_check.py "$out" "$@"

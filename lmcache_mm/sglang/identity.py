@@ -29,14 +29,19 @@ SGLANG_OPTIONS = (
     ),
 )
 # Options that change the weights or how they are quantized.
-QUANTIZATION = ("quantization", "modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile")
+QUANTIZATION = ("quantization", "modelopt_quant", "rl_quant_profile")
 # Options that say in what precision KV and states are kept.
 DTYPES = (
     *("kv_cache_dtype", "speculative_draft_kv_cache_dtype", "mamba_ssm_dtype", "qsa_indexer_dtype"),
     *("enable_deepseek_v4_fp4_indexer", "enable_int8_mamba_checkpoint"),
 )
 # Options with which weights come from elsewhere than from the model.
-ELSEWHERE = ("custom_weight_loader", "weight_cache_mode", "checkpoint_engine_wait_weights_before_ready")
+ELSEWHERE = (
+    *("custom_weight_loader", "weight_cache_mode", "checkpoint_engine_wait_weights_before_ready"),
+    "modelopt_checkpoint_restore_path",
+)
+# Fields of a model's configuration that name a model of the hub, of which SGLang loads whatever is there now.
+PARTS_OF_MODELS = ("mm_vision_tower",)
 NOT_SET: tuple[Any, ...] = (None, False, "", "{}", [], "off")
 # Options that name a file that KV depends on.
 FILES = ("quantization_param_path", "decrypted_config_file")
@@ -134,7 +139,9 @@ def _weights(args: Any, model: Any, weights: str | None) -> str:
 
 def _weights_of_model(args: Any, model: Any) -> str:
     """A digest of the files, or the hub's commit, that all weights come from. ValueError without them."""
-    elsewhere, or_else = _given(args, ELSEWHERE), ""
+    parts = {name: value for name in PARTS_OF_MODELS if (value := getattr(model.hf_config, name, None))}
+    elsewhere = " ".join(filter(None, (_given(args, ELSEWHERE), json.dumps(parts) if parts else None)))
+    or_else = ""
     if args.load_format in SGLANG_FROM_THE_MODEL and not elsewhere and not hasattr(model, "model_weights"):
         named = (
             digest_of_folder(model.model_path) if Path(model.model_path).exists() else _commit(args, model.model_path)
@@ -142,7 +149,8 @@ def _weights_of_model(args: Any, model: Any) -> str:
         experts = digest_of_folder(args.kt_weight_path) if args.kt_weight_path else ""
         if named and experts is not None:
             return f"{named} {experts}".rstrip()
-        or_else = "; for a model of the hub, --revision with a commit is enough"
+        if not Path(model.model_path).exists():
+            or_else = "; for a model of the hub, --revision with a commit is enough"
     raise ValueError(
         f"{NAME}: neither files nor a commit identify the weights of {args.model_path!r}, which are loaded with "
         f"--load-format {args.load_format}{f' and {elsewhere}' if elsewhere else ''}; name them with "
@@ -160,5 +168,6 @@ def _commit(args: Any, model: str) -> str | None:
         return commit
     folders = {str(folder) for folder in (HF_HUB_CACHE, args.download_dir) if folder}
     name = "models--" + model.replace("/", "--")
-    commits = {path.name for folder in folders for path in Path(folder, name, "snapshots").glob("*")}
+    found = (commit_of(path.name) for folder in folders for path in Path(folder, name, "snapshots").glob("*"))
+    commits = set(filter(None, found))
     return commits.pop() if len(commits) == 1 else None

@@ -257,9 +257,8 @@ def _warn_of_embeddings(config: VllmConfig) -> None:
     fails such a request. Without it the model gets the request, and the engine ends."""
     model, encoder = config.model_config, config.ec_transfer_config
     multimodal = None if model is None else model.multimodal_config
-    if multimodal is None or not multimodal.enable_mm_embeds or not config.kv_transfer_config.is_kv_consumer:
-        return
-    if encoder is None or not encoder.is_ec_consumer:
+    accepted = multimodal is not None and multimodal.allow_missing_mm_embeddings
+    if accepted and (encoder is None or not encoder.is_ec_consumer):
         logger.warning(
             "%s: with this connector, vLLM accepts requests that describe embeddings and contain none, and such a "
             "request ends the engine: add %s, which fails it alone, or strip *_embeds from untrusted requests",

@@ -36,6 +36,8 @@ QUANTIZATION = ("quantization", "quantization_config")
 CONFIG_SETTINGS = ("hf_overrides", "hf_config_path", "code_revision")
 # vLLM settings that name another model than `model`, from which weights or the configuration come.
 OTHER_MODELS = ("model_weights", "hf_config_path")
+# Fields of a model's configuration that name models of the hub, of which vLLM loads whatever is there now.
+PARTS_OF_MODELS = ("audio_model_id", "text_model_id")
 
 UNKNOWN = ""
 # By instance_id of an engine: the name of its weights since its caches were last reset, None for those it started with.
@@ -98,6 +100,8 @@ def _encoder_settings(model: Any) -> str | None:
     if settings is None:
         return None
     given = {name: getattr(settings, name, None) for name in ENCODER_SETTINGS}
+    if scales := given["mm_encoder_fp8_scale_path"]:
+        given["mm_encoder_fp8_scale_path"] = digest_of_files([Path(scales)])
     return json.dumps({name: value for name, value in given.items() if value is not None}, sort_keys=True, default=str)
 
 
@@ -118,6 +122,7 @@ def _weights_of_model(model: Any, load_format: str) -> str:
     if load_format == "dummy":
         return f"dummy {model.seed}"
     others = {name: getattr(model, name) for name in OTHER_MODELS}
+    others |= {name: getattr(model.hf_config, name, None) for name in PARTS_OF_MODELS}
     elsewhere = [f"{name} {other}" for name, other in others.items() if other not in ("", None, model.model)]
     if load_format in VLLM_FROM_THE_MODEL and not elsewhere:
         if Path(model.model).exists():

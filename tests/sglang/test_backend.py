@@ -35,7 +35,7 @@ from hosts import (
     write_model,
 )
 from lmcache_mm.engine import SGLANG_FROM_THE_MODEL
-from lmcache_mm.sglang import HiCacheBackend
+from lmcache_mm.sglang import HiCacheBackend, identity
 from lmcache_mm.sglang.pools import AddressedPages, FlatPages, layouts_of
 from lmcache_mm.stores.local.slab_files import shm_directory
 
@@ -327,7 +327,6 @@ def test_what_decides_the_bytes_is_in_the_key(url_of, backend_of, model, tmp_pat
         {"json_model_override_args": '{"rope_theta": 7}'},
         {"speculative_algorithm": "EAGLE"},
         {"modelopt_quant": "fp8"},
-        {"modelopt_checkpoint_restore_path": "/checkpoint"},
         {"rl_quant_profile": "/profile"},
         {"weight_version": "2"},
         {"model_loader_extra_config": '{"qlora_adapter_name_or_path": "/adapter"}'},
@@ -384,6 +383,7 @@ def test_files_that_change_kv_are_in_the_key(option, weights, model, tmp_path):
         *({"load_format": name} for name in ("dummy", "remote", "flash_rl", "presharded", "private", "npcache")),
         {"custom_weight_loader": ["package.load"]},
         {"weight_cache_mode": "client"},
+        {"modelopt_checkpoint_restore_path": "/checkpoint"},
         {"checkpoint_engine_wait_weights_before_ready": True},
         {"kt_weight_path": "/none"},
     ],
@@ -395,6 +395,23 @@ def test_weights_from_elsewhere_need_a_name(changes, model):
     with pytest.raises(ValueError, match=r"--load-format .*name them with \"weights\""):
         HiCacheBackend(storage_config(dict(store)), {})
     HiCacheBackend(storage_config({**store, "weights": "named"}), {}).close()
+
+
+def test_a_model_that_loads_a_tower_of_the_hub_needs_a_name(model, tmp_path):
+    start(write_model(tmp_path / "with tower", mm_vision_tower="owner/tower"))
+    store = {"store": "mem://?capacity=1MiB"}
+    with pytest.raises(ValueError, match=r'{"mm_vision_tower": "owner/tower"}; name them with "weights"'):
+        HiCacheBackend(storage_config(dict(store)), {})
+    HiCacheBackend(storage_config({**store, "weights": "named"}), {}).close()
+
+
+def test_a_model_in_one_file_is_named_by_it(tmp_path):
+    file, found = tmp_path / "model.gguf", set()
+    args = SimpleNamespace(load_format="gguf", kt_weight_path=None, **dict.fromkeys(identity.ELSEWHERE))
+    for content in ("one", "two"):
+        file.write_text(content)
+        found.add(identity._weights_of_model(args, SimpleNamespace(model_path=str(file), hf_config=SimpleNamespace())))
+    assert len(found) == 2
 
 
 def root(options=None):
@@ -426,7 +443,8 @@ def test_every_format_is_sglangs_or_needs_a_name(model):
 
 def test_a_model_of_the_hub_is_named_by_its_commit(model, tmp_path, monkeypatch):
     """SGLang's ModelConfig of such a model has no commit."""
-    of_hub = SimpleNamespace(from_server_args=lambda _: SimpleNamespace(model_path="owner/model", is_multimodal=False))
+    config = SimpleNamespace(model_path="owner/model", is_multimodal=False, hf_config=SimpleNamespace())
+    of_hub = SimpleNamespace(from_server_args=lambda _: config)
     monkeypatch.setattr("lmcache_mm.sglang.backend.ModelConfig", of_hub)
     monkeypatch.setattr("lmcache_mm.sglang.identity.HF_HUB_CACHE", str(tmp_path / "hub"))
 

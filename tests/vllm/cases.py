@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from vllm.config import ECTransferConfig, KVTransferConfig, VllmConfig
+from vllm.config import ECTransferConfig, KVTransferConfig, MultiModalConfig, VllmConfig
 from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -31,7 +31,7 @@ except ImportError:  # vLLM 0.32
 from lmcache_mm.vllm.kv.worker import Worker
 from lmcache_mm.vllm.options import Group, Options, groups_of
 
-__all__ = ["ECTransferConfig", "generate_scheduler_kv_cache_config"]
+__all__ = ["ECTransferConfig", "MultiModalConfig", "generate_scheduler_kv_cache_config"]
 
 DEVICE = torch.device("cuda", 0) if "LMCACHE_MM_REHEARSAL" in os.environ else torch.device("cpu")
 BLOCKS, BLOCK_TOKENS, CHUNK_TOKENS = 12, 32, 64

@@ -328,23 +328,21 @@ def test_loads_within_a_step_are_refused_where_vllm_lends_their_pages_to_others(
     connector.LMCacheMMConnector(*arguments)
 
 
-@pytest.mark.parametrize("role", ["kv_both", "kv_consumer", "kv_producer"])
 @pytest.mark.parametrize("encoder", [None, "ec_both", "ec_consumer", "ec_producer"])
-@pytest.mark.parametrize("embeds", [True, False, None])
-def test_engines_that_a_request_without_its_embeddings_can_end_say_so_at_start(cases, caplog, role, encoder, embeds):
-    """embeds: whether vLLM accepts embeddings; None for a model of text alone."""
+@pytest.mark.parametrize("missing", [True, False, None])
+def test_engines_that_a_request_without_its_embeddings_can_end_say_so_at_start(cases, caplog, encoder, missing):
+    """missing: whether vLLM accepts requests without the embeddings that they describe; None for a model of text."""
     connector = importlib.import_module("lmcache_mm.vllm.connector")
     config = SimpleNamespace(
         model_config=SimpleNamespace(
-            multimodal_config=None if embeds is None else SimpleNamespace(enable_mm_embeds=embeds)
+            multimodal_config=None if missing is None else cases.MultiModalConfig(allow_missing_mm_embeddings=missing)
         ),
-        kv_transfer_config=cases.KVTransferConfig(kv_connector="LMCacheMMConnector", kv_role=role),
         ec_transfer_config=encoder
         and cases.ECTransferConfig(ec_connector="LMCacheMMEncoderConnector", ec_role=encoder),
     )
     connector._warn_of_embeddings(config)
     warned = "such a request ends the engine: add LMCacheMMEncoderConnector" in caplog.text
-    assert warned == (embeds is True and role != "kv_producer" and encoder in (None, "ec_producer"))
+    assert warned == (missing is True and encoder in (None, "ec_producer"))
 
 
 def test_another_vllm_says_so_at_start(cases, monkeypatch):

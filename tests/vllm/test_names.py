@@ -22,6 +22,8 @@ FILES = {
     "model.safetensors.index.json": "{}",
     "hf_quant_config.json": "fp8",
     "modeling.py": "code",
+    "tokenizer_of_audio.py": "code",
+    "vocab_embeddings.safetensors": "more weights",
     "encoder/config.json": "{}",
     "encoder/model.safetensors": "weights of the encoder",
     "encoder/inner/layer.bin": "a layer",
@@ -33,6 +35,8 @@ OTHERS = {
     "chat_template.json": "{}",
     "generation_config.json": "{}",
     "original/consolidated.00.pth": "the same weights",
+    "optimizer.pt": "of training",
+    "checkpoint-1/model.safetensors": "former weights",
     ".cache/huggingface/model.safetensors.metadata": "when",
     ".cache/model.safetensors": "a part of a download",
 }
@@ -188,6 +192,24 @@ def test_parts_of_another_model_need_a_name(setting, tmp_path):
         roots(engine(folder, **{setting: "s3://bucket/other"}))
     roots(engine(folder, **{setting: "s3://bucket/other"}), "named")
     assert roots(engine(folder, hf_config_path=str(folder)))
+
+
+@pytest.mark.parametrize("field", ["audio_model_id", "text_model_id"])
+def test_models_that_load_another_model_of_the_hub_need_a_name(field, tmp_path):
+    config = engine(write(tmp_path, FILES))
+    setattr(config.model_config.hf_config, field, "owner/other")
+    with pytest.raises(ValueError, match=f'{field} owner/other; name them with "weights": "NAME"'):
+        roots(config)
+    roots(config, "named")
+
+
+def test_scales_of_an_encoder_are_known_by_their_content(tmp_path):
+    folder, scales, found = write(tmp_path / "model", FILES), tmp_path / "scales.json", set()
+    for content in ("one", "two"):
+        scales.write_text(content)
+        settings = SimpleNamespace(mm_encoder_fp8_scale_path=str(scales))
+        found.add(roots(engine(folder, multimodal_config=settings))[1])
+    assert len(found) == 2
 
 
 def test_a_model_of_the_hub_is_named_by_its_commit(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from lmcache_mm import _C
 from lmcache_mm.copies import current_event
 from lmcache_mm.encoder_cache import Packed, pack, write
 from lmcache_mm.lane import Lane
@@ -66,7 +67,9 @@ class EncoderWorker:
         try:
             as_of = store.moment()
             packed = pack(output)
-            copied = current_event(output.device)
+            copied = current_event(output.device) if _C.cuda_version else None
+            if output.is_cuda and copied is None:  # a build with CPU operations only
+                torch.cuda.current_stream(output.device).synchronize()
         except Exception:  # out of memory, or not a tensor
             logger.exception("%s: an encoder output could not be copied, and is not stored", ENCODER_NAME)
             self._stats.add(encoder_failed_stores=1)
