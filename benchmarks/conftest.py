@@ -109,7 +109,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 def about() -> dict[str, Any]:
     return {
-        "cores": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "simd": _C.simd_variants(),
         "cuda_build": _C.cuda_version,
         "torch": torch.__version__,
