@@ -25,7 +25,7 @@ class BaseCache:
         self.backend = opened(store)
 
     def close(self) -> None:
-        """Finishes all jobs, then closes the store if this cache opened it."""
+        """Closes the store if this cache opened it."""
         self._open = False
         if self._owns_store:
             self._owns_store = False

@@ -58,6 +58,7 @@ class StateCache(BaseCache):
             raise
 
     def close(self) -> None:
+        """Finishes all jobs, then closes the store if this cache opened it."""
         self._open = False
         self._transfer.close()
         super().close()
